@@ -1,0 +1,62 @@
+"""Clear errors: where, got, allowed, remedy; gathered, so that all problems are told at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+  """The user's input (config, files, command line) cannot be used as it is; the message says what to change."""
+
+
+class Problems:
+  """Gathers problems, then raises one InputError that lists them all.
+
+  >>> problems = Problems("config does not fit the machine")
+  >>> problems.add("batch_size_global.labeled", got=6, allowed="a multiple of the 4 devices", remedy="use 4 or 8")
+  >>> problems.raise_if_any()
+  """
+
+  def __init__(self, headline: str):
+    self.headline = headline
+    self.items: list[str] = []
+
+  def add(self, where: str, *, got: object = None, allowed: object = None, remedy: str | None = None) -> None:
+    text = where
+    if got is not None:
+      text += f": got {got}"
+    if allowed is not None:
+      text += f"; allowed: {allowed}"
+    if remedy is not None:
+      text += f"; {remedy}"
+    self.items.append(text)
+
+  def extend(self, items: Iterable[str]) -> None:
+    self.items.extend(items)
+
+  def raise_if_any(self, most: int = 20) -> None:
+    if not self.items:
+      return
+    shown = [f"  - {item}" for item in self.items[:most]]
+    if len(self.items) > most:
+      shown.append(f"  - ... and {len(self.items) - most} more")
+    raise InputError("\n".join([f"{self.headline}:", *shown]))
+
+
+def choices(allowed: Iterable[str]) -> str:
+  return ", ".join(sorted(allowed))
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+  """A remedy for an unknown name: the nearest known one, if any is near."""
+  near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+  return f"did you mean '{near[0]}'?" if near else "no known name is near"
+
+
+def check_name(where: str, name: str, allowed: Iterable[str]) -> None:
+  allowed = list(allowed)
+  if name not in allowed:
+    problems = Problems("unknown name")
+    problems.add(where, got=repr(name), allowed=choices(allowed), remedy=nearest(str(name), allowed))
+    problems.raise_if_any()

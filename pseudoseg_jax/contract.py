@@ -1,0 +1,127 @@
+"""What a method is, what it is given and what it gives back. Everything else in the package hangs on this page.
+
+A method is a value: pure functions over one pytree. A factory in `methods/` takes a `Task` and its own options by
+keyword and returns a `Method`; the engine jits `Method.step`, shards it and donates the state, and knows no method by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from flax import struct
+from flax.training import train_state
+
+IGNORE_LABEL = 255  # "no opinion": the pixel enters no loss and no score
+
+Array = jax.Array
+PyTree = Any
+
+# One global batch, a nested dict of arrays (leading axis = global batch, split over the mesh's `data` axis):
+#
+#   "labeled":   {"image":  f32[Bl, H, W, 3],      normalised (data.photometry.normalize)
+#                 "label":  i32[Bl, H, W]}         0..K-1, or IGNORE_LABEL
+#   "unlabeled": {"weak":   f32[Bu, H, W, 3],      geometry only
+#                 "strong": f32[Bu, S, H, W, 3],   same geometry, S photometric draws   (needs.strong_views = S > 0)
+#                 "valid":  bool[Bu, H, W],        False on padding
+#                 "id":     i32[Bu],               row of the image in its list         (needs.ids, likewise the next two)
+#                 "flip":   bool[Bu],
+#                 "window": f32[Bu, 4]}            crop in the image's own frame: top, left, height, width as fractions
+#   "partner":   like "unlabeled"; a second, independent draw of unlabeled images        (needs.partner)
+#
+# "unlabeled" and "partner" never hold a mask: it is not even opened.
+Batch = Mapping[str, Mapping[str, Array]]
+
+
+class Needs(NamedTuple):
+  """What a method wants from the input pipeline beyond labeled images."""
+
+  unlabeled: bool = True
+  partner: bool = False
+  strong_views: int = 0
+  ids: bool = False
+  weak_label: str | None = None  # None, "image" or "boxes"
+
+
+class NetState(train_state.TrainState):
+  """A Flax TrainState that also carries batch-norm statistics. A teacher is one that no gradient moves."""
+
+  batch_stats: PyTree = None
+
+
+@struct.dataclass
+class State:
+  """Everything that outlives a step: one pytree, one checkpoint.
+
+  step: i32[], the only clock. Learning rates, ramps and random keys are derived from it, never stored.
+  nets: networks by role: {"student", "teacher"}, {"a", "b"}, ...
+  memory: what a method remembers between steps besides its networks (temporal predictions, class confidences, ...).
+  """
+
+  step: Array
+  nets: dict[str, NetState]
+  memory: dict[str, PyTree] = struct.field(default_factory=dict)
+
+
+class Optimizer(NamedTuple):
+  """A descent rule with its learning rate outside, so that the clock is `State.step` and nothing else.
+
+  transform: gradients -> descent direction at learning rate 1 (weight decay, momentum); sign: the parameters move by minus it.
+  learning_rate: step i32[] -> f32[].
+  multiplier: parameter path ("backbone/conv1/kernel") -> factor on the learning rate.
+  """
+
+  transform: optax.GradientTransformation
+  learning_rate: Callable[[Array], Array]
+  multiplier: Callable[[str], float] = lambda path: 1.0
+
+
+class Network(NamedTuple):
+  """A segmentation network without its module: two pure functions.
+
+  init: key -> (params, batch_stats).
+  apply: (params, batch_stats, images f32[B,H,W,3], train=bool, groups=int) -> (logits f32[B,H,W,K], batch_stats).
+    With train=True batch norm uses the batch's own statistics and returns moved running ones. With groups=G the B rows are G
+    interleaved batches (row i belongs to batch i % G), each with statistics of its own; running ones move G times, in order.
+  """
+
+  init: Callable[[Array], tuple[PyTree, PyTree]]
+  apply: Callable[..., tuple[Array, PyTree]]
+
+
+class Task(NamedTuple):
+  """What every method is given: the problem, with no trace of how it was configured.
+
+  criterion: (logits f32[B,H,W,K], label i32[B,H,W]) -> f32[], the supervised loss (plain cross entropy, OHEM, ...).
+  """
+
+  num_classes: int
+  total_steps: int
+  network: Network
+  optimizer: Optimizer
+  criterion: Callable[[Array, Array], Array]
+
+
+Metrics = dict[str, Array]
+Predictor = Callable[[State, Array], Array]
+
+
+class Method(NamedTuple):
+  """A method: what it needs, how it starts, how it takes a step, who predicts.
+
+  init: key -> State.
+  draw: (key, batch) -> draws, every random number of one step (None where a step has none).
+  update: (state, batch, draws) -> (state, metrics); pure arithmetic. `metrics` are scalars; those named `loss*` are loss terms.
+  predictors: name -> (state, images f32[B,H,W,3]) -> logits f32[B,H,W,K]; the first is the headline.
+  """
+
+  needs: Needs
+  init: Callable[[Array], State]
+  draw: Callable[[Array, Batch], PyTree]
+  update: Callable[[State, Batch, PyTree], tuple[State, Metrics]]
+  predictors: dict[str, Predictor]
+
+  def step(self, state: State, batch: Batch, key: Array) -> tuple[State, Metrics]:
+    return self.update(state, batch, self.draw(key, batch))
