@@ -1,0 +1,226 @@
+"""The one training loop: it knows a state, a step and a clock, and no method by name."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pseudoseg_jax import rng
+from pseudoseg_jax.contract import Method, State
+from pseudoseg_jax.engine import mesh as meshes
+from pseudoseg_jax.engine.checkpoints import Checkpoints
+from pseudoseg_jax.engine.records import Records
+from pseudoseg_jax.engine.stopping import StopRequest
+
+log = logging.getLogger("pseudoseg_jax")
+
+_AHEAD = 2  # batches on the device before they are needed, and steps in flight before the loop waits
+
+
+class NonFiniteLoss(FloatingPointError):
+  """A loss term became NaN or infinite; the run stops before anything of it is saved."""
+
+
+class Every(NamedTuple):
+  """Rhythm of a run, in steps."""
+
+  log_steps: int
+  eval_steps: int
+  checkpoint_steps: int
+
+
+class Outcome(NamedTuple):
+  state: State
+  finished: bool
+  stopped_by: str | None
+
+
+def jit_step(method: Method, mesh: Mesh, seed: int) -> Callable[[State, Any], tuple[State, dict]]:
+  """The method's step, compiled over the mesh, its state donated, its key derived from (seed, step)."""
+
+  def step(state, batch):
+    return method.step(state, batch, rng.step_key(seed, state.step))
+
+  whole, parts = meshes.replicated(mesh), meshes.split(mesh)
+  return jax.jit(step, in_shardings=(whole, parts), out_shardings=(whole, whole), donate_argnums=0)
+
+
+def jit_init(method: Method, mesh: Mesh, seed: int) -> State:
+  """The method's initial state, on every device: a function of the seed alone."""
+  init = jax.jit(method.init, out_shardings=meshes.replicated(mesh))
+  return init(rng.stream(jax.random.key(seed), "init"))
+
+
+def _on_device(mesh: Mesh, batches: Iterator[Any]) -> Iterator[Any]:
+  """Batches as global arrays, the next ones already on their way while a step runs."""
+  waiting = deque()
+  for batch in batches:
+    waiting.append(meshes.global_batch(mesh, batch))
+    if len(waiting) >= _AHEAD:
+      yield waiting.popleft()
+  yield from waiting
+
+
+def _check_finite(first_step: int, values: dict[str, np.ndarray]) -> None:
+  """values: name -> [steps]; steps are counted from `first_step`."""
+  bad = {name: ~np.isfinite(column) for name, column in values.items() if name.startswith("loss")}
+  if not any(column.any() for column in bad.values()):
+    return
+  index = min(int(np.argmax(column)) for column in bad.values() if column.any())
+  terms = ", ".join(f"{name} = {values[name][index]}" for name in sorted(bad) if bad[name][index])
+  raise NonFiniteLoss(
+    f"step {first_step + index}: {terms}. Nothing was saved after the last checkpoint; lower config.optimizer.learning_rate or the "
+    "term's weight, check the data, or continue from the last checkpoint by running the same command again."
+  )
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(int(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class _Stopwatch:
+  """Seconds of training since the last restart, evaluation left out, and those of them spent waiting for input."""
+
+  def __init__(self):
+    self.restart()
+
+  def restart(self) -> None:
+    self.started, self.waited = time.perf_counter(), 0.0
+
+  def seconds(self) -> float:
+    return time.perf_counter() - self.started
+
+  @contextlib.contextmanager
+  def waiting(self):
+    before = time.perf_counter()
+    yield
+    self.waited += time.perf_counter() - before
+
+  @contextlib.contextmanager
+  def paused(self):
+    before = time.perf_counter()
+    yield
+    self.started += time.perf_counter() - before
+
+
+def fit(
+  method: Method,
+  *,
+  mesh: Mesh,
+  seed: int,
+  total_steps: int,
+  batches: Callable[[int], Iterator[Any]],
+  images_per_step: int,
+  every: Every,
+  checkpoints: Checkpoints,
+  records: Records,
+  evaluate: Callable[[State], float],
+) -> Outcome:
+  """Trains from the newest checkpoint (or from the start) to `total_steps`.
+
+  Args:
+    batches: start_step -> iterator of this process's share of each global batch from that step on.
+    images_per_step: images of all streams in a global batch, for the rate.
+    evaluate: state -> headline score, called every `eval_steps` and at the end; it does its own reporting. The best state is kept.
+
+  Returns:
+    The last state; `finished` is False where a signal ended the run early (it is saved, and the same call goes on).
+
+  Raises:
+    NonFiniteLoss: names the step and the loss terms.
+  """
+  state = jit_init(method, mesh, seed)
+  start = checkpoints.step() or 0
+  if start:
+    state = checkpoints.restore(state)
+    log.info("resumed at step %d of %d", start, total_steps)
+  best = checkpoints.note("best").get("score", -np.inf)
+  step_fn = jit_step(method, mesh, seed)
+
+  pending: deque[dict] = deque()  # metrics of the newest steps, still on the device
+  unlogged: dict[str, list[float]] = {}  # those fetched and checked since the last log line
+  watch = _Stopwatch()
+
+  def fetch(done: int) -> None:
+    """Brings the pending metrics over (waits for step `done - 1`) and checks them."""
+    columns = jax.device_get(list(pending))
+    pending.clear()
+    if columns:
+      values = {name: np.asarray([column[name] for column in columns]) for name in columns[0]}
+      _check_finite(done - len(columns), values)
+      for name, column in values.items():
+        unlogged.setdefault(name, []).extend(column.tolist())
+
+  def report(done: int) -> None:
+    steps = len(unlogged["loss"])
+    steps_per_second = steps / max(watch.seconds(), 1e-9)
+    means = {name: float(np.mean(column)) for name, column in unlogged.items()}
+    rates = {
+      "steps_per_second": steps_per_second,
+      "images_per_second": steps_per_second * images_per_step,
+      "input_wait_fraction": watch.waited / max(watch.seconds(), 1e-9),
+    }
+    log.info(
+      "step %d/%d (%d%%)  %.2f steps/s  %.1f images/s  input wait %.0f%%  left %s  %s",
+      done, total_steps, 100 * done // total_steps, steps_per_second, rates["images_per_second"],
+      100 * rates["input_wait_fraction"], _clock((total_steps - done) / steps_per_second),
+      "  ".join(f"{name} {value:.4f}" for name, value in means.items() if name.startswith("loss")),
+    )  # fmt: skip
+    records.scalars(done, {f"train/{name}": value for name, value in means.items()} | {f"rate/{k}": v for k, v in rates.items()})
+    unlogged.clear()
+    watch.restart()
+
+  def score(state: State) -> None:
+    nonlocal best
+    value = evaluate(state)
+    if value > best:
+      best = value
+      checkpoints.save(state, series="best", note={"score": float(value)})
+
+  stopped_by = None
+  if start >= total_steps:
+    score(state)  # a run that was killed between its last step and its last evaluation still gets one
+  else:
+    feed = _on_device(mesh, batches(start))
+  with StopRequest() as stop:
+    for done in range(start + 1, total_steps + 1):
+      with watch.waiting():
+        batch = next(feed)
+      state, metrics = step_fn(state, batch)
+      pending.append(metrics)
+      if len(pending) > _AHEAD:
+        # Not to read a value, only to let no more than two steps pile up: so that waiting for input is told from computing.
+        jax.block_until_ready(pending[-1 - _AHEAD])
+
+      if done == start + 1:
+        fetch(done)
+        log.info("first step after %.1f s, compilation included", watch.seconds())
+        unlogged.clear()
+        watch.restart()
+      elif done % every.log_steps == 0 or done == total_steps:
+        fetch(done)
+        report(done)
+
+      stopped_by = stop.name if done < total_steps and stop.requested(done) else None
+      evaluating = done % every.eval_steps == 0 or done == total_steps
+      if stopped_by or evaluating or done % every.checkpoint_steps == 0:
+        fetch(done)  # a state behind a non-finite loss is never saved
+        checkpoints.save(state)
+      if stopped_by:
+        log.info("stopped by %s after step %d of %d; the same command goes on from here", stopped_by, done, total_steps)
+        break
+      if evaluating:
+        with watch.paused():
+          score(state)
+  checkpoints.wait()
+  return Outcome(state, finished=stopped_by is None, stopped_by=stopped_by)

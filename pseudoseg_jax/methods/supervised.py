@@ -1,0 +1,29 @@
+"""The baseline: one network on the labeled images alone."""
+
+import jax.numpy as jnp
+
+from pseudoseg_jax import nets
+from pseudoseg_jax.contract import Method, Needs, State, Task
+
+
+def supervised(task: Task) -> Method:
+  """Minimises the task's criterion (cross entropy, or OHEM where the config says so) on labeled images."""
+
+  def init(key):
+    return State(step=jnp.zeros([], jnp.int32), nets={"student": nets.create(task, key)})
+
+  def draw(key, batch):
+    return None
+
+  def update(state, batch, draws):
+    labeled = batch["labeled"]
+
+    def objective(live):
+      (logits,), student = nets.forward(task.network, live["student"], labeled["image"])
+      loss = task.criterion(logits, labeled["label"])
+      return loss, ({"student": student}, {"loss": loss})
+
+    after, metrics = nets.descend(task.optimizer, state.nets, state.step, objective)
+    return state.replace(step=state.step + 1, nets=after), metrics
+
+  return Method(Needs(unlabeled=False), init, draw, update, nets.predictors(task.network, "student"))

@@ -1,0 +1,76 @@
+"""DeepLabv3+ (Chen et al. 2018) in the form of the official CPS code (Chen et al. 2021).
+
+It differs from the textbook: one batch norm over the concatenated ASPP branches, leaky ReLUs in the ASPP, the image-pooling branch
+added rather than concatenated, no dropout, multi-grid 2, 4, 8 in the last stage and align-corners upsampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from pseudoseg_jax.contract import Array
+from pseudoseg_jax.models.layers import BatchNorm, Conv, ConvBN
+from pseudoseg_jax.models.resnet import ResNet
+from pseudoseg_jax.ops import resize
+
+LEAK = 0.01  # PyTorch's default slope
+
+
+class ASPP(nn.Module):
+  """Atrous spatial pyramid pooling: [B, h, w, C] -> [B, h, w, features]."""
+
+  rates: Sequence[int]
+  features: int = 256
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
+    branches = [Conv(self.features, 1, dtype=self.dtype, name="branch0")(x)]
+    for index, rate in enumerate(self.rates, start=1):
+      branches.append(Conv(self.features, 3, dilation=rate, dtype=self.dtype, name=f"branch{index}")(x))
+    y = BatchNorm(negative_slope=LEAK, name="branches_bn")(jnp.concatenate(branches, -1), train=train, groups=groups)
+    y = Conv(self.features, dtype=self.dtype, name="project")(y)
+    pooled = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32)
+    pooled = ConvBN(self.features, negative_slope=LEAK, dtype=self.dtype, name="pool")(pooled, train=train, groups=groups)
+    pooled = Conv(self.features, dtype=self.dtype, name="pool_project")(pooled)
+    return BatchNorm(negative_slope=LEAK, name="bn")(y + pooled, train=train, groups=groups)
+
+
+class Head(nn.Module):
+  """ASPP on the last stage, joined with the first stage; per-class scores at stride 4, float32."""
+
+  num_classes: int
+  rates: Sequence[int]
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, stages: Sequence[Array], *, train: bool, groups: int = 1) -> Array:
+    context = ASPP(self.rates, dtype=self.dtype, name="aspp")(stages[-1], train=train, groups=groups)
+    low = ConvBN(48, dtype=self.dtype, name="low")(stages[0], train=train, groups=groups)
+    x = jnp.concatenate([resize.bilinear_align_corners(context, low.shape[1:3]), low], -1)
+    x = ConvBN(256, 3, dtype=self.dtype, name="unit1")(x, train=train, groups=groups)
+    x = ConvBN(256, 3, dtype=self.dtype, name="unit2")(x, train=train, groups=groups)
+    return Conv(self.num_classes, use_bias=True, name="classifier")(x)
+
+
+class DeepLabV3Plus(nn.Module):
+  """images f32 [B, H, W, 3] -> logits f32 [B, H, W, num_classes]."""
+
+  num_classes: int
+  backbone: str = "resnet50"
+  stem: str = "deep"
+  output_stride: int = 16
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, images: Array, *, train: bool, groups: int = 1) -> Array:
+    body = ResNet(self.backbone, self.stem, self.output_stride, multi_grid=(1, 2, 4), dtype=self.dtype, name="backbone")
+    # Rates 6, 12, 18 are for stride 16; a map twice as fine needs them twice as large to see as far (Chen et al. 2017, DeepLabv3).
+    rates = tuple(rate * max(16 // self.output_stride, 1) for rate in (6, 12, 18))
+    stages = body(images.astype(self.dtype), train=train, groups=groups)
+    scores = Head(self.num_classes, rates, dtype=self.dtype, name="head")(stages, train=train, groups=groups)
+    return resize.bilinear_align_corners(scores, images.shape[1:3])

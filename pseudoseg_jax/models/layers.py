@@ -1,0 +1,151 @@
+"""Convolution and batch norm with the conventions that published segmentation networks were trained with (PyTorch's)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from pseudoseg_jax.contract import Array
+
+class Conv(nn.Module):
+  """Square convolution, NHWC; padding dilation * (kernel_size - 1) / 2 on every side, as PyTorch code writes it.
+
+  (Flax's "SAME" pads only bottom and right where a stride divides the size.) The kernel `kernel` is f32 [k, k, Cin, Cout], Kaiming
+  normal in fan-in; `bias`, where asked for, is uniform in +-1/sqrt(fan_in), PyTorch's default.
+  """
+
+  features: int
+  kernel_size: int = 1
+  stride: int = 1
+  dilation: int = 1
+  use_bias: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """x: [B, H, W, Cin] -> `dtype` [B, ceil(H / stride), ceil(W / stride), features]."""
+    shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+    kernel = self.param("kernel", kaiming_normal, shape, jnp.float32)
+    pad = self.dilation * (self.kernel_size - 1) // 2
+    y = jax.lax.conv_general_dilated(
+      x.astype(self.dtype),
+      kernel.astype(self.dtype),
+      window_strides=(self.stride, self.stride),
+      padding=((pad, pad), (pad, pad)),
+      rhs_dilation=(self.dilation, self.dilation),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    if self.use_bias:
+      bound = (shape[0] * shape[1] * shape[2]) ** -0.5
+      bias = self.param("bias", lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound), (self.features,))
+      y = y + bias.astype(self.dtype)
+    return y
+
+
+def _leaky(z: Array, negative_slope: float) -> Array:
+  return z if negative_slope == 1 else jnp.where(z > 0, z, negative_slope * z)
+
+
+def _per_channel(values: Array) -> Array:
+  """[G, C] -> [1, G, 1, 1, C], to meet a batch [B / G, G, H, W, C]."""
+  return values[None, :, None, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalize_batch(x: Array, scale: Array, bias: Array, eps: float, negative_slope: float) -> tuple[Array, Array, Array]:
+  """Batch norm with the batch's own statistics, then leaky ReLU; x: [B / G, G, H, W, C] -> (y, mean f32 [G, C], variance f32 [G, C]).
+
+  The gradient keeps nothing but x: the normalised map and the sign for the ReLU are cheaper to redo than to store. `mean` and
+  `variance` (over n, not n - 1) are for the running statistics and carry no gradient.
+  """
+  return _normalize_batch(x, scale, bias, eps, negative_slope)[0]
+
+
+def _normalize_batch(x, scale, bias, eps, negative_slope):
+  x32 = x.astype(jnp.float32)
+  mean = jnp.mean(x32, axis=(0, 2, 3))
+  variance = jnp.mean(jnp.square(x32 - _per_channel(mean)), axis=(0, 2, 3))
+  inverse = jax.lax.rsqrt(variance + eps)
+  factor = inverse * scale
+  y = _leaky(x32 * _per_channel(factor) + _per_channel(bias - mean * factor), negative_slope).astype(x.dtype)
+  return (y, mean, variance), (x, scale, bias, mean, inverse)
+
+
+def _normalize_batch_gradient(eps, negative_slope, residuals, gradients):
+  x, scale, bias, mean, inverse = residuals
+  gradient = gradients[0].astype(jnp.float32)
+  normalized = (x.astype(jnp.float32) - _per_channel(mean)) * _per_channel(inverse)
+  if negative_slope != 1:
+    gradient = jnp.where(normalized * scale + bias > 0, gradient, negative_slope * gradient)
+  count = x.size // mean.size
+  bias_gradient = jnp.sum(gradient, axis=(0, 2, 3))
+  scale_gradient = jnp.sum(gradient * normalized, axis=(0, 2, 3))
+  x_gradient = _per_channel(inverse * scale) * (
+    gradient - _per_channel(bias_gradient / count) - normalized * _per_channel(scale_gradient / count)
+  )
+  return x_gradient.astype(x.dtype), scale_gradient.sum(0), bias_gradient.sum(0)
+
+
+normalize_batch.defvjp(_normalize_batch, _normalize_batch_gradient)
+
+
+class BatchNorm(nn.Module):
+  """Batch norm over B, H and W, optionally followed by a (leaky) ReLU, with PyTorch's running statistics.
+
+  Parameters `scale`, `bias` and statistics `mean`, `var` are f32 [C]. The running variance takes the unbiased variance, n / (n - 1)
+  times the one that normalises (Flax's own layer does not). Everything is computed in float32, whatever the dtype of x.
+
+  momentum: what the running statistics keep per batch; 0.9 is PyTorch's 0.1.
+  negative_slope: 0 is a ReLU, 0.01 PyTorch's leaky ReLU, 1 no activation.
+  """
+
+  momentum: float = 0.9
+  eps: float = 1e-5
+  negative_slope: float = 1.0
+
+  @nn.compact
+  def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
+    """x: [B, H, W, C] -> the same shape and dtype.
+
+    With train=True the batch's own statistics normalise and move the running ones. With groups=G the rows are G interleaved batches
+    (row i belongs to batch i % G; interleaved, so that a batch axis split over devices stays where it is), each with statistics of
+    its own, which move the running ones one after the other. B must be a multiple of G.
+    """
+    channels = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+    running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+    running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+    if not train:
+      factor = scale * jax.lax.rsqrt(running_var.value + self.eps)
+      y = _leaky(x.astype(jnp.float32) * factor + (bias - running_mean.value * factor), self.negative_slope)
+      return y.astype(x.dtype)
+    grouped = x.reshape(-1, groups, *x.shape[1:])
+    y, mean, variance = normalize_batch(grouped, scale, bias, self.eps, self.negative_slope)
+    if not self.is_initializing():
+      count = x.size // (groups * channels)
+      for group in range(groups):
+        unbiased = variance[group] * (count / max(count - 1, 1))
+        running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean[group]
+        running_var.value = self.momentum * running_var.value + (1 - self.momentum) * unbiased
+    return y.reshape(x.shape)
+
+
+class ConvBN(nn.Module):
+  """Convolution without bias, batch norm, activation: the brick of every network here."""
+
+  features: int
+  kernel_size: int = 1
+  stride: int = 1
+  dilation: int = 1
+  negative_slope: float = 0.0  # ReLU; 1 for none
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
+    x = Conv(self.features, self.kernel_size, self.stride, self.dilation, dtype=self.dtype, name="conv")(x)
+    return BatchNorm(negative_slope=self.negative_slope, name="bn")(x, train=train, groups=groups)

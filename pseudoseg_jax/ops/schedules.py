@@ -1,0 +1,40 @@
+"""Ramps and learning-rate schedules as functions of the step; they take Python numbers, NumPy or traced arrays."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+
+def sigmoid_rampup(step, length_steps):
+  """exp(-5 (1 - t)^2) with t = step / length clipped to [0, 1]; 1 for length 0. [Laine & Aila 2017; Mean Teacher ramps.py]"""
+  t = jnp.clip(jnp.asarray(step, float) / max(length_steps, 1e-12), 0, 1)
+  return jnp.exp(-5 * jnp.square(1 - t)) if length_steps else jnp.ones_like(t)
+
+
+def sigmoid_rampdown(step, length_steps, total_steps):
+  """1, then exp(-12.5 t^2) with t from 0 to 1 over the last `length_steps`. [Mean Teacher tensorflow model.py]"""
+  t = jnp.clip(1 - (total_steps - jnp.asarray(step, float)) / length_steps, 0, 1)
+  return jnp.exp(-12.5 * jnp.square(t))
+
+
+def linear_rampup(step, length_steps):
+  """step / length clipped to [0, 1]; 1 for length 0. [Mean Teacher ramps.py]"""
+  t = jnp.clip(jnp.asarray(step, float) / max(length_steps, 1e-12), 0, 1)
+  return t if length_steps else jnp.ones_like(t)
+
+
+def cosine_rampdown(step, length_steps):
+  """(cos(pi step / length) + 1) / 2, from 1 to 0. [Mean Teacher ramps.py]"""
+  return 0.5 * (jnp.cos(jnp.pi * jnp.asarray(step, float) / length_steps) + 1)
+
+
+def poly(step, *, base, total_steps, power=0.9, warmup_steps=0, shift_steps=0):
+  """base * (1 - step / total)^power, after a linear warm-up from 0. [TorchSemiSeg furnace/engine/lr_policy.py]
+
+  shift_steps: the schedule is read at step + shift, from 0 to total: official loops that set the rate after the step lag by one
+    (UniMatch, -1), others lead by one (PixelSSL, +1).
+  """
+  step = jnp.clip(jnp.asarray(step) + shift_steps, 0, total_steps)
+  # (total - step) is exact in integers; 1 - step/total in float32 would not be near the end.
+  rate = base * (jnp.asarray(total_steps - step, float) / total_steps) ** power
+  return jnp.where(step < warmup_steps, base * jnp.asarray(step, float) / max(warmup_steps, 1), rate)

@@ -1,0 +1,57 @@
+"""Optimisers whose learning rate and weight decay depend on a parameter's path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import jax
+import optax
+
+from pseudoseg_jax.contract import Optimizer, PyTree
+
+
+def path_name(path) -> str:
+  """A tree path as text: (DictKey("backbone"), DictKey("kernel")) -> "backbone/kernel"."""
+  return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def by_path(rule: Callable[[str], object], params: PyTree) -> PyTree:
+  """A tree like `params` whose leaves are rule("backbone/conv1/kernel")."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: rule(path_name(path)), params)
+
+
+def decays(path: str, scope: str) -> bool:
+  """Whether weight decay acts on this parameter: scope "kernels" (no batch norm, no bias; CPS) or "all" (PixelSSL, UniMatch)."""
+  return scope == "all" or path.endswith("kernel")
+
+
+def multiplier_table(factors: Mapping[str, float]) -> Callable[[str], float]:
+  """{"^backbone": 0.1} -> a function from parameter path to learning-rate factor; the first pattern found wins, else 1."""
+
+  def multiplier(path: str) -> float:
+    return next((factor for pattern, factor in factors.items() if re.search(pattern, path)), 1.0)
+
+  return multiplier
+
+
+def sgd(
+  learning_rate: Callable, *, momentum: float = 0.9, weight_decay: float = 0.0, decay_scope: str = "kernels", factors=None
+) -> Optimizer:
+  """PyTorch's SGD: weight decay is added to the gradient, before momentum; no dampening, no Nesterov."""
+  transform = optax.chain(
+    optax.add_decayed_weights(weight_decay, mask=lambda params: by_path(lambda path: decays(path, decay_scope), params)),
+    optax.trace(decay=momentum),
+  )
+  return Optimizer(transform, learning_rate, multiplier_table(factors or {}))
+
+
+def adamw(
+  learning_rate: Callable, *, b1: float = 0.9, b2: float = 0.999, weight_decay: float = 0.0, decay_scope: str = "kernels", factors=None
+) -> Optimizer:
+  """AdamW: decoupled weight decay, scaled by the learning rate."""
+  transform = optax.chain(
+    optax.scale_by_adam(b1=b1, b2=b2),
+    optax.add_decayed_weights(weight_decay, mask=lambda params: by_path(lambda path: decays(path, decay_scope), params)),
+  )
+  return Optimizer(transform, learning_rate, multiplier_table(factors or {}))
