@@ -131,11 +131,10 @@ class FolderSource:
         remedy="colour-coded masks must be converted to indices first",
       )
       problems.raise_if_any()
-    label = label.astype(np.int64) if label.dtype != np.uint8 else label
-    in_range = (label >= 0) & (label < len(self._known)) if label.dtype != np.uint8 else True
-    if not np.all(in_range) or not self._known[label].all():
-      values = np.unique(label)
-      unknown = [int(value) for value in values if not (0 <= value < len(self._known) and self._known[value])]
+    if label.dtype == np.uint8 and self._known[label].all():
+      return self._table[label]
+    unknown = [int(value) for value in np.unique(label) if not (0 <= value <= 255 and self._known[int(value)])]
+    if unknown:
       problems.add(
         "values",
         got=splits.shorten(unknown, most=10),
@@ -143,7 +142,7 @@ class FolderSource:
         remedy=f"map them with label_map, e.g. {{{unknown[0]}: {IGNORE_LABEL}}}, or correct num_classes",
       )
       problems.raise_if_any()
-    return self._table[label]
+    return self._table[label.astype(np.uint8)]  # 1-bit and 16-bit masks
 
   def _check_options(self, label_map, problems):
     for name, pattern in (("image_pattern", self.image_pattern), ("label_pattern", self.label_pattern)):
@@ -173,10 +172,8 @@ class FolderSource:
         listings[path.parent] = frozenset(os.listdir(path.parent)) if path.parent.is_dir() else frozenset()
       return path.name in listings[path.parent]
 
-    for what, pattern in (("image", self.image_pattern), ("mask", self.label_pattern)):
-      if pattern is None:
-        continue
-      path_of = self.image_path if what == "image" else self.label_path
+    patterns = [("image", self.image_pattern, self.image_path), ("label", self.label_pattern, self.label_path)]
+    for what, pattern, path_of in patterns[: 1 + self.has_labels]:
       absent = [row for row in range(len(self)) if not exists(path_of(row))]
       if absent:
         missing = True
@@ -290,14 +287,15 @@ def _pattern_remedy(root: pathlib.Path, pattern: str, name: str, what: str, most
   for folder, _, files in os.walk(root):
     seen += len(files)
     for file in files:
-      path = (pathlib.Path(folder) / file).relative_to(root).as_posix()
       if stem in file:
-        found.append(path.replace(name if name in path else stem, "{id}"))
+        path = (pathlib.Path(folder) / file).relative_to(root).as_posix()
+        before, _, after = path.rpartition(name if name in path else stem)
+        found.append(f"{before}{{id}}{after}")
     if seen > most_files:
       break
   near = difflib.get_close_matches(pattern, found, n=1, cutoff=0.0)
   if near:
-    return f"for '{name}' there is {what}_pattern '{near[0]}'".replace("mask_pattern", "label_pattern")
+    return f"for '{name}' there is {what}_pattern '{near[0]}'"
   folder = (root / pattern.replace("{id}", name)).parent
   if not folder.is_dir():
     return f"there is no folder {folder}"

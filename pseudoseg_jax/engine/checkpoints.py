@@ -6,7 +6,6 @@ import logging
 import pathlib
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from pseudoseg_jax import checks
@@ -65,14 +64,13 @@ class Checkpoints:
         self._tell(series, -1, error)
 
   def restore(self, like: State, *, series: str = "last", step: int | None = None) -> State:
-    """The state of a series' newest step (or `step`), with the structure, dtypes and shardings of `like`."""
+    """The state of a series' newest step (or `step`), with the structure, dtypes and shardings of `like` (shapes suffice)."""
     manager = self._managers[series]
     step = manager.latest_step() if step is None else step
     if step is None:
       raise checks.InputError(f"no {series} checkpoint in {self.directory}: train first, or name another --workdir")
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
-      return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+      return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
     except (ValueError, KeyError, FileNotFoundError) as error:
       raise checks.InputError(
         f"checkpoint {self.directory / series / str(step)} does not fit this model or is damaged: {error}\n"

@@ -59,6 +59,12 @@ def jit_init(method: Method, mesh: Mesh, seed: int) -> State:
   return init(rng.stream(jax.random.key(seed), "init"))
 
 
+def abstract_state(method: Method, mesh: Mesh) -> State:
+  """Shapes, dtypes and shardings of the method's state, without computing it."""
+  shapes = jax.eval_shape(method.init, jax.random.key(0))
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.replicated(mesh)), shapes)
+
+
 def _on_device(mesh: Mesh, batches: Iterator[Any]) -> Iterator[Any]:
   """Batches as global arrays, the next ones already on their way while a step runs."""
   waiting = deque()
@@ -139,10 +145,9 @@ def fit(
   Raises:
     NonFiniteLoss: names the step and the loss terms.
   """
-  state = jit_init(method, mesh, seed)
   start = checkpoints.step() or 0
+  state = checkpoints.restore(abstract_state(method, mesh)) if start else jit_init(method, mesh, seed)
   if start:
-    state = checkpoints.restore(state)
     log.info("resumed at step %d of %d", start, total_steps)
   best = checkpoints.note("best").get("score", -np.inf)
   step_fn = jit_step(method, mesh, seed)

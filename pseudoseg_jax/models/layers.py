@@ -11,11 +11,31 @@ from flax import linen as nn
 
 from pseudoseg_jax.contract import Array
 
+def convolve(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Array:
+  """Convolution [B, H, W, Cin] with [k, k, Cin, Cout], k odd, padded by dilation * (k - 1) / 2 on every side."""
+  reach = kernel.shape[0] // 2
+  if dilation >= max(x.shape[1:3]) and reach:
+    # The dilation is larger than the map: every tap but the middle one only ever meets padding.
+    kernel, reach = kernel[reach : reach + 1, reach : reach + 1], 0
+  if reach == 0:
+    # A 1x1 convolution is a matrix product, which XLA and its gradients treat better than a convolution on every platform.
+    return jnp.tensordot(x[:, ::stride, ::stride], kernel[0, 0], 1)
+  pad = dilation * reach
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    window_strides=(stride, stride),
+    padding=((pad, pad), (pad, pad)),
+    rhs_dilation=(dilation, dilation),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+
+
 class Conv(nn.Module):
   """Square convolution, NHWC; padding dilation * (kernel_size - 1) / 2 on every side, as PyTorch code writes it.
 
-  (Flax's "SAME" pads only bottom and right where a stride divides the size.) The kernel `kernel` is f32 [k, k, Cin, Cout], Kaiming
-  normal in fan-in; `bias`, where asked for, is uniform in +-1/sqrt(fan_in), PyTorch's default.
+  (Flax's "SAME" pads only bottom and right where a stride divides the size.) Parameters are f32: `kernel` [k, k, Cin, Cout] and, where
+  asked for, `bias` [Cout]. Modules only say their shapes; `initial.initial_values` gives them values.
   """
 
   features: int
@@ -29,20 +49,10 @@ class Conv(nn.Module):
   def __call__(self, x: Array) -> Array:
     """x: [B, H, W, Cin] -> `dtype` [B, ceil(H / stride), ceil(W / stride), features]."""
     shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-    kernel = self.param("kernel", kaiming_normal, shape, jnp.float32)
-    pad = self.dilation * (self.kernel_size - 1) // 2
-    y = jax.lax.conv_general_dilated(
-      x.astype(self.dtype),
-      kernel.astype(self.dtype),
-      window_strides=(self.stride, self.stride),
-      padding=((pad, pad), (pad, pad)),
-      rhs_dilation=(self.dilation, self.dilation),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
+    y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.dilation)
     if self.use_bias:
-      bound = (shape[0] * shape[1] * shape[2]) ** -0.5
-      bias = self.param("bias", lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound), (self.features,))
-      y = y + bias.astype(self.dtype)
+      y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
     return y
 
 

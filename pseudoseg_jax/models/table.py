@@ -12,6 +12,7 @@ from pseudoseg_jax import checks
 from pseudoseg_jax.contract import Array, Network, PyTree
 from pseudoseg_jax.models import resnet
 from pseudoseg_jax.models.deeplab import DeepLabV3Plus
+from pseudoseg_jax.models.initial import initial_values
 from pseudoseg_jax.models.tiny import Tiny
 
 
@@ -53,8 +54,9 @@ def make_network(name: str, *, num_classes: int, **options) -> Network:
 
   @jax.jit
   def init(key: Array) -> tuple[PyTree, PyTree]:
-    # Shapes of parameters do not depend on the image's size: the smallest image traces fastest.
-    variables = module.init(key, jnp.zeros((1, 32, 32, 3)), train=False)
+    # Shapes of parameters do not depend on the image's size; only shapes are computed here.
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
+    variables = initial_values(key, shapes)
     return variables["params"], variables["batch_stats"]
 
   def apply(params: PyTree, batch_stats: PyTree, images: Array, *, train: bool, groups: int = 1) -> tuple[Array, PyTree]:

@@ -105,9 +105,10 @@ def test_torchsemiseg_mean_teacher_steps(golden):
 @pytest.mark.golden("mt_pixelssl_train_steps")
 def test_pixelssl_mean_teacher_steps(golden):
   hp = {name: value.item() for name, value in golden.under("hp/").items()}
-  # PixelSSL: weight decay on every parameter, the classifier at ten times the rate, cross entropy averaged over all pixels.
+  # PixelSSL: weight decay on every parameter, the classifier at ten times the rate, cross entropy averaged over all pixels, and a
+  # learning rate that is one step ahead.
   criterion = functools.partial(losses.cross_entropy_mean, denominator="all")
-  task = make_task(golden, criterion=criterion, decay_scope="all", factors={"^cls": 10.0})
+  task = make_task(golden, criterion=criterion, decay_scope="all", shift_steps=1, factors={"^cls": 10.0})
   steps = toy.num_steps(golden)
   options = mean_teacher.CONVENTIONS["pixelssl"] | dict(
     weight=hp["cons_scale"],

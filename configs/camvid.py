@@ -1,0 +1,37 @@
+"""CamVid, 11 classes: images/{train,val,test}/NAME.jpg and labels/{train,val,test}/NAME.png below config.data.root.
+
+  --config=configs/camvid.py:method=cps,split=1_8 --config.data.root=DIR
+
+A small network at 240x180, so that a run takes minutes on a CPU; network=deeplabv3plus for a GPU.
+"""
+
+from pseudoseg_jax import config as configs
+
+
+def get_config(argument=""):
+  chosen = configs.arguments(argument, method="cps", convention="", split="1_8", network="tiny", backbone="resnet50")
+  config = configs.base(configs.method(chosen["method"], chosen["convention"]))
+  config.data.update(configs.folder_data(
+    classes="camvid",
+    label_map={"11": 255},  # void
+    image_pattern="images/train/{id}.jpg",
+    label_pattern="labels/train/{id}.png",
+    split=chosen["split"],
+    # Test, not val: val is a dense stretch of one sequence that is also in train.
+    eval_image_pattern="images/test/{id}.jpg",
+    eval_label_pattern="labels/test/{id}.png",
+  ))  # fmt: skip
+  if chosen["network"] == "deeplabv3plus":
+    config.network = configs.network("deeplabv3plus", backbone=chosen["backbone"])
+  else:
+    config.network = configs.network(chosen["network"], width=24)
+  config.total_steps = 2000
+  config.batch_size_global = {"labeled": 4, "unlabeled": 4}
+  config.optimizer.learning_rate = 0.05
+  config.views.crop_size = (160, 160)
+  config.views.scales = (0.75, 1.0, 1.25, 1.5)
+  config.log_every_steps = 50
+  config.eval_every_steps = 1000
+  config.checkpoint_every_steps = 500
+  config.evaluation.batch_size = 8
+  return config

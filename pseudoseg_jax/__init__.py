@@ -1,0 +1,13 @@
+"""Semi- and weakly-supervised semantic segmentation in JAX/Flax: train(...), evaluate(...), load(...)."""
+
+import importlib
+
+__version__ = "0.1.0"
+__all__ = ["evaluate", "load", "train"]
+
+
+def __getattr__(name):
+  # On first use: `import pseudoseg_jax` must not start TensorFlow.
+  if name in __all__:
+    return getattr(importlib.import_module("pseudoseg_jax.api"), name)
+  raise AttributeError(f"module 'pseudoseg_jax' has no attribute '{name}'")

@@ -1,0 +1,257 @@
+"""Train, evaluate and load from Python, as from the command line; what `main` and `predict` call.
+
+>>> import pseudoseg_jax
+>>> result = pseudoseg_jax.train("configs/quickstart.py", workdir="/tmp/quickstart")
+>>> predictor = pseudoseg_jax.load("/tmp/quickstart")
+>>> ids = predictor.predict("photo.jpg")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from pseudoseg_jax import build, checks, config as configs
+from pseudoseg_jax.contract import Method, State
+from pseudoseg_jax.engine import loop, mesh as meshes
+from pseudoseg_jax.engine.checkpoints import Checkpoints
+from pseudoseg_jax.engine.records import Records
+from pseudoseg_jax.evaluate import evaluator, pictures, report
+from pseudoseg_jax.evaluate.predictor import Predictor
+
+log = logging.getLogger("pseudoseg_jax")
+
+
+class _Scoring:
+  """Scores every predictor of a method and leaves tables, pictures and results.json in the workdir."""
+
+  def __init__(self, config, source: dict[str, str], data: build.Data, method: Method, workdir: pathlib.Path, records, mesh):
+    self.config, self.data, self.method = config, data, method
+    self.workdir, self.records = workdir, records
+    self.protocol = build.build_protocol(config)
+    options = dict(protocol=self.protocol, mean=config.data.mean, std=config.data.std)
+    self._score = evaluator.make_evaluator(
+      method.predictors, data.evaluated, data.classes, batch_size=config.evaluation.batch_size, mesh=mesh, **options
+    )
+    self._options = options
+    self._results_path = workdir / "results.json"
+    self.results = report.read_results(self._results_path) if self._results_path.exists() else None
+    self._about = dict(
+      config=source, seed=config.seed, method=config.method.name, split=data.split, protocol=evaluator.describe(self.protocol)
+    )
+
+  def __call__(self, state: State) -> float:
+    """Headline mIoU of a state; reports it as `last`, and as `best` where it is."""
+    step = int(state.step)
+    log.info("step %d: evaluating %d images ...", step, len(self.data.evaluated))
+    scores = self.scores = self._score(state)
+    headline = next(iter(self.method.predictors))
+    miou = scores[headline].miou
+    if jax.process_index() == 0:
+      self._report(step, state, scores, headline)
+    return -np.inf if np.isnan(miou) else float(miou)
+
+  def _report(self, step, state, scores, headline):
+    table = report.table(self.data.classes, scores)
+    log.info("step %d (%s)\n%s", step, self._about["protocol"], table)
+    self.results = report.update_results(self.results, self._about, self.data.classes, step, scores, headline)
+    report.write_results(self._results_path, self.results)
+    (self.workdir / "scores.csv").write_text(report.csv(self.data.classes, scores))
+    values = {f"evaluation/{name}/miou": score.miou for name, score in scores.items()}
+    values |= {f"evaluation/{name}/pixel_accuracy": score.pixel_accuracy for name, score in scores.items()}
+    values |= {
+      f"evaluation/{name}/iou/{class_name}": value
+      for name, score in scores.items()
+      for class_name, value in zip(self.data.classes.names, score.iou, strict=True)
+      if not np.isnan(value)
+    }
+    self.records.scalars(step, values)
+    self.records.texts(step, {"evaluation/table": f"```\n{table}\n```"})
+    self._draw(step, state)
+
+  def _draw(self, step, state):
+    """Overlays of the same few images at every evaluation, and the curves so far."""
+    count = min(self.config.evaluation.pictures, len(self.data.evaluated))
+    rows = np.linspace(0, len(self.data.evaluated) - 1, count).astype(int).tolist()
+    images = [self.data.evaluated.image(row) for row in rows]
+    predictions = {
+      name: [Predictor(lambda x, p=predict: p(state, x), self.data.classes, name=name, **self._options).predict(i) for i in images]
+      for name, predict in self.method.predictors.items()
+    }
+    sheet = pictures.contact_sheet(images, [self.data.evaluated.label(row) for row in rows], predictions, self.data.classes)
+    folder = self.workdir / "pictures"
+    folder.mkdir(exist_ok=True)
+    sheet.save(folder / "overlays.png")
+    self.records.images(step, {"overlays": np.asarray(sheet)[None]})
+    pictures.curves(self.records.history(), folder / "curves.png")
+
+
+def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrides: Mapping[str, Any] | None = None) -> dict:
+  """Trains (or goes on training) in `workdir` and returns its results (the content of results.json).
+
+  Args:
+    config: a config, or the path of a config file with its argument, "configs/camvid.py:method=cps".
+    overrides: dotted options, {"data.root": "/data/camvid"}.
+
+  Raises:
+    InputError: the config, the data or the workdir cannot be used; everything that can be known at once.
+  """
+  source = {"path": "", "argument": ""}
+  if isinstance(config, str):
+    path, _, argument = config.partition(":")
+    source = {"path": path, "argument": argument}
+    config = configs.load(config)
+  configs.override(config, overrides or {})
+  workdir = pathlib.Path(workdir)
+  build.check_run(config)
+  _claim(workdir, config, source)
+
+  data = build.build_data(config.data)
+  report.write_atomically(workdir / "classes.json", json.dumps(dataclasses.asdict(data.classes)))
+  method = build.build_method(config, len(data.classes))
+  spec = build.build_pipeline(config, data, method)
+  mesh = meshes.make_mesh()
+  records = Records(workdir)
+  checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.keep_last_checkpoints)
+  try:
+    log.info("%s on %s (%s), %d devices, workdir %s", config.method.name, config.data.name, data.split, mesh.size, workdir)
+    scoring = _Scoring(config, source, data, method, workdir, records, mesh)
+    streams = 1 + method.needs.unlabeled + method.needs.partner
+    sizes = config.batch_size_global
+    outcome = loop.fit(
+      method,
+      mesh=mesh,
+      seed=config.seed,
+      total_steps=config.total_steps,
+      batches=build.batches(spec),
+      images_per_step=sizes.labeled + (streams - 1) * sizes.unlabeled,
+      every=loop.Every(config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps),
+      checkpoints=checkpoints,
+      records=records,
+      evaluate=scoring,
+    )
+    if outcome.finished and jax.process_index() == 0:
+      log.info("%s", _summary(scoring, workdir, source))
+    return (scoring.results or {}) | {"finished": outcome.finished}
+  finally:
+    checkpoints.close()
+    records.close()
+
+
+def evaluate(
+  workdir: str | pathlib.Path, *, checkpoint: str = "best", overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+  """Scores a trained workdir again, {predictor: Scores}, and logs the table; `overrides` may change config.evaluation or data.root."""
+  workdir = pathlib.Path(workdir)
+  config = _saved_config(workdir)
+  configs.override(config, overrides or {})
+  data = build.build_data(config.data)
+  method = build.build_method(config, len(data.classes))
+  mesh = meshes.make_mesh()
+  state = _restore(workdir, config, method, mesh, checkpoint)
+  protocol = build.build_protocol(config)
+  score = evaluator.make_evaluator(
+    method.predictors, data.evaluated, data.classes, protocol=protocol, mean=config.data.mean, std=config.data.std,
+    batch_size=config.evaluation.batch_size, mesh=mesh,
+  )  # fmt: skip
+  scores = score(state)
+  if jax.process_index() == 0:
+    print(f"{checkpoint} checkpoint, step {int(state.step)}, {len(data.evaluated)} images, {evaluator.describe(protocol)}")
+    print(report.table(data.classes, scores))
+  return scores
+
+
+def load(workdir: str | pathlib.Path, predictor: str | None = None, checkpoint: str = "best") -> Predictor:
+  """A trained workdir as a predictor: any image in, class ids out. It needs no data set.
+
+  Args:
+    predictor: one of the method's predictors ("student", "teacher", "a", ...); default the method's headline.
+    checkpoint: "best" or "last".
+  """
+  workdir = pathlib.Path(workdir)
+  config = _saved_config(workdir)
+  classes = _saved_classes(workdir)
+  method = build.build_method(config, len(classes))
+  name = predictor or next(iter(method.predictors))
+  checks.check_name("predictor", name, method.predictors)
+  state = _restore(workdir, config, method, meshes.make_mesh(jax.devices()[:1]), checkpoint)
+  predict = method.predictors[name]
+  return Predictor(
+    lambda images: predict(state, images), classes, name=name, protocol=build.build_protocol(config),
+    mean=config.data.mean, std=config.data.std,
+  )  # fmt: skip
+
+
+def _claim(workdir: pathlib.Path, config: configs.ConfigDict, source: dict[str, str]) -> None:
+  """Writes the config into a new workdir; refuses one that another config made."""
+  saved = workdir / "config.json"
+  if saved.exists():
+    different = configs.differences(config, _saved_config(workdir))
+    if different:
+      problems = checks.Problems(f"workdir {workdir} belongs to another config")
+      problems.extend(different)
+      problems.add("remedy: another --workdir, or the config it was made with", allowed=None)
+      problems.raise_if_any()
+    return
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    report.write_atomically(saved, configs.to_json(config))
+
+
+def _saved_config(workdir: pathlib.Path) -> configs.ConfigDict:
+  path = workdir / "config.json"
+  if not path.is_file():
+    problems = checks.Problems("cannot use workdir")
+    problems.add("workdir", got=str(workdir), allowed="a folder that a training run made (it holds config.json)")
+    problems.raise_if_any()
+  return configs.from_json(path.read_text())
+
+
+def _saved_classes(workdir: pathlib.Path) -> build.Classes:
+  """The classes as they were at training time, so that a workdir is usable where its data are not."""
+  saved = json.loads((workdir / "classes.json").read_text())
+  return build.Classes(tuple(saved["names"]), tuple(tuple(color) for color in saved["palette"]))
+
+
+def _restore(workdir, config, method: Method, mesh, checkpoint: str) -> State:
+  checks.check_name("checkpoint", checkpoint, ("best", "last"))
+  if not (workdir / "checkpoints").is_dir():
+    raise checks.InputError(f"no checkpoint in {workdir}: train first")
+  checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+  try:
+    return checkpoints.restore(loop.abstract_state(method, mesh), series=checkpoint)
+  finally:
+    checkpoints.close()
+
+
+def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str]) -> str:
+  """What a person wants to know at the end."""
+  results, classes = scoring.results, scoring.data.classes
+  lines = ["", f"Done: {results['method']} on {results['split']}, seed {results['seed']}", ""]
+  headline = next(iter(scoring.method.predictors))
+  for series in ("last", "best"):
+    entry = results[series]
+    mious = ", ".join(f"{name} {100 * (score['miou'] or 0):.2f}" for name, score in entry["predictors"].items())
+    chosen = f" (best by {entry['selected_by']})" if series == "best" else ""
+    lines.append(f"  {series:5} step {entry['step']:>6}  mIoU %: {mious}{chosen}")
+  lines += ["", report.table(classes, scoring.scores), ""]
+  baseline = f"{source['path']}:method=supervised"
+  lines += [
+    f"  pictures     {workdir}/pictures/overlays.png, {workdir}/pictures/curves.png",
+    f"  scores       {workdir}/results.json, {workdir}/scores.csv",
+    f"  checkpoints  {workdir}/checkpoints/{{last,best}}",
+    f"  TensorBoard  tensorboard --logdir {workdir}/tensorboard",
+    "",
+    "Next:",
+    f"  python -m pseudoseg_jax.predict --workdir={workdir} --images DIR --out OUT      segment your own images",
+  ]
+  if source["path"] and results["method"] != "supervised":
+    lines.append(f"  python -m pseudoseg_jax.main --config={baseline} --workdir={workdir}_supervised      the baseline to compare with")
+  return "\n".join(lines)

@@ -1,0 +1,244 @@
+"""Configs: every option of a run with its default, in one tree; a file in configs/ states what differs.
+
+`get_config("method=cps,split=1_8")` of such a file returns the tree. Batch sizes are global, durations are in optimiser steps.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from pseudoseg_jax import checks
+from pseudoseg_jax.methods import mean_teacher, table as methods_table
+from pseudoseg_jax.models import table as models_table
+
+ConfigDict = ml_collections.ConfigDict
+
+
+def defaults_of(factory: Callable, *skip: str) -> dict[str, Any]:
+  """A factory's options with their defaults, as a config holds them."""
+  return {
+    name: parameter.default
+    for name, parameter in inspect.signature(factory).parameters.items()
+    if parameter.default is not inspect.Parameter.empty and name not in skip
+  }
+
+
+def network(name: str, **options) -> ConfigDict:
+  """config.network: a name of models.table.NETWORKS with that network's options."""
+  checks.check_name("network", name, models_table.NETWORKS)
+  defaults = defaults_of(models_table.NETWORKS[name]) | {"dtype": "float32"}  # "bfloat16": activations only
+  return _differing(ConfigDict({"name": name, **defaults}), options)
+
+
+def method(name: str, convention: str = "", **options) -> ConfigDict:
+  """config.method: a name of methods.table.METHODS with that method's options; `convention` names a published set of them."""
+  config = methods_table.default_config(name)
+  if convention:
+    if name != "mean_teacher":
+      raise checks.InputError(f"convention={convention}: only method=mean_teacher has named conventions, not '{name}'")
+    checks.check_name("convention", convention, mean_teacher.CONVENTIONS)
+    config.update(mean_teacher.CONVENTIONS[convention])
+  return _differing(config, options)
+
+
+def _differing(config: ConfigDict, options: Mapping[str, Any]) -> ConfigDict:
+  for key, value in options.items():
+    checks.check_name(f"option of '{config.name}'", key, list(config))
+    config[key] = value
+  return config
+
+
+def base(method_config: ConfigDict) -> ConfigDict:
+  """All options but those of a data set; what a config file starts from."""
+  return ConfigDict({
+    "seed": 0,
+    "total_steps": 1000,
+    "batch_size_global": {"labeled": 8, "unlabeled": 8},
+    "log_every_steps": 50,
+    "eval_every_steps": 500,
+    "checkpoint_every_steps": 500,
+    "keep_last_checkpoints": 2,
+    "method": method_config,
+    "network": network("tiny"),
+    "optimizer": {
+      "name": "sgd",  # or "adamw"
+      "learning_rate": 0.01,
+      "power": 0.9,  # of the polynomial decay to 0 at total_steps
+      "warmup_steps": 0,
+      "shift_steps": 0,  # -1: the rate lags one step, as in loops that set it after the step (UniMatch)
+      "momentum": 0.9,  # sgd only
+      "weight_decay": 1e-4,
+      "decay_scope": "kernels",  # or "all": batch norm and biases too
+      "head_multiplier": 1.0,  # learning rate of everything but the backbone, relative to it
+    },
+    "criterion": {
+      "name": "cross_entropy",  # or "ohem"
+      "denominator": "valid",  # cross_entropy: "valid" pixels or "all" pixels
+      "min_confidence": 0.7,  # ohem
+      "min_kept": 100_000,  # ohem: pixels, per image or batch as scope says
+      "scope": "image",  # ohem: "image" or "batch"
+    },
+    "data": {
+      "name": "folder",  # or "synthetic"
+      "mean": (0.485, 0.456, 0.406),  # of RGB in [0, 1]
+      "std": (0.229, 0.224, 0.225),
+    },
+    "views": {
+      "crop_size": (64, 64),  # height, width in pixels
+      "scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0),
+      "continuous": False,  # True: any factor between the least and the greatest of scales
+      "flip": True,
+      # Photometric strong views, for methods that ask for them.
+      "jitter_probability": 0.8,
+      "brightness": 0.5,
+      "contrast": 0.5,
+      "saturation": 0.5,
+      "hue": 0.25,
+      "grayscale_probability": 0.2,
+      "blur_probability": 0.5,
+      "blur_sigma_pixels": (0.1, 2.0),
+    },
+    "evaluation": {
+      "style": "whole",  # or "slide"
+      "window_pixels": (512, 512),  # slide: height, width
+      "stride_fraction": 2 / 3,  # slide: of the window
+      "scales": (1.0,),
+      "flip": False,
+      "pad_multiple": 1,  # whole: images padded to a multiple of this, so that few sizes compile; 1 leaves them as they are
+      "batch_size": 8,
+      "pictures": 6,  # images shown in pictures/
+    },
+  })
+
+
+def folder_data(**options) -> dict[str, Any]:
+  """config.data of images and masks in folders; patterns hold {id} and are relative to root."""
+  return {
+    "name": "folder",
+    "root": "",
+    "classes": "",  # a file of `index name r g b` lines below root, or "voc" / "camvid"
+    "label_map": {},  # stored mask value (as text) -> class, e.g. {"11": 255}
+    "image_pattern": "",
+    "label_pattern": "",
+    "train_list": "",  # ids to train on, one a line, below root or absolute; "" = every file that fits image_pattern
+    "split": "full",  # labeled part: "1_8" (every 8th id), "full", or a list file
+    "unlabeled_list": "",  # "" = what the labeled part leaves over; or a list file
+    "unlabeled_folder": "",  # a bare folder of images instead
+    "eval_image_pattern": "",  # "" = image_pattern, likewise the next
+    "eval_label_pattern": "",
+    "eval_list": "",
+  } | options
+
+
+def arguments(text: str | None, **allowed: Any) -> dict[str, Any]:
+  """Parses a config file's argument, "method=cps,split=1_8", over the allowed names and their defaults.
+
+  Values take the type of their default. Raises InputError for unknown names or values of another type.
+  """
+  values = dict(allowed)
+  problems = checks.Problems(f"cannot read config argument '{text}'")
+  for part in filter(None, (text or "").split(",")):
+    name, equals, value = part.partition("=")
+    if name not in allowed:
+      problems.add("name", got=repr(name), allowed=checks.choices(allowed), remedy=checks.nearest(name, allowed))
+    elif not equals:
+      problems.add(name, got="no value", allowed=f"{name}=VALUE")
+    else:
+      try:
+        values[name] = type(allowed[name])(value)
+      except ValueError:
+        problems.add(name, got=repr(value), allowed=type(allowed[name]).__name__)
+  problems.raise_if_any()
+  return values
+
+
+def load(path: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+  """The config of "configs/voc.py:method=cps" (a file and, after a colon, its argument), with dotted overrides applied.
+
+  Args:
+    path: config file, optionally with ":argument".
+    overrides: {"data.root": "/data/camvid", "total_steps": 10}.
+
+  Raises:
+    InputError: no such file, wrong argument, unknown key or a value of the wrong type.
+  """
+  file, _, argument = str(path).partition(":")
+  if not pathlib.Path(file).is_file():
+    near = sorted(str(found) for found in pathlib.Path(file).parent.glob("*.py")) if pathlib.Path(file).parent.is_dir() else []
+    problems = checks.Problems("no such config")
+    problems.add("config", got=file, allowed=", ".join(near) or None, remedy=checks.nearest(file, near) if near else None)
+    problems.raise_if_any()
+  spec = importlib.util.spec_from_file_location(f"pseudoseg_jax_config_{pathlib.Path(file).stem}", file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(argument)
+  override(config, overrides or {})
+  return config
+
+
+def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
+  """Sets dotted keys in place, {"optimizer.learning_rate": "0.1"}; text is read as the type of what stands there.
+
+  Raises:
+    InputError: unknown keys (with the nearest known one), values of another type; all of them at once.
+  """
+  problems = checks.Problems("cannot override the config")
+  for key, value in overrides.items():
+    # ml_collections' own flags do the reading, so that notebooks and command lines agree to the letter.
+    values, line = flags.FlagValues(), ["", f"--config.{key}={value}"]
+    try:
+      config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=line)
+      values(line)
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError):
+      known = all_options(config)
+      if key in known:
+        problems.add(f"config.{key}", got=repr(value), allowed=f"{type(known[key]).__name__}, such as {known[key]!r}")
+      else:
+        group = any(name.startswith(f"{key}.") for name in known)
+        remedy = f"set one of its options, config.{key}.NAME" if group else checks.nearest(key, known)
+        problems.add(f"config.{key}", got="a group of options" if group else "no such option", remedy=remedy)
+  problems.raise_if_any()
+
+
+def all_options(config: Mapping, prefix: str = "") -> dict[str, Any]:
+  """Every option by its dotted key: {"seed": 0, "method.name": "cps", ...}."""
+  options = {}
+  for name, value in config.items():
+    options |= all_options(value, f"{prefix}{name}.") if isinstance(value, (dict, ConfigDict)) else {f"{prefix}{name}": value}
+  return options
+
+
+def to_json(config: ConfigDict) -> str:
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+  """The config that `to_json` wrote; JSON's lists are tuples again."""
+
+  def restored(value):
+    if isinstance(value, dict):
+      return {name: restored(item) for name, item in value.items()}
+    return tuple(restored(item) for item in value) if isinstance(value, list) else value
+
+  return ConfigDict(restored(json.loads(text)))
+
+
+def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
+  """One line for each option in which two configs differ: "total_steps: 100 here, 200 there"."""
+
+  mine, other = (all_options(json.loads(to_json(config))) for config in (ours, theirs))
+  return [
+    f"{key}: {json.dumps(mine.get(key, 'absent'))} now, {json.dumps(other.get(key, 'absent'))} there"
+    for key in sorted(mine.keys() | other.keys())
+    if mine.get(key) != other.get(key)
+  ]
+

@@ -1,0 +1,209 @@
+"""Training batches: an endless, restartable stream that is a pure function of (seed, position).
+
+  position -> (epoch, place in the epoch's shuffle) -> row -> load -> geometry -> views
+
+Every random draw is seeded by (seed, stream name, position). So resuming at step s needs only s, and one process or eight feed the
+same global batches. Labeled, unlabeled and partner streams have orders and draws of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from pseudoseg_jax import checks
+from pseudoseg_jax.contract import Needs
+from pseudoseg_jax.data import geometry as geometry_ops
+from pseudoseg_jax.data import photometry as photometry_ops
+from pseudoseg_jax.data import views
+from pseudoseg_jax.data.geometry import Geometry
+from pseudoseg_jax.data.photometry import IMAGENET_MEAN, IMAGENET_STD, Photometry
+from pseudoseg_jax.data.sources import Source
+
+# TensorFlow only feeds; on an accelerator it would take the memory that JAX needs.
+tf.config.set_visible_devices([], "GPU")
+
+_NUM_WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineSpec:
+  """What training batches are made of.
+
+  labeled: a source with masks. unlabeled: a source of which only images are read; None where the method needs none.
+  batch_size_labeled_global, batch_size_unlabeled_global: images a step over all processes.
+  needs: what the method wants besides labeled images (`Method.needs`).
+  mean, std: of RGB in [0, 1], by channel.
+
+  Raises:
+    InputError: all settings that do not fit together, at once.
+  """
+
+  labeled: Source
+  unlabeled: Source | None
+  batch_size_labeled_global: int
+  batch_size_unlabeled_global: int
+  geometry: Geometry
+  photometry: Photometry = Photometry()
+  needs: Needs = Needs()
+  seed: int = 0
+  mean: tuple[float, float, float] = IMAGENET_MEAN
+  std: tuple[float, float, float] = IMAGENET_STD
+
+  def __post_init__(self):
+    problems = checks.Problems("the input pipeline cannot be built")
+    if not self.labeled.has_labels:
+      problems.add("labeled", got="a source without masks", remedy="give it a label_pattern")
+    for role, source in (("labeled", self.labeled), ("unlabeled", self.unlabeled)):
+      if source is not None and len(source) == 0:
+        problems.add(role, got="no image", allowed="at least one")
+    if self.needs.unlabeled and self.unlabeled is None:
+      problems.add("unlabeled", got="no source", allowed="a source of images", remedy="the method learns from unlabeled images")
+    for name, used in (("labeled", True), ("unlabeled", self.needs.unlabeled)):
+      size = getattr(self, f"batch_size_{name}_global")
+      if used and size < 1:
+        problems.add(f"batch_size_{name}_global", got=size, allowed="1 or more")
+    if self.needs.weak_label is not None:
+      problems.add("needs.weak_label", got=repr(self.needs.weak_label), allowed="None; sources hold images and masks only")
+    problems.raise_if_any()
+
+
+def train_batches(
+  spec: PipelineSpec, *, start_step: int = 0, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, dict[str, np.ndarray]]]:
+  """Endless batches from step `start_step` on, in the layout of contract.Batch.
+
+  Each process gets its own contiguous rows of the global batch: process p of n the p-th n-th. Earlier steps are not
+  iterated over.
+
+  Raises:
+    InputError: at once, batch sizes that the processes do not divide; while iterating, a file that cannot be used, by its path.
+  """
+  problems = checks.Problems("the input pipeline cannot be built")
+  if not 0 <= process_index < process_count:
+    problems.add("process_index", got=process_index, allowed=f"0..{process_count - 1}")
+  if start_step < 0:
+    problems.add("start_step", got=start_step, allowed="0 or more")
+  batch_sizes = {"labeled": spec.batch_size_labeled_global}
+  if spec.needs.unlabeled:
+    batch_sizes["unlabeled"] = spec.batch_size_unlabeled_global
+    if spec.needs.partner:
+      batch_sizes["partner"] = spec.batch_size_unlabeled_global
+  for stream, batch_size in batch_sizes.items():
+    if batch_size % process_count:
+      problems.add(f"global batch of '{stream}'", got=batch_size, allowed=f"a multiple of the {process_count} processes")
+  problems.raise_if_any()
+
+  streams = {}
+  for stream, batch_size in batch_sizes.items():
+    rows = batch_size // process_count
+    positions = tf.data.Dataset.range(start_step * rows, np.iinfo(np.int64).max).map(
+      # The n-th row of this process -> its place in the stream of all processes' rows.
+      lambda n, rows=rows, batch_size=batch_size: n // rows * batch_size + process_index * rows + n % rows
+    )
+    streams[stream] = _stream(spec, stream, positions, rows)
+  return _zip(streams)
+
+
+def stream_seed(seed: int, stream: str) -> int:
+  """A number in 0 .. 2^63 - 1 for a named stream, the same in every process and release."""
+  digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
+  return int.from_bytes(digest[:8], "big") >> 1
+
+
+def example_row(position: tf.Tensor, num_examples: int, seed: int, stream: str) -> tf.Tensor:
+  """The row that stands at a position (i64[]) of a stream; each epoch of num_examples positions is a permutation of its own."""
+  epoch, place = position // num_examples, position % num_examples
+  order_seed = tf.stack([tf.constant(stream_seed(seed, f"{stream}/order"), tf.int64), epoch])
+  return tf.random.experimental.index_shuffle(place, order_seed, tf.constant(num_examples - 1, tf.int64))
+
+
+def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: int) -> Iterator[dict[str, np.ndarray]]:
+  source = spec.labeled if stream == "labeled" else spec.unlabeled
+  loader = _Loader(source, with_label=stream == "labeled")
+  geometry_seed = tf.constant(stream_seed(spec.seed, f"{stream}/geometry"), tf.int64)
+  photometry_seed = tf.constant(stream_seed(spec.seed, f"{stream}/photometry"), tf.int64)
+  crop = dict(crop_size=spec.geometry.crop_size, mean=spec.mean, std=spec.std)
+
+  def example(position: tf.Tensor) -> dict[str, tf.Tensor]:
+    row = example_row(position, len(source), spec.seed, stream)
+    loaded = loader(position, row)
+    draws = geometry_ops.draw(spec.geometry, tf.shape(loaded[0])[:2], tf.stack([geometry_seed, position]))
+    if stream == "labeled":
+      image, label = loaded
+      return views.labeled_view(image, label, draws=draws, **crop)
+    photometry_draws = []
+    if spec.needs.strong_views:
+      photometry_draws = photometry_ops.draw(spec.photometry, spec.needs.strong_views, tf.stack([photometry_seed, position]))
+    made = views.unlabeled_views(
+      loaded[0], draws=draws, photometry=spec.photometry, photometry_draws=photometry_draws, **crop
+    )
+    made["id"] = tf.cast(row, tf.int32)
+    wanted = {"weak", "valid", "strong"} | ({"id", "flip", "window"} if spec.needs.ids else set())
+    return {name: value for name, value in made.items() if name in wanted}
+
+  options = tf.data.Options()
+  options.deterministic = True
+  options.autotune.enabled = False
+  options.threading.private_threadpool_size = _NUM_WORKERS
+  dataset = (
+    positions.map(example, num_parallel_calls=_NUM_WORKERS)
+    .batch(rows, drop_remainder=True)
+    .prefetch(2)
+    .with_options(options)
+  )
+  return _batches(dataset, loader)
+
+
+def _batches(dataset: tf.data.Dataset, loader: _Loader) -> Iterator[dict[str, np.ndarray]]:
+  batches = dataset.as_numpy_iterator()
+  while True:
+    try:
+      batch = next(batches)
+    except tf.errors.OpError:
+      failure = loader.first_failure()
+      if failure is None:
+        raise
+      raise failure from None  # what the source said, without TensorFlow's account of how it got there
+    yield batch
+
+
+def _zip(streams: dict[str, Iterator[dict[str, np.ndarray]]]) -> Iterator[dict[str, dict[str, np.ndarray]]]:
+  while True:
+    yield {name: next(stream) for name, stream in streams.items()}
+
+
+class _Loader:
+  """Reads examples inside a tf.data graph, and remembers what a source raised, which TensorFlow would turn into text."""
+
+  def __init__(self, source: Source, *, with_label: bool):
+    self._source = source
+    self._with_label = with_label
+    self._failures: dict[int, Exception] = {}
+    self._lock = threading.Lock()
+
+  def __call__(self, position: tf.Tensor, row: tf.Tensor) -> list[tf.Tensor]:
+    """(position, row) -> [image uint8 [h, w, 3]] or [image, label uint8 [h, w]]; the label is read only where wanted."""
+    loaded = tf.numpy_function(self._load, (position, row), [tf.uint8] * (1 + self._with_label))
+    for tensor, shape in zip(loaded, ((None, None, 3), (None, None))):
+      tensor.set_shape(shape)
+    return loaded
+
+  def first_failure(self) -> Exception | None:
+    with self._lock:
+      return self._failures[min(self._failures)] if self._failures else None
+
+  def _load(self, position: np.int64, row: np.int64) -> list[np.ndarray]:
+    try:
+      row = int(row)
+      return [self._source.image(row), self._source.label(row)] if self._with_label else [self._source.image(row)]
+    except Exception as error:
+      with self._lock:
+        self._failures[int(position)] = error
+      raise

@@ -1,0 +1,149 @@
+"""Pictures for people: class colours, overlays, legends, contact sheets, curves."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from pseudoseg_jax.contract import IGNORE_LABEL
+from pseudoseg_jax.evaluate import report
+
+if TYPE_CHECKING:
+  from pseudoseg_jax.data.classes import Classes
+
+_IGNORE_COLOR = (224, 224, 224)
+_INK, _FAINT, _PAPER = (32, 33, 36), (150, 154, 160), (255, 255, 255)
+_MARGIN, _GAP = 16, 8  # pixels
+
+
+def color_table(classes: Classes) -> np.ndarray:
+  """uint8[256, 3]: the classes' colours by id; light grey for the ignore label, black for ids that are no class."""
+  table = np.zeros((256, 3), np.uint8)
+  table[: len(classes.palette)] = classes.palette
+  table[IGNORE_LABEL] = _IGNORE_COLOR
+  return table
+
+
+def colorize(ids: np.ndarray, classes: Classes) -> np.ndarray:
+  """Class ids uint8[h, w] -> uint8[h, w, 3]."""
+  return color_table(classes)[ids]
+
+
+def overlay(image: np.ndarray, ids: np.ndarray, classes: Classes, opacity: float = 0.6) -> np.ndarray:
+  """The image uint8[h, w, 3], tinted by class; opacity 1 shows the colours alone."""
+  return np.rint(image * (1 - opacity) + colorize(ids, classes) * opacity).astype(np.uint8)
+
+
+def indexed(ids: np.ndarray, classes: Classes) -> Image.Image:
+  """Class ids uint8[h, w] as an 8-bit palette image: its pixels are the ids, shown in the classes' colours."""
+  picture = Image.fromarray(np.ascontiguousarray(ids, np.uint8))
+  picture.putpalette(color_table(classes).ravel().tolist())
+  return picture
+
+
+def legend(classes: Classes, width: int = 900, *, with_ignored: bool = False) -> Image.Image:
+  """A strip of colour swatches with the classes' names, wrapped at `width` pixels."""
+  font = _font(14)
+  entries = list(zip(classes.names, classes.palette, strict=True)) + ([("ignored", _IGNORE_COLOR)] if with_ignored else [])
+  swatch, line_height = 16, 26
+  # Equal columns: a ragged strip is harder to search.
+  column = max(int(font.getlength(name)) for name, _ in entries) + swatch + 8 + 20
+  columns = max(1, (width - 2 * _MARGIN) // column)
+  rows = -(-len(entries) // columns)
+  picture = Image.new("RGB", (width, rows * line_height + 2 * _GAP), _PAPER)
+  draw = ImageDraw.Draw(picture)
+  for number, (name, color) in enumerate(entries):
+    left, top = _MARGIN + number % columns * column, _GAP + number // columns * line_height
+    draw.rectangle((left, top + 4, left + swatch, top + 4 + swatch), fill=tuple(color), outline=_FAINT)
+    draw.text((left + swatch + 8, top + 4 + swatch / 2), name, fill=_INK, font=font, anchor="lm")
+  return picture
+
+
+def contact_sheet(
+  images: Sequence[np.ndarray], labels: Sequence[np.ndarray], predictions: Mapping[str, Sequence[np.ndarray]], classes: Classes
+) -> Image.Image:
+  """A row for each image, with columns image | truth | one for each predictor, above a legend.
+
+  Args:
+    images: uint8[h, w, 3], of any sizes.
+    labels: uint8[h, w], likewise.
+    predictions: predictor -> uint8[h, w] of each image.
+  """
+  columns = {"image": list(images)}
+  for title, maps in {"truth": labels, **predictions}.items():
+    columns[title] = [overlay(image, ids, classes, 0.75) for image, ids in zip(images, maps, strict=True)]
+  cell = 300 if len(columns) <= 4 else 220  # pixels
+  tallest = max((image.shape[0] / image.shape[1] for image in images), default=1.0)
+  cell_height = min(cell, round(cell * tallest))
+
+  sheet_width = 2 * _MARGIN + len(columns) * (cell + _GAP) - _GAP
+  key = legend(classes, sheet_width, with_ignored=any((label == IGNORE_LABEL).any() for label in labels))
+  top = _MARGIN + 24
+  bottom = top + len(images) * (cell_height + _GAP)
+  sheet = Image.new("RGB", (sheet_width, bottom + key.height + _GAP), _PAPER)
+  draw = ImageDraw.Draw(sheet)
+  for column, (title, cells) in enumerate(columns.items()):
+    left = _MARGIN + column * (cell + _GAP)
+    draw.text((left + cell / 2, _MARGIN + 8), title, fill=_INK, font=_font(15), anchor="mm")
+    for row, pixels in enumerate(cells):
+      small = _fitted(pixels, cell, cell_height)
+      sheet.paste(small, (left + (cell - small.width) // 2, top + row * (cell_height + _GAP) + (cell_height - small.height) // 2))
+  sheet.paste(key, (0, bottom))
+  return sheet
+
+
+def _fitted(pixels: np.ndarray, width: int, height: int) -> Image.Image:
+  scale = min(width / pixels.shape[1], height / pixels.shape[0])
+  size = max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale))
+  # Enlarged pixels stay squares: what the network saw, not a smoothed guess.
+  return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
+
+
+def _font(size: int) -> ImageFont.ImageFont:
+  return ImageFont.load_default(size)
+
+
+def curves(history: Mapping[str, Sequence[tuple[int, float]]], path: str | pathlib.Path) -> None:
+  """Draws losses, mIoU and the learning rate against steps, a panel for each that the history has.
+
+  Args:
+    history: name -> [(step, value)]. By its last parts a name is a loss ("train/loss_sup"), a predictor's mIoU
+      ("evaluation/teacher/miou", a fraction) or a learning rate ("train/learning_rate"); others are not drawn.
+    path: of the PNG, written whole or not at all.
+  """
+  # Not pyplot: it keeps every figure alive and may look for a display.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  panels: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}, "mIoU %": {}, "learning rate": {}}
+  for name, points in history.items():
+    parts = name.split("/")
+    if parts[-1] == "miou":
+      panels["mIoU %"][parts[-2] if len(parts) > 1 else "mIoU"] = [(step, 100 * value) for step, value in points]
+    elif parts[-1].startswith("loss"):
+      panels["loss"][parts[-1]] = list(points)
+    elif parts[-1].startswith("learning_rate"):
+      panels["learning rate"][parts[-1]] = list(points)
+  panels = {title: lines for title, lines in panels.items() if lines} or {"nothing recorded yet": {}}
+
+  figure = Figure(figsize=(5.2 * len(panels), 3.8), dpi=110, layout="constrained")
+  FigureCanvasAgg(figure)
+  for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for label, points in lines.items():
+      steps, values = zip(*points, strict=True) if points else ((), ())
+      marker = "o" if len(points) <= 30 else None
+      axes.plot(steps, values, label=label, linewidth=1.6, marker=marker, markersize=3.5)
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1 or title == "mIoU %":
+      axes.legend(fontsize=9, frameon=False)
+  png = io.BytesIO()
+  figure.savefig(png, format="png")
+  report.write_atomically(path, png.getvalue())

@@ -1,0 +1,130 @@
+"""A trained network for use: any image in, class ids out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from pseudoseg_jax import checks
+from pseudoseg_jax.evaluate import inference, pictures
+from pseudoseg_jax.evaluate.inference import Protocol
+
+if TYPE_CHECKING:
+  from pseudoseg_jax.data.classes import Classes
+
+ImageLike = np.ndarray | Image.Image | str | os.PathLike
+
+
+class Predictor:
+  """Segments images of any size; compiles once per canvas (see `inference`).
+
+  Args:
+    predict: images f32[B, H, W, 3], normalised -> logits f32[B, H, W, K].
+    classes: names and colours of the K classes.
+    protocol: how an image is shown to the network.
+    mean, std: of RGB in [0, 1].
+    name: which predictor this is, for people ("teacher").
+  """
+
+  def __init__(
+    self,
+    predict: Callable[[jax.Array], jax.Array],
+    classes: Classes,
+    *,
+    protocol: Protocol = Protocol(),
+    mean: Sequence[float],
+    std: Sequence[float],
+    name: str = "",
+  ):
+    inference.check_protocol(protocol)
+    self.classes = classes
+    self.protocol = protocol
+    self.name = name
+    self._predict, self._mean, self._std = predict, mean, std
+    self._infer = _jit_by_shape(
+      lambda image, size: _ids_and_probabilities(*inference.infer(predict, image, size, protocol=protocol, mean=mean, std=std))
+    )
+
+  def with_protocol(self, protocol: Protocol) -> Predictor:
+    """The same network, shown images in another way."""
+    return Predictor(self._predict, self.classes, protocol=protocol, mean=self._mean, std=self._std, name=self.name)
+
+  def predict(self, image: ImageLike) -> np.ndarray:
+    """Class ids uint8[h, w] of an image: uint8[h, w, 3] RGB, a PIL image, or a file's path.
+
+    Raises:
+      InputError: no such file, no readable image, or an array of another shape or type.
+    """
+    pixels = read_image(image)
+    return np.asarray(self._run(pixels)[0][0, : pixels.shape[0], : pixels.shape[1]])
+
+  def probabilities(self, image: ImageLike) -> np.ndarray:
+    """Class probabilities f32[h, w, K]: the softmax of the mean logits over windows, flips and scales."""
+    pixels = read_image(image)
+    return np.asarray(self._run(pixels)[1][0, : pixels.shape[0], : pixels.shape[1]])
+
+  def overlay(self, image: ImageLike) -> np.ndarray:
+    """The image with every pixel tinted by its class, uint8[h, w, 3]."""
+    pixels = read_image(image)
+    return pictures.overlay(pixels, self.predict(pixels), self.classes)
+
+  def _run(self, pixels):
+    height, width = pixels.shape[:2]
+    canvas = np.zeros((1, *inference.canvas_size((height, width), self.protocol), 3), np.uint8)
+    canvas[0, :height, :width] = pixels
+    return self._infer(canvas, np.asarray([[height, width]], np.int32))
+
+
+def _ids_and_probabilities(scores, passes):
+  return jnp.argmax(scores, axis=-1).astype(jnp.uint8), jax.nn.softmax(scores / jnp.maximum(passes, 1), axis=-1)
+
+
+def _jit_by_shape(fn: Callable) -> Callable:
+  """jax.jit, but arrays that `fn` closes over (a network's weights) become arguments of the compiled function.
+
+  jax.jit would write them into the program as constants: some hundred megabytes to compile, anew for every image size.
+  """
+  compiled = {}
+
+  def call(*args):
+    shapes = tuple(arg.shape for arg in args)
+    if shapes not in compiled:
+      closed = jax.make_jaxpr(fn, return_shape=True)(*args)
+      jaxpr, tree = closed[0], jax.tree.structure(closed[1])
+      compiled[shapes] = jax.jit(lambda consts, *args: jax.core.eval_jaxpr(jaxpr.jaxpr, consts, *args)), jaxpr.consts, tree
+    run, consts, tree = compiled[shapes]
+    return jax.tree.unflatten(tree, run(consts, *args))
+
+  return call
+
+
+def read_image(image: ImageLike) -> np.ndarray:
+  """An image as uint8[h, w, 3] RGB; alpha is dropped, and an EXIF orientation is not applied (ids lie on the stored pixels).
+
+  Raises:
+    InputError: with the file's path where there is one.
+  """
+  if isinstance(image, np.ndarray):
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
+      problems = checks.Problems("cannot segment the image")
+      problems.add(
+        "array", got=f"{image.dtype} of shape {image.shape}", allowed="uint8 [height, width, 3], RGB 0..255",
+        remedy="grey levels in 0..1 want (255 * image).astype(np.uint8)",
+      )  # fmt: skip
+      problems.raise_if_any()
+    return image
+  where = "image" if isinstance(image, Image.Image) else f"image {os.fspath(image)}"
+  try:
+    opened = image if isinstance(image, Image.Image) else Image.open(image)
+    if opened.mode.startswith(("I", "F")):
+      raise ValueError(f"{opened.mode} pixels (more than 8 bits); convert it to 8-bit RGB first")
+    return np.asarray(opened.convert("RGB"))
+  # PIL reports damaged files by all of these.
+  except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    raise checks.InputError(f"cannot read {where}: {error}") from None

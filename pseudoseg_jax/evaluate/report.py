@@ -1,0 +1,139 @@
+"""Scores for people and for programs: a table, CSV, and results.json.
+
+results.json:
+
+  {"config": {"path": str, "argument": str},      the config file and what followed its colon
+   "seed": int, "method": str,
+   "split": str, "protocol": str,                 in words
+   "last": {"step": int, "predictors": {NAME: {"miou": number | null, "pixel_accuracy": number | null,
+                                               "iou": {CLASS: number | null}}}},
+   "best": the same of the best step so far, and "selected_by": str, what it is best by}
+
+Scores are fractions; null is a class (or a set) of which nothing was seen. `best` was chosen by looking at the very images it is
+scored on, so it flatters; `last` does not.
+"""
+
+from __future__ import annotations
+
+import csv as csv_lib
+import io
+import json
+import math
+import os
+import pathlib
+import uuid
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pseudoseg_jax import checks
+from pseudoseg_jax.ops.confusion import Scores
+
+if TYPE_CHECKING:
+  from pseudoseg_jax.data.classes import Classes
+
+Results = dict[str, Any]
+
+
+def table(classes: Classes, scores: Mapping[str, Scores]) -> str:
+  """IoU in % by class, predictors side by side, with their mean and the pixel accuracy; "-" = never seen."""
+  rows = _rows(classes, scores)
+  cells = [["IoU %", *scores], *([name, *map(_percent, values)] for name, values in rows)]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+           for row in cells]  # fmt: skip
+  rule = "-" * len(lines[0])
+  return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
+
+
+def csv(classes: Classes, scores: Mapping[str, Scores]) -> str:
+  """The same rows as CSV, as fractions; an empty cell = never seen."""
+  text = io.StringIO()
+  writer = csv_lib.writer(text, lineterminator="\n")
+  writer.writerow(["class", *scores])
+  for name, values in _rows(classes, scores):
+    writer.writerow([name, *("" if math.isnan(value) else f"{value:.6f}" for value in values)])
+  return text.getvalue()
+
+
+def _rows(classes, scores):
+  rows = [(name, [score.iou[index] for score in scores.values()]) for index, name in enumerate(classes.names)]
+  rows.append(("mean IoU", [score.miou for score in scores.values()]))
+  rows.append(("pixel accuracy", [score.pixel_accuracy for score in scores.values()]))
+  return rows
+
+
+def _percent(value: float) -> str:
+  return "-" if math.isnan(value) else f"{100 * value:.2f}"
+
+
+def update_results(
+  results: Results | None, about: Mapping[str, Any], classes: Classes, step: int, scores: Mapping[str, Scores], headline: str
+) -> Results:
+  """Results with a new `last` and, where its mIoU is above the best one's, a new `best`; the argument is left as it is.
+
+  Args:
+    results: those so far, None at first.
+    about: {"config", "seed", "method", "split", "protocol"} as in results.json.
+    step: the optimiser step that was scored.
+    headline: the predictor by whose mIoU the best step is chosen.
+  """
+  last = {
+    "step": int(step),
+    "predictors": {
+      name: {
+        "miou": _number(score.miou),
+        "pixel_accuracy": _number(score.pixel_accuracy),
+        "iou": dict(zip(classes.names, map(_number, score.iou), strict=True)),
+      }
+      for name, score in scores.items()
+    },
+  }
+  best = (results or {}).get("best")
+  previous = best and best["predictors"].get(headline, {}).get("miou")
+  new = last["predictors"][headline]["miou"]
+  if best is None or (new is not None and (previous is None or new > previous)):
+    best = last | {"selected_by": f"mIoU of '{headline}' on the evaluated images"}
+  return {**about, "last": last, "best": best}
+
+
+def _number(value: float) -> float | None:
+  return None if math.isnan(value) else float(value)
+
+
+def write_results(path: str | pathlib.Path, results: Results) -> None:
+  """Writes results.json, whole or not at all."""
+  write_atomically(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
+
+
+def read_results(path: str | pathlib.Path) -> Results:
+  """Reads results.json.
+
+  Raises:
+    InputError: no such file, or not what `write_results` writes.
+  """
+  problems = checks.Problems(f"cannot read results from {path}")
+  try:
+    results = json.loads(pathlib.Path(path).read_text())
+  except (OSError, ValueError) as error:
+    problems.add("file", got=error, remedy="take it away and evaluate again")
+    problems.raise_if_any()
+  missing = [key for key in ("config", "seed", "method", "split", "protocol", "last", "best") if key not in results]
+  if missing:
+    problems.add("content", got=f"nothing under {', '.join(missing)}", remedy="take the file away and evaluate again")
+  problems.raise_if_any()
+  return results
+
+
+def write_atomically(path: str | pathlib.Path, content: str | bytes) -> None:
+  """Writes a file that is there whole or not at all, whatever happens meanwhile; makes its folder."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  content = content.encode() if isinstance(content, str) else content
+  # A name of its own for each writer: two processes may write the same file. Hidden, so that no listing takes it for a result.
+  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+  try:
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise

@@ -1,0 +1,85 @@
+"""The command line: trains, goes on training, or scores a workdir. See --help."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+
+EPILOG = """\
+examples:
+  python -m pseudoseg_jax.main --config=configs/quickstart.py --workdir=/tmp/quickstart
+  python -m pseudoseg_jax.main --config=configs/quickstart.py:method=supervised --workdir=/tmp/baseline
+  python -m pseudoseg_jax.main --config=configs/camvid.py:method=cps,split=1_8 --config.data.root=DIR --workdir=W
+  python -m pseudoseg_jax.main --config=configs/voc.py --config.data.root=DIR --config.optimizer.learning_rate=0.005 --workdir=W
+  python -m pseudoseg_jax.main --mode=eval --workdir=W --config.evaluation.style=slide
+
+Running the same command again goes on from the newest checkpoint. Ctrl-C or SIGTERM saves and leaves.
+--config.KEY=VALUE overrides any option of the config; --print_config shows them all.
+"""
+
+
+def _parse(arguments):
+  parser = argparse.ArgumentParser(
+    "python -m pseudoseg_jax.main", description="Trains semi-supervised semantic segmentation, or scores what was trained.",
+    epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+  )  # fmt: skip
+  parser.add_argument("--config", help="config file, with its argument after a colon: configs/voc.py:method=cps,split=1_8")
+  parser.add_argument("--workdir", type=pathlib.Path, help="folder of the run: checkpoints, logs, pictures, results.json")
+  parser.add_argument("--mode", choices=("train", "eval"), default="train", help="eval scores a trained workdir (default: train)")
+  parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which one eval scores (default: best)")
+  parser.add_argument("--print_config", action="store_true", help="print the config with all its options, and leave")
+  parser.add_argument("--distributed", action="store_true", help="one process of several: jax.distributed.initialize() first")
+  known, rest = parser.parse_known_args(arguments)
+  overrides = {}
+  rest = list(rest)
+  while rest:
+    flag = rest.pop(0)
+    key, equals, value = flag.partition("=")
+    if not key.startswith("--config."):
+      parser.error(f"unknown argument {flag}; options of the config are given as --config.KEY=VALUE")
+    if not equals:
+      if not rest:
+        parser.error(f"{flag} needs a value: {flag}=VALUE")
+      value = rest.pop(0)
+    overrides[key.removeprefix("--config.")] = value
+  if known.mode == "train" and not known.config:
+    parser.error("--config is needed to train, e.g. --config=configs/quickstart.py")
+  if known.workdir is None and not known.print_config:
+    parser.error("--workdir is needed")
+  return known, overrides
+
+
+def main(arguments=None) -> int:
+  known, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only feeds; its start-up notes are noise here
+
+  import jax  # after the environment is set; and --help answers at once
+
+  from pseudoseg_jax import checks
+
+  if known.distributed:
+    jax.distributed.initialize()
+  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "pseudoseg_jax" / "compiled"))
+  jax.config.update("jax_compilation_cache_dir", cache)
+
+  from pseudoseg_jax import api, config as configs
+  from pseudoseg_jax.engine import loop
+
+  try:
+    if known.mode == "eval":
+      api.evaluate(known.workdir, checkpoint=known.checkpoint, overrides=overrides)
+      return 0
+    if known.print_config:
+      print(configs.to_json(configs.load(known.config, overrides)), end="")
+      return 0
+    api.train(known.config, known.workdir, overrides)
+    return 0
+  except (checks.InputError, loop.NonFiniteLoss) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1 if isinstance(error, loop.NonFiniteLoss) else 2
+
+
+if __name__ == "__main__":
+  sys.exit(main())

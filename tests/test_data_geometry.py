@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from pseudoseg_jax import checks
+from pseudoseg_jax.data import geometry, views
+from pseudoseg_jax.data.geometry import Geometry
+
+
+def place(size, scale, offset, crop_size):
+  scaled = geometry.scaled_size(tf.constant(size), scale)
+  return scaled, geometry.crop_origin(scaled, tf.constant(offset), crop_size)
+
+
+def test_crop_at_full_size_is_a_slice():
+  image = np.random.default_rng(0).integers(0, 256, (9, 11, 3)).astype(np.uint8)
+  scaled, origin = place((9, 11), 1.0, (2, 3), (4, 5))
+  np.testing.assert_array_equal(geometry.crop_image(tf.constant(image), scaled, origin, (4, 5)), image[2:6, 3:8])
+  np.testing.assert_array_equal(geometry.crop_label(tf.constant(image[..., 0]), scaled, origin, (4, 5)), image[2:6, 3:8, 0])
+  assert np.all(geometry.valid_mask(scaled, origin, (4, 5)))
+
+
+def test_doubling_interpolates_between_pixel_centers():
+  image = tf.constant(np.array([0, 100, 200], np.uint8)[None, :, None].repeat(3, 2))
+  scaled, origin = place((1, 3), 2.0, (0, 0), (2, 6))
+  got = geometry.crop_image(image, scaled, origin, (2, 6))[0, :, 0]
+  np.testing.assert_array_equal(got, [0, 25, 75, 125, 175, 200])  # centres at -1/4, 1/4, 3/4, ...; edges repeated
+  label = tf.constant([[1, 2, 3]], tf.uint8)
+  np.testing.assert_array_equal(geometry.crop_label(label, scaled, origin, (2, 6))[1], [1, 1, 2, 2, 3, 3])
+
+
+def test_small_image_is_padded_around_with_the_odd_pixel_after():
+  image, label = tf.fill([2, 3, 3], tf.constant(7, tf.uint8)), tf.fill([2, 3], tf.constant(4, tf.uint8))
+  scaled, origin = place((2, 3), 1.0, (0, 0), (5, 5))
+  expected = np.zeros((5, 5), bool)
+  expected[1:3, 1:4] = True
+  np.testing.assert_array_equal(geometry.valid_mask(scaled, origin, (5, 5)), expected)
+  np.testing.assert_array_equal(geometry.crop_image(image, scaled, origin, (5, 5))[..., 0], np.where(expected, 7, 0))
+  np.testing.assert_array_equal(geometry.crop_label(label, scaled, origin, (5, 5)), np.where(expected, 4, 255))
+
+
+def test_last_offset_leaves_the_crop_one_pixel_short():
+  scaled, origin = place((10, 10), 1.0, (5, 0), (6, 6))  # 10 - 6 + 1
+  valid = geometry.valid_mask(scaled, origin, (6, 6)).numpy()
+  assert valid[:5].all() and not valid[5].any()
+
+
+@pytest.mark.parametrize(("size", "scale", "scaled"), [((40, 50), 0.75, (30, 37)), ((3, 3), 0.1, (1, 1))])
+def test_scaled_size_rounds_down_but_not_to_nothing(size, scale, scaled):
+  assert tuple(geometry.scaled_size(tf.constant(size), scale).numpy()) == scaled
+
+
+def draw_many(options, size, count=300):
+  draw = tf.function(lambda position: geometry.draw(options, tf.constant(size), tf.stack([tf.constant(3, tf.int64), position])))
+  return [tf.nest.map_structure(lambda value: value.numpy(), draw(tf.constant(n, tf.int64))) for n in range(count)]
+
+
+def test_draws_reach_every_scale_and_offset_and_no_other():
+  draws = draw_many(Geometry((4, 6), scales=(1.0, 2.0)), (6, 5))
+  assert {float(draw.scale) for draw in draws} == {1.0, 2.0}
+  assert 0.35 < np.mean([draw.flip for draw in draws]) < 0.65
+  rows = {scale: {int(draw.offset[0]) for draw in draws if draw.scale == scale} for scale in (1.0, 2.0)}
+  columns = {scale: {int(draw.offset[1]) for draw in draws if draw.scale == scale} for scale in (1.0, 2.0)}
+  assert rows == {1.0: set(range(0, 4)), 2.0: set(range(0, 10))}  # 0 .. size - crop + 1, both included
+  assert columns == {1.0: {0}, 2.0: set(range(0, 6))}  # an axis that is not larger than the crop starts at 0
+
+
+def test_continuous_scales_fill_the_range_and_flip_can_be_off():
+  draws = draw_many(Geometry((4, 4), scales=(0.5, 2.0), continuous=True, flip=False), (6, 6), count=100)
+  scales = np.array([draw.scale for draw in draws])
+  assert scales.min() >= 0.5 and scales.max() <= 2.0 and scales.min() < 0.6 and scales.max() > 1.9
+  assert not any(draw.flip for draw in draws)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("scale", "offset"), [(2.0, (7, 14)), (0.5, (0, 0)), (1.0, (1, 2))])
+def test_window_and_flip_put_a_marker_back(flip, scale, offset):
+  image = np.zeros((20, 30, 3), np.uint8)
+  image[8:10, 16:18] = 255  # its centre: (9, 17) of 20 x 30
+  crop_size = (16, 24)
+  draws = geometry.Draws(tf.constant(flip), tf.constant(scale, tf.float64), tf.constant(offset))
+  view = views.unlabeled_views(
+    tf.constant(image), draws=draws, crop_size=crop_size, photometry=None, photometry_draws=[], mean=(0, 0, 0), std=(1, 1, 1)
+  )
+  crop = view["weak"].numpy()[..., 0]
+  assert crop.sum() > 0
+  if bool(view["flip"]):
+    crop = crop[:, ::-1]
+  rows, columns = np.mgrid[: crop_size[0], : crop_size[1]] + 0.5
+  top, left, height, width = view["window"].numpy()
+  row = (top + height * (rows * crop).sum() / crop.sum() / crop_size[0]) * 20
+  column = (left + width * (columns * crop).sum() / crop.sum() / crop_size[1]) * 30
+  np.testing.assert_allclose((row, column), (9, 17), atol=0.05)
+
+
+def test_bad_geometry_is_told_at_once():
+  with pytest.raises(checks.InputError) as error:
+    Geometry((0, 4), scales=())
+  assert "crop_size" in str(error.value) and "scales" in str(error.value)

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from pseudoseg_jax import checks
+from pseudoseg_jax.data import photometry
+from pseudoseg_jax.data.photometry import Photometry
+
+LUMA = np.float32([0.299, 0.587, 0.114])
+
+
+def image(size=(5, 7)):
+  return np.random.default_rng(1).random((*size, 3), np.float32)
+
+
+def draws(**changes):
+  values = dict(
+    jitter=True, order=[0, 1, 2, 3], brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, grayscale=False, blur=False, sigma=1.0
+  )
+  return photometry.Draws(**{name: tf.constant(value) for name, value in {**values, **changes}.items()})
+
+
+def test_single_changes_by_hand():
+  rgb = image()
+  gray = (rgb @ LUMA)[..., None]
+  np.testing.assert_allclose(photometry.adjust_brightness(rgb, 1.5), np.clip(rgb * 1.5, 0, 1), rtol=1e-6)
+  np.testing.assert_allclose(
+    photometry.adjust_contrast(rgb, 1.4), np.clip(1.4 * rgb - 0.4 * gray.mean(), 0, 1), rtol=1e-4, atol=1e-6
+  )
+  np.testing.assert_allclose(photometry.adjust_saturation(rgb, 0.25), 0.25 * rgb + 0.75 * gray, rtol=1e-5)
+  np.testing.assert_allclose(photometry.grayscale(rgb), np.repeat(gray, 3, -1), rtol=1e-5)
+
+
+def test_hue_goes_around_the_circle():
+  red = tf.constant([[[0.8, 0.2, 0.2]]])
+  np.testing.assert_allclose(tf.squeeze(photometry.color_jitter(red, draws(hue=1 / 3))), [0.2, 0.8, 0.2], atol=1e-6)
+  np.testing.assert_allclose(tf.squeeze(photometry.color_jitter(red, draws(hue=-1 / 3))), [0.2, 0.2, 0.8], atol=1e-6)
+
+
+def test_jitter_takes_its_turns_in_the_order_drawn():
+  rgb = tf.constant(image())
+  first = photometry.color_jitter(rgb, draws(order=[0, 1, 2, 3], brightness=1.5, contrast=0.5))
+  np.testing.assert_allclose(first, photometry.adjust_contrast(photometry.adjust_brightness(rgb, 1.5), 0.5), atol=1e-5)
+  second = photometry.color_jitter(rgb, draws(order=[3, 1, 2, 0], brightness=1.5, contrast=0.5))
+  np.testing.assert_allclose(second, photometry.adjust_brightness(photometry.adjust_contrast(rgb, 0.5), 1.5), atol=1e-5)
+  assert np.abs(first - second).max() > 0.01  # clipping makes the order matter
+
+
+def test_blur_spreads_a_point_as_a_gaussian_and_keeps_edges():
+  point = np.zeros((15, 17, 3), np.float32)
+  point[7, 8] = (1.0, 2.0, 0.0)
+  got = photometry.gaussian_blur(tf.constant(point), tf.constant(1.5), 2.0).numpy()
+  taps = np.exp(-0.5 * (np.arange(-6, 7) / 1.5) ** 2)
+  taps /= taps.sum()
+  np.testing.assert_allclose(got[1:14, 2:15, 1], 2 * np.outer(taps, taps), atol=1e-6)
+  assert np.all(got[..., 2] == 0)  # channels do not mix
+  flat = tf.fill([3, 4, 3], 0.25)  # smaller than the kernel
+  np.testing.assert_allclose(photometry.gaussian_blur(flat, tf.constant(2.0), 2.0), flat, rtol=1e-5)
+
+
+def test_strong_view_applies_only_what_was_drawn():
+  rgb = tf.constant(image())
+  nothing = draws(jitter=False, brightness=0.1)
+  np.testing.assert_array_equal(photometry.strong_view(rgb, nothing, 2.0), rgb)
+  grayed = photometry.strong_view(rgb, draws(jitter=False, grayscale=True), 2.0)
+  np.testing.assert_array_equal(grayed, photometry.grayscale(rgb))
+  both = photometry.strong_view(rgb, draws(jitter=False, grayscale=True, blur=True), 2.0)
+  np.testing.assert_allclose(both, photometry.gaussian_blur(grayed, tf.constant(1.0), 2.0), atol=1e-6)
+
+
+def test_draws_keep_to_their_ranges_and_probabilities():
+  options = Photometry(hue=0.1, brightness=0.3, blur_sigma_pixels=(0.5, 1.0))
+  drawn = photometry.draw(options, 500, tf.constant([3, 4], tf.int64))
+  table = {name: np.array([getattr(one, name).numpy() for one in drawn]) for name in photometry.Draws._fields}
+  for name, low, high in (("brightness", 0.7, 1.3), ("contrast", 0.5, 1.5), ("saturation", 0.5, 1.5), ("hue", -0.1, 0.1), ("sigma", 0.5, 1)):
+    assert low <= table[name].min() < low + 0.02 * (high - low) and high - 0.02 * (high - low) < table[name].max() <= high
+  np.testing.assert_allclose([table[name].mean() for name in ("jitter", "grayscale", "blur")], [0.8, 0.2, 0.5], atol=0.06)
+  assert len({tuple(order) for order in table["order"]}) == 24  # every order of four turns
+
+
+def test_normalize_by_hand():
+  np.testing.assert_allclose(photometry.normalize(np.float32([0.485, 0.68, 0.0])), [0.0, 1.0, -0.406 / 0.225], atol=1e-3)
+
+
+def test_bad_photometry_is_told_at_once():
+  with pytest.raises(checks.InputError) as error:
+    Photometry(jitter_probability=2.0, hue=0.7, blur_sigma_pixels=(2.0, 0.1))
+  assert all(part in str(error.value) for part in ("jitter_probability", "hue", "blur_sigma_pixels"))

@@ -1,0 +1,209 @@
+"""What every method must hold, in one test body for all of them; a new method joins by standing in the table."""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pseudoseg_jax import optim
+from pseudoseg_jax.contract import IGNORE_LABEL, Task
+from pseudoseg_jax.data import pipeline, synthetic
+from pseudoseg_jax.data.geometry import Geometry
+from pseudoseg_jax.engine import loop
+from pseudoseg_jax.engine import mesh as meshes
+from pseudoseg_jax.engine.checkpoints import Checkpoints
+from pseudoseg_jax.methods import mean_teacher
+from pseudoseg_jax.methods.table import METHODS
+from pseudoseg_jax.models.table import make_network
+from pseudoseg_jax.ops import losses, schedules
+
+K, SIZE, BATCH, SEED = len(synthetic.CLASSES), 33, 8, 3
+CASES = {name: {} for name in METHODS} | {
+  f"mean_teacher:{convention}": options for convention, options in mean_teacher.CONVENTIONS.items() if convention != "torchsemiseg"
+}
+
+
+@functools.cache
+def make_method(case, total_steps=20, width=4):
+  rate = functools.partial(schedules.poly, base=0.05, total_steps=total_steps)
+  network = make_network("tiny", num_classes=K, width=width)
+  task = Task(K, total_steps, network, optim.sgd(rate, weight_decay=1e-4), losses.cross_entropy_mean)
+  return METHODS[case.split(":")[0]](task, **CASES[case])
+
+
+@functools.cache
+def make_mesh(devices):
+  return meshes.make_mesh(jax.devices()[:devices])
+
+
+TRACES = collections.Counter()  # of each (case, devices)
+
+
+@functools.cache
+def make_step(case, devices):
+  method = make_method(case)
+
+  def update(*arguments):
+    TRACES[case, devices] += 1
+    return method.update(*arguments)
+
+  return loop.jit_step(method._replace(update=update), make_mesh(devices), SEED)
+
+
+def make_batch(index, needs):
+  """A batch as the pipeline lays it out; every fifth label is void, some padding is invalid."""
+  rng = np.random.default_rng(index)
+
+  def images(*lead):
+    return rng.normal(size=(BATCH, *lead, SIZE, SIZE, 3)).astype(np.float32)
+
+  label = rng.integers(0, K, size=(BATCH, SIZE, SIZE)).astype(np.int32)
+  label[:, ::5] = IGNORE_LABEL
+  batch = {"labeled": {"image": images(), "label": label}}
+  for stream, wanted in {"unlabeled": needs.unlabeled, "partner": needs.partner}.items():
+    if wanted:
+      valid = np.ones((BATCH, SIZE, SIZE), bool)
+      valid[:, -3:] = False
+      batch[stream] = {"weak": images(), "valid": valid}
+      if needs.strong_views:
+        batch[stream]["strong"] = images(needs.strong_views)
+  return batch
+
+
+def run(case, devices, steps, state=None):
+  """The state after `steps` (a range) and the metrics of each of them."""
+  method, mesh, step = make_method(case), make_mesh(devices), make_step(case, devices)
+  state = loop.jit_init(method, mesh, SEED) if state is None else state
+  told = []
+  for index in steps:
+    state, metrics = step(state, meshes.global_batch(mesh, make_batch(index, method.needs)))
+    told.append(jax.device_get(metrics))
+  return state, told
+
+
+def assert_equal_trees(a, b, check=np.testing.assert_array_equal):
+  jax.tree.map(check, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.fixture(scope="module")
+def four_steps():
+  """Each case's state and metrics after four uninterrupted steps on eight devices, run once."""
+  return functools.cache(lambda case: run(case, 8, range(4)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_keeps_the_state_and_compiles_once(case, four_steps):
+  method = make_method(case)
+  before = loop.abstract_state(method, make_mesh(8))
+  state, told = four_steps(case)
+  assert jax.tree.structure(before) == jax.tree.structure(state)
+  jax.tree.map(lambda old, new: (old.shape, old.dtype) == (new.shape, new.dtype) or pytest.fail(f"{old} became {new}"), before, state)
+  assert state.step == 4
+  assert TRACES[case, 8] == 1
+  for metrics in told:
+    assert "loss" in metrics and "learning_rate" in metrics
+    assert all(np.shape(value) == () and np.isfinite(value) for value in metrics.values())
+  for name, predict in method.predictors.items():
+    assert jax.eval_shape(predict, state, jnp.zeros([2, SIZE, SIZE, 3])).shape == (2, SIZE, SIZE, K), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eight_devices_say_what_one_says(case, four_steps):
+  eight, one = four_steps(case), run(case, 1, range(4))
+  assert_equal_trees(eight[1], one[1], functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4))
+  # Sums are taken in another order: float32 round-off, grown by four steps.
+  parameters = [{role: net.params for role, net in state.nets.items()} for state, _ in (eight, one)]
+  assert_equal_trees(*parameters, functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-3))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(case, four_steps, tmp_path):
+  whole, told = four_steps(case)
+  half, _ = run(case, 8, range(2))
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(half)
+  # The step that follows overwrites the donated state while the save is still under way.
+  run(case, 8, range(2, 3), half)
+  checkpoints.close()
+  restored = Checkpoints(tmp_path).restore(loop.abstract_state(make_method(case), make_mesh(8)))
+  resumed, told_after = run(case, 8, range(2, 4), restored)
+  assert_equal_trees(whole, resumed)
+  assert_equal_trees(told[2:], told_after)
+
+
+class _Unlabeled:
+  """Images whose masks must not be asked for."""
+
+  has_labels = True
+
+  def __init__(self, scenes):
+    self.ids, self.image, self.size = scenes.ids, scenes.image, scenes.size
+
+  def __len__(self):
+    return len(self.ids)
+
+  def label(self, row):
+    raise AssertionError("the mask of an unlabeled image was opened")
+
+
+def make_batches(needs, scenes, unlabeled, batch_size=BATCH):
+  return pipeline.train_batches(
+    pipeline.PipelineSpec(
+      labeled=scenes,
+      unlabeled=unlabeled,
+      batch_size_labeled_global=batch_size,
+      batch_size_unlabeled_global=batch_size,
+      geometry=Geometry((48, 48), scales=(1.0,)),
+      needs=needs,
+      seed=SEED,
+    )
+  )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_masks_of_unlabeled_images_are_never_opened(case):
+  needs = make_method(case).needs
+  scenes = synthetic.SyntheticScenes(16, (48, 48))
+  batches = make_batches(needs, scenes, _Unlabeled(scenes))
+  for _ in range(3):
+    batch = next(batches)
+    assert set(batch) == {"labeled"} | ({"unlabeled"} if needs.unlabeled else set()) | ({"partner"} if needs.partner else set())
+    for stream in set(batch) - {"labeled"}:
+      assert "label" not in batch[stream]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_a_function_of_state_batch_and_key(case):
+  method = make_method(case)
+  batch = make_batch(0, method.needs)
+  first, second = (method.draw(jax.random.key(number), batch) for number in (1, 1))
+  assert_equal_trees(first, second)
+  if first is not None:
+    other = method.draw(jax.random.key(2), batch)
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_learns_on_the_synthetic_scenes(case):
+  steps = 150
+  method, mesh = make_method(case, steps, 8), make_mesh(1)
+  scenes = synthetic.SyntheticScenes(32, (48, 48))
+  batches = make_batches(method.needs, scenes, synthetic.SyntheticScenes(32, (48, 48), seed=1))
+  step, state = loop.jit_step(method, mesh, SEED), loop.jit_init(method, mesh, SEED)
+  for _ in range(steps):
+    state, _ = step(state, meshes.global_batch(mesh, next(batches)))
+  images, labels = (np.stack([read(row) for row in range(32)]) for read in (scenes.image, scenes.label))
+  spec = pipeline.PipelineSpec
+  normalized = (images / 255 - np.asarray(spec.mean)) / np.asarray(spec.std)
+  valid = labels != IGNORE_LABEL
+  always_background = np.mean(labels[valid] == 0)
+  for name, predict in method.predictors.items():
+    prediction = np.argmax(predict(state, normalized.astype(np.float32)), -1)
+    accuracy = np.mean((prediction == labels)[valid])
+    found = {k for k in range(1, K) if np.mean(prediction[labels == k] == k) > 0.2}
+    assert accuracy > always_background + 0.05, (name, accuracy, always_background)
+    assert len(found) >= 2, (name, found)
