@@ -20,10 +20,12 @@ import numpy as np
 
 from pseudoseg_jax import build, checks, config as configs
 from pseudoseg_jax.contract import Method, State
+from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 from pseudoseg_jax.engine.records import Records
-from pseudoseg_jax.evaluate import evaluator, pictures, report
+from pseudoseg_jax.evaluate import pictures, report
+from pseudoseg_jax.evaluate.inference import describe
 from pseudoseg_jax.evaluate.predictor import Predictor
 
 log = logging.getLogger("pseudoseg_jax")
@@ -36,34 +38,35 @@ class _Scoring:
     self.config, self.data, self.method = config, data, method
     self.workdir, self.records = workdir, records
     self.protocol = build.build_protocol(config)
-    options = dict(protocol=self.protocol, mean=config.data.mean, std=config.data.std)
-    self._score = evaluator.make_evaluator(
-      method.predictors, data.evaluated, data.classes, batch_size=config.evaluation.batch_size, mesh=mesh, **options
-    )
-    self._options = options
+    self._evaluator = build.build_evaluator(config, data, method, mesh)
     self._results_path = workdir / "results.json"
     self.results = report.read_results(self._results_path) if self._results_path.exists() else None
     self._about = dict(
-      config=source, seed=config.seed, method=config.method.name, split=data.split, protocol=evaluator.describe(self.protocol)
+      config=source, seed=config.seed, method=config.method.name, split=data.split, protocol=describe(self.protocol)
     )
 
   def __call__(self, state: State) -> float:
     """Headline mIoU of a state; reports it as `last`, and as `best` where it is."""
     step = int(state.step)
     log.info("step %d: evaluating %d images ...", step, len(self.data.evaluated))
-    scores = self.scores = self._score(state)
+    scores = self.scores = self._evaluator(state)
     headline = next(iter(self.method.predictors))
     miou = scores[headline].miou
+    # The same few images at every evaluation; every process takes part in the prediction, one writes.
+    count = min(self.config.evaluation.pictures, len(self.data.evaluated))
+    rows = np.unique(np.linspace(0, len(self.data.evaluated) - 1, count).astype(int)).tolist()
+    predictions = self._evaluator.predictions(state, rows) if rows else {}
     if jax.process_index() == 0:
-      self._report(step, state, scores, headline)
+      self._report(step, scores, headline)
+      self._draw(step, rows, predictions)
     return -np.inf if np.isnan(miou) else float(miou)
 
-  def _report(self, step, state, scores, headline):
+  def _report(self, step, scores, headline):
     table = report.table(self.data.classes, scores)
     log.info("step %d (%s)\n%s", step, self._about["protocol"], table)
     self.results = report.update_results(self.results, self._about, self.data.classes, step, scores, headline)
     report.write_results(self._results_path, self.results)
-    (self.workdir / "scores.csv").write_text(report.csv(self.data.classes, scores))
+    report.write_atomically(self.workdir / "scores.csv", report.csv(self.data.classes, scores))
     values = {f"evaluation/{name}/miou": score.miou for name, score in scores.items()}
     values |= {f"evaluation/{name}/pixel_accuracy": score.pixel_accuracy for name, score in scores.items()}
     values |= {
@@ -74,23 +77,18 @@ class _Scoring:
     }
     self.records.scalars(step, values)
     self.records.texts(step, {"evaluation/table": f"```\n{table}\n```"})
-    self._draw(step, state)
 
-  def _draw(self, step, state):
-    """Overlays of the same few images at every evaluation, and the curves so far."""
-    count = min(self.config.evaluation.pictures, len(self.data.evaluated))
-    rows = np.linspace(0, len(self.data.evaluated) - 1, count).astype(int).tolist()
-    images = [self.data.evaluated.image(row) for row in rows]
-    predictions = {
-      name: [Predictor(lambda x, p=predict: p(state, x), self.data.classes, name=name, **self._options).predict(i) for i in images]
-      for name, predict in self.method.predictors.items()
-    }
-    sheet = pictures.contact_sheet(images, [self.data.evaluated.label(row) for row in rows], predictions, self.data.classes)
+  def _draw(self, step, rows, predictions):
+    """Overlays of a few images, and the curves so far."""
     folder = self.workdir / "pictures"
     folder.mkdir(exist_ok=True)
+    pictures.curves(self.records.history(), folder / "curves.png")
+    if not rows:
+      return
+    images, labels = zip(*((self.data.evaluated.image(row), self.data.evaluated.label(row)) for row in rows), strict=True)
+    sheet = pictures.contact_sheet(images, labels, predictions, self.data.classes)
     sheet.save(folder / "overlays.png")
     self.records.images(step, {"overlays": np.asarray(sheet)[None]})
-    pictures.curves(self.records.history(), folder / "curves.png")
 
 
 def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrides: Mapping[str, Any] | None = None) -> dict:
@@ -156,14 +154,9 @@ def evaluate(
   method = build.build_method(config, len(data.classes))
   mesh = meshes.make_mesh()
   state = _restore(workdir, config, method, mesh, checkpoint)
-  protocol = build.build_protocol(config)
-  score = evaluator.make_evaluator(
-    method.predictors, data.evaluated, data.classes, protocol=protocol, mean=config.data.mean, std=config.data.std,
-    batch_size=config.evaluation.batch_size, mesh=mesh,
-  )  # fmt: skip
-  scores = score(state)
+  scores = build.build_evaluator(config, data, method, mesh)(state)
   if jax.process_index() == 0:
-    print(f"{checkpoint} checkpoint, step {int(state.step)}, {len(data.evaluated)} images, {evaluator.describe(protocol)}")
+    print(f"{checkpoint} checkpoint, step {int(state.step)}, {len(data.evaluated)} images, {describe(build.build_protocol(config))}")
     print(report.table(data.classes, scores))
   return scores
 
@@ -214,10 +207,10 @@ def _saved_config(workdir: pathlib.Path) -> configs.ConfigDict:
   return configs.from_json(path.read_text())
 
 
-def _saved_classes(workdir: pathlib.Path) -> build.Classes:
+def _saved_classes(workdir: pathlib.Path) -> Classes:
   """The classes as they were at training time, so that a workdir is usable where its data are not."""
   saved = json.loads((workdir / "classes.json").read_text())
-  return build.Classes(tuple(saved["names"]), tuple(tuple(color) for color in saved["palette"]))
+  return Classes(tuple(saved["names"]), tuple(tuple(color) for color in saved["palette"]))
 
 
 def _restore(workdir, config, method: Method, mesh, checkpoint: str) -> State:
@@ -235,7 +228,6 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str]) -
   """What a person wants to know at the end."""
   results, classes = scoring.results, scoring.data.classes
   lines = ["", f"Done: {results['method']} on {results['split']}, seed {results['seed']}", ""]
-  headline = next(iter(scoring.method.predictors))
   for series in ("last", "best"):
     entry = results[series]
     mious = ", ".join(f"{name} {100 * (score['miou'] or 0):.2f}" for name, score in entry["predictors"].items())

@@ -17,6 +17,7 @@ from pseudoseg_jax.data.geometry import Geometry
 from pseudoseg_jax.data.photometry import Photometry
 from pseudoseg_jax.data.pipeline import PipelineSpec
 from pseudoseg_jax.data.sources import Source
+from pseudoseg_jax.evaluate.evaluator import Evaluator, make_evaluator
 from pseudoseg_jax.evaluate.inference import Protocol
 from pseudoseg_jax.methods import table as methods_table
 from pseudoseg_jax.models import table as models_table
@@ -241,6 +242,13 @@ def check_run(config: configs.ConfigDict) -> None:
 def build_protocol(config: configs.ConfigDict) -> Protocol:
   options = {name: value for name, value in config.evaluation.items() if name in Protocol._fields}
   return Protocol(**options)
+
+
+def build_evaluator(config: configs.ConfigDict, data: Data, method: Method, mesh: jax.sharding.Mesh) -> Evaluator:
+  return make_evaluator(
+    method.predictors, data.evaluated, data.classes, protocol=build_protocol(config), mean=config.data.mean, std=config.data.std,
+    batch_size=config.evaluation.batch_size, mesh=mesh,
+  )  # fmt: skip
 
 
 def batches(spec: PipelineSpec):

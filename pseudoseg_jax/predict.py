@@ -249,7 +249,7 @@ def _write(path: pathlib.Path, picture: Image.Image) -> None:
 
 
 class _Progress:
-  """Says now and then how many images are done, how fast, and how long the rest takes. The rate leaves out the first (compiling)."""
+  """Says now and then how many images are done, how fast, and how long the rest takes; the rate leaves out the first (compiling)."""
 
   def __init__(self, total: int):
     self.total, self.done = total, 0

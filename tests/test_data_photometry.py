@@ -72,7 +72,8 @@ def test_draws_keep_to_their_ranges_and_probabilities():
   options = Photometry(hue=0.1, brightness=0.3, blur_sigma_pixels=(0.5, 1.0))
   drawn = photometry.draw(options, 500, tf.constant([3, 4], tf.int64))
   table = {name: np.array([getattr(one, name).numpy() for one in drawn]) for name in photometry.Draws._fields}
-  for name, low, high in (("brightness", 0.7, 1.3), ("contrast", 0.5, 1.5), ("saturation", 0.5, 1.5), ("hue", -0.1, 0.1), ("sigma", 0.5, 1)):
+  ranges = dict(brightness=(0.7, 1.3), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=(-0.1, 0.1), sigma=(0.5, 1.0))
+  for name, (low, high) in ranges.items():
     assert low <= table[name].min() < low + 0.02 * (high - low) and high - 0.02 * (high - low) < table[name].max() <= high
   np.testing.assert_allclose([table[name].mean() for name in ("jitter", "grayscale", "blur")], [0.8, 0.2, 0.5], atol=0.06)
   assert len({tuple(order) for order in table["order"]}) == 24  # every order of four turns

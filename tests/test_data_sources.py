@@ -27,9 +27,7 @@ def save_palette(path, mask):
 
 
 def open_folder(root, ids=("a", "b", "c"), **changes):
-  options = dict(
-    image_pattern="images/train/{id}.jpg", label_pattern="labels/train/{id}.png", num_classes=3, label_map={11: 255}
-  )
+  options = dict(image_pattern="images/train/{id}.jpg", label_pattern="labels/train/{id}.png", num_classes=3, label_map={11: 255})
   return sources.FolderSource(root, ids, **{**options, **changes})
 
 

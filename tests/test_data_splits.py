@@ -10,7 +10,9 @@ def test_read_list_takes_any_line_ending_and_no_final_newline(tmp_path):
   assert splits.read_list(path) == ("b", "a", "c/d")
 
 
-@pytest.mark.parametrize(("content", "part"), [(b"\n \r\n", "none"), (b"a\nb\na\n", "a more than once"), (b"\xff\xfe\x00", "file")])
+@pytest.mark.parametrize(
+  ("content", "part"), [(b"\n \r\n", "none"), (b"a\nb\na\n", "a more than once"), (b"\xff\xfe\x00", "file")]
+)
 def test_unusable_list_is_named(tmp_path, content, part):
   path = tmp_path / "list.txt"
   path.write_bytes(content)

@@ -51,8 +51,8 @@ class Draws(NamedTuple):
 def draw(geometry: Geometry, size: tf.Tensor, seed: tf.Tensor) -> Draws:
   """Draws one example's geometry, a pure function of the seed.
 
-  Offsets are uniform in 0 .. scaled - crop + 1 inclusive: one more than fits, as in the released code, so that the last one leaves
-  the crop a pixel short. An axis that is not larger than the crop starts at 0.
+  Offsets are uniform in 0 .. scaled - crop + 1 inclusive: one more than fits, as in the released code, so that the last
+  one leaves the crop a pixel short. An axis that is not larger than the crop starts at 0.
 
   Args:
     size: i32[2], height and width of the image.
@@ -78,7 +78,10 @@ def scaled_size(size: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
 
 
 def crop_origin(scaled: tf.Tensor, offset: tf.Tensor, crop_size: tuple[int, int]) -> tf.Tensor:
-  """Where the crop's corner lies in the scaled image, i32[2]: what is missing is padded half before, half (and the odd pixel) after."""
+  """Where the crop's corner lies in the scaled image, i32[2].
+
+  What the image lacks is padded half before and half after, the odd pixel after.
+  """
   missing = tf.constant(crop_size) - tf.minimum(scaled - offset, crop_size)
   return offset - missing // 2
 

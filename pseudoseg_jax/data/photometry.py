@@ -1,4 +1,7 @@
-"""Strong augmentation: colour jitter, greyscale, blur. TensorFlow ops on one RGB image in [0, 1], every random draw an argument."""
+"""Strong augmentation: colour jitter, greyscale, blur.
+
+TensorFlow ops on one RGB image in [0, 1], every random draw an argument.
+"""
 
 from __future__ import annotations
 

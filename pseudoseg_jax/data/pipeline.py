@@ -2,8 +2,8 @@
 
   position -> (epoch, place in the epoch's shuffle) -> row -> load -> geometry -> views
 
-Every random draw is seeded by (seed, stream name, position). So resuming at step s needs only s, and one process or eight feed the
-same global batches. Labeled, unlabeled and partner streams have orders and draws of their own.
+Every random draw is seeded by (seed, stream name, position). So resuming at step s needs only s, and one process or eight
+feed the same global batches. Labeled, unlabeled and partner streams have orders and draws of their own.
 """
 
 from __future__ import annotations
@@ -141,9 +141,7 @@ def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: i
     photometry_draws = []
     if spec.needs.strong_views:
       photometry_draws = photometry_ops.draw(spec.photometry, spec.needs.strong_views, tf.stack([photometry_seed, position]))
-    made = views.unlabeled_views(
-      loaded[0], draws=draws, photometry=spec.photometry, photometry_draws=photometry_draws, **crop
-    )
+    made = views.unlabeled_views(loaded[0], draws=draws, photometry=spec.photometry, photometry_draws=photometry_draws, **crop)
     made["id"] = tf.cast(row, tf.int32)
     wanted = {"weak", "valid", "strong"} | ({"id", "flip", "window"} if spec.needs.ids else set())
     return {name: value for name, value in made.items() if name in wanted}
@@ -153,10 +151,7 @@ def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: i
   options.autotune.enabled = False
   options.threading.private_threadpool_size = _NUM_WORKERS
   dataset = (
-    positions.map(example, num_parallel_calls=_NUM_WORKERS)
-    .batch(rows, drop_remainder=True)
-    .prefetch(2)
-    .with_options(options)
+    positions.map(example, num_parallel_calls=_NUM_WORKERS).batch(rows, drop_remainder=True).prefetch(2).with_options(options)
   )
   return _batches(dataset, loader)
 

@@ -151,13 +151,11 @@ class FolderSource:
     if not self.has_labels:
       return
     if self.num_classes is None or not 1 <= self.num_classes <= IGNORE_LABEL:
-      problems.add("num_classes", got=self.num_classes or repr(self.num_classes), allowed=f"1..{IGNORE_LABEL} where there are masks")
+      problems.add("num_classes", got=repr(self.num_classes), allowed=f"1..{IGNORE_LABEL} where there are masks")
       return
     for value, index in label_map.items():
       if not 0 <= value <= 255 or not (0 <= index < self.num_classes or index == IGNORE_LABEL):
-        problems.add(
-          "label_map", got=f"{{{value}: {index}}}", allowed=f"0..255 -> 0..{self.num_classes - 1} or {IGNORE_LABEL}"
-        )
+        problems.add("label_map", got=f"{{{value}: {index}}}", allowed=f"0..255 -> 0..{self.num_classes - 1} or {IGNORE_LABEL}")
 
   def _check_present(self, problems) -> bool:
     """Adds what is missing; says whether anything is."""
@@ -207,14 +205,13 @@ def image_folder(folder: str | pathlib.Path) -> FolderSource:
     InputError: no such folder, or no image in it.
   """
   folder = pathlib.Path(folder)
-  files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
-  if folder.is_dir() and not files:
+  files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+  if not files:
     problems = checks.Problems(f"data in {folder} cannot be used")
-    problems.add("folder", got="no image", allowed=f"files ending in {', '.join(IMAGE_SUFFIXES)}")
+    found = "no image" if folder.is_dir() else "no such folder"
+    problems.add("folder", got=found, allowed=f"a folder of files ending in {', '.join(IMAGE_SUFFIXES)}")
     problems.raise_if_any()
-  # A missing folder must be reported as such, not as an empty list.
-  ids = [path.relative_to(folder).as_posix() for path in files] or ["any"]
-  return FolderSource(folder, ids, image_pattern="{id}")
+  return FolderSource(folder, [path.relative_to(folder).as_posix() for path in files], image_pattern="{id}")
 
 
 class Subset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections import deque
@@ -53,15 +54,20 @@ def jit_step(method: Method, mesh: Mesh, seed: int) -> Callable[[State, Any], tu
   return jax.jit(step, in_shardings=(whole, parts), out_shardings=(whole, whole), donate_argnums=0)
 
 
+def _born(method: Method, key) -> State:
+  """The initial state with strong dtypes: a weak one (`jnp.ones(3) * 1.0`) would compile the step twice."""
+  return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), method.init(key))
+
+
 def jit_init(method: Method, mesh: Mesh, seed: int) -> State:
   """The method's initial state, on every device: a function of the seed alone."""
-  init = jax.jit(method.init, out_shardings=meshes.replicated(mesh))
+  init = jax.jit(functools.partial(_born, method), out_shardings=meshes.replicated(mesh))
   return init(rng.stream(jax.random.key(seed), "init"))
 
 
 def abstract_state(method: Method, mesh: Mesh) -> State:
   """Shapes, dtypes and shardings of the method's state, without computing it."""
-  shapes = jax.eval_shape(method.init, jax.random.key(0))
+  shapes = jax.eval_shape(functools.partial(_born, method), jax.random.key(0))
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.replicated(mesh)), shapes)
 
 

@@ -46,7 +46,8 @@ def check_protocol(protocol: Protocol) -> None:
   """Raises InputError with everything that is wrong with a protocol."""
   problems = checks.Problems("the evaluation protocol cannot be used")
   if protocol.style not in STYLES:
-    problems.add("style", got=repr(protocol.style), allowed=checks.choices(STYLES), remedy=checks.nearest(str(protocol.style), STYLES))
+    remedy = checks.nearest(str(protocol.style), STYLES)
+    problems.add("style", got=repr(protocol.style), allowed=checks.choices(STYLES), remedy=remedy)
   if protocol.style == "slide":
     window = protocol.window_pixels
     if not isinstance(window, Sequence) or len(window) != 2 or min(window) < 1:

@@ -37,7 +37,7 @@ class Predictor:
     predict: Callable[[jax.Array], jax.Array],
     classes: Classes,
     *,
-    protocol: Protocol = Protocol(),
+    protocol: Protocol,
     mean: Sequence[float],
     std: Sequence[float],
     name: str = "",

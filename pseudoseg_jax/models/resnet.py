@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pseudoseg_jax.contract import Array
-from pseudoseg_jax.models.layers import ConvBN
+from pseudoseg_jax.models.layers import ConvBN, max_pool
 
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 BOTTLENECK = ("resnet50", "resnet101")
@@ -60,7 +60,7 @@ class Stem(nn.Module):
       x = ConvBN(64, 3, stride=2, dtype=self.dtype, name="unit1")(x, train=train, groups=groups)
       x = ConvBN(64, 3, dtype=self.dtype, name="unit2")(x, train=train, groups=groups)
       x = ConvBN(128, 3, dtype=self.dtype, name="unit3")(x, train=train, groups=groups)
-    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    return max_pool(x)
 
 
 class Block(nn.Module):

@@ -37,9 +37,7 @@ def test_sliding_windows_equal_torchsemiseg(golden, pad_multiple):
   height, width = image.shape[:2]
   canvas = np.full((1, *inference.canvas_size((height, width), protocol), 3), 77, np.uint8)  # what lies outside must not matter
   canvas[0, :height, :width] = image
-  infer = functools.partial(
-    inference.infer, recorded_network(golden), protocol=protocol, mean=IMAGENET_MEAN, std=IMAGENET_STD
-  )
+  infer = functools.partial(inference.infer, recorded_network(golden), protocol=protocol, mean=IMAGENET_MEAN, std=IMAGENET_STD)
   scores, _ = jax.jit(infer)(canvas, jnp.asarray([[height, width]]))
   scores = np.asarray(scores[0, :height, :width])
   np.testing.assert_allclose(scores[::2, ::2], golden["score_sum"], rtol=0, atol=1e-4)
