@@ -100,6 +100,8 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
 
   Raises:
     InputError: the config, the data or the workdir cannot be used; everything that can be known at once.
+    NonFiniteLoss: a loss became NaN or infinite; names step and term.
+    OSError: the newest state could not be saved.
   """
   source = {"path": "", "argument": ""}
   if isinstance(config, str):
@@ -137,6 +139,11 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
     )
     if outcome.finished and jax.process_index() == 0:
       log.info("%s", _summary(scoring, workdir, source))
+    if "last" in checkpoints.failed:
+      raise OSError(
+        f"the newest state could not be saved ({checkpoints.failed['last']}); free some space and run the same command again: "
+        f"it goes on from step {checkpoints.step()}"
+      )
     return (scoring.results or {}) | {"finished": outcome.finished}
   finally:
     checkpoints.close()

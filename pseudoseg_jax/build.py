@@ -186,7 +186,7 @@ def build_method(config: configs.ConfigDict, num_classes: int) -> Method:
   """The method of a config, for any use: training, evaluation, prediction."""
   checks.check_name("config.method.name", config.method.name, methods_table.METHODS)
   options = {name: value for name, value in config.method.items() if name != "name"}
-  known = [name for name in methods_table.default_config(config.method.name) if name != "name"]
+  known = configs.defaults_of(methods_table.METHODS[config.method.name])
   for name in options:
     checks.check_name(f"option of method '{config.method.name}'", name, known)
   task = Task(

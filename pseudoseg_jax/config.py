@@ -23,13 +23,10 @@ from pseudoseg_jax.models import table as models_table
 ConfigDict = ml_collections.ConfigDict
 
 
-def defaults_of(factory: Callable, *skip: str) -> dict[str, Any]:
-  """A factory's options with their defaults, as a config holds them."""
-  return {
-    name: parameter.default
-    for name, parameter in inspect.signature(factory).parameters.items()
-    if parameter.default is not inspect.Parameter.empty and name not in skip
-  }
+def defaults_of(factory: Callable) -> dict[str, Any]:
+  """A factory's options with their defaults: its signature is their one home."""
+  parameters = inspect.signature(factory).parameters.values()
+  return {parameter.name: parameter.default for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def network(name: str, **options) -> ConfigDict:
@@ -41,7 +38,8 @@ def network(name: str, **options) -> ConfigDict:
 
 def method(name: str, convention: str = "", **options) -> ConfigDict:
   """config.method: a name of methods.table.METHODS with that method's options; `convention` names a published set of them."""
-  config = methods_table.default_config(name)
+  checks.check_name("method", name, methods_table.METHODS)
+  config = ConfigDict({"name": name, **defaults_of(methods_table.METHODS[name])})
   if convention:
     if name != "mean_teacher":
       raise checks.InputError(f"convention={convention}: only method=mean_teacher has named conventions, not '{name}'")

@@ -76,9 +76,12 @@ def main(arguments=None) -> int:
       return 0
     api.train(known.config, known.workdir, overrides)
     return 0
-  except (checks.InputError, loop.NonFiniteLoss) as error:
+  except checks.InputError as error:
     print(f"error: {error}", file=sys.stderr)
-    return 1 if isinstance(error, loop.NonFiniteLoss) else 2
+    return 2
+  except (loop.NonFiniteLoss, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Checkpoints:
       "last": self._manager("last", keep_last, read_only),
       "best": self._manager("best", 1, read_only),
     }
-    self.failed: str | None = None  # what the newest save died of, None while all is well
+    self.failed: dict[str, str] = {}  # series -> what its newest save died of; empty while all is well
 
   def _manager(self, series: str, keep: int, read_only: bool) -> ocp.CheckpointManager:
     path = self.directory / series
@@ -47,13 +47,13 @@ class Checkpoints:
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(note or {}))
     try:
       manager.save(step, args=items, force=True)
-      self.failed = None
+      self.failed.pop(series, None)
     except Exception as error:  # whatever storage can do wrong: the run is worth more than this save
-      self._tell(series, step, error)
+      self._tell(series, f" of step {step}", error)
 
-  def _tell(self, series: str, step: int, error: Exception) -> None:
-    self.failed = f"{type(error).__name__}: {error}"
-    log.error("could not save the %s checkpoint of step %d in %s: %s", series, step, self.directory, self.failed)
+  def _tell(self, series: str, step: str, error: Exception) -> None:
+    self.failed[series] = f"{type(error).__name__}: {error}"
+    log.error("could not save the %s checkpoint%s in %s: %s", series, step, self.directory, self.failed[series])
 
   def wait(self) -> None:
     """Until everything started is on disk."""
@@ -61,7 +61,7 @@ class Checkpoints:
       try:
         manager.wait_until_finished()
       except Exception as error:
-        self._tell(series, -1, error)
+        self._tell(series, "", error)
 
   def restore(self, like: State, *, series: str = "last", step: int | None = None) -> State:
     """The state of a series' newest step (or `step`), with the structure, dtypes and shardings of `like` (shapes suffice)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -47,9 +48,17 @@ class Predictor:
     self.protocol = protocol
     self.name = name
     self._predict, self._mean, self._std = predict, mean, std
-    self._infer = _jit_by_shape(
-      lambda image, size: _ids_and_probabilities(*inference.infer(predict, image, size, protocol=protocol, mean=mean, std=std))
-    )
+    infer = functools.partial(inference.infer, predict, protocol=protocol, mean=mean, std=std)
+
+    def ids(image, size):
+      return jnp.argmax(infer(image, size)[0], axis=-1).astype(jnp.uint8)
+
+    def probabilities(image, size):
+      scores, passes = infer(image, size)
+      return jax.nn.softmax(scores / jnp.maximum(passes, 1), axis=-1)
+
+    # Apart: few want the K planes of probabilities, which dwarf the ids.
+    self._ids, self._probabilities = _jit_by_shape(ids), _jit_by_shape(probabilities)
 
   def with_protocol(self, protocol: Protocol) -> Predictor:
     """The same network, shown images in another way."""
@@ -61,45 +70,39 @@ class Predictor:
     Raises:
       InputError: no such file, no readable image, or an array of another shape or type.
     """
-    pixels = read_image(image)
-    return np.asarray(self._run(pixels)[0][0, : pixels.shape[0], : pixels.shape[1]])
+    return self._run(self._ids, read_image(image))
 
   def probabilities(self, image: ImageLike) -> np.ndarray:
     """Class probabilities f32[h, w, K]: the softmax of the mean logits over windows, flips and scales."""
-    pixels = read_image(image)
-    return np.asarray(self._run(pixels)[1][0, : pixels.shape[0], : pixels.shape[1]])
+    return self._run(self._probabilities, read_image(image))
 
   def overlay(self, image: ImageLike) -> np.ndarray:
     """The image with every pixel tinted by its class, uint8[h, w, 3]."""
     pixels = read_image(image)
     return pictures.overlay(pixels, self.predict(pixels), self.classes)
 
-  def _run(self, pixels):
+  def _run(self, compiled, pixels):
     height, width = pixels.shape[:2]
     canvas = np.zeros((1, *inference.canvas_size((height, width), self.protocol), 3), np.uint8)
     canvas[0, :height, :width] = pixels
-    return self._infer(canvas, np.asarray([[height, width]], np.int32))
-
-
-def _ids_and_probabilities(scores, passes):
-  return jnp.argmax(scores, axis=-1).astype(jnp.uint8), jax.nn.softmax(scores / jnp.maximum(passes, 1), axis=-1)
+    return np.asarray(compiled(canvas, np.asarray([[height, width]], np.int32)))[0, :height, :width]
 
 
 def _jit_by_shape(fn: Callable) -> Callable:
-  """jax.jit, but arrays that `fn` closes over (a network's weights) become arguments of the compiled function.
+  """jax.jit of a function with one result, with the arrays it closes over (a network's weights) as arguments.
 
-  jax.jit would write them into the program as constants: some hundred megabytes to compile, anew for every image size.
+  jax.jit alone would write them into the program as constants: some hundred megabytes to compile, anew for every image size.
   """
   compiled = {}
 
   def call(*args):
     shapes = tuple(arg.shape for arg in args)
     if shapes not in compiled:
-      closed = jax.make_jaxpr(fn, return_shape=True)(*args)
-      jaxpr, tree = closed[0], jax.tree.structure(closed[1])
-      compiled[shapes] = jax.jit(lambda consts, *args: jax.core.eval_jaxpr(jaxpr.jaxpr, consts, *args)), jaxpr.consts, tree
-    run, consts, tree = compiled[shapes]
-    return jax.tree.unflatten(tree, run(consts, *args))
+      closed = jax.make_jaxpr(fn)(*args)
+      compiled[shapes] = jax.jit(functools.partial(jax.core.eval_jaxpr, closed.jaxpr)), closed.consts
+    run, weights = compiled[shapes]
+    (result,) = run(weights, *args)
+    return result
 
   return call
 

@@ -1,0 +1,66 @@
+"""The house: imports go down only, and some rooms never see others."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "pseudoseg_jax"
+
+# The floor of each room; a module may import lower floors, and its own room.
+FLOORS = {
+  "contract": 0, "checks": 0, "rng": 0,
+  "ops": 1, "data": 1,
+  "models": 2, "optim": 2,
+  "nets": 3,
+  "methods": 4,
+  "engine": 5, "evaluate": 5,
+  "config": 6,
+  "build": 7,
+  "api": 8,
+  "main": 9, "predict": 9,
+  "__init__": 10,
+}  # fmt: skip
+# What a room must not see although it lies below it, and libraries that stay out of it.
+FORBIDDEN = {
+  "methods": {"pseudoseg_jax.data", "pseudoseg_jax.models", "flax.linen", "ml_collections", "tensorflow"},
+  "engine": {"pseudoseg_jax.methods", "pseudoseg_jax.models", "pseudoseg_jax.data", "ml_collections"},
+  "evaluate": {"pseudoseg_jax.methods", "pseudoseg_jax.models", "ml_collections"},
+  "ops": {"tensorflow", "flax", "ml_collections"},
+  "models": {"tensorflow", "ml_collections"},
+  "nets": {"flax.linen", "tensorflow", "ml_collections"},
+}
+MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+def room(module: str) -> str:
+  return module.removeprefix("pseudoseg_jax.").split(".")[0]
+
+
+def imports(path: pathlib.Path) -> set[str]:
+  """Every imported module, "from a import b" counted as a.b where that is a module of ours."""
+  found = set()
+  for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
+    if isinstance(node, ast.Import):
+      found.update(alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path}: relative import"
+      found.add(node.module)
+      found.update(f"{node.module}.{alias.name}" for alias in node.names)
+  return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_go_down_only(path):
+  own = path.parts[0].removesuffix(".py")
+  assert own in FLOORS, f"{path} stands on no floor: give {own} one"
+  for module in imports(path):
+    if module.startswith("pseudoseg_jax.") and room(module) in FLOORS and room(module) != own:
+      assert FLOORS[room(module)] < FLOORS[own], f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_rooms_keep_to_themselves(path):
+  for forbidden in FORBIDDEN.get(path.parts[0].removesuffix(".py"), ()):
+    seen = {module for module in imports(path) if module == forbidden or module.startswith(f"{forbidden}.")}
+    assert not seen, f"{path} imports {seen}"
