@@ -24,9 +24,9 @@ from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 from pseudoseg_jax.engine.records import Records
-from pseudoseg_jax.evaluate import pictures, report
-from pseudoseg_jax.evaluate.inference import describe
-from pseudoseg_jax.evaluate.predictor import Predictor
+from pseudoseg_jax.evaluation import pictures, report
+from pseudoseg_jax.evaluation.inference import describe
+from pseudoseg_jax.evaluation.predictor import Predictor
 
 log = logging.getLogger("pseudoseg_jax")
 

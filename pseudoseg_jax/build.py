@@ -17,8 +17,8 @@ from pseudoseg_jax.data.geometry import Geometry
 from pseudoseg_jax.data.photometry import Photometry
 from pseudoseg_jax.data.pipeline import PipelineSpec
 from pseudoseg_jax.data.sources import Source
-from pseudoseg_jax.evaluate.evaluator import Evaluator, make_evaluator
-from pseudoseg_jax.evaluate.inference import Protocol
+from pseudoseg_jax.evaluation.evaluator import Evaluator, make_evaluator
+from pseudoseg_jax.evaluation.inference import Protocol
 from pseudoseg_jax.methods import table as methods_table
 from pseudoseg_jax.models import table as models_table
 from pseudoseg_jax.ops import losses, schedules

@@ -20,8 +20,8 @@ from PIL import Image
 import pseudoseg_jax
 from pseudoseg_jax import checks
 from pseudoseg_jax.data.sources import IMAGE_SUFFIXES
-from pseudoseg_jax.evaluate import inference, pictures, report
-from pseudoseg_jax.evaluate.predictor import Predictor, read_image
+from pseudoseg_jax.evaluation import inference, pictures, report
+from pseudoseg_jax.evaluation.predictor import Predictor, read_image
 
 FOLDERS = ("ids", "color", "overlay")
 
@@ -249,7 +249,7 @@ def _write(path: pathlib.Path, picture: Image.Image) -> None:
 
 
 class _Progress:
-  """Says now and then how many images are done, how fast, and how long the rest takes; the rate leaves out the first (compiling)."""
+  """Tells now and then how many images are done, how fast, and how long the rest takes; the first (compiling) is left out."""
 
   def __init__(self, total: int):
     self.total, self.done = total, 0

@@ -14,7 +14,7 @@ FLOORS = {
   "models": 2, "optim": 2,
   "nets": 3,
   "methods": 4,
-  "engine": 5, "evaluate": 5,
+  "engine": 5, "evaluation": 5,
   "config": 6,
   "build": 7,
   "api": 8,
@@ -25,7 +25,7 @@ FLOORS = {
 FORBIDDEN = {
   "methods": {"pseudoseg_jax.data", "pseudoseg_jax.models", "flax.linen", "ml_collections", "tensorflow"},
   "engine": {"pseudoseg_jax.methods", "pseudoseg_jax.models", "pseudoseg_jax.data", "ml_collections"},
-  "evaluate": {"pseudoseg_jax.methods", "pseudoseg_jax.models", "ml_collections"},
+  "evaluation": {"pseudoseg_jax.methods", "pseudoseg_jax.models", "ml_collections"},
   "ops": {"tensorflow", "flax", "ml_collections"},
   "models": {"tensorflow", "ml_collections"},
   "nets": {"flax.linen", "tensorflow", "ml_collections"},

@@ -16,9 +16,9 @@ import pseudoseg_jax
 from pseudoseg_jax import predict as predict_cli
 from pseudoseg_jax.checks import InputError
 from pseudoseg_jax.data.classes import Classes
-from pseudoseg_jax.evaluate import evaluator, inference, pictures, report
-from pseudoseg_jax.evaluate.inference import Protocol
-from pseudoseg_jax.evaluate.predictor import Predictor, read_image
+from pseudoseg_jax.evaluation import evaluator, inference, pictures, report
+from pseudoseg_jax.evaluation.inference import Protocol
+from pseudoseg_jax.evaluation.predictor import Predictor, read_image
 from pseudoseg_jax.ops import confusion, resize
 
 CLASSES = Classes(("red", "green", "blue"), ((255, 0, 0), (0, 255, 0), (0, 0, 255)))

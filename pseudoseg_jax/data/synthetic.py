@@ -23,10 +23,10 @@ _CACHE_BYTES = 256 * 2**20
 class SyntheticScenes:
   """Textured objects on textured grounds; scene i is a pure function of (seed, i), whatever num_scenes is.
 
-  A class is a shape together with a texture: two shapes, three textures, six classes, so that neither decides alone. Colours say
-  nothing: an object's two colours, the ground and the light are drawn afresh for each scene. Some objects are plain
-  and belong to no class, and grounds may have the textures as well. Objects hide each other; gradients,
-  shadows, colour casts and sensor noise vary.
+  A class is a shape together with a texture: two shapes, three textures, six classes, so that neither decides alone. Colours
+  say nothing: an object's two colours, the ground and the light are drawn afresh for each scene. Some objects are plain and
+  belong to no class, and grounds may have the textures as well. Objects hide each other; gradients, shadows, colour casts and
+  sensor noise vary. A small network needs about a thousand labels to learn this; with a few dozen it learns them by heart.
 
   Args:
     num_scenes: length of the source. Another seed gives other scenes, e.g. for validation.
@@ -72,7 +72,7 @@ def draw_scene(row: int, *, size: tuple[int, int], seed: int) -> tuple[np.ndarra
   y, x = np.mgrid[:height, :width].astype(np.float32)
   image = _ground(rng, y, x, side)
   label = np.zeros(size, np.uint8)
-  for _ in range(rng.integers(2, 5)):
+  for _ in range(rng.integers(2, 4)):
     _add_object(rng, image, label, y, x, side)
   image = _light(rng, image, y, x)
   image = image.astype(np.uint8)
@@ -85,7 +85,7 @@ def _colors(rng) -> np.ndarray:
   """Two colours in [0, 1] that can be told apart, f32 [2, 3]."""
   while True:
     colors = rng.random((2, 3), np.float32)
-    if np.abs(colors[0] - colors[1]).sum() > 0.8:
+    if np.abs(colors[0] - colors[1]).sum() > 1.0:
       return colors
 
 
@@ -122,7 +122,7 @@ def _ground(rng, y, x, side):
   height, width = y.shape
   colors = _colors(rng)
   share = _smooth(rng, height, width, int(rng.integers(1, 6)))
-  if rng.random() < 0.5:
+  if rng.random() < 0.35:
     u, v = _rotate(rng, y, x)
     pattern = _pattern(rng, _TEXTURES[rng.integers(3)], u, v, rng.uniform(0.08, 0.35) * side)
     share = 0.6 * share + rng.uniform(0.1, 0.3) * pattern
@@ -131,7 +131,7 @@ def _ground(rng, y, x, side):
 
 def _add_object(rng, image, label, y, x, side):
   height, width = label.shape
-  radius = rng.uniform(0.2, 0.36) * side
+  radius = rng.uniform(0.22, 0.36) * side
   center_y, center_x = rng.uniform(0.1, 0.9, 2) * (height, width)
   reach = int(1.35 * radius) + 1  # the longest half-axis below
   rows = slice(max(0, int(center_y) - reach), int(center_y) + reach + 1)
@@ -142,9 +142,9 @@ def _add_object(rng, image, label, y, x, side):
   inside = _inside(_SHAPES[shape], u * np.float32(aspect / radius), v * np.float32(1 / (aspect * radius)))
 
   colors = _colors(rng)
-  if rng.random() < 0.88:
+  if rng.random() < 0.9:
     texture = int(rng.integers(len(_TEXTURES)))
-    share = _pattern(rng, _TEXTURES[texture], *_rotate(rng, u, v), radius * rng.uniform(0.4, 0.8))
+    share = _pattern(rng, _TEXTURES[texture], *_rotate(rng, u, v), radius * rng.uniform(0.45, 0.75))
     class_index = 1 + shape * len(_TEXTURES) + texture
   else:  # a plain shape is of no class
     share, class_index = np.zeros_like(u), 0

@@ -82,16 +82,15 @@ def _max_pool_gradient(residuals, gradient):
   def won(i, j):  # what tap (i, j) passes back, [B, H', W', C]
     return jnp.where(winner == 3 * i + j, gradient, 0)
 
-  def before(t, axis):  # the next window along `axis`
-    return jnp.concatenate([jax.lax.slice_in_dim(t, 1, None, axis=axis), jnp.zeros_like(jax.lax.slice_in_dim(t, 0, 1, axis=axis))], axis)
+  def next_window(t, axis):  # t[i + 1] at i, zero after the last
+    shift = [(0, 0, 0)] * t.ndim
+    shift[axis] = (-1, 1, 0)
+    return jax.lax.pad(t, jnp.zeros((), t.dtype), shift)
 
-  # Row 2i is the middle of window i; row 2i + 1 is its last and the first of window i + 1. Columns alike.
-  def columns(i):
-    even = won(i, 1)
-    odd = won(i, 2) + before(won(i, 0), 2)
-    return jnp.stack([even, odd], 3)  # [B, H', W', 2, C]
+  def columns(i):  # column 2j is the middle of window j; column 2j + 1 its last and the first of window j + 1
+    return jnp.stack([won(i, 1), won(i, 2) + next_window(won(i, 0), 2)], 3)  # [B, H', W', 2, C]
 
-  rows = jnp.stack([columns(1), columns(2) + before(columns(0), 1)], 2)  # [B, H', 2, W', 2, C]
+  rows = jnp.stack([columns(1), columns(2) + next_window(columns(0), 1)], 2)  # rows alike: [B, H', 2, W', 2, C]
   batch, half_height, _, half_width, _, channels = rows.shape
   return (rows.reshape(batch, 2 * half_height, 2 * half_width, channels)[:, :height, :width],)
 

@@ -93,9 +93,9 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-  """name, stem, output_stride: one of BLOCKS, STEMS, OUTPUT_STRIDES; multi_grid as in `strides_and_dilations`."""
+  """variant, stem, output_stride: one of BLOCKS, STEMS, OUTPUT_STRIDES; multi_grid as in `strides_and_dilations`."""
 
-  name_of_depth: str
+  variant: str
   stem: str = "plain"
   output_stride: int = 16
   multi_grid: Sequence[int] | None = None
@@ -104,13 +104,13 @@ class ResNet(nn.Module):
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, ...]:
     """images [B, H, W, 3] -> the outputs of the four stages, the first at stride 4, the last at the output stride."""
-    blocks = BLOCKS[self.name_of_depth]
+    blocks = BLOCKS[self.variant]
     x = Stem(self.stem, dtype=self.dtype, name="stem")(x, train=train, groups=groups)
     outputs = []
     for stage, plan in enumerate(strides_and_dilations(blocks, self.output_stride, self.multi_grid)):
       for index, (stride, dilation) in enumerate(plan):
         block = Block(
-          64 * 2**stage, stride, dilation, self.name_of_depth in BOTTLENECK, dtype=self.dtype, name=f"layer{stage + 1}_{index}"
+          64 * 2**stage, stride, dilation, self.variant in BOTTLENECK, dtype=self.dtype, name=f"layer{stage + 1}_{index}"
         )
         x = block(x, train=train, groups=groups)
       outputs.append(x)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pseudoseg_jax.data.photometry import IMAGENET_MEAN, IMAGENET_STD  # the reference's own constants, not recorded in the file
-from pseudoseg_jax.evaluate import inference
+from pseudoseg_jax.evaluation import inference
 
 
 def recorded_network(golden):

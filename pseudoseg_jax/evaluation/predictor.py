@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from pseudoseg_jax import checks
-from pseudoseg_jax.evaluate import inference, pictures
-from pseudoseg_jax.evaluate.inference import Protocol
+from pseudoseg_jax.evaluation import inference, pictures
+from pseudoseg_jax.evaluation.inference import Protocol
 
 if TYPE_CHECKING:
   from pseudoseg_jax.data.classes import Classes

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pseudoseg_jax.contract import IGNORE_LABEL
-from pseudoseg_jax.evaluate import report
+from pseudoseg_jax.evaluation import report
 
 if TYPE_CHECKING:
   from pseudoseg_jax.data.classes import Classes

@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import IGNORE_LABEL, Predictor, PyTree, State
-from pseudoseg_jax.evaluate import inference
-from pseudoseg_jax.evaluate.inference import Protocol
+from pseudoseg_jax.evaluation import inference
+from pseudoseg_jax.evaluation.inference import Protocol
 from pseudoseg_jax.ops import confusion
 from pseudoseg_jax.ops.confusion import Scores
 
