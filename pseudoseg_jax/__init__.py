@@ -1,6 +1,11 @@
 """Semi- and weakly-supervised semantic segmentation in JAX/Flax: train(...), evaluate(...), load(...)."""
 
 import importlib
+import os
+
+# TensorFlow only feeds images here: without its oneDNN kernels, whose rounding differs between machines, and its start-up notes.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 __version__ = "0.1.0"
 __all__ = ["evaluate", "load", "train"]

@@ -53,9 +53,7 @@ def _parse(arguments):
 
 def main(arguments=None) -> int:
   known, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only feeds; its start-up notes are noise here
-
-  import jax  # after the environment is set; and --help answers at once
+  import jax  # here, so that --help answers at once
 
   from pseudoseg_jax import checks
 

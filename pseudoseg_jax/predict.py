@@ -70,7 +70,6 @@ def _parse(arguments):
 
 def main(arguments=None) -> int:
   known = _parse(sys.argv[1:] if arguments is None else arguments)
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up notes are noise here
   try:
     # What is wrong with the images is told before a network is loaded.
     jobs = find_images(known.images, known.out, workdir=known.workdir)

@@ -1,11 +1,9 @@
-import pathlib
-
 import os
+import pathlib
 
 # Eight simulated devices for the whole suite: "one device = eight" is then a mesh of the first one against a mesh of all.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 def pytest_addoption(parser):
