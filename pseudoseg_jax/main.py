@@ -30,7 +30,11 @@ def _parse(arguments):
   parser.add_argument("--mode", choices=("train", "eval"), default="train", help="eval scores a trained workdir (default: train)")
   parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which one eval scores (default: best)")
   parser.add_argument("--print_config", action="store_true", help="print the config with all its options, and leave")
-  parser.add_argument("--distributed", action="store_true", help="one process of several: jax.distributed.initialize() first")
+  several = parser.add_argument_group("several processes (hosts), each started with the same command")
+  several.add_argument("--distributed", action="store_true", help="find the others through the cluster (Slurm, TPU, GKE, Open MPI)")
+  several.add_argument("--coordinator", metavar="HOST:PORT", help="or say where process 0 is, ...")
+  several.add_argument("--process_count", type=int, help="... how many processes there are ...")
+  several.add_argument("--process_index", type=int, help="... and which one this is, from 0")
   known, rest = parser.parse_known_args(arguments)
   overrides = {}
   rest = list(rest)
@@ -46,6 +50,8 @@ def _parse(arguments):
     overrides[key.removeprefix("--config.")] = value
   if known.mode == "train" and not known.config:
     parser.error("--config is needed to train, e.g. --config=configs/quickstart.py")
+  if len({known.coordinator is None, known.process_count is None, known.process_index is None}) > 1:
+    parser.error("--coordinator, --process_count and --process_index go together")
   if known.workdir is None and not known.print_config:
     parser.error("--workdir is needed")
   return known, overrides
@@ -57,8 +63,8 @@ def main(arguments=None) -> int:
 
   from pseudoseg_jax import checks
 
-  if known.distributed:
-    jax.distributed.initialize()
+  if known.distributed or known.coordinator:
+    jax.distributed.initialize(known.coordinator, known.process_count, known.process_index)
   cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "pseudoseg_jax" / "compiled"))
   jax.config.update("jax_compilation_cache_dir", cache)
 

@@ -73,7 +73,8 @@ def plain_convolution(x, kernel, stride, dilation):
 
 # The last three take the way by taps: some taps see part of the map, or only the middle one sees any.
 @pytest.mark.parametrize(
-  "size,k,stride,dilation", [(6, 3, 2, 1), (7, 7, 2, 1), (7, 1, 2, 1), (8, 3, 1, 2), (5, 3, 1, 3), ((5, 3), 3, 1, 4), (5, 3, 1, 6)]
+  "size,k,stride,dilation",
+  [(6, 3, 2, 1), (7, 7, 2, 1), (7, 1, 2, 1), (8, 3, 1, 2), (5, 3, 1, 3), ((5, 3), 3, 1, 4), (5, 3, 1, 6)],
 )
 def test_convolution_is_the_textbook_sum_and_its_gradient_the_adjoint(size, k, stride, dilation):
   height, width = size if isinstance(size, tuple) else (size, size)
@@ -136,8 +137,8 @@ def test_batch_norm_gradient_is_that_of_its_definition(negative_slope):
   def ours(x, params):
     return (weight * batch_norm(x, params, stats, negative_slope=negative_slope)[0]).sum()
 
-  expected = jax.value_and_grad(definition, (0, 1))(x, params)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), jax.value_and_grad(ours, (0, 1))(x, params), expected)
+  got, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(x, params) for f in (ours, definition))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
 
 
 def test_interleaved_groups_are_separate_batches_one_after_the_other():
@@ -157,8 +158,8 @@ def test_interleaved_groups_are_separate_batches_one_after_the_other():
       parts.append(y)
     return total, (jnp.stack(parts, 1).reshape(x.shape), moved)
 
-  got = jax.value_and_grad(together, (0, 1), has_aux=True)(x, params)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, jax.value_and_grad(apart, (0, 1), has_aux=True)(x, params))
+  got, expected = (jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(x, params) for f in (together, apart))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, expected)
 
 
 def test_running_variance_is_unbiased_and_one_value_per_channel_is_safe():
@@ -197,7 +198,9 @@ def test_without_multi_grid_the_first_block_keeps_the_dilation_before():
 
 
 @pytest.mark.parametrize("stem", resnet.STEMS)
-@pytest.mark.parametrize("variant,output_stride,sizes", [("resnet18", 32, (9, 5, 3, 2)), ("resnet34", 16, (9, 5, 3, 3)), ("resnet50", 8, (9, 5, 5, 5))])
+@pytest.mark.parametrize(
+  "variant,output_stride,sizes", [("resnet18", 32, (9, 5, 3, 2)), ("resnet34", 16, (9, 5, 3, 3)), ("resnet50", 8, (9, 5, 5, 5))]
+)
 def test_stages_have_their_strides_and_channels(variant, stem, output_stride, sizes):
   module = resnet.ResNet(variant, stem, output_stride)
   images = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)

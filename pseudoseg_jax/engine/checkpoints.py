@@ -32,7 +32,10 @@ class Checkpoints:
     path = self.directory / series
     if not read_only:
       path.mkdir(parents=True, exist_ok=True)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, read_only=read_only, cleanup_tmp_directories=not read_only)
+    if read_only:
+      options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+    else:
+      options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(path, options=options)
 
   def step(self, series: str = "last") -> int | None:

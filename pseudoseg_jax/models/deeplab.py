@@ -1,7 +1,7 @@
 """DeepLabv3+ (Chen et al. 2018) in the form of the official CPS code (Chen et al. 2021).
 
-It differs from the textbook: one batch norm over the concatenated ASPP branches, leaky ReLUs in the ASPP, the image-pooling branch
-added rather than concatenated, no dropout, multi-grid 2, 4, 8 in the last stage and align-corners upsampling.
+It differs from the textbook: one batch norm over the concatenated ASPP branches, leaky ReLUs in the ASPP, an image-pooling
+branch that is added rather than concatenated, no dropout, dilations 2, 4, 8 in the last stage and align-corners upsampling.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class DeepLabV3Plus(nn.Module):
   @nn.compact
   def __call__(self, images: Array, *, train: bool, groups: int = 1) -> Array:
     body = ResNet(self.backbone, self.stem, self.output_stride, multi_grid=(1, 2, 4), dtype=self.dtype, name="backbone")
-    # Rates 6, 12, 18 are for stride 16; a map twice as fine needs them twice as large to see as far (Chen et al. 2017, DeepLabv3).
+    # Rates 6, 12, 18 are for stride 16; a map twice as fine needs them twice as large to see as far (DeepLabv3, section 3.3).
     rates = tuple(rate * max(16 // self.output_stride, 1) for rate in (6, 12, 18))
     stages = body(images.astype(self.dtype), train=train, groups=groups)
     scores = Head(self.num_classes, rates, dtype=self.dtype, name="head")(stages, train=train, groups=groups)

@@ -55,7 +55,8 @@ def convolve(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Arr
 def max_pool(x: Array) -> Array:
   """Max pooling 3x3, stride 2, one pixel of padding: [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), C].
 
-  Of equal values the first takes the gradient, as in PyTorch. Written out because XLA's own gradient (select-and-scatter) is slow on CPU.
+  Of equal values the first takes the gradient, as in PyTorch. Written out because XLA's own gradient (select-and-scatter) takes
+  ten times as long on CPU.
   """
   return _max_pool(x)[0]
 
@@ -101,8 +102,8 @@ max_pool.defvjp(_max_pool, _max_pool_gradient)
 class Conv(nn.Module):
   """Square convolution, NHWC; padding dilation * (kernel_size - 1) / 2 on every side, as PyTorch code writes it.
 
-  (Flax's "SAME" pads only bottom and right where a stride divides the size.) Parameters are f32: `kernel` [k, k, Cin, Cout] and, where
-  asked for, `bias` [Cout]. Modules only say their shapes; `initial.initial_values` gives them values.
+  (Flax's "SAME" pads only bottom and right where a stride divides the size.) Parameters are f32: `kernel` [k, k, Cin, Cout]
+  and, where asked for, `bias` [Cout]. Modules only say their shapes; `initial.initial_values` gives them values.
   """
 
   features: int
@@ -134,7 +135,7 @@ def _per_channel(values: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalize_batch(x: Array, scale: Array, bias: Array, eps: float, negative_slope: float) -> tuple[Array, Array, Array]:
-  """Batch norm with the batch's own statistics, then leaky ReLU; x: [B / G, G, H, W, C] -> (y, mean f32 [G, C], variance f32 [G, C]).
+  """Batch norm with the batch's own statistics, then leaky ReLU: x [B / G, G, H, W, C] -> y, mean and variance f32 [G, C].
 
   The gradient keeps nothing but x: the normalised map and the sign for the ReLU are cheaper to redo than to store. `mean` and
   `variance` (over n, not n - 1) are for the running statistics and carry no gradient.
@@ -173,8 +174,8 @@ normalize_batch.defvjp(_normalize_batch, _normalize_batch_gradient)
 class BatchNorm(nn.Module):
   """Batch norm over B, H and W, optionally followed by a (leaky) ReLU, with PyTorch's running statistics.
 
-  Parameters `scale`, `bias` and statistics `mean`, `var` are f32 [C]. The running variance takes the unbiased variance, n / (n - 1)
-  times the one that normalises (Flax's own layer does not). Everything is computed in float32, whatever the dtype of x.
+  Parameters `scale`, `bias` and statistics `mean`, `var` are f32 [C]. The running variance takes the unbiased variance,
+  n / (n - 1) times the one that normalises (Flax's own layer does not). All is computed in float32, whatever the dtype of x.
 
   momentum: what the running statistics keep per batch; 0.9 is PyTorch's 0.1.
   negative_slope: 0 is a ReLU, 0.01 PyTorch's leaky ReLU, 1 no activation.
@@ -188,9 +189,9 @@ class BatchNorm(nn.Module):
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
     """x: [B, H, W, C] -> the same shape and dtype.
 
-    With train=True the batch's own statistics normalise and move the running ones. With groups=G the rows are G interleaved batches
-    (row i belongs to batch i % G; interleaved, so that a batch axis split over devices stays where it is), each with statistics of
-    its own, which move the running ones one after the other. B must be a multiple of G.
+    With train=True the batch's own statistics normalise and move the running ones. With groups=G the rows are G interleaved
+    batches (row i belongs to batch i % G; interleaved, so that a batch axis split over devices stays where it is), each with
+    statistics of its own, which move the running ones one after the other. B must be a multiple of G.
     """
     channels = x.shape[-1]
     scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)

@@ -1,7 +1,7 @@
 """Resizing of maps [B, H, W, ...]: bilinear in the two conventions of the field, chosen by name, and nearest.
 
-`jax.image.resize` smooths when it shrinks and has no align-corners mode, hence this file. Bilinear resizing is linear and separable:
-two products with small constant matrices, whose gradient is again two products (no scatter), fast on CPU, GPU and TPU.
+`jax.image.resize` smooths when it shrinks and has no align-corners mode, hence this file. Bilinear resizing is linear and
+separable: two products with small constant matrices, whose gradient is again two products (no scatter), fast everywhere.
 """
 
 from __future__ import annotations
