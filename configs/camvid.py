@@ -24,14 +24,14 @@ def get_config(argument=""):
   if chosen["network"] == "deeplabv3plus":
     config.network = configs.network("deeplabv3plus", backbone=chosen["backbone"])
   else:
-    config.network = configs.network(chosen["network"], width=24)
-  config.total_steps = 2000
+    config.network = configs.network(chosen["network"])
+  config.total_steps = 1500
   config.batch_size_global = {"labeled": 4, "unlabeled": 4}
   config.optimizer.learning_rate = 0.05
-  config.views.crop_size = (160, 160)
+  config.views.crop_size = (128, 128)
   config.views.scales = (0.75, 1.0, 1.25, 1.5)
   config.log_every_steps = 50
-  config.eval_every_steps = 1000
+  config.eval_every_steps = 750
   config.checkpoint_every_steps = 500
   config.evaluation.batch_size = 8
   return config

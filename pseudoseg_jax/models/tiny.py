@@ -53,7 +53,7 @@ class TinyHead(nn.Module):
 
 
 class Tiny(nn.Module):
-  """images f32 [B, H, W, 3] -> logits f32 [B, H, W, num_classes]; about 0.17 million parameters at width 16."""
+  """images f32 [B, H, W, 3] -> logits f32 [B, H, W, num_classes]; about 0.14 million parameters at width 16."""
 
   num_classes: int
   width: int = 16
