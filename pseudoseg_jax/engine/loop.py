@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -79,6 +81,15 @@ def _on_device(mesh: Mesh, batches: Iterator[Any]) -> Iterator[Any]:
     if len(waiting) >= _AHEAD:
       yield waiting.popleft()
   yield from waiting
+
+
+def _trim_host_memory() -> None:
+  """Hands back what the compiler freed: glibc keeps it, some hundred megabytes for a ResNet-50 that nothing uses again."""
+  if sys.platform == "linux":
+    try:
+      ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+      pass  # another C library
 
 
 def _check_finite(first_step: int, values: dict[str, np.ndarray]) -> None:
@@ -215,6 +226,7 @@ def fit(
 
       if done == start + 1:
         fetch(done)
+        _trim_host_memory()
         log.info("first step after %.1f s, compilation included", watch.seconds())
         unlogged.clear()
         watch.restart()
