@@ -138,7 +138,7 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
       evaluate=scoring,
     )
     if outcome.finished and jax.process_index() == 0:
-      log.info("%s", _summary(scoring, workdir, source))
+      log.info("%s", _summary(scoring, workdir, source, overrides or {}))
     if "last" in checkpoints.failed:
       raise OSError(
         f"the newest state could not be saved ({checkpoints.failed['last']}); free some space and run the same command again: "
@@ -231,7 +231,7 @@ def _restore(workdir, config, method: Method, mesh, checkpoint: str) -> State:
     checkpoints.close()
 
 
-def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str]) -> str:
+def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], overrides: Mapping[str, Any]) -> str:
   """What a person wants to know at the end."""
   results, classes = scoring.results, scoring.data.classes
   lines = ["", f"Done: {results['method']} on {results['split']}, seed {results['seed']}", ""]
@@ -241,7 +241,6 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str]) -
     chosen = f" (best by {entry['selected_by']})" if series == "best" else ""
     lines.append(f"  {series:5} step {entry['step']:>6}  mIoU %: {mious}{chosen}")
   lines += ["", report.table(classes, scoring.scores), ""]
-  baseline = f"{source['path']}:method=supervised"
   lines += [
     f"  pictures     {workdir}/pictures/overlays.png, {workdir}/pictures/curves.png",
     f"  scores       {workdir}/results.json, {workdir}/scores.csv",
@@ -252,5 +251,8 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str]) -
     f"  python -m pseudoseg_jax.predict --workdir={workdir} --images DIR --out OUT      segment your own images",
   ]
   if source["path"] and results["method"] != "supervised":
-    lines.append(f"  python -m pseudoseg_jax.main --config={baseline} --workdir={workdir}_supervised      the baseline to compare with")
+    kept = [part for part in source["argument"].split(",") if part and part.partition("=")[0] not in ("method", "convention")]
+    flags = [f"--config.{key}={value}" for key, value in overrides.items() if not key.startswith("method.")]
+    command = [f"--config={source['path']}:{','.join(['method=supervised', *kept])}", f"--workdir={workdir}_supervised", *flags]
+    lines.append(f"  python -m pseudoseg_jax.main {' '.join(command)}      the baseline to compare with")
   return "\n".join(lines)

@@ -201,7 +201,6 @@ def build_method(config: configs.ConfigDict, num_classes: int) -> Method:
 
 def build_pipeline(config: configs.ConfigDict, data: Data, method: Method) -> PipelineSpec:
   """What training batches are made of; raises InputError for whatever does not fit, together."""
-  check_run(config)
   view = config.views.to_dict()
   geometry = Geometry(**{name: view.pop(name) for name in ("crop_size", "scales", "continuous", "flip")})
   return PipelineSpec(

@@ -1,0 +1,53 @@
+"""Configs cannot rot: each one loads with every method and makes a network."""
+
+import pathlib
+
+import jax
+import pytest
+
+from pseudoseg_jax import build, checks
+from pseudoseg_jax import config as configs
+from pseudoseg_jax.methods import mean_teacher
+from pseudoseg_jax.methods.table import METHODS
+
+CONFIGS = sorted(path.name for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+ARGUMENTS = [f"method={name}" for name in METHODS] + [f"method=mean_teacher,convention={name}" for name in mean_teacher.CONVENTIONS]
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds_every_method(name, argument):
+  config = configs.load(f"configs/{name}:{argument}")
+  build.check_run(configs.load(f"configs/{name}:{argument}", {"batch_size_global.labeled": 8, "batch_size_global.unlabeled": 8}))
+  method = build.build_method(config, 21)
+  state = jax.eval_shape(method.init, jax.random.key(0))
+  assert state.nets and method.predictors
+  assert not configs.differences(config, configs.from_json(configs.to_json(config)))
+
+
+def test_the_published_voc_schedule():
+  # 1/16 of 10582 labeled: 32 epochs of 1240 steps. [CPS, schedule of the official scripts]
+  config = configs.load("configs/voc.py:method=cps,split=1_16")
+  assert (config.total_steps, config.views.crop_size, config.method.weight) == (32 * 1240, (512, 512), 1.5)
+
+
+def test_overrides_take_the_type_of_what_they_replace():
+  config = configs.load(
+    "configs/quickstart.py:method=cps",
+    {"optimizer.learning_rate": "1", "views.crop_size": "(48,32)", "views.flip": "false", "method.on_labeled": False, "seed": 7},
+  )
+  assert config.optimizer.learning_rate == 1.0 and isinstance(config.optimizer.learning_rate, float)
+  assert config.views.crop_size == (48, 32)
+  assert (config.views.flip, config.method.on_labeled, config.seed) == (False, False, 7)
+
+
+def test_all_wrong_overrides_are_told_at_once():
+  with pytest.raises(checks.InputError) as error:
+    configs.load("configs/quickstart.py", {"totl_steps": 1, "views.flip": "perhaps", "method": 2, "seed.more": 1})
+  for part in ("'total_steps'", "'perhaps'; allowed: bool", "config.method.NAME", "config.seed.more"):
+    assert part in str(error.value)
+
+
+def test_a_workdir_s_config_differs_by_named_options():
+  ours, theirs = (configs.load("configs/quickstart.py", {"seed": seed}) for seed in (0, 1))
+  assert configs.differences(ours, theirs) == ["seed: 0 now, 1 there"]
