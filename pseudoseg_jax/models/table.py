@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import Array, Network, PyTree
@@ -50,7 +51,11 @@ def make_network(name: str, *, num_classes: int, **options) -> Network:
   known = [option for option in inspect.signature(factory).parameters if option != "num_classes"]
   for option in options:
     checks.check_name(f"option of network '{name}'", option, known)
-  module = factory(num_classes, **options)
+  return as_network(factory(num_classes, **options))
+
+
+def as_network(module: nn.Module) -> Network:
+  """A module (images, *, train, groups) -> logits as two pure functions; its kernels are drawn anew by `initial_values`."""
 
   @jax.jit
   def init(key: Array) -> tuple[PyTree, PyTree]:

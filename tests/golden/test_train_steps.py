@@ -10,6 +10,7 @@ import toy
 from pseudoseg_jax import optim
 from pseudoseg_jax.contract import IGNORE_LABEL, Task
 from pseudoseg_jax.methods import cps, mean_teacher, supervised
+from pseudoseg_jax.models.table import as_network
 from pseudoseg_jax.ops import losses, schedules
 
 
@@ -27,7 +28,7 @@ def make_task(golden, *, criterion=losses.cross_entropy_mean, module=toy.Toy, de
   optimizer = optim.sgd(
     rate, momentum=hp["momentum"], weight_decay=hp["weight_decay"], decay_scope=decay_scope, factors=factors
   )
-  network = toy.network(module(hp["hid"], hp["num_classes"]))
+  network = as_network(module(hp["hid"], hp["num_classes"]))
   return Task(hp["num_classes"], total_steps, network, toy.recording(optimizer), criterion)
 
 

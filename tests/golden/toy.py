@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pseudoseg_jax.contract import Network, Optimizer
+from pseudoseg_jax.contract import Optimizer
 from pseudoseg_jax.models.layers import BatchNorm
 
 _LEAF = {"running_mean": "mean", "running_var": "var", "bias": "bias"}
@@ -68,21 +68,6 @@ class UniMatchToy(nn.Module):
     x = nn.Conv(self.hidden, (3, 3), padding=1, use_bias=False, name="fuse")(jnp.concatenate(taps, axis=-1))
     x = nn.relu(BatchNorm(name="fuse_bn")(x, train=train, groups=groups))
     return nn.Conv(self.num_classes, (1, 1), name="classifier")(x)
-
-
-def network(module: nn.Module) -> Network:
-  def init(key):
-    variables = module.init(key, jnp.zeros([1, 8, 8, 3]), train=False)
-    return variables["params"], variables["batch_stats"]
-
-  def apply(params, batch_stats, images, *, train, groups=1):
-    variables = {"params": params, "batch_stats": batch_stats}
-    if not train:
-      return module.apply(variables, images, train=False), batch_stats
-    logits, moved = module.apply(variables, images, train=True, groups=groups, mutable=["batch_stats"])
-    return logits, moved["batch_stats"]
-
-  return Network(init, apply)
 
 
 def recording(optimizer: Optimizer) -> Optimizer:
