@@ -204,3 +204,10 @@ def test_help_and_print_config(capsys):
   assert "examples:" in capsys.readouterr().out
   assert command_line.main(["--config=configs/voc.py:split=1_16", "--print_config"]) == 0
   assert json.loads(capsys.readouterr().out)["total_steps"] == 39680
+
+
+def test_the_headline_predictor_comes_first(tmp_path):
+  results = pseudoseg_jax.train("configs/quickstart.py:method=mean_teacher,convention=official", tmp_path, QUICKSTART)
+  assert list(results["last"]["predictors"]) == ["teacher", "student"]
+  assert (tmp_path / "scores.csv").read_text().startswith("class,teacher,student\n")
+  assert pseudoseg_jax.load(tmp_path).name == "teacher"

@@ -67,7 +67,7 @@ def make_evaluator(
     batch_size += -batch_size % mesh.shape["data"]
   batches = _plan([source.size(row) for row in range(len(source))], protocol, batch_size)
   count = _counter(predictors, len(classes.names), protocol, mean, std, mesh)
-  return Evaluator(count=count, source=source, protocol=protocol, batches=batches, mesh=mesh)
+  return Evaluator(count=count, names=tuple(predictors), source=source, protocol=protocol, batches=batches, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Evaluator:
   """
 
   count: Callable  # (state, images, labels, sizes) -> {predictor: (confusion matrix, ids)}
+  names: tuple[str, ...]  # of the predictors, in their order: the jitted function returns them sorted
   source: Source
   protocol: Protocol
   batches: tuple[_Batch, ...]
@@ -102,7 +103,7 @@ class Evaluator:
     for _, results in self._run(state, self.batches, with_labels=True):
       for name, (matrix, _) in results.items():
         totals[name] = totals.get(name, 0) + np.asarray(matrix, np.int64)
-    return {name: confusion.scores(matrix) for name, matrix in totals.items()}
+    return {name: confusion.scores(totals[name]) for name in self.names}
 
   def predictions(self, state: State, rows: Sequence[int]) -> dict[str, list[np.ndarray]]:
     """{predictor: [uint8[h, w] class ids of each row]}, with what is compiled already; labels are not read."""
@@ -115,7 +116,7 @@ class Evaluator:
           if row is not None:
             height, width = sizes[row]
             wanted.setdefault(name, {})[row] = image_ids[:height, :width]
-    return {name: [ids[row] for row in rows] for name, ids in wanted.items()}
+    return {name: [wanted[name][row] for row in rows] for name in self.names}
 
   def _run(self, state, batches, *, with_labels: bool) -> Iterator[tuple[_Batch, PyTree]]:
     """Reads ahead in threads, feeds the device without waiting for it, and yields results a few batches later."""
