@@ -12,6 +12,7 @@ from pseudoseg_jax import checks
 from pseudoseg_jax.contract import State
 
 log = logging.getLogger("pseudoseg_jax")
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is asked for here: a read-only folder
 
 
 class Checkpoints:
