@@ -111,12 +111,11 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
   configs.override(config, overrides or {})
   workdir = pathlib.Path(workdir)
   build.check_run(config)
-  _claim(workdir, config, source)
-
   data = build.build_data(config.data)
-  report.write_atomically(workdir / "classes.json", json.dumps(dataclasses.asdict(data.classes)))
   method = build.build_method(config, len(data.classes))
   spec = build.build_pipeline(config, data, method)
+  _claim(workdir, config)  # only now: a config that cannot run must not occupy the workdir
+  report.write_atomically(workdir / "classes.json", json.dumps(dataclasses.asdict(data.classes)))
   mesh = meshes.make_mesh()
   records = Records(workdir)
   checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.keep_last_checkpoints)
@@ -189,7 +188,7 @@ def load(workdir: str | pathlib.Path, predictor: str | None = None, checkpoint: 
   )  # fmt: skip
 
 
-def _claim(workdir: pathlib.Path, config: configs.ConfigDict, source: dict[str, str]) -> None:
+def _claim(workdir: pathlib.Path, config: configs.ConfigDict) -> None:
   """Writes the config into a new workdir; refuses one that another config made."""
   saved = workdir / "config.json"
   if saved.exists():

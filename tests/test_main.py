@@ -174,6 +174,7 @@ def test_broken_data_is_named(tree, tmp_path, capsys, breaking, overrides, said)
     ("configs/quickstart.py", {"total_steps": "many"}, ["'many'", "int"]),
     ("configs/quickstart.py", {"batch_size_global.labeled": 6, "eval_every_steps": 0}, ["8 devices", "eval_every_steps"]),
     ("configs/quickstart.py", {"optimizer.name": "sdg"}, ["'sdg'", "did you mean 'sgd'?"]),
+    ("configs/quickstart.py", {"method.distance": "softmax_mes"}, ["'softmax_mes'", "did you mean 'softmax_mse'?"]),
     ("configs/quickstart.py", {"network.name": "resnet"}, ["resnet"]),
   ],
 )  # fmt: skip
@@ -184,6 +185,7 @@ def test_a_wrong_config_is_explained(tmp_path, capsys, config, overrides, said):
   assert run(config, tmp_path / "w", overrides) == 2
   error = capsys.readouterr().err
   assert all(part in error for part in said), error
+  assert not (tmp_path / "w").exists()  # the corrected command may use the same workdir
 
 
 def test_eval_of_a_folder_that_no_run_made(tmp_path, capsys):

@@ -7,7 +7,7 @@ open; every difference is an option here and CONVENTIONS names the three sets.
 import jax
 import jax.numpy as jnp
 
-from pseudoseg_jax import nets
+from pseudoseg_jax import checks, nets
 from pseudoseg_jax.contract import Method, Needs, State, Task
 from pseudoseg_jax.ops import losses, schedules
 
@@ -79,6 +79,11 @@ def mean_teacher(
     strong_views: 1 gives the student a photometric view of the unlabeled images while the teacher sees the weak one; 0 the same.
     headline: "student" or "teacher", which one is the method's answer; both are scored.
   """
+  checks.check_name("option distance", distance, ("softmax_mse", "logit_mse", "softmax_kl"))
+  checks.check_name("option decay_warmup", decay_warmup, ("none", "from_half", "from_copy"))
+  checks.check_name("option average_when", average_when, ("after_descent", "between_passes"))
+  checks.check_name("option statistics", statistics, ("own", "average"))
+  checks.check_name("option headline", headline, ("student", "teacher"))
   from_the_student = average_when == "between_passes"
 
   def init(key):
