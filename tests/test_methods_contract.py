@@ -184,7 +184,7 @@ def test_a_step_is_a_function_of_state_batch_and_key(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_learns_on_the_synthetic_scenes(case):
-  steps = 200
+  steps = 300
   # A tenth of the published weights: in so few steps from scratch the unlabeled images have nothing to teach yet.
   method, mesh = make_method(case, steps, 8, 0.1), make_mesh(1)
   scenes = synthetic.SyntheticScenes(32, (48, 48))
@@ -201,5 +201,5 @@ def test_learns_on_the_synthetic_scenes(case):
     prediction = np.argmax(predict(state, normalized.astype(np.float32)), -1)
     accuracy = np.mean((prediction == labels)[valid])
     found = {k for k in range(1, K) if np.mean(prediction[labels == k] == k) > 0.2}
-    assert accuracy > always_background + 0.03, (name, accuracy, always_background)
+    assert accuracy > always_background + 0.05, (name, accuracy, always_background)
     assert len(found) >= 2, (name, found)
