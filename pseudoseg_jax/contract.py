@@ -22,13 +22,16 @@ PyTree = Any
 # One global batch, a nested dict of arrays (leading axis = global batch, split over the mesh's `data` axis):
 #
 #   "labeled":   {"image":  f32[Bl, H, W, 3],      normalised (data.photometry.normalize)
-#                 "label":  i32[Bl, H, W]}         0..K-1, or IGNORE_LABEL
+#                 "label":  i32[Bl, H, W],         0..K-1, or IGNORE_LABEL
+#                 "valid":  bool[Bl, H, W]}        False on padding
 #   "unlabeled": {"weak":   f32[Bu, H, W, 3],      geometry only
 #                 "strong": f32[Bu, S, H, W, 3],   same geometry, S photometric draws   (needs.strong_views = S > 0)
 #                 "valid":  bool[Bu, H, W],        False on padding
 #                 "id":     i32[Bu],               row of the image in its list         (needs.ids, likewise the next two)
 #                 "flip":   bool[Bu],
-#                 "window": f32[Bu, 4]}            crop in the image's own frame: top, left, height, width as fractions
+#                 "window": f32[Bu, 4],            crop in the image's own frame: top, left, height, width as fractions
+#                 "image_label": f32[Bu, K]}       1 for every class that the user says is in the image, whole
+#                                                  (needs.weak_label == "image")
 #   "partner":   like "unlabeled"; a second, independent draw of unlabeled images        (needs.partner)
 #
 # "unlabeled" and "partner" never hold a mask: it is not even opened.
@@ -79,16 +82,33 @@ class Optimizer(NamedTuple):
 
 
 class Network(NamedTuple):
-  """A segmentation network without its module: two pure functions.
+  """A segmentation network without its modules: pure functions over one tree of parameters.
 
   init: key -> (params, batch_stats).
-  apply: (params, batch_stats, images f32[B,H,W,3], train=bool, groups=int) -> (logits f32[B,H,W,K], batch_stats).
+  apply: (params, batch_stats, images f32[B,H,W,3], train=bool, groups=int, dropout=key) -> (logits f32[B,H,W,K], batch_stats).
     With train=True batch norm uses the batch's own statistics and returns moved running ones. With groups=G the B rows are G
     interleaved batches (row i belongs to batch i % G), each with statistics of its own; running ones move G times, in order.
+    Dropout, in networks that have it, acts only where train=True and a key is given.
+  encode, decode: the two halves of `apply`, with the same keywords, for methods with heads or perturbations of their own:
+    images -> maps, a tuple of [B,h,w,C] that ends with the deepest; maps -> scores f32[B,h,w,K] on the grid of the network's
+    head, of which `ops.resize.bilinear_align_corners` makes the logits.
   """
 
   init: Callable[[Array], tuple[PyTree, PyTree]]
   apply: Callable[..., tuple[Array, PyTree]]
+  encode: Callable[..., tuple[tuple[Array, ...], PyTree]] | None = None
+  decode: Callable[..., tuple[Array, PyTree]] | None = None
+
+
+class Head(NamedTuple):
+  """A head that a method adds to a network; its parameters stand in the network's tree, under a name of their own.
+
+  init: key -> (params, batch_stats).
+  apply: (params, batch_stats, *inputs, train=bool) -> (output, batch_stats).
+  """
+
+  init: Callable[[Array], tuple[PyTree, PyTree]]
+  apply: Callable[..., tuple[Any, PyTree]]
 
 
 class Task(NamedTuple):
@@ -108,6 +128,19 @@ Metrics = dict[str, Array]
 Predictor = Callable[[State, Array], Array]
 
 
+class Panels(NamedTuple):
+  """What a method shows of a batch, for people who want to see why it works.
+
+  names, kinds: of the panels in their order; a kind is "image" (f32[B,H,W,3], normalised), "classes" (f32[B,h,w,K],
+    probabilities or scores from 0 on, on any grid) or "heat" (f32[B,h,w] in 0..1). The last "classes" panel is the pseudo label.
+  compute: (state, batch, draws) -> (one array a name, kept bool[B,h,w]: where the pseudo label is learnt from).
+  """
+
+  names: tuple[str, ...]
+  kinds: tuple[str, ...]
+  compute: Callable[[State, Batch, PyTree], tuple[tuple[Array, ...], Array]]
+
+
 class Method(NamedTuple):
   """A method: what it needs, how it starts, how it takes a step, who predicts.
 
@@ -115,6 +148,7 @@ class Method(NamedTuple):
   draw: (key, batch) -> draws, every random number of one step (None where a step has none).
   update: (state, batch, draws) -> (state, metrics); pure arithmetic. `metrics` are scalars; those named `loss*` are loss terms.
   predictors: name -> (state, images f32[B,H,W,3]) -> logits f32[B,H,W,K]; the first is the headline.
+  panels: pictures of what the unlabeled images teach, or None.
   """
 
   needs: Needs
@@ -122,6 +156,7 @@ class Method(NamedTuple):
   draw: Callable[[Array, Batch], PyTree]
   update: Callable[[State, Batch, PyTree], tuple[State, Metrics]]
   predictors: dict[str, Predictor]
+  panels: Panels | None = None
 
   def step(self, state: State, batch: Batch, key: Array) -> tuple[State, Metrics]:
     return self.update(state, batch, self.draw(key, batch))

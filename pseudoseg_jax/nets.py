@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pseudoseg_jax import optim
-from pseudoseg_jax.contract import Array, Metrics, Network, NetState, Optimizer, PyTree, State, Task
+from pseudoseg_jax import optim, rng
+from pseudoseg_jax.contract import Array, Head, Metrics, Network, NetState, Optimizer, PyTree, State, Task
 
 
-def create(task: Task, key: Array) -> NetState:
-  """A freshly initialised network with its optimiser state."""
+def create(task: Task, key: Array, **heads: Head) -> NetState:
+  """A freshly initialised network with its optimiser state; `heads` stand beside "backbone" and "head" under their names."""
   params, batch_stats = task.network.init(key)
+  for name, head in heads.items():
+    params[name], batch_stats[name] = head.init(rng.stream(key, name))
   net = NetState.create(apply_fn=task.network.apply, params=params, batch_stats=batch_stats, tx=task.optimizer.transform)
   return net.replace(step=jnp.zeros([], jnp.int32))  # a Python int would make the second step retrace
 
@@ -29,37 +31,71 @@ def teacher_of(student: NetState) -> NetState:
   return student.replace(params=params, batch_stats=batch_stats, tx=_NO_DESCENT, opt_state=_NO_DESCENT.init(params))
 
 
-def forward(network: Network, net: NetState, *batches: Array) -> tuple[tuple[Array, ...], NetState]:
+def forward(network: Network, net: NetState, *batches: Array, dropout: Array | None = None) -> tuple[tuple[Array, ...], NetState]:
   """Runs the network in training mode on each batch, every one with batch-norm statistics of its own.
 
   Images that shall share statistics go into one batch. Running statistics move once per batch, in the order given.
 
   Args:
     batches: f32[B, H, W, 3] each.
+    dropout: random key for networks with dropout; None for none.
 
   Returns:
     The logits f32[B, H, W, K] of each batch, and the network with its running statistics moved.
   """
-  same = len({batch.shape for batch in batches}) == 1
-  if same and len(batches) > 1:
+  return _each(network.apply, net, batches, dropout)
+
+
+def dropout_keys(key: Array, *passes: str) -> dict[str, Array]:
+  """A random key for the dropout of each named pass of a step."""
+  return {name: rng.stream(key, f"dropout/{name}") for name in passes}
+
+
+def encode(network: Network, net: NetState, *batches: Array, dropout: Array | None = None) -> tuple[tuple, NetState]:
+  """As `forward`, but the backbone alone: the maps of each batch, a tuple of f32[B, h, w, C] that ends with the deepest."""
+  return _each(network.encode, net, batches, dropout)
+
+
+def decode(network: Network, net: NetState, *maps: tuple[Array, ...], dropout: Array | None = None) -> tuple[tuple, NetState]:
+  """As `forward`, but the head alone, on maps of `encode`: the scores f32[B, h, w, K] of each batch, on the head's grid."""
+  return _each(network.decode, net, maps, dropout)
+
+
+def _each(apply: Callable, net: NetState, batches: tuple, dropout: Array | None) -> tuple[tuple, NetState]:
+  groups = len(batches)
+  shapes = [jax.tree.map(jnp.shape, batch) for batch in batches]
+  if groups > 1 and all(shape == shapes[0] for shape in shapes):
     # One pass over all batches, interleaved so that a batch axis split over devices stays where it is: the convolutions
     # see one large batch and the graph holds the network once.
-    groups = len(batches)
-    stacked = jnp.stack(batches, axis=1)
-    images = stacked.reshape(-1, *stacked.shape[2:])
-    logits, stats = network.apply(net.params, net.batch_stats, images, train=True, groups=groups)
-    parts = logits.reshape(-1, groups, *logits.shape[1:])
-    return tuple(parts[:, group] for group in range(groups)), net.replace(batch_stats=stats)
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=1), *batches)
+    joint = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), stacked)
+    outputs, stats = apply(net.params, net.batch_stats, joint, train=True, groups=groups, dropout=dropout)
+    parts = jax.tree.map(lambda array: array.reshape(-1, groups, *array.shape[1:]), outputs)
+    return tuple(jax.tree.map(lambda part: part[:, group], parts) for group in range(groups)), net.replace(batch_stats=stats)
   outputs, stats = [], net.batch_stats
-  for batch in batches:
-    logits, stats = network.apply(net.params, stats, batch, train=True)
-    outputs.append(logits)
+  for index, batch in enumerate(batches):
+    key = None if dropout is None else jax.random.fold_in(dropout, index)
+    output, stats = apply(net.params, stats, batch, train=True, dropout=key)
+    outputs.append(output)
   return tuple(outputs), net.replace(batch_stats=stats)
+
+
+def map_channels(network: Network) -> tuple[int, ...]:
+  """Channels of the backbone's maps, the deepest last."""
+  params, batch_stats = jax.eval_shape(network.init, jax.random.key(0))
+  image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  maps, _ = jax.eval_shape(lambda *args: network.encode(*args, train=False), params, batch_stats, image)
+  return tuple(array.shape[-1] for array in maps)
 
 
 def infer(network: Network, net: NetState, images: Array) -> Array:
   """Logits f32[B, H, W, K] in inference mode (running statistics)."""
   return network.apply(net.params, net.batch_stats, images, train=False)[0]
+
+
+def infer_maps(network: Network, net: NetState, images: Array) -> tuple[Array, ...]:
+  """The backbone's maps in inference mode (running statistics)."""
+  return network.encode(net.params, net.batch_stats, images, train=False)[0]
 
 
 def predictors(network: Network, *roles: str) -> dict[str, Callable[[State, Array], Array]]:

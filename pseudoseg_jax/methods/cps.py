@@ -52,15 +52,15 @@ def cps(task: Task, *, weight: float = 1.5, on_labeled: bool = True) -> Method:
   """
 
   def draw(key, batch):
-    return None
+    return nets.dropout_keys(key, "a", "b")
 
   def update(state, batch, draws):
     images = batch["labeled"]["image"], batch["unlabeled"]["weak"]
     label = batch["labeled"]["label"]
 
     def objective(live):
-      (labeled_a, unlabeled_a), net_a = nets.forward(task.network, live["a"], *images)
-      (labeled_b, unlabeled_b), net_b = nets.forward(task.network, live["b"], *images)
+      (labeled_a, unlabeled_a), net_a = nets.forward(task.network, live["a"], *images, dropout=draws["a"])
+      (labeled_b, unlabeled_b), net_b = nets.forward(task.network, live["b"], *images, dropout=draws["b"])
       supervised_a = task.criterion(labeled_a, label)
       supervised_b = task.criterion(labeled_b, label)
 
@@ -101,23 +101,25 @@ def cps_cutmix(
 
   def draw(key, batch):
     num_masks, height, width, _ = batch["unlabeled"]["weak"].shape
-    return mixing.box_masks(mixing.draw_boxes(key, num_masks, boxes=boxes), (height, width), area_range=area_range)
+    mask = mixing.box_masks(mixing.draw_boxes(key, num_masks, boxes=boxes), (height, width), area_range=area_range)
+    return {"mask": mask} | nets.dropout_keys(key, "a_labels", "b_labels", "a", "b")
 
-  def update(state, batch, mask):
+  def update(state, batch, draws):
+    mask = draws["mask"]
     first, second = batch["unlabeled"]["weak"], batch["partner"]["weak"]
     labeled, label = batch["labeled"]["image"], batch["labeled"]["label"]
     mixed = mixing.mix(mask, first, second)
 
-    def pseudo_label(net):
-      (on_first, on_second), net = nets.forward(task.network, net, first, second)
+    def pseudo_label(net, dropout):
+      (on_first, on_second), net = nets.forward(task.network, net, first, second, dropout=dropout)
       return jnp.argmax(mixing.mix(mask, on_first, on_second), axis=-1), net
 
-    label_a, net_a = pseudo_label(state.nets["a"])
-    label_b, net_b = pseudo_label(state.nets["b"])
+    label_a, net_a = pseudo_label(state.nets["a"], draws["a_labels"])
+    label_b, net_b = pseudo_label(state.nets["b"], draws["b_labels"])
 
     def objective(live):
-      (mixed_a, labeled_a), net_a = nets.forward(task.network, live["a"], mixed, labeled)
-      (mixed_b, labeled_b), net_b = nets.forward(task.network, live["b"], mixed, labeled)
+      (mixed_a, labeled_a), net_a = nets.forward(task.network, live["a"], mixed, labeled, dropout=draws["a"])
+      (mixed_b, labeled_b), net_b = nets.forward(task.network, live["b"], mixed, labeled, dropout=draws["b"])
       supervised_a = task.criterion(labeled_a, label)
       supervised_b = task.criterion(labeled_b, label)
 

@@ -91,23 +91,23 @@ def mean_teacher(
     return State(step=jnp.zeros([], jnp.int32), nets={"student": student, "teacher": nets.teacher_of(student)})
 
   def draw(key, batch):
-    return None
+    return nets.dropout_keys(key, "teacher_labeled", "teacher", "student")
 
-  def passes(net, labeled, unlabeled):
+  def passes(net, labeled, unlabeled, dropout):
     """Logits on labeled and unlabeled images, with common or separate batch statistics."""
     if not shared_batch_norm:
-      return nets.forward(task.network, net, labeled, unlabeled)
-    (joint,), net = nets.forward(task.network, net, jnp.concatenate([labeled, unlabeled]))
+      return nets.forward(task.network, net, labeled, unlabeled, dropout=dropout)
+    (joint,), net = nets.forward(task.network, net, jnp.concatenate([labeled, unlabeled]), dropout=dropout)
     return (joint[: len(labeled)], joint[len(labeled) :]), net
 
-  def teach(teacher, student, step, labeled, unlabeled):
+  def teach(teacher, student, step, labeled, unlabeled, draws):
     """The teacher's logits, and the teacher after its passes."""
     if not from_the_student:
-      return passes(teacher, labeled, unlabeled)
+      return passes(teacher, labeled, unlabeled, draws["teacher"])
     teacher = nets.ema(teacher, student, jnp.where(step == 0, 0.0, 1.0))  # born again as the student, statistics apart
-    (on_labeled_,), teacher = nets.forward(task.network, teacher, labeled)
+    (on_labeled_,), teacher = nets.forward(task.network, teacher, labeled, dropout=draws["teacher_labeled"])
     teacher = nets.ema(teacher, student, decay_at(step, decay, decay_warmup), statistics=statistics)
-    (on_unlabeled,), teacher = nets.forward(task.network, teacher, unlabeled)
+    (on_unlabeled,), teacher = nets.forward(task.network, teacher, unlabeled, dropout=draws["teacher"])
     return (on_labeled_, on_unlabeled), teacher
 
   def update(state, batch, draws):
@@ -115,11 +115,11 @@ def mean_teacher(
     weak = batch["unlabeled"]["weak"]
     seen = batch["unlabeled"]["strong"][:, 0] if strong_views else weak
     student = state.nets["student"]
-    (teacher_labeled, teacher_unlabeled), teacher = teach(state.nets["teacher"], student, state.step, labeled, weak)
+    (teacher_labeled, teacher_unlabeled), teacher = teach(state.nets["teacher"], student, state.step, labeled, weak, draws)
     ramp = schedules.sigmoid_rampup(state.step, rampup_fraction * task.total_steps)
 
     def objective(live):
-      (student_labeled, student_unlabeled), net = passes(live["student"], labeled, seen)
+      (student_labeled, student_unlabeled), net = passes(live["student"], labeled, seen, draws["student"])
       supervised = task.criterion(student_labeled, label)
       apart = [consistency(distance, student_unlabeled, teacher_unlabeled)]
       if on_labeled:

@@ -13,13 +13,13 @@ def supervised(task: Task) -> Method:
     return State(step=jnp.zeros([], jnp.int32), nets={"student": nets.create(task, key)})
 
   def draw(key, batch):
-    return None
+    return nets.dropout_keys(key, "student")
 
   def update(state, batch, draws):
     labeled = batch["labeled"]
 
     def objective(live):
-      (logits,), student = nets.forward(task.network, live["student"], labeled["image"])
+      (logits,), student = nets.forward(task.network, live["student"], labeled["image"], dropout=draws["student"])
       loss = task.criterion(logits, labeled["label"])
       return loss, ({"student": student}, {"loss": loss})
 

@@ -12,7 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from pseudoseg_jax import checks
 from pseudoseg_jax.contract import Array
+from pseudoseg_jax.models import resnet
 from pseudoseg_jax.models.layers import BatchNorm, Conv, ConvBN
 from pseudoseg_jax.models.resnet import ResNet
 from pseudoseg_jax.ops import resize
@@ -57,20 +59,16 @@ class Head(nn.Module):
     return Conv(self.num_classes, use_bias=True, name="classifier")(x)
 
 
-class DeepLabV3Plus(nn.Module):
-  """images f32 [B, H, W, 3] -> logits f32 [B, H, W, num_classes]."""
-
-  num_classes: int
-  backbone: str = "resnet50"
-  stem: str = "deep"
-  output_stride: int = 16
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, images: Array, *, train: bool, groups: int = 1) -> Array:
-    body = ResNet(self.backbone, self.stem, self.output_stride, multi_grid=(1, 2, 4), dtype=self.dtype, name="backbone")
-    # Rates 6, 12, 18 are for stride 16; a map twice as fine needs them twice as large to see as far (DeepLabv3, section 3.3).
-    rates = tuple(rate * max(16 // self.output_stride, 1) for rate in (6, 12, 18))
-    stages = body(images.astype(self.dtype), train=train, groups=groups)
-    scores = Head(self.num_classes, rates, dtype=self.dtype, name="head")(stages, train=train, groups=groups)
-    return resize.bilinear_align_corners(scores, images.shape[1:3])
+def deeplabv3plus(
+  num_classes: int, *, backbone: str = "resnet50", stem: str = "deep", output_stride: int = 16, dtype: Any = jnp.float32
+) -> tuple[ResNet, Head]:
+  """Backbone and head on a ResNet; backbone, stem and output_stride: one of those in `resnet`."""
+  checks.check_name("network.backbone", backbone, resnet.BLOCKS)
+  checks.check_name("network.stem", stem, resnet.STEMS)
+  if output_stride not in resnet.OUTPUT_STRIDES:
+    problems = checks.Problems("the network cannot be built")
+    problems.add("network.output_stride", got=output_stride, allowed=resnet.OUTPUT_STRIDES)
+    problems.raise_if_any()
+  # Rates 6, 12, 18 are for stride 16; a map twice as fine needs them twice as large to see as far (DeepLabv3, section 3.3).
+  rates = tuple(rate * max(16 // output_stride, 1) for rate in (6, 12, 18))
+  return ResNet(backbone, stem, output_stride, multi_grid=(1, 2, 4), dtype=dtype), Head(num_classes, rates, dtype=dtype)

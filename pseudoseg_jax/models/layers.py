@@ -51,6 +51,61 @@ def convolve(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Arr
   )
 
 
+def _depthwise_by_taps(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
+  height, width = x.shape[1:3]
+  reach = kernel.shape[0] // 2
+  # Taps that would read nothing but padding are left out.
+  down, right = (min(reach, (size - 1) // dilation) for size in (height, width))
+  padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (down * dilation,) * 2, (right * dilation,) * 2, (0, 0)))
+  y = 0
+  for i in range(-down, down + 1):
+    for j in range(-right, right + 1):
+      top, left = (i + down) * dilation, (j + right) * dilation
+      y += padded[:, top : top + height : stride, left : left + width : stride] * kernel[i + reach, j + reach, 0]
+  return y.astype(x.dtype)
+
+
+def _depthwise_grouped(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
+  pad = dilation * (kernel.shape[0] // 2)
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    window_strides=(stride, stride),
+    padding=((pad, pad), (pad, pad)),
+    rhs_dilation=(dilation, dilation),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=x.shape[-1],
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolve_depthwise(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
+  """Each channel of [B, H, W, C] by itself with its part of [k, k, 1, C], k odd; padded as in `convolve`.
+
+  On CPU a sum over taps, since XLA's grouped convolution takes 15 times as long there and its gradient 10 to 20 times.
+  """
+  by_taps, grouped = (functools.partial(f, stride=stride, dilation=dilation) for f in (_depthwise_by_taps, _depthwise_grouped))
+  return jax.lax.platform_dependent(x, kernel, cpu=by_taps, default=grouped)
+
+
+def _convolve_depthwise(x, kernel, stride, dilation):
+  return convolve_depthwise(x, kernel, stride, dilation), (x, kernel)
+
+
+def _convolve_depthwise_gradient(stride, dilation, residuals, gradient):
+  # By hand, because the derivative of platform_dependent would keep what both ways need.
+  def pull(one_way):
+    def gradients(x, kernel, gradient):
+      return jax.vjp(functools.partial(one_way, stride=stride, dilation=dilation), x, kernel)[1](gradient)
+
+    return gradients
+
+  return jax.lax.platform_dependent(*residuals, gradient, cpu=pull(_depthwise_by_taps), default=pull(_depthwise_grouped))
+
+
+convolve_depthwise.defvjp(_convolve_depthwise, _convolve_depthwise_gradient)
+
+
 @jax.custom_vjp
 def max_pool(x: Array) -> Array:
   """Max pooling 3x3, stride 2, one pixel of padding: [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), C].
@@ -99,6 +154,15 @@ def _max_pool_gradient(residuals, gradient):
 max_pool.defvjp(_max_pool, _max_pool_gradient)
 
 
+def max_pool_same(x: Array) -> Array:
+  """`max_pool` with TensorFlow's "SAME" padding: an axis of even size is padded at its end only."""
+  even = [1 - size % 2 for size in x.shape[1:3]]
+  lowest = jnp.finfo(x.dtype).min
+  # One more pixel in front makes the size odd and moves the windows by one; the first window is then one too many.
+  x = jnp.pad(x, ((0, 0), (even[0], 0), (even[1], 0), (0, 0)), constant_values=lowest)
+  return max_pool(x)[:, even[0] :, even[1] :]
+
+
 class Conv(nn.Module):
   """Square convolution, NHWC; padding dilation * (kernel_size - 1) / 2 on every side, as PyTorch code writes it.
 
@@ -122,6 +186,25 @@ class Conv(nn.Module):
     if self.use_bias:
       y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
     return y
+
+
+class DepthwiseConv(nn.Module):
+  """Square depthwise convolution, NHWC, padded as `Conv`; its parameter is `depthwise` f32 [k, k, 1, C].
+
+  The name is not `kernel`: TensorFlow's DeepLab spares depthwise kernels from weight decay, which acts on kernels.
+  """
+
+  kernel_size: int = 3
+  stride: int = 1
+  dilation: int = 1
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """x: [B, H, W, C] -> `dtype` [B, ceil(H / stride), ceil(W / stride), C]."""
+    shape = (self.kernel_size, self.kernel_size, 1, x.shape[-1])
+    kernel = self.param("depthwise", nn.initializers.zeros, shape, jnp.float32)
+    return convolve_depthwise(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.dilation)
 
 
 def _leaky(z: Array, negative_slope: float) -> Array:
@@ -179,11 +262,13 @@ class BatchNorm(nn.Module):
 
   momentum: what the running statistics keep per batch; 0.9 is PyTorch's 0.1.
   negative_slope: 0 is a ReLU, 0.01 PyTorch's leaky ReLU, 1 no activation.
+  use_scale: without it the scale is 1 and no parameter.
   """
 
   momentum: float = 0.9
   eps: float = 1e-5
   negative_slope: float = 1.0
+  use_scale: bool = True
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
@@ -194,7 +279,8 @@ class BatchNorm(nn.Module):
     statistics of its own, which move the running ones one after the other. B must be a multiple of G.
     """
     channels = x.shape[-1]
-    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+    ones = jnp.ones((channels,), jnp.float32)
+    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32) if self.use_scale else ones
     bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
     running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
@@ -221,9 +307,10 @@ class ConvBN(nn.Module):
   stride: int = 1
   dilation: int = 1
   negative_slope: float = 0.0  # ReLU; 1 for none
+  momentum: float = 0.9
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
     x = Conv(self.features, self.kernel_size, self.stride, self.dilation, dtype=self.dtype, name="conv")(x)
-    return BatchNorm(negative_slope=self.negative_slope, name="bn")(x, train=train, groups=groups)
+    return BatchNorm(self.momentum, negative_slope=self.negative_slope, name="bn")(x, train=train, groups=groups)

@@ -1,9 +1,8 @@
-"""Networks by name. A network leaves here as two pure functions (contract.Network); nobody above sees a Flax module."""
+"""Networks by name. A network leaves here as pure functions (contract.Network); nobody above sees a Flax module."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,35 +10,17 @@ from flax import linen as nn
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import Array, Network, PyTree
-from pseudoseg_jax.models import resnet
-from pseudoseg_jax.models.deeplab import DeepLabV3Plus
+from pseudoseg_jax.models.deeplab import deeplabv3plus
 from pseudoseg_jax.models.initial import initial_values
-from pseudoseg_jax.models.tiny import Tiny
+from pseudoseg_jax.models.tiny import tiny
+from pseudoseg_jax.ops import resize
 
-
-def deeplabv3plus(
-  num_classes: int, *, backbone: str = "resnet50", stem: str = "deep", output_stride: int = 16, dtype: Any = jnp.float32
-) -> DeepLabV3Plus:
-  """DeepLabv3+ on a ResNet; backbone, stem and output_stride: one of those in `resnet`."""
-  checks.check_name("network.backbone", backbone, resnet.BLOCKS)
-  checks.check_name("network.stem", stem, resnet.STEMS)
-  if output_stride not in resnet.OUTPUT_STRIDES:
-    problems = checks.Problems("the network cannot be built")
-    problems.add("network.output_stride", got=output_stride, allowed=resnet.OUTPUT_STRIDES)
-    problems.raise_if_any()
-  return DeepLabV3Plus(num_classes, backbone, stem, output_stride, dtype)
-
-
-def tiny(num_classes: int, *, width: int = 16, dtype: Any = jnp.float32) -> Tiny:
-  """A small encoder-decoder; `width` is its number of channels at stride 2."""
-  return Tiny(num_classes, width, dtype)
-
-
+# name -> factory (num_classes, *, option=default, ...) -> (backbone module, head module)
 NETWORKS = {"deeplabv3plus": deeplabv3plus, "tiny": tiny}
 
 
 def make_network(name: str, *, num_classes: int, **options) -> Network:
-  """The network `name` with its own options (the keywords of its factory in NETWORKS), as init and apply.
+  """The network `name` with its own options (the keywords of its factory in NETWORKS).
 
   Parameters are float32 in a dict tree whose first level is "backbone" and "head"; logits are float32 whatever the dtype.
 
@@ -51,24 +32,67 @@ def make_network(name: str, *, num_classes: int, **options) -> Network:
   known = [option for option in inspect.signature(factory).parameters if option != "num_classes"]
   for option in options:
     checks.check_name(f"option of network '{name}'", option, known)
-  return as_network(factory(num_classes, **options))
+  return compose(*factory(num_classes, **options))
 
 
-def as_network(module: nn.Module) -> Network:
-  """A module (images, *, train, groups) -> logits as two pure functions; its kernels are drawn anew by `initial_values`."""
+def compose(backbone: nn.Module, head: nn.Module) -> Network:
+  """A network of two modules; their kernels are drawn by `initial_values`.
+
+  backbone: (images, *, train, groups) -> tuple of maps. head: (maps, *, train, groups) -> scores f32[B, h, w, K].
+  """
 
   @jax.jit
   def init(key: Array) -> tuple[PyTree, PyTree]:
     # Shapes of parameters do not depend on the image's size; only shapes are computed here.
+    def traced(images):
+      maps, body = backbone.init_with_output(jax.random.key(0), images, train=False)
+      return {"backbone": body, "head": head.init(jax.random.key(0), maps, train=False)}
+
+    parts = jax.eval_shape(traced, jnp.zeros((1, 32, 32, 3)))
+    shapes = {name: {part: parts[part].get(name, {}) for part in parts} for name in ("batch_stats", "params")}
+    variables = initial_values(key, shapes)
+    return variables["params"], variables.get("batch_stats", {})
+
+  encode, decode = _part("backbone", backbone), _part("head", head)
+
+  def apply(params: PyTree, batch_stats: PyTree, images: Array, **keywords) -> tuple[Array, PyTree]:
+    maps, batch_stats = encode(params, batch_stats, images, **keywords)
+    scores, batch_stats = decode(params, batch_stats, maps, **keywords)
+    return resize.bilinear_align_corners(scores, images.shape[1:3]), batch_stats
+
+  return Network(init, apply, encode, decode)
+
+
+def _part(name: str, module: nn.Module):
+  """A module that owns the part `name` of the trees, as a pure function over the whole trees."""
+  run = _pure(module)
+
+  def call(params, batch_stats, x, **keywords):
+    y, moved = run(params[name], batch_stats.get(name, {}), x, **keywords)
+    return y, batch_stats | {name: moved}
+
+  return call
+
+
+def _pure(module: nn.Module):
+  def call(params, batch_stats, x, *, train: bool, groups: int = 1, dropout: Array | None = None):
+    variables = {"params": params, "batch_stats": batch_stats}
+    if not train:
+      return module.apply(variables, x, train=False), batch_stats
+    rngs = {} if dropout is None else {"dropout": dropout}
+    y, moved = module.apply(variables, x, train=True, groups=groups, mutable=["batch_stats"], rngs=rngs)
+    return y, moved.get("batch_stats", {})
+
+  return call
+
+
+def as_network(module: nn.Module) -> Network:
+  """One whole module (images, *, train, groups) -> logits, for methods that need no more than logits."""
+
+  @jax.jit
+  def init(key: Array) -> tuple[PyTree, PyTree]:
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
     variables = initial_values(key, shapes)
     return variables["params"], variables["batch_stats"]
 
-  def apply(params: PyTree, batch_stats: PyTree, images: Array, *, train: bool, groups: int = 1) -> tuple[Array, PyTree]:
-    variables = {"params": params, "batch_stats": batch_stats}
-    if not train:
-      return module.apply(variables, images, train=False), batch_stats
-    logits, moved = module.apply(variables, images, train=True, groups=groups, mutable=["batch_stats"])
-    return logits, moved["batch_stats"]
-
-  return Network(init, apply)
+  return Network(init, _pure(module))

@@ -52,15 +52,6 @@ class TinyHead(nn.Module):
     return Conv(self.num_classes, use_bias=True, name="classifier")(x)
 
 
-class Tiny(nn.Module):
-  """images f32 [B, H, W, 3] -> logits f32 [B, H, W, num_classes]; about 0.14 million parameters at width 16."""
-
-  num_classes: int
-  width: int = 16
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, images: Array, *, train: bool, groups: int = 1) -> Array:
-    maps = TinyBackbone(self.width, dtype=self.dtype, name="backbone")(images.astype(self.dtype), train=train, groups=groups)
-    scores = TinyHead(self.num_classes, self.width, dtype=self.dtype, name="head")(maps, train=train, groups=groups)
-    return resize.bilinear_align_corners(scores, images.shape[1:3])
+def tiny(num_classes: int, *, width: int = 16, dtype: Any = jnp.float32) -> tuple[TinyBackbone, TinyHead]:
+  """Backbone and head with `width` channels at stride 2; about 0.14 million parameters at width 16."""
+  return TinyBackbone(width, dtype), TinyHead(num_classes, width, dtype)

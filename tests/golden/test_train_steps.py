@@ -40,7 +40,7 @@ def batch_of(golden, index, unlabeled="image_unsup", partner=None):
   return batch
 
 
-def check_pair(golden, method, batches, draws=None, gradient=1e-5, loss_rtol=0.0):
+def check_pair(golden, method, batches, recorded=None, gradient=1e-5, loss_rtol=0.0):
   state = toy.start(method, golden, {"a": "init/l/", "b": "init/r/"})
   logged = {
     "loss_supervised_a": "loss_sup_l",
@@ -49,7 +49,7 @@ def check_pair(golden, method, batches, draws=None, gradient=1e-5, loss_rtol=0.0
     "loss": "loss",
     "learning_rate": "lr",
   }
-  for index, (state, metrics) in enumerate(toy.run(method, state, batches, draws)):
+  for index, (state, metrics) in enumerate(toy.run(method, state, batches, recorded)):
     for ours, theirs in logged.items():
       np.testing.assert_allclose(metrics[ours], golden[f"log/{theirs}"][index], rtol=loss_rtol, atol=2e-5, err_msg=f"{ours} {index}")
     for role, prefix in {"a": "l", "b": "r"}.items():
@@ -68,7 +68,7 @@ def test_cps_steps(golden):
 def test_cps_cutmix_steps(golden):
   method = cps.cps_cutmix(make_task(golden), weight=golden["hp/cps_weight"].item())
   count = range(toy.num_steps(golden))
-  masks = [jnp.asarray(golden[f"mask_{index}"][:, 0].astype(bool)) for index in count]
+  masks = [{"mask": jnp.asarray(golden[f"mask_{index}"][:, 0].astype(bool))} for index in count]
   check_pair(golden, method, [batch_of(golden, index, "image_unsup0", "image_unsup1") for index in count], masks)
 
 

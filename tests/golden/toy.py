@@ -109,10 +109,10 @@ def num_steps(golden) -> int:
   return 1 + max(int(name.split("/")[0][4:]) for name in golden if name.startswith("step") and "/" in name)
 
 
-def run(method, state, batches, draws=None):
-  """Yields (state, metrics) after each step of the method, jitted once."""
+def run(method, state, batches, recorded=None):
+  """Yields (state, metrics) after each step of the method, jitted once; recorded: the draws of each step that the file fixes."""
   update = jax.jit(method.update)
   for index, batch in enumerate(batches):
-    state, metrics = update(state, batch, None if draws is None else draws[index])
+    draws = method.draw(jax.random.key(index), batch)
+    state, metrics = update(state, batch, draws | (recorded[index] if recorded else {}))
     yield state, metrics
-
