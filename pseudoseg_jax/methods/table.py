@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 from pseudoseg_jax.contract import Method
-from pseudoseg_jax.methods import cps, mean_teacher, supervised
+from pseudoseg_jax.methods import cps, mean_teacher, pseudoseg, supervised
 
 METHODS: dict[str, Callable[..., Method]] = {
   "supervised": supervised.supervised,
   "cps": cps.cps,
   "cps_cutmix": cps.cps_cutmix,
   "mean_teacher": mean_teacher.mean_teacher,
+  "pseudoseg": pseudoseg.pseudoseg,
 }

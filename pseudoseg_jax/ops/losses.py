@@ -24,6 +24,11 @@ def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
   return jnp.where(label == IGNORE_LABEL, 0, jax.nn.logsumexp(logits, axis=-1) - true_logit)
 
 
+def soft_cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
+  """-sum over classes of target * log softmax(logits) per pixel, in nats: [..., K] x [..., K] -> [...]."""
+  return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
+
+
 def squared_distance(a: jax.Array, b: jax.Array) -> jax.Array:
   """Mean over classes of (a - b)^2 per pixel: [..., K] x [..., K] -> [...]. [Mean Teacher, official softmax_mse_loss]"""
   return jnp.mean(jnp.square(a - b), axis=-1)

@@ -88,3 +88,18 @@ def mix(mask: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
   if first.ndim == mask.ndim + 1:
     mask = mask[..., None]
   return jnp.where(mask, second, first)
+
+
+def cutout_masks(centre_yx: jax.Array, size: tuple[int, int], half_side_pixels: int) -> jax.Array:
+  """One square box for each image, clipped at the border: bool[N, height, width], True inside. [DeVries & Taylor 2017]
+
+  Args:
+    centre_yx: i32[N, 2], row and column.
+    size: (height, width) in pixels.
+    half_side_pixels: rows centre - half .. centre + half - 1 are inside, columns likewise.
+  """
+  rows = jnp.arange(size[0]) - centre_yx[:, :1]
+  columns = jnp.arange(size[1]) - centre_yx[:, 1:]
+  in_rows = (rows >= -half_side_pixels) & (rows < half_side_pixels)
+  in_columns = (columns >= -half_side_pixels) & (columns < half_side_pixels)
+  return in_rows[:, :, None] & in_columns[:, None, :]

@@ -38,3 +38,12 @@ def poly(step, *, base, total_steps, power=0.9, warmup_steps=0, shift_steps=0):
   # (total - step) is exact in integers; 1 - step/total in float32 would not be near the end.
   rate = base * (jnp.asarray(total_steps - step, float) / total_steps) ** power
   return jnp.where(step < warmup_steps, base * jnp.asarray(step, float) / max(warmup_steps, 1), rate)
+
+
+def poly_after_slow_start(step, *, base, total_steps, power=0.9, slow_steps=0, slow_rate=1e-4, end_rate=0.0):
+  """`slow_rate` for `slow_steps`, then from base to end_rate as (1 - t)^power over the steps that are left, and end_rate after.
+
+  [TensorFlow DeepLab train_utils.py, get_model_learning_rate with the "poly" policy]
+  """
+  left = poly(jnp.maximum(jnp.asarray(step) - slow_steps, 0), base=1.0, total_steps=total_steps - slow_steps, power=power)
+  return jnp.where(jnp.asarray(step) < slow_steps, slow_rate, end_rate + (base - end_rate) * left)

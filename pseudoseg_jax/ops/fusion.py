@@ -1,0 +1,35 @@
+"""Two opinions on every pixel made one: calibrated fusion and sharpening."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pseudoseg_jax.contract import Array
+
+
+def calibrated_fusion(decoder_logits: Array, sgc_logits: Array, *, calibrate: bool = True) -> Array:
+  """The mean of two softmaxes, after both logits are divided by one root-mean-square. [PseudoSeg, calibrated fusion]
+
+  The root-mean-square is taken over all elements of both inputs together (the whole batch): it sets how flat the two
+  distributions are and leaves their ratio as it was. The paper writes a norm at each location; its code, followed here,
+  has the one number.
+
+  Args:
+    decoder_logits, sgc_logits: f32[B, h, w, K], on one grid.
+    calibrate: False leaves the logits as they are.
+
+  Returns:
+    f32[B, h, w, K], summing to one. Gradients are not stopped here.
+  """
+  if calibrate:
+    square = (jnp.mean(jnp.square(decoder_logits)) + jnp.mean(jnp.square(sgc_logits))) / 2
+    scale = jax.lax.rsqrt(square + 1e-8)
+    decoder_logits, sgc_logits = scale * decoder_logits, scale * sgc_logits
+  return (jax.nn.softmax(decoder_logits) + jax.nn.softmax(sgc_logits)) / 2
+
+
+def sharpen(probabilities: Array, temperature: float) -> Array:
+  """p^(1/T) / sum over classes of p^(1/T), f32[..., K]; T = 1 changes nothing, below 1 the likely gains."""
+  raised = probabilities ** (1 / temperature)
+  return raised / jnp.sum(raised, axis=-1, keepdims=True)
