@@ -30,6 +30,8 @@ FORBIDDEN = {
   "models": {"tensorflow", "ml_collections"},
   "nets": {"flax.linen", "tensorflow", "ml_collections"},
 }
+# Heads leave `models` as pure functions: no module is seen by the method that names one.
+ALLOWED = {"methods": {"pseudoseg_jax.models", "pseudoseg_jax.models.heads"}}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
@@ -61,6 +63,7 @@ def test_imports_go_down_only(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_rooms_keep_to_themselves(path):
-  for forbidden in FORBIDDEN.get(path.parts[0].removesuffix(".py"), ()):
-    seen = {module for module in imports(path) if module == forbidden or module.startswith(f"{forbidden}.")}
+  own = path.parts[0].removesuffix(".py")
+  for forbidden in FORBIDDEN.get(own, ()):
+    seen = {module for module in imports(path) if module == forbidden or module.startswith(f"{forbidden}.")} - ALLOWED.get(own, set())
     assert not seen, f"{path} imports {seen}"
