@@ -34,7 +34,7 @@ class Data(NamedTuple):
   split: str  # in words, for reports
 
 
-_BUILTIN_CLASSES = {"voc": classes_lib.VOC, "camvid": classes_lib.CAMVID}
+_BUILTIN_CLASSES = {"voc": classes_lib.VOC, "camvid": classes_lib.CAMVID, "coco": classes_lib.COCO}
 
 
 def build_classes(data: configs.ConfigDict) -> Classes:
@@ -133,12 +133,15 @@ def _folder(data: configs.ConfigDict) -> Data:
 
 
 def _split_file(data: configs.ConfigDict) -> pathlib.Path:
-  path = _below(data.root, data.split)
-  if not path.is_file() and not pathlib.Path(data.split).is_file():
+  candidates = _below(data.root, data.split), pathlib.Path(data.split), splits.published(data.split)
+  found = next((path for path in candidates if path is not None and path.is_file()), None)
+  if found is None:
     problems = checks.Problems("config.data cannot be used")
-    problems.add("config.data.split", got=repr(data.split), allowed="'full', '1_k' such as '1_8', or a file of image ids")
+    known = ", ".join(splits.published_names())
+    allowed = f"'full', '1_k' such as '1_8', a file of image ids, or a published list ({known})"
+    problems.add("config.data.split", got=repr(data.split), allowed=allowed)
     problems.raise_if_any()
-  return path if path.is_file() else pathlib.Path(data.split)
+  return found
 
 
 def build_network(config: configs.ConfigDict, num_classes: int) -> Network:
@@ -163,7 +166,10 @@ def build_optimizer(config: configs.ConfigDict) -> Optimizer:
   common = dict(
     weight_decay=options.weight_decay,
     decay_scope=options.decay_scope,
-    factors={"^(?!backbone)": options.head_multiplier},
+    factors={
+      "classifier/bias$": options.head_multiplier * options.bias_multiplier,
+      "^(?!backbone)": options.head_multiplier,
+    },
   )
   if options.name == "adamw":
     return optim.adamw(learning_rate, **common)

@@ -77,6 +77,7 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "weight_decay": 1e-4,
       "decay_scope": "kernels",  # or "all": batch norm and biases too
       "head_multiplier": 1.0,  # learning rate of everything but the backbone, relative to it
+      "bias_multiplier": 1.0,  # learning rate of the classifiers' biases, relative to the rest (TensorFlow DeepLab: 2)
     },
     "criterion": {
       "name": "cross_entropy",  # or "ohem"
@@ -128,12 +129,13 @@ def folder_data(**options) -> dict[str, Any]:
     "image_pattern": "",
     "label_pattern": "",
     "train_list": "",  # ids to train on, one a line, below root or absolute; "" = every file that fits image_pattern
-    "split": "full",  # labeled part: "1_8" (every 8th id), "full", or a list file
+    "split": "full",  # labeled part: "1_8" (every 8th id), "full", a list file, or a published list such as "voc2012/pseudoseg/92"
     "unlabeled_list": "",  # "" = what the labeled part leaves over; or a list file
     "unlabeled_folder": "",  # a bare folder of images instead
     "eval_image_pattern": "",  # "" = image_pattern, likewise the next
     "eval_label_pattern": "",
     "eval_list": "",
+    "image_labels": "",  # image-level labels of the unlabeled images: a CSV or JSON file, or a folder of VOC XML
   } | options
 
 

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Sequence
 from pseudoseg_jax import checks
 
 
+_PUBLISHED = pathlib.Path(__file__).parent / "published"
+
+
 def read_list(path: str | pathlib.Path) -> tuple[str, ...]:
   """Reads a list file of one image id per line, in the file's order.
 
@@ -31,6 +34,16 @@ def read_list(path: str | pathlib.Path) -> tuple[str, ...]:
     problems.add("ids", got=f"{shorten(repeated)} more than once", allowed="every id once")
   problems.raise_if_any()
   return ids
+
+
+def published(name: str) -> pathlib.Path | None:
+  """The file of a published list that comes with the package, by name ("voc2012/pseudoseg/92"); None for other names."""
+  return _PUBLISHED / f"{name}.txt" if name in published_names() else None
+
+
+def published_names() -> tuple[str, ...]:
+  """Names of the published lists of labeled images that come with the package."""
+  return tuple(sorted(path.relative_to(_PUBLISHED).with_suffix("").as_posix() for path in _PUBLISHED.rglob("*.txt")))
 
 
 def every_kth(ids: Iterable[str], fraction_name: str) -> tuple[str, ...]:
