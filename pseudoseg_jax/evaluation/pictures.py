@@ -17,8 +17,8 @@ if TYPE_CHECKING:
   from pseudoseg_jax.data.classes import Classes
 
 _IGNORE_COLOR = (224, 224, 224)
-_INK, _FAINT, _PAPER = (32, 33, 36), (150, 154, 160), (255, 255, 255)
-_MARGIN, _GAP = 16, 8  # pixels
+INK, FAINT, PAPER = (32, 33, 36), (150, 154, 160), (255, 255, 255)
+MARGIN, GAP = 16, 8  # pixels
 
 
 def color_table(classes: Classes) -> np.ndarray:
@@ -48,19 +48,19 @@ def indexed(ids: np.ndarray, classes: Classes) -> Image.Image:
 
 def legend(classes: Classes, width: int = 900, *, with_ignored: bool = False) -> Image.Image:
   """A strip of colour swatches with the classes' names, wrapped at `width` pixels."""
-  font = _font(14)
+  font = text_font(14)
   entries = list(zip(classes.names, classes.palette, strict=True)) + ([("ignored", _IGNORE_COLOR)] if with_ignored else [])
   swatch, line_height = 16, 26
   # Equal columns: a ragged strip is harder to search.
   column = max(int(font.getlength(name)) for name, _ in entries) + swatch + 8 + 20
-  columns = max(1, (width - 2 * _MARGIN) // column)
+  columns = max(1, (width - 2 * MARGIN) // column)
   rows = -(-len(entries) // columns)
-  picture = Image.new("RGB", (width, rows * line_height + 2 * _GAP), _PAPER)
+  picture = Image.new("RGB", (width, rows * line_height + 2 * GAP), PAPER)
   draw = ImageDraw.Draw(picture)
   for number, (name, color) in enumerate(entries):
-    left, top = _MARGIN + number % columns * column, _GAP + number // columns * line_height
-    draw.rectangle((left, top + 4, left + swatch, top + 4 + swatch), fill=tuple(color), outline=_FAINT)
-    draw.text((left + swatch + 8, top + 4 + swatch / 2), name, fill=_INK, font=font, anchor="lm")
+    left, top = MARGIN + number % columns * column, GAP + number // columns * line_height
+    draw.rectangle((left, top + 4, left + swatch, top + 4 + swatch), fill=tuple(color), outline=FAINT)
+    draw.text((left + swatch + 8, top + 4 + swatch / 2), name, fill=INK, font=font, anchor="lm")
   return picture
 
 
@@ -81,18 +81,18 @@ def contact_sheet(
   tallest = max((image.shape[0] / image.shape[1] for image in images), default=1.0)
   cell_height = min(cell, round(cell * tallest))
 
-  sheet_width = 2 * _MARGIN + len(columns) * (cell + _GAP) - _GAP
+  sheet_width = 2 * MARGIN + len(columns) * (cell + GAP) - GAP
   key = legend(classes, sheet_width, with_ignored=any((label == IGNORE_LABEL).any() for label in labels))
-  top = _MARGIN + 24
-  bottom = top + len(images) * (cell_height + _GAP)
-  sheet = Image.new("RGB", (sheet_width, bottom + key.height + _GAP), _PAPER)
+  top = MARGIN + 24
+  bottom = top + len(images) * (cell_height + GAP)
+  sheet = Image.new("RGB", (sheet_width, bottom + key.height + GAP), PAPER)
   draw = ImageDraw.Draw(sheet)
   for column, (title, cells) in enumerate(columns.items()):
-    left = _MARGIN + column * (cell + _GAP)
-    draw.text((left + cell / 2, _MARGIN + 8), title, fill=_INK, font=_font(15), anchor="mm")
+    left = MARGIN + column * (cell + GAP)
+    draw.text((left + cell / 2, MARGIN + 8), title, fill=INK, font=text_font(15), anchor="mm")
     for row, pixels in enumerate(cells):
       small = _fitted(pixels, cell, cell_height)
-      sheet.paste(small, (left + (cell - small.width) // 2, top + row * (cell_height + _GAP) + (cell_height - small.height) // 2))
+      sheet.paste(small, (left + (cell - small.width) // 2, top + row * (cell_height + GAP) + (cell_height - small.height) // 2))
   sheet.paste(key, (0, bottom))
   return sheet
 
@@ -104,7 +104,7 @@ def _fitted(pixels: np.ndarray, width: int, height: int) -> Image.Image:
   return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
 
 
-def _font(size: int) -> ImageFont.ImageFont:
+def text_font(size: int) -> ImageFont.ImageFont:
   return ImageFont.load_default(size)
 
 
@@ -146,4 +146,11 @@ def curves(history: Mapping[str, Sequence[tuple[int, float]]], path: str | pathl
       axes.legend(fontsize=9, frameon=False)
   png = io.BytesIO()
   figure.savefig(png, format="png")
+  report.write_atomically(path, png.getvalue())
+
+
+def save(picture: Image.Image, path: str | pathlib.Path) -> None:
+  """Writes a PNG whole or not at all."""
+  png = io.BytesIO()
+  picture.save(png, format="png")
   report.write_atomically(path, png.getvalue())
