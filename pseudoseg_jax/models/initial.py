@@ -22,7 +22,7 @@ def _cut(draws: Array, shapes: list[tuple[int, ...]]) -> list[Array]:
 def initial_values(key: Array, shapes: PyTree) -> PyTree:
   """Kaiming normal kernels, PyTorch's uniform biases, neutral batch norms.
 
-  A `kernel` is normal with variance 2 / fan_in (He et al. 2015); the `bias` beside a kernel is uniform in +-1/sqrt(fan_in),
+  A `kernel` or `depthwise` is normal with variance 2 / fan_in (He et al. 2015); the `bias` beside a kernel is uniform in +-1/sqrt(fan_in),
   beside a `scale` it is 0; `scale` and `var` are 1, `mean` is 0.
 
   All kernels are cut from one draw. A draw apiece, which is how Flax's initialisers work, takes XLA over ten seconds to compile
@@ -38,6 +38,7 @@ def initial_values(key: Array, shapes: PyTree) -> PyTree:
   leaves = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(shapes).items()}
   fan_in = {path[:-1]: math.prod(shape[:-1]) for path, shape in leaves.items() if path[-1] == "kernel"}
   kernels = [path for path in leaves if path[-1] == "kernel"]
+  depthwise = [path for path in leaves if path[-1] == "depthwise"]
   biases = [path for path in leaves if path[-1] == "bias" and path[:-1] in fan_in]
 
   def draw(name, sample, paths):
@@ -49,6 +50,8 @@ def initial_values(key: Array, shapes: PyTree) -> PyTree:
   values = {path: jnp.full(shape, float(path[-1] in ("scale", "var"))) for path, shape in leaves.items()}
   for path, value in draw("kernels", jax.random.normal, kernels).items():
     values[path] = value * (2 / fan_in[path[:-1]]) ** 0.5
+  for path, value in draw("depthwise", jax.random.normal, depthwise).items():
+    values[path] = value * (2 / math.prod(leaves[path][:-1])) ** 0.5
   for path, value in draw("biases", lambda key, shape: jax.random.uniform(key, shape, minval=-1.0), biases).items():
     values[path] = value * fan_in[path[:-1]] ** -0.5
   return traverse_util.unflatten_dict(values)

@@ -82,7 +82,7 @@ def _depthwise_grouped(x: Array, kernel: Array, stride: int, dilation: int) -> A
 def convolve_depthwise(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
   """Each channel of [B, H, W, C] by itself with its part of [k, k, 1, C], k odd; padded as in `convolve`.
 
-  On CPU a sum over taps, since XLA's grouped convolution takes 15 times as long there and its gradient 10 to 20 times.
+  On CPU a sum over taps, since XLA's grouped convolution takes ten times as long there, with its gradient up to thirty times.
   """
   by_taps, grouped = (functools.partial(f, stride=stride, dilation=dilation) for f in (_depthwise_by_taps, _depthwise_grouped))
   return jax.lax.platform_dependent(x, kernel, cpu=by_taps, default=grouped)

@@ -11,12 +11,13 @@ from flax import linen as nn
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import Array, Network, PyTree
 from pseudoseg_jax.models.deeplab import deeplabv3plus
+from pseudoseg_jax.models.deeplab_tf import deeplabv3plus_tf
 from pseudoseg_jax.models.initial import initial_values
 from pseudoseg_jax.models.tiny import tiny
 from pseudoseg_jax.ops import resize
 
 # name -> factory (num_classes, *, option=default, ...) -> (backbone module, head module)
-NETWORKS = {"deeplabv3plus": deeplabv3plus, "tiny": tiny}
+NETWORKS = {"deeplabv3plus": deeplabv3plus, "deeplabv3plus_tf": deeplabv3plus_tf, "tiny": tiny}
 
 
 def make_network(name: str, *, num_classes: int, **options) -> Network:
