@@ -72,16 +72,18 @@ def test_continuous_scales_fill_the_range_and_flip_can_be_off():
   assert not any(draw.flip for draw in draws)
 
 
+@pytest.mark.parametrize("convention", geometry.CONVENTIONS)
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("scale", "offset"), [(2.0, (7, 14)), (0.5, (0, 0)), (1.0, (1, 2))])
-def test_window_and_flip_put_a_marker_back(flip, scale, offset):
+def test_window_and_flip_put_a_marker_back(flip, scale, offset, convention):
   image = np.zeros((20, 30, 3), np.uint8)
   image[8:10, 16:18] = 255  # its centre: (9, 17) of 20 x 30
   crop_size = (16, 24)
   draws = geometry.Draws(tf.constant(flip), tf.constant(scale, tf.float64), tf.constant(offset))
   view = views.unlabeled_views(
-    tf.constant(image), draws=draws, crop_size=crop_size, photometry=None, photometry_draws=[], mean=(0, 0, 0), std=(1, 1, 1)
-  )
+    tf.constant(image), draws=draws, crop_size=crop_size, photometry=None, photometry_draws=[], mean=(0, 0, 0), std=(1, 1, 1),
+    convention=convention,
+  )  # fmt: skip
   crop = view["weak"].numpy()[..., 0]
   assert crop.sum() > 0
   if bool(view["flip"]):
@@ -95,5 +97,51 @@ def test_window_and_flip_put_a_marker_back(flip, scale, offset):
 
 def test_bad_geometry_is_told_at_once():
   with pytest.raises(checks.InputError) as error:
-    Geometry((0, 4), scales=())
-  assert "crop_size" in str(error.value) and "scales" in str(error.value)
+    Geometry((0, 4), scales=(), convention="tensorflaw")
+  assert all(part in str(error.value) for part in ("crop_size", "scales", "convention", "did you mean 'tensorflow'?"))
+
+
+def test_tensorflow_label_keeps_corners_on_corners_and_rounds_halves_up():
+  label = tf.constant([[10, 11, 12, 13]], tf.uint8)
+  scaled = tf.constant((1, 7))
+  got = geometry.crop_label(label, scaled, tf.constant((0, 0)), (1, 7), "tensorflow")
+  np.testing.assert_array_equal(got[0], [10, 11, 11, 12, 12, 13, 13])  # at 0, 1/2, 1, 3/2, ... of 0..3
+  single = geometry.crop_label(label, tf.constant((1, 1)), tf.constant((0, 0)), (1, 2), "tensorflow")
+  np.testing.assert_array_equal(single, [[10, 255]])
+
+
+def test_tensorflow_halving_weighs_four_pixels():
+  image = tf.constant(np.array([0, 0, 8, 0, 0, 0, 0, 0], np.uint8)[None, :, None].repeat(3, 2))
+  got = geometry.crop_image(image, tf.constant((1, 4)), tf.constant((0, 0)), (1, 4), "tensorflow")[0, :, 0]
+  np.testing.assert_allclose(got, [8 * 0.25 / 1.75, 8 * 0.75 / 2, 0, 0], rtol=1e-6)  # 3/4 3/4 1/4, and 1/4 3/4 3/4 1/4 inside
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.75, 1.0, 1.75])
+def test_tensorflow_crop_is_a_slice_of_the_whole_resized_image(scale):
+  image = tf.constant(np.random.default_rng(0).integers(0, 256, (23, 30, 3)).astype(np.uint8))
+  scaled, crop_size = geometry.scaled_size(tf.constant((23, 30)), scale), (8, 9)
+  whole = tf.image.resize(image, scaled, antialias=True)
+  got = geometry.crop_image(image, scaled, tf.constant((3, 5)), crop_size, "tensorflow")
+  np.testing.assert_allclose(got, whole[3:11, 5:14], atol=1e-3)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_tensorflow_pads_below_and_on_the_right_before_it_mirrors(flip):
+  image = np.arange(6, dtype=np.uint8).reshape(2, 3)
+  draws = geometry.Draws(tf.constant(flip), tf.constant(1.0, tf.float64), tf.constant((0, 0)))
+  view = geometry.crop(tf.constant(image[..., None].repeat(3, 2)), tf.constant(image), draws, (3, 5), "tensorflow")
+  expected = np.full((3, 5), 255)
+  expected[:2, :3] = image
+  if flip:
+    expected = expected[:, ::-1]  # padding on the left
+  np.testing.assert_array_equal(view.label, expected)
+  np.testing.assert_array_equal(view.valid, expected != 255)
+  np.testing.assert_allclose(view.rgb[..., 0], np.where(expected == 255, 0, expected / 255), atol=1e-6)
+
+
+def test_tensorflow_offsets_reach_the_last_crop_inside_and_no_further():
+  draws = draw_many(Geometry((4, 6), scales=(1.0, 2.0), convention="tensorflow"), (6, 5))
+  rows = {scale: {int(draw.offset[0]) for draw in draws if draw.scale == scale} for scale in (1.0, 2.0)}
+  columns = {scale: {int(draw.offset[1]) for draw in draws if draw.scale == scale} for scale in (1.0, 2.0)}
+  assert rows == {1.0: set(range(0, 3)), 2.0: set(range(0, 9))}  # 0 .. size - crop
+  assert columns == {1.0: {0}, 2.0: set(range(0, 5))}

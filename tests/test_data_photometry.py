@@ -85,5 +85,44 @@ def test_normalize_by_hand():
 
 def test_bad_photometry_is_told_at_once():
   with pytest.raises(checks.InputError) as error:
-    Photometry(jitter_probability=2.0, hue=0.7, blur_sigma_pixels=(2.0, 0.1))
-  assert all(part in str(error.value) for part in ("jitter_probability", "hue", "blur_sigma_pixels"))
+    Photometry(jitter_probability=2.0, hue=0.7, blur_sigma_pixels=(2.0, 0.1), convention="pil")
+  assert all(part in str(error.value) for part in ("jitter_probability", "hue", "blur_sigma_pixels", "convention: got 'pil'"))
+
+
+def test_tensorflow_brightness_and_contrast_by_hand():
+  rgb = image()
+  brighter = photometry.color_jitter(tf.constant(rgb), draws(brightness=0.4), "tensorflow")
+  np.testing.assert_allclose(brighter, np.clip(rgb + 0.4, 0, 1), atol=2e-6)
+  mean = rgb.mean(axis=(0, 1))  # of each channel for itself
+  stretched = photometry.color_jitter(tf.constant(rgb), draws(brightness=0.0, contrast=1.5), "tensorflow")
+  np.testing.assert_allclose(stretched, np.clip(mean + 1.5 * (rgb - mean), 0, 1), atol=2e-6)
+  both = photometry.color_jitter(tf.constant(rgb), draws(brightness=0.4, contrast=0.5), "tensorflow")
+  clipped = np.clip(rgb + 0.4, 0, 1)  # between the changes, too
+  np.testing.assert_allclose(both, 0.5 * clipped + 0.5 * clipped.mean(axis=(0, 1)), atol=2e-6)
+
+
+def test_tensorflow_contrast_takes_its_mean_inside_the_image():
+  rgb, valid = image(), np.ones((5, 7), bool)
+  valid[3:], valid[:, 5:] = False, False
+  got = photometry.stretch_contrast(tf.constant(rgb), tf.constant(0.5), tf.constant(valid))
+  mean = rgb[:3, :5].mean(axis=(0, 1))
+  np.testing.assert_allclose(got, mean + 0.5 * (rgb - mean), atol=1e-6)
+  other = np.where(valid[..., None], rgb, 0.9).astype(np.float32)  # what is in the padding does not matter
+  np.testing.assert_allclose(
+    photometry.stretch_contrast(tf.constant(other), tf.constant(0.5), tf.constant(valid))[:3, :5], got[:3, :5], atol=1e-6
+  )
+
+
+def test_tensorflow_saturation_moves_hsv_alone():
+  pixel = tf.constant([[[0.8, 0.4, 0.2]]])  # value 0.8, saturation 3/4
+  got = photometry.color_jitter(pixel, draws(brightness=0.0, saturation=0.5), "tensorflow")
+  np.testing.assert_allclose(tf.squeeze(got), 0.8 - 0.5 * (0.8 - np.array([0.8, 0.4, 0.2])), atol=1e-6)
+  full = photometry.color_jitter(pixel, draws(brightness=0.0, saturation=2.0), "tensorflow")
+  np.testing.assert_allclose(tf.squeeze(full), [0.8, 0.8 / 3, 0.0], atol=1e-6)  # saturation ends at 1
+
+
+def test_tensorflow_brightness_is_drawn_as_a_summand():
+  drawn = photometry.draw(Photometry(brightness=0.3, convention="tensorflow"), 300, tf.constant([3, 4], tf.int64))
+  table = {name: np.array([getattr(one, name).numpy() for one in drawn]) for name in ("brightness", "contrast", "saturation")}
+  for name, (low, high) in dict(brightness=(-0.3, 0.3), contrast=(0.5, 1.5), saturation=(0.5, 1.5)).items():
+    assert low <= table[name].min() < low + 0.05 and high - 0.05 < table[name].max() <= high

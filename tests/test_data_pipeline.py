@@ -66,21 +66,23 @@ def test_batch_has_the_layout_of_the_contract(batches):
     "flip": ((4,), "bool"),
     "window": ((4, 4), "float32"),
   }
-  labeled = {"image": ((2, 24, 28, 3), "float32"), "label": ((2, 24, 28), "int32")}
+  labeled = {"image": ((2, 24, 28, 3), "float32"), "label": ((2, 24, 28), "int32"), "valid": ((2, 24, 28), "bool")}
   assert shapes == {"labeled": labeled, "unlabeled": unlabeled, "partner": unlabeled}
   padding = ~batch["unlabeled"]["valid"]
   assert np.all(batch["unlabeled"]["weak"][padding] == 0) and np.all(batch["unlabeled"]["strong"].swapaxes(0, 1)[:, padding] == 0)
+  outside = ~batch["labeled"]["valid"]
+  assert np.all(batch["labeled"]["image"][outside] == 0) and np.all(batch["labeled"]["label"][outside] == 255)
 
 
 @pytest.mark.parametrize(
   ("needs", "keys"),
   [
-    (Needs(unlabeled=False), {"labeled": {"image", "label"}}),
-    (Needs(), {"labeled": {"image", "label"}, "unlabeled": {"weak", "valid"}}),
+    (Needs(unlabeled=False), {"labeled": {"image", "label", "valid"}}),
+    (Needs(), {"labeled": {"image", "label", "valid"}, "unlabeled": {"weak", "valid"}}),
   ],
 )
 def test_batch_holds_only_what_is_needed(needs, keys):
-  batch = take(1, spec(needs=needs))[0]
+  batch = take(1, spec(needs=needs, unlabeled_image_labels=np.ones((11, 7), np.float32)))[0]
   assert {stream: set(values) for stream, values in batch.items()} == keys
 
 
@@ -207,6 +209,64 @@ def test_settings_that_do_not_fit_are_told_together():
   )
   for part in ("without masks", "unlabeled: got no source", "batch_size_labeled_global: got 0", "'boxes'"):
     assert part in text
+
+
+def test_image_labels_follow_their_images_into_both_streams():
+  labels = np.eye(11, 7, dtype=np.float32) + np.arange(11, dtype=np.float32)[:, None]  # each row tells its image
+  needs = Needs(partner=True, ids=True, weak_label="image")
+  for batch in take(3, spec(needs=needs, unlabeled_image_labels=labels)):
+    for stream in ("unlabeled", "partner"):
+      assert batch[stream]["image_label"].dtype == np.float32
+      np.testing.assert_array_equal(batch[stream]["image_label"], labels[batch[stream]["id"]])
+    assert "image_label" not in batch["labeled"]
+
+
+def test_lacking_image_labels_are_asked_for_by_their_option():
+  needs = Needs(weak_label="image")
+  assert "config.data.image_labels=FILE (CSV/JSON" in message(lambda: spec(needs=needs))
+  text = message(lambda: spec(needs=needs, unlabeled_image_labels=np.ones((10, 7), np.float32)))
+  assert "got shape (10, 7)" in text and "a row for each of 11 images" in text
+
+
+@pytest.mark.parametrize("convention", geometry.CONVENTIONS)
+def test_truth_lies_under_the_geometry_of_its_image(convention):
+  options = Geometry((34, 28), scales=(1.0,), convention=convention)  # taller than the images: padding in all
+  needs = Needs(partner=True)
+  batch = take(1, spec(unlabeled=_Gray(SCENES), geometry=options, needs=needs, with_truth=True, mean=(0,) * 3, std=(1,) * 3))[0]
+  truth, valid = batch["unlabeled"]["truth"], batch["unlabeled"]["valid"]
+  assert truth.dtype == np.int32 and "truth" not in batch["partner"]
+  assert np.all(truth[~valid] == 255) and not valid.all() and len(np.unique(truth)) > 2
+  np.testing.assert_allclose(batch["unlabeled"]["weak"][valid][:, 0] * 255, truth[valid], atol=1e-3)
+
+
+class _Gray(WithoutMasks):
+  """Images that show their own masks."""
+
+  def __init__(self, source):
+    super().__init__(source)
+    self.label = source.label
+    self.image = lambda row: np.repeat(source.label(row)[..., None], 3, -1)
+
+
+def test_truth_of_images_without_masks_is_refused():
+  without = WithoutMasks(SCENES)
+  without.has_labels = False
+  assert "with_truth: got unlabeled images without masks" in message(lambda: spec(unlabeled=without, with_truth=True))
+
+
+def test_tensorflow_convention_reaches_every_stream_and_the_jitter():
+  options = Geometry((48, 56), scales=(1.0,), convention="tensorflow")  # larger than the images: padding in all
+  only_brightness = photometry.Photometry(1.0, 0.3, 0, 0, 0, 0, 0, convention="tensorflow")
+  batch = take(1, spec(geometry=options, photometry=only_brightness, mean=(0,) * 3, std=(1,) * 3))[0]
+  for weak, strong, valid in zip(*(batch["unlabeled"][name] for name in ("weak", "strong", "valid"))):
+    kept = (strong[0] > 0.01) & (strong[0] < 0.99) & valid[..., None]
+    assert kept.any() and np.ptp((strong[0] - weak)[kept]) < 1e-5  # a summand, the same for all pixels
+  for stream in batch.values():
+    flipped = stream["valid"][:, 0, -1]  # the corner above on the right is image only in a mirrored crop
+    expected = np.zeros((len(flipped), 48, 56), bool)
+    expected[~flipped, :32, :40] = True
+    expected[flipped, :32, -40:] = True
+    np.testing.assert_array_equal(stream["valid"], expected)
 
 
 def test_batches_that_processes_cannot_share_are_told_before_iterating():

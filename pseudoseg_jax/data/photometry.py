@@ -6,12 +6,14 @@ TensorFlow ops on one RGB image in [0, 1], every random draw an argument.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
 import tensorflow as tf
 
 from pseudoseg_jax import checks
+from pseudoseg_jax.data.geometry import check_convention
 
 # Channel means and deviations of ImageNet, for RGB in [0, 1]: what pretrained backbones expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -25,10 +27,12 @@ class Photometry:
   """How strong views are drawn; the defaults are those of UniMatch (Yang et al. 2023).
 
   jitter_probability: of the four colour changes together, which come in random order.
-  brightness, contrast, saturation: factors are uniform in 1 -+ this.
+  brightness, contrast, saturation: factors are uniform in 1 -+ this; with "tensorflow", brightness is a summand in -+ this.
   hue: shifts are uniform in -+ this, as a fraction of the colour circle.
   grayscale_probability, blur_probability: of the two other changes, in this order after the jitter.
   blur_sigma_pixels: the Gaussian's standard deviation is uniform between these two.
+  convention: of the jitter. "opencv" blends with black, the mean grey and the greyscale, as PIL and UniMatch do; "tensorflow"
+    adds, stretches about each channel's mean and scales HSV's saturation, as tf.image and PseudoSeg (Zou et al. 2021) do.
   """
 
   jitter_probability: float = 0.8
@@ -39,6 +43,7 @@ class Photometry:
   grayscale_probability: float = 0.2
   blur_probability: float = 0.5
   blur_sigma_pixels: tuple[float, float] = (0.1, 2.0)
+  convention: str = "opencv"
 
   def __post_init__(self):
     problems = checks.Problems("photometry cannot be used")
@@ -49,6 +54,7 @@ class Photometry:
       problems.add("hue", got=self.hue, allowed="0..0.5 (half the colour circle)")
     if len(self.blur_sigma_pixels) != 2 or not 0 < self.blur_sigma_pixels[0] <= self.blur_sigma_pixels[1]:
       problems.add("blur_sigma_pixels", got=self.blur_sigma_pixels, allowed="(least, greatest), both above 0")
+    check_convention(self.convention, problems)
     problems.raise_if_any()
 
 
@@ -56,7 +62,7 @@ class Draws(NamedTuple):
   """What is done to one view.
 
   jitter, grayscale, blur: bool[], whether. order: i32[4], the jitter's turns: 0 brightness, 1 contrast, 2 saturation, 3 hue.
-  brightness, contrast, saturation: f32[], factors. hue: f32[], shift. sigma: f32[], pixels.
+  brightness, contrast, saturation: f32[], factors; brightness a summand with "tensorflow". hue: f32[], shift. sigma: f32[], pixels.
   """
 
   jitter: tf.Tensor
@@ -74,6 +80,7 @@ def draw(photometry: Photometry, num_views: int, seed: tf.Tensor) -> list[Draws]
   """Draws the photometry of one example's views, a pure function of the seed (i64[2])."""
   uniform = tf.random.stateless_uniform([num_views, 12], seed)
   order = tf.argsort(uniform[:, 8:])
+  unchanged = 1 if photometry.convention == "opencv" else 0
 
   def between(value: tf.Tensor, low: float, high: float) -> tf.Tensor:
     return low + (high - low) * value
@@ -83,7 +90,7 @@ def draw(photometry: Photometry, num_views: int, seed: tf.Tensor) -> list[Draws]
     return Draws(
       jitter=u[0] < photometry.jitter_probability,
       order=order[number],
-      brightness=between(u[1], 1 - photometry.brightness, 1 + photometry.brightness),
+      brightness=between(u[1], unchanged - photometry.brightness, unchanged + photometry.brightness),
       contrast=between(u[2], 1 - photometry.contrast, 1 + photometry.contrast),
       saturation=between(u[3], 1 - photometry.saturation, 1 + photometry.saturation),
       hue=between(u[4], -photometry.hue, photometry.hue),
@@ -95,28 +102,55 @@ def draw(photometry: Photometry, num_views: int, seed: tf.Tensor) -> list[Draws]
   return [view(number) for number in range(num_views)]
 
 
-def strong_view(rgb: tf.Tensor, draws: Draws, max_sigma: float) -> tf.Tensor:
+def strong_view(
+  rgb: tf.Tensor, draws: Draws, max_sigma: float, convention: str = "opencv", valid: tf.Tensor | None = None
+) -> tf.Tensor:
   """Applies one view's draws: jitter, then greyscale, then blur. RGB f32 [h, w, 3] in [0, 1], before and after."""
-  jittered = tf.cond(draws.jitter, lambda: color_jitter(rgb, draws), lambda: rgb)
+  jittered = tf.cond(draws.jitter, lambda: color_jitter(rgb, draws, convention, valid), lambda: rgb)
   grayed = tf.cond(draws.grayscale, lambda: grayscale(jittered), lambda: jittered)
   return tf.cond(draws.blur, lambda: gaussian_blur(grayed, draws.sigma, max_sigma), lambda: grayed)
 
 
-def color_jitter(rgb: tf.Tensor, draws: Draws) -> tf.Tensor:
-  """The four colour changes in the order drawn, each result clipped to [0, 1]."""
+def color_jitter(rgb: tf.Tensor, draws: Draws, convention: str = "opencv", valid: tf.Tensor | None = None) -> tf.Tensor:
+  """The four colour changes in the order drawn, each result clipped to [0, 1].
 
-  def turn(rgb: tf.Tensor, change: tf.Tensor) -> tf.Tensor:
-    return tf.switch_case(
-      change,
-      [
-        lambda: adjust_brightness(rgb, draws.brightness),
-        lambda: adjust_contrast(rgb, draws.contrast),
-        lambda: adjust_saturation(rgb, draws.saturation),
-        lambda: tf.image.adjust_hue(rgb, draws.hue),
-      ],
+  Args:
+    rgb: f32 [h, w, 3] in [0, 1].
+    convention: as `Photometry.convention`.
+    valid: bool [h, w], of which pixels "tensorflow" takes the mean; None for all of them.
+  """
+  if convention == "tensorflow":
+    changes = (
+      lambda rgb: tf.clip_by_value(rgb + draws.brightness, 0.0, 1.0),
+      lambda rgb: tf.clip_by_value(stretch_contrast(rgb, draws.contrast, valid), 0.0, 1.0),
+      lambda rgb: tf.clip_by_value(tf.image.adjust_saturation(rgb, draws.saturation), 0.0, 1.0),
+      lambda rgb: tf.clip_by_value(tf.image.adjust_hue(rgb, draws.hue), 0.0, 1.0),
+    )
+  else:
+    changes = (
+      lambda rgb: adjust_brightness(rgb, draws.brightness),
+      lambda rgb: adjust_contrast(rgb, draws.contrast),
+      lambda rgb: adjust_saturation(rgb, draws.saturation),
+      lambda rgb: tf.image.adjust_hue(rgb, draws.hue),
     )
 
+  def turn(rgb: tf.Tensor, change: tf.Tensor) -> tf.Tensor:
+    return tf.switch_case(change, [functools.partial(make, rgb) for make in changes])
+
   return tf.foldl(turn, draws.order, initializer=rgb)
+
+
+def stretch_contrast(rgb: tf.Tensor, factor: tf.Tensor, valid: tf.Tensor | None = None) -> tf.Tensor:
+  """Moves each channel away from its own mean, that of the valid pixels; factor 1 changes nothing. The result may leave [0, 1]."""
+  height, width, channels = rgb.shape
+  if valid is None:
+    mean = tf.reduce_mean(rgb, axis=(0, 1))
+  else:
+    inside = tf.reshape(tf.cast(valid, tf.float32), (1, -1))
+    mean = (inside @ tf.reshape(rgb, (-1, channels)))[0] / tf.maximum(tf.reduce_sum(inside), 1.0)
+  # The mean as a whole row of pixels: a broadcast along the last axis of three is several times slower.
+  row = tf.tile(mean * (1.0 - factor), (width,))
+  return tf.reshape(tf.reshape(rgb, (height, width * channels)) * factor + row, (height, width, channels))
 
 
 def adjust_brightness(rgb: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:

@@ -40,6 +40,9 @@ class PipelineSpec:
   batch_size_labeled_global, batch_size_unlabeled_global: images a step over all processes.
   needs: what the method wants besides labeled images (`Method.needs`).
   mean, std: of RGB in [0, 1], by channel.
+  unlabeled_image_labels: f32[N, K], a row of 0 and 1 for each of the N unlabeled images (`tags.read_tags`); None for no such labels.
+  with_truth: "unlabeled" also carries "truth", i32[B, H, W], the image's own mask under the same geometry: for pictures of data
+    whose masks are known, never for training. Without it, masks of unlabeled images are not opened.
 
   Raises:
     InputError: all settings that do not fit together, at once.
@@ -55,6 +58,8 @@ class PipelineSpec:
   seed: int = 0
   mean: tuple[float, float, float] = IMAGENET_MEAN
   std: tuple[float, float, float] = IMAGENET_STD
+  unlabeled_image_labels: np.ndarray | None = None
+  with_truth: bool = False
 
   def __post_init__(self):
     problems = checks.Problems("the input pipeline cannot be built")
@@ -69,9 +74,27 @@ class PipelineSpec:
       size = getattr(self, f"batch_size_{name}_global")
       if used and size < 1:
         problems.add(f"batch_size_{name}_global", got=size, allowed="1 or more")
-    if self.needs.weak_label is not None:
-      problems.add("needs.weak_label", got=repr(self.needs.weak_label), allowed="None; sources hold images and masks only")
+    if self.needs.weak_label not in (None, "image"):
+      problems.add("needs.weak_label", got=repr(self.needs.weak_label), allowed="None or 'image'")
+    if self.with_truth and not (self.unlabeled is not None and self.unlabeled.has_labels):
+      problems.add("with_truth", got="unlabeled images without masks", allowed="a source with masks", remedy="leave it out")
+    self._check_image_labels(problems)
     problems.raise_if_any()
+
+  def _check_image_labels(self, problems: checks.Problems) -> None:
+    labels = self.unlabeled_image_labels
+    if labels is None:
+      if self.needs.weak_label == "image":
+        problems.add(
+          "image-level labels of the unlabeled images",
+          got="none",
+          allowed="one list of classes an image; the method learns from them",
+          remedy="config.data.image_labels=FILE (CSV/JSON of tags per image, or a folder of VOC XML)",
+        )
+    elif self.unlabeled is not None and (labels.ndim != 2 or len(labels) != len(self.unlabeled)):
+      problems.add(
+        "unlabeled_image_labels", got=f"shape {labels.shape}", allowed=f"a row for each of {len(self.unlabeled)} images"
+      )
 
 
 def train_batches(
@@ -126,10 +149,15 @@ def example_row(position: tf.Tensor, num_examples: int, seed: int, stream: str) 
 
 def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: int) -> Iterator[dict[str, np.ndarray]]:
   source = spec.labeled if stream == "labeled" else spec.unlabeled
-  loader = _Loader(source, with_label=stream == "labeled")
+  with_truth = spec.with_truth and stream == "unlabeled"
+  loader = _Loader(source, with_label=stream == "labeled" or with_truth)
   geometry_seed = tf.constant(stream_seed(spec.seed, f"{stream}/geometry"), tf.int64)
   photometry_seed = tf.constant(stream_seed(spec.seed, f"{stream}/photometry"), tf.int64)
-  crop = dict(crop_size=spec.geometry.crop_size, mean=spec.mean, std=spec.std)
+  crop = dict(crop_size=spec.geometry.crop_size, mean=spec.mean, std=spec.std, convention=spec.geometry.convention)
+  wanted = {"weak", "valid", "strong", "truth"} | ({"id", "flip", "window"} if spec.needs.ids else set())
+  image_labels = None
+  if spec.needs.weak_label == "image":
+    image_labels = tf.constant(spec.unlabeled_image_labels, tf.float32)
 
   def example(position: tf.Tensor) -> dict[str, tf.Tensor]:
     row = example_row(position, len(source), spec.seed, stream)
@@ -141,10 +169,12 @@ def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: i
     photometry_draws = []
     if spec.needs.strong_views:
       photometry_draws = photometry_ops.draw(spec.photometry, spec.needs.strong_views, tf.stack([photometry_seed, position]))
-    made = views.unlabeled_views(loaded[0], draws=draws, photometry=spec.photometry, photometry_draws=photometry_draws, **crop)
+    truth = loaded[1] if with_truth else None
+    photometric = dict(photometry=spec.photometry, photometry_draws=photometry_draws)
+    made = views.unlabeled_views(loaded[0], truth=truth, draws=draws, **photometric, **crop)
     made["id"] = tf.cast(row, tf.int32)
-    wanted = {"weak", "valid", "strong"} | ({"id", "flip", "window"} if spec.needs.ids else set())
-    return {name: value for name, value in made.items() if name in wanted}
+    made = {name: value for name, value in made.items() if name in wanted}
+    return made if image_labels is None else made | {"image_label": image_labels[row]}
 
   options = tf.data.Options()
   options.deterministic = True
