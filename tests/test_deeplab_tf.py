@@ -240,11 +240,16 @@ def test_names_are_distinct_and_those_of_the_scope(variant):
   params, stats = with_heads(variant, 21)
   variables = variables_for(params, stats, variant)
   assert len(variables) == len(jax.tree.leaves((params, stats)))
-  units = {"resnet50": 6, "resnet101": 23}[variant]
-  scope = f"resnet_v1_{variant[6:]}"
-  assert f"{scope}/block3/unit_{units}/bottleneck_v1/conv3/BatchNorm/moving_variance" in variables
+  scope = tf_names.SCOPES[variant]
+  deepest = {
+    "resnet50": "block3/unit_6/bottleneck_v1/conv3",
+    "resnet101": "block3/unit_23/bottleneck_v1/conv3",
+    "xception65": "middle_flow/block1/unit_16/xception_module/separable_conv3_pointwise",
+  }
+  assert f"{scope}/{deepest[variant]}/BatchNorm/moving_variance" in variables
   assert variables[f"{scope}/logits/weights"].shape == (1, 1, 2048, 20)
-  assert {name.split("/")[0] for name in variables if name.startswith("resnet")} == {scope}
+  assert {name.split("/")[0] for name in variables if name.startswith(("resnet", "xception"))} == {scope}
+  tf_names.from_tf(variables, params, stats)
 
 
 def test_paths_that_tensorflow_does_not_have_have_no_name():

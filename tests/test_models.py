@@ -217,7 +217,7 @@ def test_number_of_parameters_of_resnet101_deeplab():
 # --- networks
 
 
-SMALL = {"tiny": {"width": 4}, "deeplabv3plus": {"backbone": "resnet18", "stem": "plain"}}
+SMALL = {"tiny": {"width": 4}, "deeplabv3plus": {"backbone": "resnet18", "stem": "plain"}, "deeplabv3plus_tf": {}}
 
 
 def abstract_forward(network, images, **arguments):
@@ -281,7 +281,7 @@ def test_initial_values_are_kaiming_kernels_uniform_biases_and_neutral_norms():
 @pytest.mark.parametrize(
   "name,options,words",
   [
-    ("deeplabv3", {}, ["deeplabv3", "deeplabv3plus, tiny"]),
+    ("deeplabv3", {}, ["deeplabv3", "deeplabv3plus, deeplabv3plus_tf, tiny"]),
     ("tiny", {"witdh": 3}, ["witdh", "did you mean 'width'"]),
     ("deeplabv3plus", {"backbone": "resnet5"}, ["resnet5", "resnet50"]),
     ("deeplabv3plus", {"stem": "wide"}, ["wide", "deep, plain"]),

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from pseudoseg_jax.models import xception
-from pseudoseg_jax.models.xception import Unit, Xception65, strides_and_dilations, xception_tf_name
+from pseudoseg_jax.models.tf_names import tf_name
+from pseudoseg_jax.models.xception import Unit, Xception65, strides_and_dilations
 
 
 def uniform(seed, *shape):
@@ -108,9 +109,9 @@ def test_groups_do_not_see_each_other(monkeypatch):
   ],
 )
 def test_names_count_units_from_one(path, name):
-  assert xception_tf_name(f"backbone/{path}") == f"xception_65/{name}"
+  assert tf_name(f"backbone/{path}", variant="xception65") == f"xception_65/{name}"
 
 
-@pytest.mark.parametrize("path", ["backbone/layer1_0/unit1/conv/kernel", "head/classifier/bias", "backbone/conv1/conv/bias"])
+@pytest.mark.parametrize("path", ["backbone/layer1_0/unit1/conv/kernel", "head/unit3/conv/kernel", "backbone/conv1/conv/bias"])
 def test_paths_of_other_networks_have_no_name(path):
-  assert xception_tf_name(path) is None
+  assert tf_name(path, variant="xception65") is None

@@ -17,7 +17,10 @@ from pseudoseg_jax.contract import Array
 from pseudoseg_jax.models import resnet
 from pseudoseg_jax.models.layers import BatchNorm, Conv, ConvBN, DepthwiseConv
 from pseudoseg_jax.models.resnet import ResNetBeta
+from pseudoseg_jax.models.xception import Xception65
 from pseudoseg_jax.ops import resize
+
+BACKBONES = (*resnet.BOTTLENECK, "xception65")
 
 
 class DepthwiseConvBN(nn.Module):
@@ -103,29 +106,34 @@ def deeplabv3plus_tf(
   dropout: float = 0.1,
   head_momentum: float = 0.9997,
   dtype: Any = jnp.float32,
-) -> tuple[ResNetBeta, Head]:
+) -> tuple[ResNetBeta | Xception65, Head]:
   """Backbone and head; images in -1..1. Defaults are those of the PseudoSeg code.
 
   Args:
-    backbone: one of resnet.BOTTLENECK.
+    backbone: one of BACKBONES; the official commands train "xception65".
     output_stride: one of resnet.OUTPUT_STRIDES.
     multi_grid: factors on the dilations of the last stage's three blocks. PseudoSeg leaves them at 1; the DeepLab library
-      advises 1, 2, 4.
+      advises 1, 2, 4 for its ResNets. Xception has none.
     dropout: fraction of ASPP outputs dropped in training.
     head_momentum: what the head's running statistics keep per batch. 0.9997 needs some ten thousand batches to settle: use less
       in short runs.
   """
-  checks.check_name("network.backbone", backbone, resnet.BOTTLENECK)
+  checks.check_name("network.backbone", backbone, BACKBONES)
   problems = checks.Problems("the network cannot be built")
   if output_stride not in resnet.OUTPUT_STRIDES:
     problems.add("network.output_stride", got=output_stride, allowed=resnet.OUTPUT_STRIDES)
   if len(multi_grid) != 3 or min(multi_grid) < 1:
     problems.add("network.multi_grid", got=multi_grid, allowed="three positive integers, one for each block of the last stage")
+  if backbone == "xception65" and tuple(multi_grid) != (1, 1, 1):
+    problems.add("network.multi_grid", got=multi_grid, allowed="(1, 1, 1) with xception65")
   for name, value in (("dropout", dropout), ("head_momentum", head_momentum)):
     if not 0 <= value < 1:
       problems.add(f"network.{name}", got=value, allowed="0 <= value < 1")
   problems.raise_if_any()
   # Rates 6, 12, 18 are for stride 16; a map twice as fine needs them twice as large to see as far (DeepLabv3, section 3.3).
   rates = tuple(rate * max(16 // output_stride, 1) for rate in (6, 12, 18))
-  body = ResNetBeta(backbone, output_stride, tuple(multi_grid), dtype=dtype)
+  if backbone == "xception65":
+    body = Xception65(output_stride, dtype=dtype)
+  else:
+    body = ResNetBeta(backbone, output_stride, tuple(multi_grid), dtype=dtype)
   return body, Head(num_classes, rates, dropout, head_momentum, dtype=dtype)

@@ -1,4 +1,4 @@
-"""TensorFlow checkpoints of the official PseudoSeg code (and of the DeepLab library's ResNets) in our trees.
+"""TensorFlow checkpoints of the official PseudoSeg code (and of the DeepLab library's backbones) in our trees.
 
 Ours -> theirs is a pure function of the path, so each leaf is named once; `from_tf` then insists that both sides are used up.
 """
@@ -14,9 +14,16 @@ from flax import traverse_util
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import PyTree
+from pseudoseg_jax.models import xception
 
-SCOPES = {"resnet50": "resnet_v1_50", "resnet101": "resnet_v1_101"}
+SCOPES = {"resnet50": "resnet_v1_50", "resnet101": "resnet_v1_101", "xception65": "xception_65"}
 
+# A leaf by which a backbone is known, tried in order.
+_TELLING = {
+  "xception65": "params/backbone/conv1/conv/kernel",
+  "resnet101": "params/backbone/layer3_22/unit1/conv/kernel",
+  "resnet50": "params/backbone/stem/unit1/conv/kernel",
+}
 # Leaves of a convolution with batch norm; such a pair shares one scope there.
 _PAIR = {
   "conv/kernel": "weights",
@@ -65,6 +72,8 @@ def tf_name(path: str, *, variant: str) -> str | None:
   found = None
   if part == "head":
     found = _HEAD.get(module)
+  elif part == "backbone" and variant == "xception65":
+    found = xception.tf_scope(module)
   elif part == "backbone" and (stem := re.fullmatch(r"stem/unit(\d)", module)):
     found = f"{scope}/conv1_{stem[1]}"
   elif part == "backbone" and (block := re.fullmatch(r"layer(\d)_(\d+)/(?:unit(\d)|shortcut)", module)):
@@ -92,7 +101,7 @@ def from_tf(variables: Mapping[str, np.ndarray], params: PyTree, batch_stats: Py
     checks.InputError: lists together every leaf that has no source, every shape that differs and every variable left over.
   """
   ours = traverse_util.flatten_dict({"params": params, "batch_stats": batch_stats}, sep="/")
-  variant = "resnet101" if "params/backbone/layer3_22/unit1/conv/kernel" in ours else "resnet50"
+  variant = next(name for name, path in _TELLING.items() if path in ours)
   left = {name: value for name, value in variables.items() if not _OPTIMIZER.search(name)}
   problems = checks.Problems("the TensorFlow weights do not fit the network")
   filled = {}

@@ -120,30 +120,15 @@ class Xception65(nn.Module):
     return low, *outputs
 
 
-_LEAVES = {
-  "conv/kernel": "weights",
-  "conv/depthwise": "depthwise_weights",
-  "bn/scale": "BatchNorm/gamma",
-  "bn/bias": "BatchNorm/beta",
-  "bn/mean": "BatchNorm/moving_mean",
-  "bn/var": "BatchNorm/moving_variance",
-}
+def tf_scope(module: str) -> str | None:
+  """Where the TensorFlow code keeps one of our pairs of convolution and batch norm; None for what Xception-65 does not have.
 
-
-def xception_tf_name(path: str) -> str | None:
-  """The TensorFlow name of one of our leaves.
-
-  "backbone/middle1_0/separable1_pointwise/bn/scale" ->
-  "xception_65/middle_flow/block1/unit_1/xception_module/separable_conv1_pointwise/BatchNorm/gamma". Shapes are equal but for
-  depthwise kernels, [3, 3, C, 1] there. None for a path that Xception-65 does not have.
+  "middle1_0/separable1_pointwise" -> "xception_65/middle_flow/block1/unit_1/xception_module/separable_conv1_pointwise".
   """
-  module, *leaf = path.rsplit("/", 2)
-  leaf = _LEAVES.get("/".join(leaf))
-  if stem := re.fullmatch(r"backbone/conv([12])", module):
-    found = f"entry_flow/conv1_{stem[1]}"
-  elif unit := re.fullmatch(r"backbone/(entry|middle|exit)(\d)_(\d+)/(?:separable(\d_(?:depth|point)wise)|shortcut)", module):
+  if stem := re.fullmatch(r"conv([12])", module):
+    return f"xception_65/entry_flow/conv1_{stem[1]}"
+  if unit := re.fullmatch(r"(entry|middle|exit)(\d)_(\d+)/(?:separable(\d_(?:depth|point)wise)|shortcut)", module):
     flow, block, index, half = unit.groups()
-    found = f"{flow}_flow/block{block}/unit_{int(index) + 1}/xception_module/{f'separable_conv{half}' if half else 'shortcut'}"
-  else:
-    return None
-  return leaf and f"xception_65/{found}/{leaf}"
+    last = f"separable_conv{half}" if half else "shortcut"
+    return f"xception_65/{flow}_flow/block{block}/unit_{int(index) + 1}/xception_module/{last}"
+  return None

@@ -10,6 +10,7 @@ import pytest
 from flax import traverse_util
 
 from pseudoseg_jax.models import table, torch_names
+from pseudoseg_jax.ops import resize
 
 
 def drawn(name, shape):
@@ -59,28 +60,35 @@ def nchw(x):
 
 # Activation -> module whose output it is; the backbone gives all four stages at once.
 MODULES = {
-  "stem_conv": ("backbone", "stem", "unit3", "conv"),
-  "maxpool": ("backbone", "stem"),
-  "aspp": ("head", "aspp"),
-  "low_level_reduce": ("head", "low"),
-  "last_conv": ("head", "unit2"),
-  "classifier": ("head", "classifier"),
+  "stem_conv": ("backbone", ("stem", "unit3", "conv")),
+  "maxpool": ("backbone", ("stem",)),
+  "aspp": ("head", ("aspp",)),
+  "low_level_reduce": ("head", ("low",)),
+  "last_conv": ("head", ("unit2",)),
+  "classifier": ("head", ("classifier",)),
 }
 
 
 def forward_with_activations(golden):
   _, _, (params, batch_stats) = of(golden)
-  module = table.deeplabv3plus(int(golden["num_classes"]), backbone=str(golden["backbone"]))
-  wanted = {*MODULES.values(), ("backbone",)}
-  run = jax.jit(
-    lambda params, batch_stats, x: module.apply(
-      {"params": params, "batch_stats": batch_stats}, x, train=False, capture_intermediates=lambda m, _: m.path in wanted
-    )
-  )
-  logits, captured = run(params, batch_stats, images_of(golden))
-  outputs = traverse_util.flatten_dict(captured["intermediates"])
-  acts = {name: nchw(outputs[*path, "__call__"][0]) for name, path in MODULES.items()}
-  acts |= {f"layer{i}": nchw(stage) for i, stage in enumerate(outputs["backbone", "__call__"][0], start=1)}
+  parts = dict(zip(("backbone", "head"), table.deeplabv3plus(int(golden["num_classes"]), backbone=str(golden["backbone"]))))
+
+  def part(name, params, batch_stats, x):
+    wanted = {path for owner, path in MODULES.values() if owner == name}
+    variables = {"params": params[name], "batch_stats": batch_stats[name]}
+    y, captured = parts[name].apply(variables, x, train=False, capture_intermediates=lambda m, _: m.path in wanted)
+    flat = traverse_util.flatten_dict(captured["intermediates"])
+    return y, {path[:-1]: value[0] for path, value in flat.items()}
+
+  @jax.jit
+  def run(params, batch_stats, x):
+    stages, in_backbone = part("backbone", params, batch_stats, x)
+    scores, in_head = part("head", params, batch_stats, stages)
+    return resize.bilinear_align_corners(scores, x.shape[1:3]), stages, {"backbone": in_backbone, "head": in_head}
+
+  logits, stages, outputs = run(params, batch_stats, images_of(golden))
+  acts = {name: nchw(outputs[owner][path]) for name, (owner, path) in MODULES.items()}
+  acts |= {f"layer{i}": nchw(stage) for i, stage in enumerate(stages, start=1)}
   return nchw(logits), acts
 
 

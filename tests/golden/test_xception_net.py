@@ -10,7 +10,8 @@ from flax import traverse_util
 from record_xception import drawn, images
 
 from pseudoseg_jax import optim
-from pseudoseg_jax.models.xception import Xception65, xception_tf_name
+from pseudoseg_jax.models.tf_names import tf_name
+from pseudoseg_jax.models.xception import Xception65
 
 
 def tf_shape(path, shape):
@@ -27,7 +28,7 @@ def leaves():
 
 
 def name_of(path):
-  return xception_tf_name(path.split("/", 1)[1])
+  return tf_name(path.split("/", 1)[1], variant="xception65")
 
 
 @functools.cache
