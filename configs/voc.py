@@ -1,47 +1,70 @@
-"""PASCAL VOC 2012 in the VOCdevkit layout, 21 classes, with the settings of CPS's official code.
+"""PASCAL VOC 2012 in the VOCdevkit layout, 21 classes.
 
-  --config=configs/voc.py:method=cps,split=1_8 --config.data.root=DIR      (DIR holds VOCdevkit/)
+  --config=configs/voc.py:method=cps,split=1_8 --config.data.root=DIR          (DIR holds VOCdevkit/)
+  --config=configs/voc.py:method=pseudoseg,split=92 --config.data.root=DIR
+      with --config.method.image_labels=True the unlabeled images have the image-level labels of VOC's own Annotations
 
-split: 1_16, 1_8, 1_4, 1_2 or full (every k-th id of the training list), or the path of a list of labeled ids.
+split: 1_16, 1_8, 1_4, 1_2 or full (every k-th id of the training list); 92, 183, 366, 732 or 1464 (the lists of PseudoSeg, clean
+masks); or the path of a list of labeled ids.
+recipe: cps or pseudoseg, whose network and training settings; by default those of the method, where it has its own.
 """
 
-from pseudoseg_jax import config as configs
+from pseudoseg_jax import checks, config as configs, recipes
 
-# Epochs of CPS's official scripts by labeled share; an epoch is one pass over the longer of the two lists. [cps, schedule]
-_EPOCHS = {"1_16": 32, "1_8": 34, "1_4": 40, "1_2": 60}
 _TRAIN_AUG = 10582
+_PSEUDOSEG_SPLITS = ("92", "183", "366", "732", "1464")
 
 
 def get_config(argument=""):
   chosen = configs.arguments(
-    argument, method="cps", convention="", split="1_8", network="deeplabv3plus", backbone="resnet50", train="train_aug"
+    argument, method="cps", convention="", split="", network="", backbone="resnet50", train="train_aug", recipe=""
   )
+  recipe = chosen["recipe"] or ("pseudoseg" if chosen["method"] == "pseudoseg" else "cps")
+  checks.check_name("recipe", recipe, ("cps", "pseudoseg"))
+  split = chosen["split"] or ("92" if recipe == "pseudoseg" else "1_8")
+  clean = split in _PSEUDOSEG_SPLITS
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
+  lists = "VOCdevkit/VOC2012/ImageSets/Segmentation"
   config.data.update(configs.folder_data(
     classes="voc",
     image_pattern="VOCdevkit/VOC2012/JPEGImages/{id}.jpg",
-    label_pattern="VOCdevkit/VOC2012/SegmentationClassAug/{id}.png",
-    train_list=f"VOCdevkit/VOC2012/ImageSets/Segmentation/{chosen['train']}.txt",
-    split=chosen["split"],
+    label_pattern=f"VOCdevkit/VOC2012/SegmentationClass{'' if clean else 'Aug'}/{{id}}.png",
+    train_list=f"{lists}/{chosen['train']}.txt",
+    split=f"voc2012/pseudoseg/{split}" if clean else split,
+    # PseudoSeg's unlabeled images are all training images, the labeled ones among them.
+    unlabeled_list=f"{lists}/{chosen['train']}.txt" if recipe == "pseudoseg" else "",
+    image_labels="VOCdevkit/VOC2012/Annotations",
     eval_label_pattern="VOCdevkit/VOC2012/SegmentationClass/{id}.png",
-    eval_list="VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt",
+    eval_list=f"{lists}/val.txt",
   ))  # fmt: skip
-  if chosen["network"] == "deeplabv3plus":
-    config.network = configs.network("deeplabv3plus", backbone=chosen["backbone"])
+  if recipe == "pseudoseg":
+    recipes.pseudoseg(config, backbone=chosen["backbone"])
   else:
-    config.network = configs.network(chosen["network"])
+    _cps(config, split, chosen["backbone"])
+  if chosen["network"]:
+    options = {} if chosen["network"] == "tiny" else {"backbone": chosen["backbone"]}
+    config.network = configs.network(chosen["network"], **options)
+  config.log_every_steps = 50
+  config.eval_every_steps = 2000
+  config.checkpoint_every_steps = 1000
+  return config
+
+
+# Epochs of CPS's official scripts by labeled share; an epoch is one pass over the longer of the two lists. [cps, schedule]
+_EPOCHS = {"1_16": 32, "1_8": 34, "1_4": 40, "1_2": 60}
+
+
+def _cps(config, split, backbone):
+  """The settings of CPS's official code."""
+  config.network = configs.network("deeplabv3plus", backbone=backbone)
   config.batch_size_global = {"labeled": 8, "unlabeled": 8}
-  share = int(chosen["split"][2:]) if chosen["split"] in _EPOCHS else 8
+  share = int(split[2:]) if split in _EPOCHS else 8
   longer = _TRAIN_AUG - _TRAIN_AUG // share
-  config.total_steps = _EPOCHS.get(chosen["split"], 34) * (longer // 8)
+  config.total_steps = _EPOCHS.get(split, 34) * (longer // 8)
   # The official 0.01 reaches the optimiser divided by the number of GPUs (the loss is divided by it, then the gradients are
   # averaged once more), while weight decay does not: 0.0025 with 4e-4 is what was trained. [cps, gradient scale]
   config.optimizer.learning_rate = 0.0025
   config.optimizer.weight_decay = 4e-4
   config.views.crop_size = (512, 512)
   config.views.scales = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)  # 1.25 is missing in the official list
-  config.log_every_steps = 50
-  config.eval_every_steps = 2000
-  config.checkpoint_every_steps = 1000
   config.evaluation.update({"style": "slide", "window_pixels": (512, 512), "batch_size": 8})
-  return config

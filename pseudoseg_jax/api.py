@@ -18,27 +18,32 @@ from typing import Any
 import jax
 import numpy as np
 
-from pseudoseg_jax import build, checks, config as configs
+from pseudoseg_jax import build, checks, config as configs, rng
 from pseudoseg_jax.contract import Method, State
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 from pseudoseg_jax.engine.records import Records
-from pseudoseg_jax.evaluation import pictures, report
+from pseudoseg_jax.evaluation import panels, pictures, report
 from pseudoseg_jax.evaluation.inference import describe
 from pseudoseg_jax.evaluation.predictor import Predictor
 
 log = logging.getLogger("pseudoseg_jax")
 
+_PANEL_IMAGES = 8
+
 
 class _Scoring:
   """Scores every predictor of a method and leaves tables, pictures and results.json in the workdir."""
 
-  def __init__(self, config, source: dict[str, str], data: build.Data, method: Method, workdir: pathlib.Path, records, mesh):
+  def __init__(self, config, source: dict[str, str], data, method: Method, spec, workdir: pathlib.Path, records, mesh):
     self.config, self.data, self.method = config, data, method
     self.workdir, self.records = workdir, records
     self.protocol = build.build_protocol(config)
     self._evaluator = build.build_evaluator(config, data, method, mesh)
+    self._panels = None
+    if method.panels is not None and config.evaluation.pictures:
+      self._panels = _PanelScoring(config, data, method, spec)
     self._results_path = workdir / "results.json"
     self.results = report.read_results(self._results_path) if self._results_path.exists() else None
     self._about = dict(
@@ -56,6 +61,8 @@ class _Scoring:
     count = min(self.config.evaluation.pictures, len(self.data.evaluated))
     rows = np.unique(np.linspace(0, len(self.data.evaluated) - 1, count).astype(int)).tolist()
     predictions = self._evaluator.predictions(state, rows) if rows else {}
+    if self._panels is not None:
+      self._show(step, *self._panels(state))
     if jax.process_index() == 0:
       self._report(step, scores, headline)
       self._draw(step, rows, predictions)
@@ -87,8 +94,44 @@ class _Scoring:
       return
     images, labels = zip(*((self.data.evaluated.image(row), self.data.evaluated.label(row)) for row in rows), strict=True)
     sheet = pictures.contact_sheet(images, labels, predictions, self.data.classes)
-    sheet.save(folder / "overlays.png")
+    pictures.save(sheet, folder / "overlays.png")
     self.records.images(step, {"overlays": np.asarray(sheet)[None]})
+
+
+  def _show(self, step, sheet, values):
+    """What the unlabeled images teach, as a picture and in numbers."""
+    if jax.process_index() == 0:
+      (self.workdir / "pictures").mkdir(exist_ok=True)
+      pictures.save(sheet, self.workdir / "pictures" / "panels.png")
+      self.records.images(step, {"panels": np.asarray(sheet)[None]})
+      self.records.scalars(step, {f"panels/{name}": value for name, value in values.items()})
+      if values:
+        shares = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        log.info("on %d unlabeled training images, where the pseudo label is kept: %s", _PANEL_IMAGES, shares)
+
+
+class _PanelScoring:
+  """Shows a method's panels of the same few unlabeled training images, whatever the step."""
+
+  def __init__(self, config, data: build.Data, method: Method, spec):
+    self._about = method.panels.names, method.panels.kinds
+    self._classes, self._mean, self._std = data.classes, config.data.mean, config.data.std
+    batch = build.panel_batch(spec, data, _PANEL_IMAGES)
+    self._truth = batch["unlabeled"].pop("truth", None)
+    self._batch, self._draws = batch, method.draw(rng.stream(jax.random.key(config.seed), "panels"), batch)
+    self._compute = jax.jit(method.panels.compute)
+
+  def __call__(self, state: State):
+    values, kept = jax.device_get(self._compute(state, self._batch, self._draws))
+    sheet = panels.panel_sheet(
+      *self._about, values, self._classes, mean=self._mean, std=self._std, truth=self._truth, kept=kept
+    )
+    numbers = {}
+    if self._truth is not None:
+      for name, kind, value in zip(*self._about, values, strict=True):
+        if kind == "classes":
+          numbers |= {f"{name.replace(' ', '_')}_{key}": share for key, share in panels.agreement(value, self._truth, kept).items()}
+    return sheet, numbers
 
 
 def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrides: Mapping[str, Any] | None = None) -> dict:
@@ -121,7 +164,7 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
   checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.keep_last_checkpoints)
   try:
     log.info("%s on %s (%s), %d devices, workdir %s", config.method.name, config.data.name, data.split, mesh.size, workdir)
-    scoring = _Scoring(config, source, data, method, workdir, records, mesh)
+    scoring = _Scoring(config, source, data, method, spec, workdir, records, mesh)
     streams = 1 + method.needs.unlabeled + method.needs.partner
     sizes = config.batch_size_global
     outcome = loop.fit(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pseudoseg_jax import checks, config as configs, optim
 from pseudoseg_jax.contract import Method, Network, Optimizer, Task
-from pseudoseg_jax.data import classes as classes_lib, pipeline, sources, splits, synthetic
+from pseudoseg_jax.data import classes as classes_lib, pipeline, sources, splits, synthetic, tags
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.geometry import Geometry
 from pseudoseg_jax.data.photometry import Photometry
@@ -25,12 +27,16 @@ from pseudoseg_jax.ops import losses, schedules
 
 
 class Data(NamedTuple):
-  """labeled: images with masks; unlabeled: images alone, or None; evaluated: images with masks that nothing is learnt from."""
+  """labeled: images with masks; unlabeled: images alone; evaluated: images with masks that nothing is learnt from.
+
+  truth_known: the unlabeled images have masks that may be shown, never learnt from.
+  """
 
   classes: Classes
   labeled: Source
-  unlabeled: Source | None
+  unlabeled: Source
   evaluated: Source
+  truth_known: bool
   split: str  # in words, for reports
 
 
@@ -63,6 +69,7 @@ def _synthetic(data: configs.ConfigDict) -> Data:
     labeled=sources.Subset(scenes, scenes.ids[: data.num_labeled]),
     unlabeled=sources.Subset(scenes, scenes.ids[data.num_labeled :]),
     evaluated=synthetic.SyntheticScenes(data.num_eval_scenes, tuple(data.size), seed=data.scenes_seed + 1),
+    truth_known=True,
     split=f"{data.num_labeled} labeled of {data.num_scenes} synthetic scenes",
   )
 
@@ -129,7 +136,7 @@ def _folder(data: configs.ConfigDict) -> Data:
       problems.add(f"{role} images", got=str(error))
   problems.raise_if_any()
   split = f"{data.split}: {len(opened['labeled'])} labeled, {len(opened['unlabeled'])} unlabeled"
-  return Data(classes=classes, split=split, **opened)
+  return Data(classes=classes, truth_known=False, split=split, **opened)
 
 
 def _split_file(data: configs.ConfigDict) -> pathlib.Path:
@@ -208,7 +215,7 @@ def build_method(config: configs.ConfigDict, num_classes: int) -> Method:
 def build_pipeline(config: configs.ConfigDict, data: Data, method: Method) -> PipelineSpec:
   """What training batches are made of; raises InputError for whatever does not fit, together."""
   view = config.views.to_dict()
-  geometry = Geometry(**{name: view.pop(name) for name in ("crop_size", "scales", "continuous", "flip")})
+  geometry = Geometry(convention=view["convention"], **{name: view.pop(name) for name in ("crop_size", "scales", "continuous", "flip")})
   return PipelineSpec(
     labeled=data.labeled,
     unlabeled=data.unlabeled if method.needs.unlabeled else None,
@@ -217,10 +224,28 @@ def build_pipeline(config: configs.ConfigDict, data: Data, method: Method) -> Pi
     geometry=geometry,
     photometry=Photometry(**view),
     needs=method.needs,
+    unlabeled_image_labels=_image_labels(config.data, data) if method.needs.weak_label == "image" else None,
     seed=config.seed,
     mean=config.data.mean,
     std=config.data.std,
   )
+
+
+def _image_labels(data_config: configs.ConfigDict, data: Data) -> np.ndarray | None:
+  """f32[N, K] of the unlabeled images: what the user's file says; synthetic scenes know their own."""
+  if data.truth_known:
+    return tags.tags_of_masks(data.unlabeled, len(data.classes))
+  if not data_config.image_labels:
+    return None
+  return tags.read_tags(_below(data_config.root, data_config.image_labels), data.unlabeled.ids, data.classes)
+
+
+def panel_batch(spec: PipelineSpec, data: Data, num_images: int) -> dict:
+  """A batch to show what the unlabeled images teach: the same views as in training, with the truth where it is known."""
+  shown = dataclasses.replace(
+    spec, batch_size_labeled_global=1, batch_size_unlabeled_global=num_images, with_truth=data.truth_known
+  )
+  return next(pipeline.train_batches(shown))
 
 
 def check_run(config: configs.ConfigDict) -> None:

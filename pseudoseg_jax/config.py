@@ -96,6 +96,7 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0),
       "continuous": False,  # True: any factor between the least and the greatest of scales
       "flip": True,
+      "convention": "opencv",  # of resizing, padding and colour jitter (CPS, UniMatch); or "tensorflow" (PseudoSeg)
       # Photometric strong views, for methods that ask for them.
       "jitter_probability": 0.8,
       "brightness": 0.5,

@@ -16,7 +16,7 @@ FLOORS = {
   "methods": 4,
   "engine": 5, "evaluation": 5,
   "config": 6,
-  "build": 7,
+  "build": 7, "recipes": 7,
   "api": 8,
   "main": 9, "predict": 9,
   "__init__": 10,

@@ -10,7 +10,7 @@ import pytest
 from pseudoseg_jax import optim
 from pseudoseg_jax.config import defaults_of
 from pseudoseg_jax.contract import IGNORE_LABEL, Task
-from pseudoseg_jax.data import pipeline, synthetic
+from pseudoseg_jax.data import pipeline, synthetic, tags
 from pseudoseg_jax.data.geometry import Geometry
 from pseudoseg_jax.engine import loop
 from pseudoseg_jax.engine import mesh as meshes
@@ -147,7 +147,7 @@ class _Unlabeled:
     raise AssertionError("the mask of an unlabeled image was opened")
 
 
-def make_batches(needs, scenes, unlabeled, batch_size=BATCH):
+def make_batches(needs, scenes, unlabeled, image_labels, batch_size=BATCH):
   return pipeline.train_batches(
     pipeline.PipelineSpec(
       labeled=scenes,
@@ -156,6 +156,7 @@ def make_batches(needs, scenes, unlabeled, batch_size=BATCH):
       batch_size_unlabeled_global=batch_size,
       geometry=Geometry((48, 48), scales=(1.0,)),
       needs=needs,
+      unlabeled_image_labels=image_labels if needs.weak_label == "image" else None,
       seed=SEED,
     )
   )
@@ -165,7 +166,7 @@ def make_batches(needs, scenes, unlabeled, batch_size=BATCH):
 def test_masks_of_unlabeled_images_are_never_opened(case):
   needs = make_method(case).needs
   scenes = synthetic.SyntheticScenes(16, (48, 48))
-  batches = make_batches(needs, scenes, _Unlabeled(scenes))
+  batches = make_batches(needs, scenes, _Unlabeled(scenes), np.ones((16, K), np.float32))
   for _ in range(3):
     batch = next(batches)
     assert set(batch) == {"labeled"} | ({"unlabeled"} if needs.unlabeled else set()) | ({"partner"} if needs.partner else set())
@@ -193,7 +194,8 @@ def test_learns_on_the_synthetic_scenes(case):
   # A tenth of the published weights: in so few steps from scratch the unlabeled images have nothing to teach yet.
   method, mesh = make_method(case, steps, 8, 0.1), make_mesh(1)
   scenes = synthetic.SyntheticScenes(32, (48, 48))
-  batches = make_batches(method.needs, scenes, synthetic.SyntheticScenes(32, (48, 48), seed=1))
+  others = synthetic.SyntheticScenes(32, (48, 48), seed=1)
+  batches = make_batches(method.needs, scenes, others, tags.tags_of_masks(others, K))
   step, state = loop.jit_step(method, mesh, SEED), loop.jit_init(method, mesh, SEED)
   for _ in range(steps):
     state, _ = step(state, meshes.global_batch(mesh, next(batches)))

@@ -1,0 +1,38 @@
+"""COCO 2017, 80 things and background, with the settings of PseudoSeg's official code.
+
+  --config=configs/coco.py:method=pseudoseg,split=1_512 --config.data.root=DIR
+
+DIR holds train2017/, val2017/ (the images) and masks/ (NAME.png for the images of both: 0 background, 1..80 the things in the order
+of their category ids without the gaps, 255 no opinion).
+For the image-label setting: --config.method.image_labels=True --config.data.image_labels=FILE (CSV or JSON of the classes in each image).
+
+split: 1_512, 1_256, 1_128, 1_64 or 1_32 (the published lists of 232 to 3697 labeled images), or the path of a list of ids.
+"""
+
+from pseudoseg_jax import config as configs, recipes
+
+_PUBLISHED = ("1_512", "1_256", "1_128", "1_64", "1_32")
+
+
+def get_config(argument=""):
+  chosen = configs.arguments(argument, method="pseudoseg", convention="", split="1_512", network="", backbone="resnet50")
+  config = configs.base(configs.method(chosen["method"], chosen["convention"]))
+  split = chosen["split"]
+  config.data.update(configs.folder_data(
+    classes="coco",
+    image_pattern="train2017/{id}.jpg",
+    label_pattern="masks/{id}.png",
+    split=f"coco2017/pseudoseg/{split}" if split in _PUBLISHED else split,
+    unlabeled_folder="train2017",  # all of them, the labeled ones included, as in the official run
+    eval_image_pattern="val2017/{id}.jpg",
+  ))  # fmt: skip
+  recipes.pseudoseg(config, backbone=chosen["backbone"])
+  config.total_steps = 200_000
+  config.evaluation.pad_multiple = 641
+  if chosen["network"]:
+    options = {} if chosen["network"] == "tiny" else {"backbone": chosen["backbone"]}
+    config.network = configs.network(chosen["network"], **options)
+  config.log_every_steps = 50
+  config.eval_every_steps = 10_000
+  config.checkpoint_every_steps = 1000
+  return config
