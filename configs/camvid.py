@@ -21,6 +21,8 @@ def get_config(argument=""):
     eval_image_pattern="images/test/{id}.jpg",
     eval_label_pattern="labels/test/{id}.png",
   ))  # fmt: skip
+  if chosen["method"] == "pseudoseg":
+    config.method.background = False  # class 0 is sky
   if chosen["network"] == "deeplabv3plus":
     config.network = configs.network("deeplabv3plus", backbone=chosen["backbone"])
   else:

@@ -23,7 +23,10 @@ import time
 def _parse():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
   parser.add_argument("--config", required=True, help="config file with its argument, without the method")
-  parser.add_argument("--methods", required=True, help="comma-separated; 'mean_teacher+convention=official' adds to the argument")
+  parser.add_argument(
+    "--methods", required=True,
+    help="comma-separated; 'mean_teacher+convention=official' or 'pseudoseg+method.image_labels=True' add options",
+  )  # fmt: skip
   parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
   parser.add_argument("--workdir", required=True, type=pathlib.Path)
   return parser.parse_known_args()
@@ -33,11 +36,13 @@ def _run(config: str, method: str, seed: int, workdir: pathlib.Path, rest: list[
   """One run, or what is left of an earlier one; returns results.json with "minutes" of the newest process that trained."""
   told = workdir / "minutes.json"
   path, _, argument = config.partition(":")
-  argument = ",".join(filter(None, [argument, "method=" + method.replace("+", ",")]))
+  name, *extra = method.split("+")
+  options = [f"--config.{part}" for part in extra if "." in part.partition("=")[0]]
+  argument = ",".join([*filter(None, [argument, f"method={name}"]), *(part for part in extra if f"--config.{part}" not in options)])
   if not told.exists():
     command = [sys.executable, "-m", "pseudoseg_jax.main", f"--config={path}:{argument}", f"--workdir={workdir}"]
     begun = time.time()
-    subprocess.run([*command, f"--config.seed={seed}", *rest], check=True)
+    subprocess.run([*command, f"--config.seed={seed}", *rest, *options], check=True)
     told.write_text(json.dumps((time.time() - begun) / 60))
   return json.loads((workdir / "results.json").read_text()) | {"minutes": json.loads(told.read_text())}
 

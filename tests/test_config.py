@@ -7,6 +7,7 @@ import pytest
 
 from pseudoseg_jax import build, checks
 from pseudoseg_jax import config as configs
+from pseudoseg_jax.data import splits
 from pseudoseg_jax.methods import mean_teacher
 from pseudoseg_jax.methods.table import METHODS
 
@@ -29,6 +30,38 @@ def test_the_published_voc_schedule():
   # 1/16 of 10582 labeled: 32 epochs of 1240 steps. [CPS, schedule of the official scripts]
   config = configs.load("configs/voc.py:method=cps,split=1_16")
   assert (config.total_steps, config.views.crop_size, config.method.weight) == (32 * 1240, (512, 512), 1.5)
+
+
+def test_the_published_pseudoseg_settings():
+  # README and flags of googleinterns/wss: 16 GPUs with 4 + 4 images, poly from 0.007 in 30000 steps, L2 4e-5, crops of 513.
+  config = configs.load("configs/voc.py:method=pseudoseg,split=183")
+  assert (config.total_steps, config.batch_size_global.to_dict()) == (30_000, {"labeled": 64, "unlabeled": 64})
+  assert (config.optimizer.learning_rate, config.optimizer.weight_decay, config.views.crop_size) == (0.007, 4e-5, (513, 513))
+  assert (config.network.name, config.views.convention, config.views.jitter_probability) == ("deeplabv3plus_tf", "tensorflow", 1.0)
+  assert len(splits.read_list(splits.published(config.data.split))) == 183
+  assert config.data.label_pattern.split("/")[-2] == "SegmentationClass"
+  coco = configs.load("configs/coco.py:split=1_512")
+  assert (coco.total_steps, coco.evaluation.pad_multiple, coco.method.name) == (200_000, 641, "pseudoseg")
+  assert len(splits.read_list(splits.published(coco.data.split))) == 232
+
+
+def test_pseudoseg_runs_on_the_network_of_cps_and_supervised_on_its_own():
+  assert configs.load("configs/voc.py:method=pseudoseg,recipe=cps").network.name == "deeplabv3plus"
+  assert configs.load("configs/voc.py:method=supervised,recipe=pseudoseg").network.name == "deeplabv3plus_tf"
+  config = configs.load("configs/voc.py:method=pseudoseg,network=deeplabv3plus,backbone=resnet101")
+  assert (config.network.name, config.network.backbone, config.total_steps) == ("deeplabv3plus", "resnet101", 30_000)
+
+
+@pytest.mark.parametrize("name, count", [("92", 92), ("183", 183), ("366", 366), ("732", 732), ("1464", 1464)])
+def test_the_published_lists_have_their_lengths(name, count):
+  ids = splits.read_list(splits.published(f"voc2012/pseudoseg/{name}"))
+  assert len(ids) == count and set(ids) <= set(splits.read_list(splits.published("voc2012/pseudoseg/1464")))
+
+
+def test_the_classifiers_biases_have_a_rate_of_their_own():
+  optimizer = build.build_optimizer(configs.load("configs/voc.py:method=pseudoseg", {"optimizer.head_multiplier": 3.0}))
+  rates = {"classifier/bias": 6, "head/classifier/bias": 6, "head/classifier/kernel": 3, "head/low/bn/bias": 3, "backbone/conv1/kernel": 1}
+  assert {path: optimizer.multiplier(path) for path in rates} == rates
 
 
 def test_overrides_take_the_type_of_what_they_replace():

@@ -109,6 +109,35 @@ def test_trains_on_a_folder(tree, tmp_path):
   assert json.loads((tmp_path / "results.json").read_text())["split"] == "1_2: 8 labeled, 8 unlabeled"
 
 
+WITH_TAGS = CAMVID | {"method.image_labels": "True", "data.image_labels": "tags.csv"}
+
+
+def test_trains_with_image_level_labels_and_shows_why(tree, tmp_path):
+  lines = [f"train{index:02},car,{'tree' if index % 2 else 'sky'}" for index in range(16)]
+  (tree / "tags.csv").write_text("\n".join(lines))
+  assert run("configs/camvid.py:method=pseudoseg,split=1_2", tmp_path, WITH_TAGS | {"data.root": tree}) == 0
+  panels = Image.open(tmp_path / "pictures" / "panels.png")
+  assert panels.width > 6 * 33 and panels.height > 8 * 33
+
+
+def test_image_level_labels_that_are_missing_or_unknown_are_named(tree, tmp_path, capsys):
+  (tree / "tags.csv").write_text("train01,car\ntrain03,kar\n")
+  assert run("configs/camvid.py:method=pseudoseg,split=1_2", tmp_path, WITH_TAGS | {"data.root": tree}) == 2
+  error = capsys.readouterr().err
+  assert "tags.csv" in error and "did you mean 'car'?" in error and "train05" in error
+  assert run("configs/camvid.py:method=pseudoseg,split=1_2", tmp_path, WITH_TAGS | {"data.root": tree, "data.image_labels": ""}) == 2
+  assert "config.data.image_labels=FILE" in capsys.readouterr().err
+
+
+def test_pseudo_labels_are_scored_where_truth_is_known(tmp_path):
+  overrides = QUICKSTART | {"eval_every_steps": 4}
+  assert run("configs/quickstart.py:method=pseudoseg", tmp_path, overrides) == 0
+  told = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+  names = {name for entry in told for name in entry}
+  assert {"panels/pseudo_label_accuracy", "panels/CAM_accuracy", "train/kept_fraction"} <= names
+  assert (tmp_path / "pictures" / "panels.png").exists()
+
+
 def broken(tree, tmp_path, breaking):
   root = tmp_path / "data"
   shutil.copytree(tree, root)

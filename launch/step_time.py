@@ -1,0 +1,85 @@
+"""Times one training step of several methods on the same network and the same number of images, and prints a table.
+
+  python launch/step_time.py --config=configs/voc.py:recipe=cps --methods=supervised,pseudoseg --images=8 \\
+      --config.views.crop_size=321,321
+
+The images are synthetic scenes of the crop's size, so no data set is needed. A method with unlabeled images gets half of the images
+as labeled ones; supervised gets them all. Columns: seconds of a step (median), relative to the first method, seconds of the
+first step (compilation included), and the memory that XLA plans for the step (state, batch and temporaries).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+
+from pseudoseg_jax import build, config as configs
+from pseudoseg_jax.engine import loop, mesh as meshes
+
+
+def _parse(arguments):
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser.add_argument("--config", required=True, help="config file with its argument, without the method")
+  parser.add_argument("--methods", required=True, help="comma-separated; 'pseudoseg+method.image_labels=True' sets an option")
+  parser.add_argument("--images", type=int, default=8, help="images of a step, all streams together (default: 8)")
+  parser.add_argument("--steps", type=int, default=5, help="steps to time after the first (default: 5)")
+  known, rest = parser.parse_known_args(arguments)
+  for flag in rest:
+    if not (flag.startswith("--config.") and "=" in flag):
+      parser.error(f"unknown argument {flag}; options of the config are given as --config.KEY=VALUE")
+  return known, dict(flag.removeprefix("--config.").split("=", 1) for flag in rest)
+
+
+def _load(path: str, method: str, overrides: dict[str, str]) -> configs.ConfigDict:
+  name, *options = method.split("+")
+  file, _, argument = path.partition(":")
+  overrides = overrides | dict(option.split("=", 1) for option in options)
+  config = configs.load(f"{file}:{','.join(filter(None, [argument, f'method={name}']))}", overrides)
+  with config.unlocked():
+    config.data = {
+      "name": "synthetic", "num_scenes": 64, "num_labeled": 32, "num_eval_scenes": 1, "size": config.views.crop_size,
+      "scenes_seed": 0, "mean": config.data.mean, "std": config.data.std,
+    }  # fmt: skip
+  return config
+
+
+def _time(config: configs.ConfigDict, images: int, steps: int) -> tuple[float, float, float]:
+  """Median seconds of a step, seconds of the first one, and the MiB that XLA plans."""
+  data = build.build_data(config.data)
+  method = build.build_method(config, len(data.classes))
+  labeled = images // 2 if method.needs.unlabeled else images
+  config.batch_size_global = {"labeled": labeled, "unlabeled": (images - labeled) // (1 + method.needs.partner) or 1}
+  mesh = meshes.make_mesh()
+  batch = meshes.global_batch(mesh, next(build.batches(build.build_pipeline(config, data, method))(0)))
+  begun = time.perf_counter()
+  state = jax.block_until_ready(loop.jit_init(method, mesh, config.seed))
+  step = loop.jit_step(method, mesh, config.seed).lower(state, batch).compile()
+  plan = step.memory_analysis()
+  seconds = []
+  for _ in range(steps + 1):
+    before = time.perf_counter()
+    state, metrics = jax.block_until_ready(step(state, batch))
+    seconds.append(time.perf_counter() - before)
+    first = time.perf_counter() - begun if len(seconds) == 1 else first
+  return statistics.median(seconds[1:]), first, (plan.temp_size_in_bytes + plan.argument_size_in_bytes) / 2**20
+
+
+def main(arguments=None) -> None:
+  known, overrides = _parse(arguments)
+  print(f"{known.config} {' '.join(f'{key}={value}' for key, value in overrides.items())}, {known.images} images a step")
+  print(f"{jax.device_count()} x {jax.devices()[0].device_kind}\n\n| method | step s | ratio | first step s | MiB |\n|---|---|---|---|---|")
+  reference = None
+  for method in known.methods.split(","):
+    median, first, memory = _time(_load(known.config, method, overrides), known.images, known.steps)
+    reference = reference or median
+    print(f"| {method} | {median:.3f} | {median / reference:.2f} | {first:.1f} | {memory:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+  main()
