@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from pseudoseg_jax import build, checks, config as configs, rng
 from pseudoseg_jax.contract import Method, State
@@ -43,7 +44,7 @@ class _Scoring:
     self._evaluator = build.build_evaluator(config, data, method, mesh)
     self._panels = None
     if method.panels is not None and config.evaluation.pictures:
-      self._panels = _PanelScoring(config, data, method, spec)
+      self._panels = _PanelScoring(config, data, method, spec, mesh)
     self._results_path = workdir / "results.json"
     self.results = report.read_results(self._results_path) if self._results_path.exists() else None
     self._about = dict(
@@ -111,27 +112,30 @@ class _Scoring:
 
 
 class _PanelScoring:
-  """Shows a method's panels of the same few unlabeled training images, whatever the step."""
+  """A method's panels of the same few unlabeled training images, whatever the step: a sheet, and how often they are right."""
 
-  def __init__(self, config, data: build.Data, method: Method, spec):
-    self._about = method.panels.names, method.panels.kinds
-    self._classes, self._mean, self._std = data.classes, config.data.mean, config.data.std
-    batch = build.panel_batch(spec, data, _PANEL_IMAGES)
-    self._truth = batch["unlabeled"].pop("truth", None)
-    self._batch, self._draws = batch, method.draw(rng.stream(jax.random.key(config.seed), "panels"), batch)
-    self._compute = jax.jit(method.panels.compute)
+  def __init__(self, config, data: build.Data, method: Method, spec, mesh):
+    self._names, self._kinds, compute = method.panels
+    self._classes, self._normalization = data.classes, {"mean": config.data.mean, "std": config.data.std}
+    self._batch = build.panel_batch(spec, data, _PANEL_IMAGES)
+    self._truth = self._batch["unlabeled"].pop("truth", None)
 
-  def __call__(self, state: State):
-    values, kept = jax.device_get(self._compute(state, self._batch, self._draws))
+    def shown(state, batch):
+      return compute(state, batch, method.draw(rng.stream(jax.random.key(config.seed), "panels"), batch))
+
+    self._shown = jax.jit(shown, out_shardings=meshes.replicated(mesh))
+
+  def __call__(self, state: State) -> tuple[Image.Image, dict[str, float]]:
+    values, kept = jax.device_get(self._shown(state, self._batch))
     sheet = panels.panel_sheet(
-      *self._about, values, self._classes, mean=self._mean, std=self._std, truth=self._truth, kept=kept
+      self._names, self._kinds, values, self._classes, truth=self._truth, kept=kept, **self._normalization
     )
-    numbers = {}
+    shares = {}
     if self._truth is not None:
-      for name, kind, value in zip(*self._about, values, strict=True):
-        if kind == "classes":
-          numbers |= {f"{name.replace(' ', '_')}_{key}": share for key, share in panels.agreement(value, self._truth, kept).items()}
-    return sheet, numbers
+      for name, kind, value in zip(self._names, self._kinds, values, strict=True):
+        agreed = panels.agreement(value, self._truth, kept) if kind == "classes" else {}
+        shares |= {f"{name.replace(' ', '_')}_{key}": share for key, share in agreed.items()}
+    return sheet, shares
 
 
 def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrides: Mapping[str, Any] | None = None) -> dict:
@@ -283,8 +287,9 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], o
     chosen = f" (best by {entry['selected_by']})" if series == "best" else ""
     lines.append(f"  {series:5} step {entry['step']:>6}  mIoU %: {mious}{chosen}")
   lines += ["", report.table(classes, scoring.scores), ""]
+  drawn = ",".join(sorted(path.stem for path in (workdir / "pictures").glob("*.png")))
   lines += [
-    f"  pictures     {workdir}/pictures/overlays.png, {workdir}/pictures/curves.png",
+    f"  pictures     {workdir}/pictures/{{{drawn}}}.png",
     f"  scores       {workdir}/results.json, {workdir}/scores.csv",
     f"  checkpoints  {workdir}/checkpoints/{{last,best}}",
     f"  TensorBoard  tensorboard --logdir {workdir}/tensorboard",

@@ -109,22 +109,26 @@ def text_font(size: int) -> ImageFont.ImageFont:
 
 
 def curves(history: Mapping[str, Sequence[tuple[int, float]]], path: str | pathlib.Path) -> None:
-  """Draws losses, mIoU and the learning rate against steps, a panel for each that the history has.
+  """Draws losses, mIoU, the accuracy of pseudo labels and the learning rate against steps, each where the history has it.
 
   Args:
     history: name -> [(step, value)]. By its last parts a name is a loss ("train/loss_sup"), a predictor's mIoU
-      ("evaluation/teacher/miou", a fraction) or a learning rate ("train/learning_rate"); others are not drawn.
+      ("evaluation/teacher/miou", a fraction), an accuracy of panels ("panels/CAM_accuracy", likewise) or a learning rate
+      ("train/learning_rate"); others are not drawn.
     path: of the PNG, written whole or not at all.
   """
   # Not pyplot: it keeps every figure alive and may look for a display.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  panels: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}, "mIoU %": {}, "learning rate": {}}
+  panels: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}, "mIoU %": {}, "right on unlabeled images %": {}, "learning rate": {}}
   for name, points in history.items():
     parts = name.split("/")
     if parts[-1] == "miou":
       panels["mIoU %"][parts[-2] if len(parts) > 1 else "mIoU"] = [(step, 100 * value) for step, value in points]
+    elif parts[0] == "panels" and parts[-1].endswith("_accuracy"):
+      label = parts[-1].removesuffix("_accuracy").replace("_", " ")
+      panels["right on unlabeled images %"][label] = [(step, 100 * value) for step, value in points]
     elif parts[-1].startswith("loss"):
       panels["loss"][parts[-1]] = list(points)
     elif parts[-1].startswith("learning_rate"):

@@ -1,0 +1,45 @@
+"""The launchers, as a user starts them."""
+
+import importlib.util
+import pathlib
+import re
+
+import pytest
+
+LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
+
+
+def load(name):
+  spec = importlib.util.spec_from_file_location(name, LAUNCH / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.slow
+def test_step_times_of_several_methods_come_as_a_table(capsys):
+  methods = ["supervised", "pseudoseg+method.image_labels=True", "cps_cutmix"]
+  load("step_time").main([
+    "--config=configs/quickstart.py", f"--methods={','.join(methods)}", "--images=32", "--steps=1",
+    "--config.network.width=4", "--config.views.crop_size=33,33",
+  ])  # fmt: skip
+  rows = re.findall(r"^\| (\S+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|$", capsys.readouterr().out, re.MULTILINE)
+  assert [row[0] for row in rows] == methods
+  assert rows[0][2] == "1.00" and all(float(number) > 0 for row in rows for number in row[1:])
+
+
+def test_options_of_a_method_are_told_from_arguments_of_a_config(monkeypatch, tmp_path):
+  compare = load("compare")
+  commands = []
+
+  def pretend(command, check):
+    commands.append(command)
+    workdir = pathlib.Path(next(part for part in command if part.startswith("--workdir=")).removeprefix("--workdir="))
+    workdir.mkdir(parents=True)
+    (workdir / "results.json").write_text('{"last": {"predictors": {"student": {"miou": 0.5}}}}')
+
+  monkeypatch.setattr(compare.subprocess, "run", pretend)
+  (tmp_path / "run").mkdir()
+  compare._run("c.py:split=1_8", "mean_teacher+convention=official+method.weight=2.0", 3, tmp_path / "run" / "x", ["--config.seed=3"])
+  assert "--config=c.py:split=1_8,method=mean_teacher,convention=official" in commands[0]
+  assert "--config.method.weight=2.0" in commands[0]
