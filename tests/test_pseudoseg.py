@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pseudoseg_jax import optim
+from pseudoseg_jax import checks, optim
 from pseudoseg_jax.contract import IGNORE_LABEL, Task
 from pseudoseg_jax.methods import pseudoseg
 from pseudoseg_jax.models.table import make_network
@@ -96,6 +96,13 @@ def test_an_image_without_any_valid_pixel_gives_a_finite_step():
   after, metrics = jax.jit(method.update)(state, batch, method.draw(jax.random.key(1), batch))
   assert metrics["loss_consistency"] == 0
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.nets["student"].params))
+
+
+def test_options_that_cannot_work_are_told_together():
+  with pytest.raises(checks.InputError) as error:
+    make_method(source="decoder", attention_maps=(-1, -4), temperature=0.0, cutout_fraction=1.5)
+  for part in ("'fused' or 'attention'", "some of -1..-3", "temperature: got 0.0", "cutout_fraction: got 1.5"):
+    assert part in str(error.value)
 
 
 def test_a_class_map_is_the_share_of_each_position_in_the_logit():

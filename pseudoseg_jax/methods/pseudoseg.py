@@ -72,10 +72,20 @@ def pseudoseg(
     cutout_fraction: side of the box that CutOut takes from the strong view, by the shorter side of the crop; 0 for none. The
       official 100 pixels of 513.
   """
-  checks.check_name("option source", source, ("fused", "attention"))
   network, num_classes = task.network, task.num_classes
-  first = 1 if background else 0  # of the classes that have a map
   channels = nets.map_channels(network)
+  problems = checks.Problems("pseudoseg cannot be run with these options")
+  if source not in ("fused", "attention"):
+    problems.add("source", got=repr(source), allowed="'fused' or 'attention'")
+  if not attention_maps or not all(-len(channels) <= index < 0 for index in attention_maps):
+    problems.add("attention_maps", got=attention_maps, allowed=f"some of -1..-{len(channels)}, the network's maps from the deepest")
+  if not temperature > 0:
+    problems.add("temperature", got=temperature, allowed="above 0")
+  for name, value in (("min_confidence", min_confidence), ("cutout_fraction", cutout_fraction)):
+    if not 0 <= value <= 1:
+      problems.add(name, got=value, allowed="0..1")
+  problems.raise_if_any()
+  first = 1 if background else 0  # of the classes that have a map
   classifier = heads.image_classifier(channels[-1], num_classes - first)
   attention = heads.self_attention(
     sum(channels[index] for index in attention_maps), num_classes, attention_dim=attention_dim, background=background
@@ -98,30 +108,30 @@ def pseudoseg(
     box = mixing.cutout_masks(draws["cutout_centre"], size, round(cutout_fraction * min(size) / 2))
     return weak, jnp.where(box[..., None], 0.0, strong), valid & ~box
 
-  def classify(net, maps):
+  def class_logits(net, maps):
     return classifier.apply(net.params["classifier"], {}, maps[-1], train=True)[0]
 
-  def see(net, maps, image_label, valid):
+  def self_attention_cam(net, maps, image_label, valid):
     """CAM f32[B, h, w, K'], SGC logits f32[B, h, w, K], and the net; of its parameters only the attention's get a gradient."""
     maps = jax.lax.stop_gradient(maps)
     kernel = jax.lax.stop_gradient(net.params["classifier"]["kernel"])
     size = maps[-1].shape[1:3]
     cam = cams.class_activation_maps(maps[-1], kernel, image_label)
-    column = jnp.concatenate([resize.bilinear_align_corners(maps[index], size) for index in attention_maps], axis=-1)
-    inputs = column, cam, resize.nearest(valid, size)
-    logits, stats = attention.apply(net.params["attention"], net.batch_stats["attention"], *inputs, train=True)
-    return cam, logits, net.replace(batch_stats=net.batch_stats | {"attention": stats})
+    hypercolumn = jnp.concatenate([resize.bilinear_align_corners(maps[index], size) for index in attention_maps], axis=-1)
+    inputs = hypercolumn, cam, resize.nearest(valid, size)
+    sgc, stats = attention.apply(net.params["attention"], net.batch_stats["attention"], *inputs, train=True)
+    return cam, sgc, net.replace(batch_stats=net.batch_stats | {"attention": stats})
 
   def teach(net, batch, draws):
-    """The pseudo label on the decoder's grid, and everything it is made of."""
+    """The pseudo label on the decoder's grid with all that it is made of, and the net with its statistics moved."""
     weak, strong, valid = views(batch, draws)
     (maps,), moved = nets.encode(network, net, weak)
     (decoder,), moved = nets.decode(network, moved, maps, dropout=draws["dropout"]["teacher"])
     valid = resize.nearest(valid, decoder.shape[1:3])
 
-    still = nets.infer_maps(network, net, weak)
-    present = batch["unlabeled"]["image_label"][:, first:] if image_labels else classify(net, still) >= 0
-    cam, sgc, moved = see(moved, still, present, valid)
+    maps = nets.infer_maps(network, net, weak)
+    present = batch["unlabeled"]["image_label"][:, first:] if image_labels else class_logits(net, maps) >= 0
+    cam, sgc, moved = self_attention_cam(moved, maps, present, valid)
     sgc = resize.bilinear_align_corners(sgc, decoder.shape[1:3])
     target, kept = pseudo_label(
       decoder, sgc, source=source, calibrate=calibrate, temperature=temperature, soft=soft, min_confidence=min_confidence
@@ -130,7 +140,6 @@ def pseudoseg(
 
   def update(state, batch, draws):
     labeled, label = batch["labeled"]["image"], batch["labeled"]["label"]
-    weak = batch["unlabeled"]["weak"]
     taught, student = teach(state.nets["student"], batch, draws)
 
     def objective(live):
@@ -139,23 +148,23 @@ def pseudoseg(
       (strong, decoder), net = nets.decode(network, net, strong_maps, labeled_maps, dropout=draws["dropout"]["student"])
       present = cams.image_labels(label, num_classes)[:, first:]
       valid = resize.nearest(batch["labeled"]["valid"], decoder.shape[1:3])
-      _, sgc, net = see(net, labeled_maps, present, valid)
+      _, sgc, net = self_attention_cam(net, labeled_maps, present, valid)
+      classified_maps = labeled_maps
       if image_labels:
-        (weak_maps,), net = nets.encode(network, net, weak)
-        guess, truth = classify(net, weak_maps), batch["unlabeled"]["image_label"][:, first:]
-      else:
-        guess, truth = classify(net, labeled_maps), present
+        (classified_maps,), net = nets.encode(network, net, batch["unlabeled"]["weak"])
+        present = batch["unlabeled"]["image_label"][:, first:]
 
       full = lambda logits: resize.bilinear_align_corners(logits, label.shape[1:])
       supervised = task.criterion(full(decoder), label)
-      seen = attention_weight * losses.cross_entropy_mean(full(sgc), label)
-      classified = classification_weight * jnp.mean(optax.sigmoid_binary_cross_entropy(guess, truth))
-      apart = losses.soft_cross_entropy(strong, taught["target"]) * taught["kept"]
-      consistency = weight * losses.mean_over(apart, taught["valid"])
+      refined = attention_weight * losses.cross_entropy_mean(full(sgc), label)
+      per_class = optax.sigmoid_binary_cross_entropy(class_logits(net, classified_maps), present)
+      classified = classification_weight * jnp.mean(per_class)
+      per_pixel = losses.soft_cross_entropy(strong, taught["target"]) * taught["kept"]
+      consistency = weight * losses.mean_over(per_pixel, taught["valid"])
 
-      loss = supervised + seen + classified + consistency
+      loss = supervised + refined + classified + consistency
       terms = {
-        "loss": loss, "loss_supervised": supervised, "loss_attention": seen, "loss_classification": classified,
+        "loss": loss, "loss_supervised": supervised, "loss_attention": refined, "loss_classification": classified,
         "loss_consistency": consistency, "kept_fraction": losses.mean_over(taught["kept"].astype(loss.dtype), taught["valid"]),
       }  # fmt: skip
       return loss, ({"student": net}, terms)
@@ -166,8 +175,8 @@ def pseudoseg(
   def show(state, batch, draws):
     taught, _ = teach(state.nets["student"], batch, draws)
     cam = cams.with_background(taught["cam"]) if background else taught["cam"]
-    softmax = jax.nn.softmax
-    shown = batch["unlabeled"]["weak"], taught["strong"], softmax(taught["decoder"]), cam, softmax(taught["sgc"]), taught["target"]
+    decoder, sgc = jax.nn.softmax(taught["decoder"]), jax.nn.softmax(taught["sgc"])
+    shown = batch["unlabeled"]["weak"], taught["strong"], decoder, cam, sgc, taught["target"]
     return shown, taught["kept"] & taught["valid"]
 
   names = ("weak view", "strong view", "decoder", "CAM", "SGC", "pseudo label")
