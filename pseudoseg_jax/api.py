@@ -297,9 +297,26 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], o
     "Next:",
     f"  python -m pseudoseg_jax.predict --workdir={workdir} --images DIR --out OUT      segment your own images",
   ]
-  if source["path"] and results["method"] != "supervised":
-    kept = [part for part in source["argument"].split(",") if part and part.partition("=")[0] not in ("method", "convention")]
-    flags = [f"--config.{key}={value}" for key, value in overrides.items() if not key.startswith("method.")]
-    command = [f"--config={source['path']}:{','.join(['method=supervised', *kept])}", f"--workdir={workdir}_supervised", *flags]
+  flags = {key: value for key, value in overrides.items() if not key.startswith("method.")}
+  baseline = _baseline(source, scoring.config, flags)
+  if baseline is not None:
+    command = [f"--config={baseline}", f"--workdir={workdir}_supervised", *(f"--config.{key}={value}" for key, value in flags.items())]
     lines.append(f"  python -m pseudoseg_jax.main {' '.join(command)}      the baseline to compare with")
   return "\n".join(lines)
+
+
+def _baseline(source: dict[str, str], config: configs.ConfigDict, flags: Mapping[str, Any]) -> str | None:
+  """The supervised method in a run that is otherwise the same, as config file with argument; None where the file knows none."""
+  if not source["path"] or config.method.name == "supervised":
+    return None
+  of_the_method = ("method", "convention", "image_labels")
+  kept = [part for part in source["argument"].split(",") if part and part.partition("=")[0] not in of_the_method]
+  for recipe in ([], [f"recipe={config.method.name}"]):
+    path = f"{source['path']}:{','.join(['method=supervised', *kept, *recipe])}"
+    try:
+      different = configs.differences(config, configs.load(path, flags))
+    except checks.InputError:
+      continue
+    if all(line.startswith("method.") for line in different):
+      return path
+  return None

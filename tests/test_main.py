@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import pseudoseg_jax
-from pseudoseg_jax import main as command_line
+from pseudoseg_jax import api, config as configs, main as command_line
 
 # Small enough for a few seconds; every batch divides by the eight simulated devices.
 SMALL = {
@@ -242,3 +242,18 @@ def test_the_headline_predictor_comes_first(tmp_path):
   assert list(results["last"]["predictors"]) == ["teacher", "student"]
   assert (tmp_path / "scores.csv").read_text().startswith("class,teacher,student\n")
   assert pseudoseg_jax.load(tmp_path).name == "teacher"
+
+
+@pytest.mark.parametrize(
+  "argument, baseline",
+  [
+    ("method=cps,split=1_4", "method=supervised,split=1_4"),
+    ("method=pseudoseg,split=92", "method=supervised,split=92,recipe=pseudoseg"),
+    ("method=supervised", None),
+  ],
+)
+def test_the_baseline_that_a_summary_names_differs_in_the_method_alone(argument, baseline):
+  path = "configs/voc.py"
+  config = configs.load(f"{path}:{argument}", {"data.root": "there"})
+  got = api._baseline({"path": path, "argument": argument}, config, {"data.root": "there"})
+  assert got == (baseline and f"{path}:{baseline}")
