@@ -2,9 +2,9 @@
 
   --config=configs/coco.py:method=pseudoseg,split=1_512 --config.data.root=DIR
 
-DIR holds train2017/, val2017/ (the images) and masks/ (NAME.png for the images of both: 0 background, 1..80 the things in the order
-of their category ids without the gaps, 255 no opinion).
-For the image-label setting: --config.method.image_labels=True --config.data.image_labels=FILE (CSV or JSON of the classes in each image).
+DIR holds train2017/, val2017/ (the images) and masks/ (NAME.png for the images of both: 0 background, 1..80 the things in the
+order of their category ids without the gaps, 255 no opinion). For unlabeled images with image-level labels:
+--config.method.image_labels=True --config.data.image_labels=FILE (CSV or JSON of the classes in each image).
 
 split: 1_512, 1_256, 1_128, 1_64 or 1_32 (the published lists of 232 to 3697 labeled images), or the path of a list of ids.
 """

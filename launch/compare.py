@@ -38,7 +38,8 @@ def _run(config: str, method: str, seed: int, workdir: pathlib.Path, rest: list[
   path, _, argument = config.partition(":")
   name, *extra = method.split("+")
   options = [f"--config.{part}" for part in extra if "." in part.partition("=")[0]]
-  argument = ",".join([*filter(None, [argument, f"method={name}"]), *(part for part in extra if f"--config.{part}" not in options)])
+  arguments = [part for part in extra if f"--config.{part}" not in options]
+  argument = ",".join([*filter(None, [argument, f"method={name}"]), *arguments])
   if not told.exists():
     command = [sys.executable, "-m", "pseudoseg_jax.main", f"--config={path}:{argument}", f"--workdir={workdir}"]
     begun = time.time()

@@ -3,8 +3,8 @@
   python launch/step_time.py --config=configs/voc.py:recipe=cps --methods=supervised,pseudoseg --images=8 \\
       --config.views.crop_size=321,321
 
-The images are synthetic scenes of the crop's size, so no data set is needed. A method with unlabeled images gets half of the images
-as labeled ones; supervised gets them all. Columns: seconds of a step (median), relative to the first method, seconds of the
+The images are synthetic scenes of the crop's size, so no data set is needed. A method with unlabeled images gets half of them as
+labeled ones; supervised gets them all. Columns: seconds of a step (median), relative to the first method, seconds of the
 first step (compilation included), and the memory that XLA plans for the step (state, batch and temporaries).
 """
 
@@ -61,19 +61,21 @@ def _time(config: configs.ConfigDict, images: int, steps: int) -> tuple[float, f
   state = jax.block_until_ready(loop.jit_init(method, mesh, config.seed))
   step = loop.jit_step(method, mesh, config.seed).lower(state, batch).compile()
   plan = step.memory_analysis()
+  state, _ = jax.block_until_ready(step(state, batch))
+  first = time.perf_counter() - begun
   seconds = []
-  for _ in range(steps + 1):
+  for _ in range(steps):
     before = time.perf_counter()
-    state, metrics = jax.block_until_ready(step(state, batch))
+    state, _ = jax.block_until_ready(step(state, batch))
     seconds.append(time.perf_counter() - before)
-    first = time.perf_counter() - begun if len(seconds) == 1 else first
-  return statistics.median(seconds[1:]), first, (plan.temp_size_in_bytes + plan.argument_size_in_bytes) / 2**20
+  return statistics.median(seconds), first, (plan.temp_size_in_bytes + plan.argument_size_in_bytes) / 2**20
 
 
 def main(arguments=None) -> None:
   known, overrides = _parse(arguments)
   print(f"{known.config} {' '.join(f'{key}={value}' for key, value in overrides.items())}, {known.images} images a step")
-  print(f"{jax.device_count()} x {jax.devices()[0].device_kind}\n\n| method | step s | ratio | first step s | MiB |\n|---|---|---|---|---|")
+  print(f"{jax.device_count()} x {jax.devices()[0].device_kind}\n")
+  print("| method | step s | ratio | first step s | MiB |\n|---|---|---|---|---|")
   reference = None
   for method in known.methods.split(","):
     median, first, memory = _time(_load(known.config, method, overrides), known.images, known.steps)

@@ -199,7 +199,7 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
 def evaluate(
   workdir: str | pathlib.Path, *, checkpoint: str = "best", overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-  """Scores a trained workdir again, {predictor: Scores}, and logs the table; `overrides` may change config.evaluation or data.root."""
+  """Scores a trained workdir again, {predictor: Scores}, and logs the table; `overrides` may change evaluation or data.root."""
   workdir = pathlib.Path(workdir)
   config = _saved_config(workdir)
   configs.override(config, overrides or {})
@@ -300,7 +300,8 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], o
   flags = {key: value for key, value in overrides.items() if not key.startswith("method.")}
   baseline = _baseline(source, scoring.config, flags)
   if baseline is not None:
-    command = [f"--config={baseline}", f"--workdir={workdir}_supervised", *(f"--config.{key}={value}" for key, value in flags.items())]
+    options = [f"--config.{key}={value}" for key, value in flags.items()]
+    command = [f"--config={baseline}", f"--workdir={workdir}_supervised", *options]
     lines.append(f"  python -m pseudoseg_jax.main {' '.join(command)}      the baseline to compare with")
   return "\n".join(lines)
 

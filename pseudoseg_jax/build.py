@@ -215,7 +215,8 @@ def build_method(config: configs.ConfigDict, num_classes: int) -> Method:
 def build_pipeline(config: configs.ConfigDict, data: Data, method: Method) -> PipelineSpec:
   """What training batches are made of; raises InputError for whatever does not fit, together."""
   view = config.views.to_dict()
-  geometry = Geometry(convention=view["convention"], **{name: view.pop(name) for name in ("crop_size", "scales", "continuous", "flip")})
+  weak = {name: view.pop(name) for name in ("crop_size", "scales", "continuous", "flip")}
+  geometry = Geometry(convention=view["convention"], **weak)
   return PipelineSpec(
     labeled=data.labeled,
     unlabeled=data.unlabeled if method.needs.unlabeled else None,

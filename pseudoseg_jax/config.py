@@ -130,7 +130,7 @@ def folder_data(**options) -> dict[str, Any]:
     "image_pattern": "",
     "label_pattern": "",
     "train_list": "",  # ids to train on, one a line, below root or absolute; "" = every file that fits image_pattern
-    "split": "full",  # labeled part: "1_8" (every 8th id), "full", a list file, or a published list such as "voc2012/pseudoseg/92"
+    "split": "full",  # labeled part: "full", "1_8" (every 8th id), a list file, or a published list: "voc2012/pseudoseg/92"
     "unlabeled_list": "",  # "" = what the labeled part leaves over; or a list file
     "unlabeled_folder": "",  # a bare folder of images instead
     "eval_image_pattern": "",  # "" = image_pattern, likewise the next

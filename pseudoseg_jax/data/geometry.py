@@ -1,6 +1,6 @@
 """Weak augmentation: mirror, scale, crop. TensorFlow ops on one example, every random draw an argument.
 
-Two conventions, by name. "opencv" is that of CPS's released code (Chen et al. 2021; its `TrainPre`): mirror, scale, then crop with
+Two conventions, by name. "opencv" is that of CPS's released code (Chen et al. 2021; its `TrainPre`): mirror, scale, crop with
 centred padding. "tensorflow" is that of PseudoSeg's (Zou et al. 2021; its `input_preprocess`): scale, pad at the bottom and the
 right, crop, then mirror. A crop is described by two pairs: `scaled`, the (height, width) of the whole image after scaling, and
 `origin`, the row and column of the scaled image under the crop's corner, negative where padding comes first.

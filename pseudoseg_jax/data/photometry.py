@@ -62,7 +62,7 @@ class Draws(NamedTuple):
   """What is done to one view.
 
   jitter, grayscale, blur: bool[], whether. order: i32[4], the jitter's turns: 0 brightness, 1 contrast, 2 saturation, 3 hue.
-  brightness, contrast, saturation: f32[], factors; brightness a summand with "tensorflow". hue: f32[], shift. sigma: f32[], pixels.
+  brightness, contrast, saturation: f32[], factors ("tensorflow": brightness is a summand). hue: f32[], shift. sigma: pixels.
   """
 
   jitter: tf.Tensor
@@ -141,7 +141,7 @@ def color_jitter(rgb: tf.Tensor, draws: Draws, convention: str = "opencv", valid
 
 
 def stretch_contrast(rgb: tf.Tensor, factor: tf.Tensor, valid: tf.Tensor | None = None) -> tf.Tensor:
-  """Moves each channel away from its own mean, that of the valid pixels; factor 1 changes nothing. The result may leave [0, 1]."""
+  """Moves each channel away from its own mean over the valid pixels; factor 1 changes nothing. The result may leave [0, 1]."""
   height, width, channels = rgb.shape
   if valid is None:
     mean = tf.reduce_mean(rgb, axis=(0, 1))

@@ -40,7 +40,7 @@ class PipelineSpec:
   batch_size_labeled_global, batch_size_unlabeled_global: images a step over all processes.
   needs: what the method wants besides labeled images (`Method.needs`).
   mean, std: of RGB in [0, 1], by channel.
-  unlabeled_image_labels: f32[N, K], a row of 0 and 1 for each of the N unlabeled images (`tags.read_tags`); None for no such labels.
+  unlabeled_image_labels: f32[N, K], 0 and 1 for each of the N unlabeled images (`tags.read_tags`); None for no such labels.
   with_truth: "unlabeled" also carries "truth", i32[B, H, W], the image's own mask under the same geometry: for pictures of data
     whose masks are known, never for training. Without it, masks of unlabeled images are not opened.
 

@@ -78,7 +78,7 @@ def pseudoseg(
   if source not in ("fused", "attention"):
     problems.add("source", got=repr(source), allowed="'fused' or 'attention'")
   if not attention_maps or not all(-len(channels) <= index < 0 for index in attention_maps):
-    problems.add("attention_maps", got=attention_maps, allowed=f"some of -1..-{len(channels)}, the network's maps from the deepest")
+    problems.add("attention_maps", got=attention_maps, allowed=f"some of -1..-{len(channels)}, from the deepest map")
   if not temperature > 0:
     problems.add("temperature", got=temperature, allowed="above 0")
   for name, value in (("min_confidence", min_confidence), ("cutout_fraction", cutout_fraction)):
