@@ -58,7 +58,9 @@ def pseudoseg(
 
   Labeled, weak and strong images pass with batch statistics of their own; the class activation maps of the weak ones come from
   a pass with running statistics. Here statistics, the fusion's norm and all denominators are of the global batch; the official
-  run has 16 groups of 4 images, each with its own.
+  run has 16 groups of 4 images, each with its own. The labeled images' one pass through the backbone, which the official graph
+  makes twice, moves the running statistics once. Image-level labels are of whole images; the official ones are read off the
+  masks of the crops. Xception's classifier has no dropout before it.
 
   Args:
     image_labels: the unlabeled images come with image-level labels (batch["unlabeled"]["image_label"]): they say which classes
