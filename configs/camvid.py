@@ -23,10 +23,7 @@ def get_config(argument=""):
   ))  # fmt: skip
   if chosen["method"] == "pseudoseg":
     config.method.background = False  # class 0 is sky
-  if chosen["network"] == "deeplabv3plus":
-    config.network = configs.network("deeplabv3plus", backbone=chosen["backbone"])
-  else:
-    config.network = configs.network(chosen["network"])
+  config.network = configs.network_on(chosen["network"], chosen["backbone"])
   config.total_steps = 1500
   config.batch_size_global = {"labeled": 4, "unlabeled": 4}
   config.optimizer.learning_rate = 0.05

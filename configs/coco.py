@@ -30,8 +30,7 @@ def get_config(argument=""):
   config.total_steps = 200_000
   config.evaluation.pad_multiple = 641
   if chosen["network"]:
-    options = {} if chosen["network"] == "tiny" else {"backbone": chosen["backbone"]}
-    config.network = configs.network(chosen["network"], **options)
+    config.network = configs.network_on(chosen["network"], chosen["backbone"])
   config.log_every_steps = 50
   config.eval_every_steps = 10_000
   config.checkpoint_every_steps = 1000

@@ -42,8 +42,7 @@ def get_config(argument=""):
   else:
     _cps(config, split, chosen["backbone"])
   if chosen["network"]:
-    options = {} if chosen["network"] == "tiny" else {"backbone": chosen["backbone"]}
-    config.network = configs.network(chosen["network"], **options)
+    config.network = configs.network_on(chosen["network"], chosen["backbone"])
   config.log_every_steps = 50
   config.eval_every_steps = 2000
   config.checkpoint_every_steps = 1000

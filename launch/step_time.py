@@ -21,6 +21,7 @@ import jax
 
 from pseudoseg_jax import build, config as configs
 from pseudoseg_jax.engine import loop, mesh as meshes
+from pseudoseg_jax.main import parse_with_overrides
 
 
 def _parse(arguments):
@@ -29,11 +30,7 @@ def _parse(arguments):
   parser.add_argument("--methods", required=True, help="comma-separated; 'pseudoseg+method.image_labels=True' sets an option")
   parser.add_argument("--images", type=int, default=8, help="images of a step, all streams together (default: 8)")
   parser.add_argument("--steps", type=int, default=5, help="steps to time after the first (default: 5)")
-  known, rest = parser.parse_known_args(arguments)
-  for flag in rest:
-    if not (flag.startswith("--config.") and "=" in flag):
-      parser.error(f"unknown argument {flag}; options of the config are given as --config.KEY=VALUE")
-  return known, dict(flag.removeprefix("--config.").split("=", 1) for flag in rest)
+  return parse_with_overrides(parser, arguments)
 
 
 def _load(path: str, method: str, overrides: dict[str, str]) -> configs.ConfigDict:

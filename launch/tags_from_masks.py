@@ -14,17 +14,14 @@ import sys
 
 from pseudoseg_jax import build, checks, config as configs
 from pseudoseg_jax.data import sources, tags
+from pseudoseg_jax.main import parse_with_overrides
 
 
 def _parse(arguments):
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
   parser.add_argument("--config", required=True, help="config file, with its argument after a colon")
   parser.add_argument("--out", required=True, type=pathlib.Path, help="the CSV file to write")
-  known, rest = parser.parse_known_args(arguments)
-  for flag in rest:
-    if not (flag.startswith("--config.") and "=" in flag):
-      parser.error(f"unknown argument {flag}; options of the config are given as --config.KEY=VALUE")
-  return known, dict(flag.removeprefix("--config.").split("=", 1) for flag in rest)
+  return parse_with_overrides(parser, arguments)
 
 
 def _masks(data: configs.ConfigDict) -> tuple[tuple[str, ...], sources.Source, build.Data]:

@@ -36,6 +36,13 @@ def network(name: str, **options) -> ConfigDict:
   return _differing(ConfigDict({"name": name, **defaults}), options)
 
 
+def network_on(name: str, backbone: str) -> ConfigDict:
+  """config.network by name, on `backbone` where the network has a choice of them."""
+  checks.check_name("network", name, models_table.NETWORKS)
+  has_choice = "backbone" in defaults_of(models_table.NETWORKS[name])
+  return network(name, **({"backbone": backbone} if has_choice else {}))
+
+
 def method(name: str, convention: str = "", **options) -> ConfigDict:
   """config.method: a name of methods.table.METHODS with that method's options; `convention` names a published set of them."""
   checks.check_name("method", name, methods_table.METHODS)

@@ -20,6 +20,23 @@ Running the same command again goes on from the newest checkpoint. Ctrl-C or SIG
 """
 
 
+def parse_with_overrides(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+  """What the parser knows, and {"optimizer.learning_rate": "0.1"} of every --config.KEY=VALUE; other arguments are errors."""
+  known, rest = parser.parse_known_args(arguments)
+  overrides = {}
+  while rest:
+    flag = rest.pop(0)
+    key, equals, value = flag.partition("=")
+    if not key.startswith("--config."):
+      parser.error(f"unknown argument {flag}; options of the config are given as --config.KEY=VALUE")
+    if not equals:
+      if not rest:
+        parser.error(f"{flag} needs a value: {flag}=VALUE")
+      value = rest.pop(0)
+    overrides[key.removeprefix("--config.")] = value
+  return known, overrides
+
+
 def _parse(arguments):
   parser = argparse.ArgumentParser(
     "python -m pseudoseg_jax.main", description="Trains semi-supervised semantic segmentation, or scores what was trained.",
@@ -35,19 +52,7 @@ def _parse(arguments):
   several.add_argument("--coordinator", metavar="HOST:PORT", help="or say where process 0 is, ...")
   several.add_argument("--process_count", type=int, help="... how many processes there are ...")
   several.add_argument("--process_index", type=int, help="... and which one this is, from 0")
-  known, rest = parser.parse_known_args(arguments)
-  overrides = {}
-  rest = list(rest)
-  while rest:
-    flag = rest.pop(0)
-    key, equals, value = flag.partition("=")
-    if not key.startswith("--config."):
-      parser.error(f"unknown argument {flag}; options of the config are given as --config.KEY=VALUE")
-    if not equals:
-      if not rest:
-        parser.error(f"{flag} needs a value: {flag}=VALUE")
-      value = rest.pop(0)
-    overrides[key.removeprefix("--config.")] = value
+  known, overrides = parse_with_overrides(parser, arguments)
   if known.mode == "train" and not known.config:
     parser.error("--config is needed to train, e.g. --config=configs/quickstart.py")
   if len({known.coordinator is None, known.process_count is None, known.process_index is None}) > 1:
