@@ -444,7 +444,7 @@ def test_contact_sheet_shows_every_map_and_the_legend():
   sheet = pictures.contact_sheet(source.images, source.labels, predictions, CLASSES)
   key = pictures.legend(CLASSES, sheet.width, with_ignored=True)
   assert sheet.width > 4 * 300 and sheet.height > 2 * 300 + key.height
-  bottom = np.asarray(sheet)[-key.height - pictures._GAP :][: key.height]
+  bottom = np.asarray(sheet)[-key.height - pictures.GAP :][: key.height]
   np.testing.assert_array_equal(bottom, np.asarray(key))
   assert all((np.asarray(key) == color).all(-1).any() for color in CLASSES.palette)
 
