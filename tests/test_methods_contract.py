@@ -28,9 +28,9 @@ CASES["pseudoseg:image_labels"] = {"image_labels": True}
 
 
 @functools.cache
-def make_method(case, total_steps=20, width=4, weight_factor=1.0):
+def make_method(case, total_steps=20, width=4, weight_factor=1.0, network=None):
   rate = functools.partial(schedules.poly, base=0.05, total_steps=total_steps)
-  network = make_network("tiny", num_classes=K, width=width)
+  network = network or make_network("tiny", num_classes=K, width=width)
   task = Task(K, total_steps, network, optim.sgd(rate, weight_decay=1e-4), losses.cross_entropy_mean)
   factory = METHODS[case.split(":")[0]]
   options = defaults_of(factory) | CASES[case]
@@ -185,6 +185,25 @@ def test_a_step_is_a_function_of_state_batch_and_key(case):
 
   assert_equal_trees(numbers(1), numbers(1))
   assert all(np.any(a != b) for a, b in zip(numbers(1), numbers(2), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_training_pass_has_a_key_for_dropout(case):
+  passes = []
+
+  def watched(run):
+    def call(*args, train, dropout=None, **keywords):
+      if train:
+        passes.append(dropout is not None)
+      return run(*args, train=train, dropout=dropout, **keywords)
+
+    return call
+
+  tiny = make_network("tiny", num_classes=K, width=4)
+  method = make_method(case, network=tiny._replace(apply=watched(tiny.apply), decode=watched(tiny.decode)))
+  batch = make_batch(0, method.needs)
+  jax.eval_shape(method.step, jax.eval_shape(method.init, jax.random.key(0)), batch, jax.random.key(1))
+  assert passes and all(passes)
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ import optax
 
 from pseudoseg_jax import nets, optim, rng
 from pseudoseg_jax.contract import Task
+from pseudoseg_jax.models import heads
 from pseudoseg_jax.models.table import make_network
-from pseudoseg_jax.ops import losses
+from pseudoseg_jax.ops import losses, resize
 
 
 def make_task(**options):
@@ -29,6 +30,26 @@ def test_fused_passes_are_separate_passes():
   (only_b,), apart = nets.forward(task.network, middle, b)
   close = lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5)  # noqa: E731
   jax.tree.map(close, (fused_a, fused_b, fused.batch_stats), (only_a, only_b, apart.batch_stats))
+
+
+def test_backbone_then_head_then_resizing_is_the_network():
+  task = make_task()
+  net, x = nets.create(task, jax.random.key(0)), images(1)
+  (whole,), after_whole = nets.forward(task.network, net, x)
+  (maps,), halfway = nets.encode(task.network, net, x)
+  (scores,), after = nets.decode(task.network, halfway, maps)
+  np.testing.assert_allclose(resize.bilinear_align_corners(scores, x.shape[1:3]), whole, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.batch_stats, after_whole.batch_stats)
+  assert tuple(one.shape[-1] for one in maps) == nets.map_channels(task.network)
+
+
+def test_a_head_stands_beside_the_network_and_leaves_it_as_it_was():
+  plain = nets.create(make_task(), jax.random.key(0))
+  headed = nets.create(make_task(), jax.random.key(0), classifier=heads.image_classifier(8, 3))
+  assert set(headed.params) == {*plain.params, "classifier"}
+  assert headed.params["classifier"]["kernel"].shape == (8, 3)
+  for part, leaves in plain.params.items():
+    jax.tree.map(np.testing.assert_array_equal, leaves, headed.params[part])
 
 
 def test_batches_of_different_sizes_pass_one_after_the_other():
