@@ -10,19 +10,18 @@ split: 1_512, 1_256, 1_128, 1_64 or 1_32 (the published lists of 232 to 3697 lab
 """
 
 from pseudoseg_jax import config as configs, recipes
-
-_PUBLISHED = ("1_512", "1_256", "1_128", "1_64", "1_32")
+from pseudoseg_jax.data import splits
 
 
 def get_config(argument=""):
   chosen = configs.arguments(argument, method="pseudoseg", convention="", split="1_512", network="", backbone="resnet50")
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
-  split = chosen["split"]
+  published = f"coco2017/pseudoseg/{chosen['split']}"
   config.data.update(configs.folder_data(
     classes="coco",
     image_pattern="train2017/{id}.jpg",
     label_pattern="masks/{id}.png",
-    split=f"coco2017/pseudoseg/{split}" if split in _PUBLISHED else split,
+    split=published if splits.published(published) else chosen["split"],
     unlabeled_folder="train2017",  # all of them, the labeled ones included, as in the official run
     eval_image_pattern="val2017/{id}.jpg",
   ))  # fmt: skip

@@ -10,9 +10,9 @@ recipe: cps or pseudoseg, whose network and training settings; by default those 
 """
 
 from pseudoseg_jax import checks, config as configs, recipes
+from pseudoseg_jax.data import splits
 
 _TRAIN_AUG = 10582
-_PSEUDOSEG_SPLITS = ("92", "183", "366", "732", "1464")
 
 
 def get_config(argument=""):
@@ -22,7 +22,8 @@ def get_config(argument=""):
   recipe = chosen["recipe"] or ("pseudoseg" if chosen["method"] == "pseudoseg" else "cps")
   checks.check_name("recipe", recipe, ("cps", "pseudoseg"))
   split = chosen["split"] or ("92" if recipe == "pseudoseg" else "1_8")
-  clean = split in _PSEUDOSEG_SPLITS
+  published = f"voc2012/pseudoseg/{split}"
+  clean = splits.published(published) is not None
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
   lists = "VOCdevkit/VOC2012/ImageSets/Segmentation"
   config.data.update(configs.folder_data(
@@ -30,7 +31,7 @@ def get_config(argument=""):
     image_pattern="VOCdevkit/VOC2012/JPEGImages/{id}.jpg",
     label_pattern=f"VOCdevkit/VOC2012/SegmentationClass{'' if clean else 'Aug'}/{{id}}.png",
     train_list=f"{lists}/{chosen['train']}.txt",
-    split=f"voc2012/pseudoseg/{split}" if clean else split,
+    split=published if clean else split,
     # PseudoSeg's unlabeled images are all training images, the labeled ones among them.
     unlabeled_list=f"{lists}/{chosen['train']}.txt" if recipe == "pseudoseg" else "",
     image_labels="VOCdevkit/VOC2012/Annotations",

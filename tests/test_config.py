@@ -64,6 +64,12 @@ def test_the_classifiers_biases_have_a_rate_of_their_own():
   assert {path: optimizer.multiplier(path) for path in rates} == rates
 
 
+def test_image_labels_are_refused_where_a_method_cannot_use_them():
+  for method in ("mean_teacher", "supervised"):
+    with pytest.raises(checks.InputError, match="image_labels"):
+      configs.load(f"configs/quickstart.py:method={method},image_labels=1")
+
+
 def test_overrides_take_the_type_of_what_they_replace():
   config = configs.load(
     "configs/quickstart.py:method=cps",

@@ -17,7 +17,7 @@ from pseudoseg_jax.engine import mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 from pseudoseg_jax.methods import mean_teacher
 from pseudoseg_jax.methods.table import METHODS
-from pseudoseg_jax.models.table import make_network
+from pseudoseg_jax.models.table import NETWORKS, make_network
 from pseudoseg_jax.ops import losses, schedules
 
 K, SIZE, BATCH, SEED = len(synthetic.CLASSES), 33, 8, 3
@@ -204,6 +204,22 @@ def test_every_training_pass_has_a_key_for_dropout(case):
   batch = make_batch(0, method.needs)
   jax.eval_shape(method.step, jax.eval_shape(method.init, jax.random.key(0)), batch, jax.random.key(1))
   assert passes and all(passes)
+
+
+@functools.cache
+def large_network(name):
+  return make_network(name, num_classes=K)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "tiny"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_method_traces_on_every_network(case, name):
+  method = make_method(case, network=large_network(name))
+  before = jax.eval_shape(method.init, jax.random.key(0))
+  after, metrics = jax.eval_shape(method.step, before, make_batch(0, method.needs), jax.random.key(1))
+  assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), before) == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after)
+  assert metrics["loss"].shape == ()
 
 
 @pytest.mark.slow

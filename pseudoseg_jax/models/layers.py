@@ -40,7 +40,11 @@ def convolve(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Arr
   if stride == 1 and 2 * dilation > max(x.shape[1:3]):
     # Most taps read mostly padding (atrous convolutions on small maps): skipping it saves two thirds of the work and more.
     return _convolve_by_taps(x, kernel, dilation)
-  pad = dilation * reach
+  return _library_convolution(x, kernel, stride, dilation)
+
+
+def _library_convolution(x: Array, kernel: Array, stride: int, dilation: int, channel_groups: int = 1) -> Array:
+  pad = dilation * (kernel.shape[0] // 2)
   return jax.lax.conv_general_dilated(
     x,
     kernel,
@@ -48,6 +52,7 @@ def convolve(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Arr
     padding=((pad, pad), (pad, pad)),
     rhs_dilation=(dilation, dilation),
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=channel_groups,
   )
 
 
@@ -66,16 +71,7 @@ def _depthwise_by_taps(x: Array, kernel: Array, stride: int, dilation: int) -> A
 
 
 def _depthwise_grouped(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
-  pad = dilation * (kernel.shape[0] // 2)
-  return jax.lax.conv_general_dilated(
-    x,
-    kernel,
-    window_strides=(stride, stride),
-    padding=((pad, pad), (pad, pad)),
-    rhs_dilation=(dilation, dilation),
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    feature_group_count=x.shape[-1],
-  )
+  return _library_convolution(x, kernel, stride, dilation, channel_groups=x.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

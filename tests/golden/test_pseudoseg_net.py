@@ -2,36 +2,19 @@
 
 import functools
 import json
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from record_xception import drawn
 
 from pseudoseg_jax import optim
 from pseudoseg_jax.models import deeplab_tf, heads, table, tf_names
 from pseudoseg_jax.ops import cam as cams
 
 CHANNELS = {"block3": 1024, "block4": 2048}
-
-
-def drawn(name, shape):
-  """The weight rule of the recording: a normal draw seeded by the variable's name, scaled by its kind."""
-  n = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-  kind = name.rsplit("/", 1)[1]
-  if kind == "weights":
-    n = n / np.sqrt(np.prod(shape[:-1]))
-  elif kind == "depthwise_weights":
-    n = n / np.sqrt(np.prod(shape[:2]))
-  elif kind == "gamma":
-    n = 1 + 0.1 * n
-  elif kind == "moving_variance":
-    n = 1 + 0.1 * abs(n)
-  else:
-    n = 0.1 * n
-  return n.astype(np.float32)
 
 
 def entries_of(golden):
