@@ -34,6 +34,11 @@ PyTree = Any
 #                                                  (needs.weak_label == "image")
 #   "partner":   like "unlabeled"; a second, independent draw of unlabeled images        (needs.partner)
 #
+# All three also hold, where needs.weak_label == "boxes",
+#                 "boxes":  f32[B, M, 5]           class index, then top, left, bottom, right as fractions of the view,
+#                                                  clipped to it; class -1 in rows without a box, M the same in all steps
+#
+# Images of a source with C channels have C in the place of 3.
 # "unlabeled" and "partner" never hold a mask: it is not even opened.
 Batch = Mapping[str, Mapping[str, Array]]
 
@@ -85,19 +90,23 @@ class Network(NamedTuple):
   """A segmentation network without its modules: pure functions over one tree of parameters.
 
   init: key -> (params, batch_stats).
-  apply: (params, batch_stats, images f32[B,H,W,3], train=bool, groups=int, dropout=key) -> (logits f32[B,H,W,K], batch_stats).
+  apply: (params, batch_stats, images f32[B,H,W,C], train=bool, groups=int, dropout=key) -> (logits f32[B,H,W,K], batch_stats).
     With train=True batch norm uses the batch's own statistics and returns moved running ones. With groups=G the B rows are G
     interleaved batches (row i belongs to batch i % G), each with statistics of its own; running ones move G times, in order.
     Dropout, in networks that have it, acts only where train=True and a key is given.
   encode, decode: the two halves of `apply`, with the same keywords, for methods with heads or perturbations of their own:
     images -> maps, a tuple of [B,h,w,C] that ends with the deepest; maps -> scores f32[B,h,w,K] on the grid of the network's
-    head, of which `ops.resize.bilinear_align_corners` makes the logits.
+    head.
+  upsample: (scores, (H, W)) -> logits f32[B,H,W,K], in the network's own convention of resizing.
+  in_channels: C, channels of the images.
   """
 
   init: Callable[[Array], tuple[PyTree, PyTree]]
   apply: Callable[..., tuple[Array, PyTree]]
   encode: Callable[..., tuple[tuple[Array, ...], PyTree]] | None = None
   decode: Callable[..., tuple[Array, PyTree]] | None = None
+  upsample: Callable[[Array, tuple[int, int]], Array] | None = None
+  in_channels: int = 3
 
 
 class Head(NamedTuple):

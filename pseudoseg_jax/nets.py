@@ -83,7 +83,7 @@ def _each(apply: Callable, net: NetState, batches: tuple, dropout: Array | None)
 def map_channels(network: Network) -> tuple[int, ...]:
   """Channels of the backbone's maps, the deepest last."""
   params, batch_stats = jax.eval_shape(network.init, jax.random.key(0))
-  image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  image = jax.ShapeDtypeStruct((1, 32, 32, network.in_channels), jnp.float32)
   maps, _ = jax.eval_shape(lambda *args: network.encode(*args, train=False), params, batch_stats, image)
   return tuple(array.shape[-1] for array in maps)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from pseudoseg_jax import checks
+from pseudoseg_jax import checks, nets
 from pseudoseg_jax.models import layers, resnet, table, torch_names
 from pseudoseg_jax.ops import resize
 
@@ -217,7 +217,15 @@ def test_number_of_parameters_of_resnet101_deeplab():
 # --- networks
 
 
-SMALL = {"tiny": {"width": 4}, "deeplabv3plus": {"backbone": "resnet18", "stem": "plain"}, "deeplabv3plus_tf": {}}
+SMALL = {
+  "deeplabv3plus": {"backbone": "resnet18", "stem": "plain"},
+  "deeplabv3plus_tf": {},
+  "deeplabv3plus_unimatch": {"backbone": "resnet18"},
+  "hrnet": {"backbone": "hrnet_w18_small_v1"},
+  "pspnet": {"backbone": "resnet18"},
+  "pspnet_pixelssl": {"backbone": "resnet18"},
+  "tiny": {"width": 4},
+}
 
 
 def abstract_forward(network, images, **arguments):
@@ -237,6 +245,70 @@ def test_logits_have_the_image_size_and_are_float32(name, dtype):
     logits, moved = abstract_forward(network, images, **arguments)
     assert (logits.shape, logits.dtype) == ((4, 37, 50, 5), jnp.float32)
     assert jax.tree.map(lambda leaf: leaf.shape, moved) == jax.tree.map(lambda leaf: leaf.shape, stats)
+
+
+@pytest.mark.parametrize("name", table.NETWORKS)
+@pytest.mark.parametrize("size", [(33, 33), (32, 32), (16, 9)])
+def test_networks_take_tiny_images_of_any_number_of_channels(name, size):
+  network = table.make_network(name, num_classes=5, in_channels=4, **SMALL[name])
+  assert network.in_channels == 4
+  images = jax.ShapeDtypeStruct((2, *size, 4), jnp.float32)
+  params, stats = jax.eval_shape(network.init, jax.random.key(0))
+  maps, _ = jax.eval_shape(functools.partial(network.encode, train=True), params, stats, images)
+  scores, _ = jax.eval_shape(functools.partial(network.decode, train=True), params, stats, maps)
+  logits = jax.eval_shape(lambda scores: network.upsample(scores, size), scores)
+  assert logits.shape == (2, *size, 5)
+  assert tuple(one.shape[-1] for one in maps) == nets.map_channels(network)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", table.NETWORKS)
+def test_every_parameter_has_a_gradient(name):
+  # In inference mode: a batch norm with the batch's own statistics would take away the bias of HRNet's head.
+  network = table.make_network(name, num_classes=5, **SMALL[name])
+  params, stats = network.init(jax.random.key(0))
+  images, weight = normal(19, 2, 33, 33, 3), normal(20, 2, 33, 33, 5)
+  loss = lambda params: (weight * network.apply(params, stats, images, train=False)[0]).sum()
+  quickly = {"xla_backend_optimization_level": 0}  # compiling is what takes the time
+  gradients = traverse_util.flatten_dict(jax.jit(jax.grad(loss), compiler_options=quickly)(params), sep="/")
+  assert [path for path, gradient in gradients.items() if not (jnp.isfinite(gradient).all() and jnp.any(gradient))] == []
+
+
+@pytest.mark.parametrize(
+  "name,options,count",
+  [
+    ("hrnet", {"num_classes": 19, "backbone": "hrnet_w18"}, 9_641_119),
+    ("hrnet", {"num_classes": 19, "backbone": "hrnet_w32"}, 29_546_515),
+    ("hrnet", {"num_classes": 19, "backbone": "hrnet_w48"}, 65_859_379),
+    ("deeplabv3plus_unimatch", {"num_classes": 21, "backbone": "resnet50"}, 40_475_957),
+    ("deeplabv3plus_unimatch", {"num_classes": 21, "backbone": "resnet101"}, 59_468_085),
+  ],
+)
+def test_networks_have_the_published_number_of_parameters(name, options, count):
+  params, _ = jax.eval_shape(table.make_network(name, **options).init, jax.random.key(0))
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+@pytest.mark.parametrize("name", [name for name in table.NETWORKS if name not in ("deeplabv3plus_tf", "tiny")])
+def test_every_leaf_has_a_pytorch_name_of_its_own(name):
+  network = table.make_network(name, num_classes=5, **SMALL[name])
+  leaves = [traverse_util.flatten_dict(tree, sep="/") for tree in jax.eval_shape(network.init, jax.random.key(0))]
+  paths = [path for tree in leaves for path in tree]
+  names = torch_names.names(paths, name)
+  assert None not in names.values() and len(set(names.values())) == len(paths)
+  # Alone, a backbone has the names of its own files; heads and pyramid pooling have none.
+  alone = torch_names.backbone_names(paths)
+  assert {path for path in paths if alone[path]} == {p for p in paths if p.startswith("backbone/") and "/psp/" not in p}
+  assert alone["backbone/layer1_0/unit2/conv/kernel"] == "layer1.0.conv2.weight"
+
+
+def test_networks_without_a_pytorch_twin_have_no_names():
+  assert torch_names.names(["backbone/unit1/conv/kernel"], "tiny") == {"backbone/unit1/conv/kernel": None}
+
+
+def test_linear_layers_are_transposed_and_vectors_are_not():
+  np.testing.assert_array_equal(torch_names.to_ours(np.arange(6).reshape(2, 3), "classifier/kernel"), [[0, 3], [1, 4], [2, 5]])
+  np.testing.assert_array_equal(torch_names.to_ours(np.arange(3), "classifier/bias"), [0, 1, 2])
 
 
 def test_grouped_forward_of_a_network_is_two_forwards():
@@ -281,11 +353,17 @@ def test_initial_values_are_kaiming_kernels_uniform_biases_and_neutral_norms():
 @pytest.mark.parametrize(
   "name,options,words",
   [
-    ("deeplabv3", {}, ["deeplabv3", "deeplabv3plus, deeplabv3plus_tf, tiny"]),
+    ("deeplabv3", {}, ["deeplabv3", "deeplabv3plus, deeplabv3plus_tf, deeplabv3plus_unimatch, hrnet, pspnet"]),
     ("tiny", {"witdh": 3}, ["witdh", "did you mean 'width'"]),
     ("deeplabv3plus", {"backbone": "resnet5"}, ["resnet5", "resnet50"]),
     ("deeplabv3plus", {"stem": "wide"}, ["wide", "deep, plain"]),
     ("deeplabv3plus", {"output_stride": 4}, ["output_stride", "8, 16, 32"]),
+    ("deeplabv3plus_unimatch", {"output_stride": 4}, ["output_stride", "8, 16, 32"]),
+    ("pspnet", {"backbone": "hrnet_w18"}, ["hrnet_w18", "resnet50"]),
+    ("pspnet_pixelssl", {"stem": "wide"}, ["wide", "deep, plain"]),
+    ("hrnet", {"backbone": "hrnet_w49"}, ["hrnet_w49", "hrnet_w48"]),
+    ("hrnet", {"bn_momentum": 1.0}, ["bn_momentum", "0 <= value < 1"]),
+    ("tiny", {"in_channels": 0}, ["in_channels", "1 or more"]),
   ],
 )
 def test_what_a_network_does_not_have_is_named(name, options, words):
@@ -302,9 +380,10 @@ def test_torch_weights_that_do_not_fit_are_listed_together():
   params, stats = jax.eval_shape(network.init, jax.random.key(0))
   leaves = traverse_util.flatten_dict({"params": params, "batch_stats": stats}, sep="/")
   state_dict = {}
+  names = torch_names.names([path.split("/", 1)[1] for path in leaves], "deeplabv3plus")
   for path, leaf in leaves.items():
     shape = tuple(leaf.shape[i] for i in (3, 2, 0, 1)) if len(leaf.shape) == 4 else leaf.shape
-    state_dict[torch_names.torch_name(path.split("/", 1)[1], deep_stem=False)] = np.zeros(shape, np.float32)
+    state_dict[names[path.split("/", 1)[1]]] = np.zeros(shape, np.float32)
   assert "backbone.conv1.weight" in state_dict and "backbone.layer2.0.downsample.1.running_var" in state_dict
   state_dict["backbone.bn1.num_batches_tracked"] = np.zeros((), np.int64)
   filled, _ = torch_names.from_torch(state_dict, params, stats)

@@ -156,7 +156,7 @@ def pseudoseg(
         (classified_maps,), net = nets.encode(network, net, batch["unlabeled"]["weak"])
         present = batch["unlabeled"]["image_label"][:, first:]
 
-      full = lambda logits: resize.bilinear_align_corners(logits, label.shape[1:])
+      full = lambda scores: network.upsample(scores, label.shape[1:])
       supervised = task.criterion(full(decoder), label)
       refined = attention_weight * losses.cross_entropy_mean(full(sgc), label)
       per_class = optax.sigmoid_binary_cross_entropy(class_logits(net, classified_maps), present)

@@ -12,7 +12,6 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pseudoseg_jax import checks
 from pseudoseg_jax.contract import Array
 from pseudoseg_jax.models import resnet
 from pseudoseg_jax.models.layers import BatchNorm, Conv, ConvBN
@@ -63,12 +62,7 @@ def deeplabv3plus(
   num_classes: int, *, backbone: str = "resnet50", stem: str = "deep", output_stride: int = 16, dtype: Any = jnp.float32
 ) -> tuple[ResNet, Head]:
   """Backbone and head on a ResNet; backbone, stem and output_stride: one of those in `resnet`."""
-  checks.check_name("network.backbone", backbone, resnet.BLOCKS)
-  checks.check_name("network.stem", stem, resnet.STEMS)
-  if output_stride not in resnet.OUTPUT_STRIDES:
-    problems = checks.Problems("the network cannot be built")
-    problems.add("network.output_stride", got=output_stride, allowed=resnet.OUTPUT_STRIDES)
-    problems.raise_if_any()
+  resnet.check_options(backbone=backbone, stem=stem, output_stride=output_stride)
   # Rates 6, 12, 18 are for stride 16; a map twice as fine needs them twice as large to see as far (DeepLabv3, section 3.3).
   rates = tuple(rate * max(16 // output_stride, 1) for rate in (6, 12, 18))
   return ResNet(backbone, stem, output_stride, multi_grid=(1, 2, 4), dtype=dtype), Head(num_classes, rates, dtype=dtype)

@@ -296,7 +296,10 @@ class BatchNorm(nn.Module):
 
 
 class ConvBN(nn.Module):
-  """Convolution without bias, batch norm, activation: the brick of every network here."""
+  """Convolution, batch norm, activation: the brick of every network here.
+
+  use_bias: of the convolution; the norm takes it away again in training, but some published networks have one.
+  """
 
   features: int
   kernel_size: int = 1
@@ -304,9 +307,10 @@ class ConvBN(nn.Module):
   dilation: int = 1
   negative_slope: float = 0.0  # ReLU; 1 for none
   momentum: float = 0.9
+  use_bias: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
-    x = Conv(self.features, self.kernel_size, self.stride, self.dilation, dtype=self.dtype, name="conv")(x)
+    x = Conv(self.features, self.kernel_size, self.stride, self.dilation, self.use_bias, dtype=self.dtype, name="conv")(x)
     return BatchNorm(self.momentum, negative_slope=self.negative_slope, name="bn")(x, train=train, groups=groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,27 @@ from pseudoseg_jax import checks
 from pseudoseg_jax.contract import Array, Network, PyTree
 from pseudoseg_jax.models.deeplab import deeplabv3plus
 from pseudoseg_jax.models.deeplab_tf import deeplabv3plus_tf
+from pseudoseg_jax.models.deeplab_unimatch import deeplabv3plus_unimatch
+from pseudoseg_jax.models.hrnet import hrnet
 from pseudoseg_jax.models.initial import initial_values
+from pseudoseg_jax.models.pspnet import pspnet, pspnet_pixelssl
 from pseudoseg_jax.models.tiny import tiny
 from pseudoseg_jax.ops import resize
 
-# name -> factory (num_classes, *, option=default, ...) -> (backbone module, head module)
-NETWORKS = {"deeplabv3plus": deeplabv3plus, "deeplabv3plus_tf": deeplabv3plus_tf, "tiny": tiny}
+# name -> factory (num_classes, *, option=default, ...) -> (backbone module, head module), and where it is not the
+# align-corners one, what makes logits of scores: the first arguments of `compose`.
+NETWORKS = {
+  "deeplabv3plus": deeplabv3plus,
+  "deeplabv3plus_tf": deeplabv3plus_tf,
+  "deeplabv3plus_unimatch": deeplabv3plus_unimatch,
+  "hrnet": hrnet,
+  "pspnet": pspnet,
+  "pspnet_pixelssl": pspnet_pixelssl,
+  "tiny": tiny,
+}
 
 
-def make_network(name: str, *, num_classes: int, **options) -> Network:
+def make_network(name: str, *, num_classes: int, in_channels: int = 3, **options) -> Network:
   """The network `name` with its own options (the keywords of its factory in NETWORKS).
 
   Parameters are float32 in a dict tree whose first level is "backbone" and "head"; logits are float32 whatever the dtype.
@@ -33,13 +46,24 @@ def make_network(name: str, *, num_classes: int, **options) -> Network:
   known = [option for option in inspect.signature(factory).parameters if option != "num_classes"]
   for option in options:
     checks.check_name(f"option of network '{name}'", option, known)
-  return compose(*factory(num_classes, **options))
+  if in_channels < 1:
+    problems = checks.Problems("the network cannot be built")
+    problems.add("in_channels", got=in_channels, allowed="1 or more: 1 grey, 3 colour, more for other sensors")
+    problems.raise_if_any()
+  return compose(*factory(num_classes, **options), in_channels=in_channels)
 
 
-def compose(backbone: nn.Module, head: nn.Module) -> Network:
+def compose(
+  backbone: nn.Module,
+  head: nn.Module,
+  upsample: Callable[[Array, tuple[int, int]], Array] = resize.bilinear_align_corners,
+  *,
+  in_channels: int = 3,
+) -> Network:
   """A network of two modules; their kernels are drawn by `initial_values`.
 
-  backbone: (images, *, train, groups) -> tuple of maps. head: (maps, *, train, groups) -> scores f32[B, h, w, K].
+  backbone: (images f32[B, H, W, in_channels], *, train, groups) -> tuple of maps.
+  head: (maps, *, train, groups) -> scores f32[B, h, w, K]. upsample: scores, (H, W) -> logits f32[B, H, W, K].
   """
 
   @jax.jit
@@ -49,7 +73,7 @@ def compose(backbone: nn.Module, head: nn.Module) -> Network:
       maps, body = backbone.init_with_output(jax.random.key(0), images, train=False)
       return {"backbone": body, "head": head.init(jax.random.key(0), maps, train=False)}
 
-    parts = jax.eval_shape(traced, jnp.zeros((1, 32, 32, 3)))
+    parts = jax.eval_shape(traced, jnp.zeros((1, 32, 32, in_channels)))
     shapes = {name: {part: parts[part].get(name, {}) for part in parts} for name in ("batch_stats", "params")}
     variables = initial_values(key, shapes)
     return variables["params"], variables.get("batch_stats", {})
@@ -59,9 +83,9 @@ def compose(backbone: nn.Module, head: nn.Module) -> Network:
   def apply(params: PyTree, batch_stats: PyTree, images: Array, **keywords) -> tuple[Array, PyTree]:
     maps, batch_stats = encode(params, batch_stats, images, **keywords)
     scores, batch_stats = decode(params, batch_stats, maps, **keywords)
-    return resize.bilinear_align_corners(scores, images.shape[1:3]), batch_stats
+    return upsample(scores, images.shape[1:3]), batch_stats
 
-  return Network(init, apply, encode, decode)
+  return Network(init, apply, encode, decode, upsample, in_channels)
 
 
 def _part(name: str, module: nn.Module):
@@ -70,7 +94,7 @@ def _part(name: str, module: nn.Module):
 
   def call(params, batch_stats, x, **keywords):
     y, moved = run(params[name], batch_stats.get(name, {}), x, **keywords)
-    return y, batch_stats | {name: moved}
+    return y, batch_stats | ({name: moved} if moved else {})
 
   return call
 

@@ -1,0 +1,69 @@
+"""DeepLabv3+ (Chen et al. 2018) in the form of the official UniMatch code (Yang et al. 2023).
+
+Unlike CPS's (`deeplab`): every ASPP branch has a batch norm and a ReLU of its own, image pooling is one of the concatenated
+branches, the low-level map comes first in the decoder, and the last stage has torchvision's dilations 1, 2, 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from pseudoseg_jax.contract import Array
+from pseudoseg_jax.models import resnet
+from pseudoseg_jax.models.layers import Conv, ConvBN
+from pseudoseg_jax.models.resnet import ResNet
+from pseudoseg_jax.ops import resize
+
+
+class ASPP(nn.Module):
+  """Atrous spatial pyramid pooling: [B, h, w, C] -> [B, h, w, features]."""
+
+  rates: Sequence[int]
+  features: int = 256
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
+    def unit(name, x, kernel_size=1, dilation=1):
+      brick = ConvBN(self.features, kernel_size, dilation=dilation, dtype=self.dtype, name=name)
+      return brick(x, train=train, groups=groups)
+
+    branches = [unit("branch0", x)]
+    branches += [unit(f"branch{index}", x, 3, rate) for index, rate in enumerate(self.rates, start=1)]
+    pooled = unit("pool", jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32))
+    branches.append(jnp.broadcast_to(pooled, branches[0].shape))
+    return unit("project", jnp.concatenate(branches, -1))
+
+
+class Head(nn.Module):
+  """ASPP on the last map, joined with the first; per-class scores at stride 4, float32.
+
+  UniMatch's feature perturbation drops channels of these two maps and runs the head on clean and perturbed maps as one batch.
+  """
+
+  num_classes: int
+  rates: Sequence[int]
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, maps: Sequence[Array], *, train: bool, groups: int = 1) -> Array:
+    context = ASPP(self.rates, dtype=self.dtype, name="aspp")(maps[-1], train=train, groups=groups)
+    low = ConvBN(48, dtype=self.dtype, name="low")(maps[0], train=train, groups=groups)
+    x = jnp.concatenate([low, resize.bilinear_align_corners(context, low.shape[1:3])], -1)
+    x = ConvBN(256, 3, dtype=self.dtype, name="unit1")(x, train=train, groups=groups)
+    x = ConvBN(256, 3, dtype=self.dtype, name="unit2")(x, train=train, groups=groups)
+    return Conv(self.num_classes, use_bias=True, name="classifier")(x)
+
+
+def deeplabv3plus_unimatch(
+  num_classes: int, *, backbone: str = "resnet50", stem: str = "deep", output_stride: int = 16, dtype: Any = jnp.float32
+) -> tuple[ResNet, Head]:
+  """Backbone and head on a ResNet; backbone, stem and output_stride: one of those in `resnet`."""
+  resnet.check_options(backbone=backbone, stem=stem, output_stride=output_stride)
+  # Rates 6, 12, 18 are for stride 16; a map twice as fine needs them twice as large to see as far (DeepLabv3, section 3.3).
+  rates = tuple(rate * max(16 // output_stride, 1) for rate in (6, 12, 18))
+  return ResNet(backbone, stem, output_stride, dtype=dtype), Head(num_classes, rates, dtype=dtype)

@@ -1,0 +1,105 @@
+"""PSPNet (Zhao et al. 2017) in the forms of the official CCT (Ouali et al. 2020) and PixelSSL (Ke et al. 2020) codes.
+
+The pyramid pooling ends the backbone and the decoder is light: 1x1 convolutions, and channels that become pixels (Shi et al.
+2016). CCT's auxiliary decoders all start from the pyramid's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from pseudoseg_jax.contract import Array
+from pseudoseg_jax.models import resnet
+from pseudoseg_jax.models.layers import Conv, ConvBN
+from pseudoseg_jax.models.resnet import ResNet
+from pseudoseg_jax.ops import resize
+
+BINS = (1, 2, 3, 6)
+
+
+def _averaging_matrix(size: int, bins: int) -> np.ndarray:
+  """f32 [bins, size]: row i averages from floor(i size / bins) up to ceil((i + 1) size / bins), as PyTorch does."""
+  matrix = np.zeros((bins, size), np.float32)
+  for i in range(bins):
+    start, end = i * size // bins, -(-(i + 1) * size // bins)
+    matrix[i, start:end] = 1 / (end - start)
+  return matrix
+
+
+def adaptive_average_pool(x: Array, bins: int) -> Array:
+  """Means of [B, H, W, C] over bins x bins rectangles, which overlap where a side is no multiple: f32 [B, bins, bins, C]."""
+  rows, columns = (_averaging_matrix(size, bins) for size in x.shape[1:3])
+  y = jnp.einsum("ih,bhwc->biwc", rows, x, precision=jax.lax.Precision.HIGHEST)
+  return jnp.einsum("jw,biwc->bijc", columns, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def pixel_shuffle(x: Array) -> Array:
+  """[B, H, W, 4 C] -> [B, 2 H, 2 W, C]; channel 4 c + 2 i + j goes to sub-row i, sub-column j of channel c."""
+  batch, height, width, channels = x.shape
+  x = x.reshape(batch, height, width, channels // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3)
+  return x.reshape(batch, 2 * height, 2 * width, channels // 4)
+
+
+class PyramidPooling(nn.Module):
+  """[B, h, w, C] -> [B, h, w, C / 4]: the map beside its means over grids of BINS cells a side, then a 3x3 convolution."""
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
+    features = x.shape[-1] // len(BINS)
+    parts = [x]
+    for bins in BINS:
+      pooled = ConvBN(features, dtype=self.dtype, name=f"bin{bins}")(adaptive_average_pool(x, bins), train=train, groups=groups)
+      parts.append(resize.bilinear_half_pixel(pooled, x.shape[1:3]))
+    return ConvBN(features, 3, dtype=self.dtype, name="unit")(jnp.concatenate(parts, -1), train=train, groups=groups)
+
+
+class Backbone(nn.Module):
+  """A ResNet and pyramid pooling on its last stage; parameters of the ResNet stand beside "psp", where those of others stand."""
+
+  body: ResNet
+
+  def setup(self):
+    nn.share_scope(self, self.body)
+
+  @nn.compact
+  def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, ...]:
+    """images [B, H, W, C] -> the outputs of the four stages and, last, that of the pyramid pooling on the grid of the fourth."""
+    stages = self.body(x, train=train, groups=groups)
+    return *stages, PyramidPooling(self.body.dtype, name="psp")(stages[-1], train=train, groups=groups)
+
+
+class Decoder(nn.Module):
+  """Per-class scores f32 [B, 8 h, 8 w, K] of the last map; none is below 0, since a ReLU comes last."""
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, maps: Sequence[Array], *, train: bool, groups: int = 1) -> Array:
+    x = Conv(self.num_classes, name="classifier")(maps[-1])
+    for step in (1, 2, 3):
+      x = pixel_shuffle(nn.relu(Conv(4 * self.num_classes, use_bias=True, name=f"subpixel{step}")(x)))
+    return x
+
+
+def pspnet(
+  num_classes: int, *, backbone: str = "resnet50", stem: str = "deep", output_stride: int = 8, dtype: Any = jnp.float32
+) -> tuple[Backbone, Decoder]:
+  """CCT's network; backbone, stem and output_stride: one of those in `resnet`."""
+  resnet.check_options(backbone=backbone, stem=stem, output_stride=output_stride)
+  return Backbone(ResNet(backbone, stem, output_stride, dtype=dtype)), Decoder(num_classes)
+
+
+def pspnet_pixelssl(
+  num_classes: int, *, backbone: str = "resnet50", stem: str = "plain", output_stride: int = 16, dtype: Any = jnp.float32
+) -> tuple[Backbone, Decoder]:
+  """PixelSSL's network: as `pspnet`, but dilations 2, 4, 8 in the last stage, and a decoder that overshoots stride 1."""
+  resnet.check_options(backbone=backbone, stem=stem, output_stride=output_stride)
+  return Backbone(ResNet(backbone, stem, output_stride, multi_grid=(1, 2, 4), dtype=dtype)), Decoder(num_classes)
