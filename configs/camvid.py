@@ -2,21 +2,25 @@
 
   --config=configs/camvid.py:method=cps,split=1_8 --config.data.root=DIR
 
+split: 1_16, 1_8, 1_4, 1_2 or full (of the sorted frames every 16th, ...), or the path of a list of labeled images.
 A small network at 240x180, so that a run takes minutes on a CPU; network=deeplabv3plus for a GPU.
 """
+
+import re
 
 from pseudoseg_jax import config as configs
 
 
 def get_config(argument=""):
-  chosen = configs.arguments(argument, method="cps", convention="", split="1_8", network="tiny", backbone="resnet50")
+  chosen = configs.arguments(argument, method="cps", convention="", split="1_8", network="tiny", backbone="")
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
   config.data.update(configs.folder_data(
     classes="camvid",
-    label_map={"11": 255},  # void
+    label_map="11:255",  # void
     image_pattern="images/train/{id}.jpg",
     label_pattern="labels/train/{id}.png",
-    split=chosen["split"],
+    # Every k-th frame, so that each of the video's sequences keeps its share.
+    split=re.sub("^1_", "every_", chosen["split"]),
     # Test, not val: val is a dense stretch of one sequence that is also in train.
     eval_image_pattern="images/test/{id}.jpg",
     eval_label_pattern="labels/test/{id}.png",

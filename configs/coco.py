@@ -6,7 +6,8 @@ DIR holds train2017/, val2017/ (the images) and masks/ (NAME.png for the images 
 order of their category ids without the gaps, 255 no opinion). For unlabeled images with image-level labels:
 --config.method.image_labels=True --config.data.image_labels=FILE (CSV or JSON of the classes in each image).
 
-split: 1_512, 1_256, 1_128, 1_64 or 1_32 (the published lists of 232 to 3697 labeled images), or the path of a list of ids.
+split: 1_512, 1_256, 1_128, 1_64 or 1_32 (the published lists of 232 to 3697 labeled images), another 1_k (our own draw, of
+config.data.split_seed), or the path of a list of labeled images.
 """
 
 from pseudoseg_jax import config as configs, recipes
@@ -14,22 +15,20 @@ from pseudoseg_jax.data import splits
 
 
 def get_config(argument=""):
-  chosen = configs.arguments(argument, method="pseudoseg", convention="", split="1_512", network="", backbone="resnet50")
+  chosen = configs.arguments(argument, method="pseudoseg", convention="", split="1_512", network="", backbone="")
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
-  published = f"coco2017/pseudoseg/{chosen['split']}"
   config.data.update(configs.folder_data(
     classes="coco",
     image_pattern="train2017/{id}.jpg",
     label_pattern="masks/{id}.png",
-    split=published if splits.published(published) else chosen["split"],
+    split=splits.published_or_own("coco2017", "", chosen["split"], default="pseudoseg"),
     unlabeled_folder="train2017",  # all of them, the labeled ones included, as in the official run
     eval_image_pattern="val2017/{id}.jpg",
   ))  # fmt: skip
-  recipes.pseudoseg(config, backbone=chosen["backbone"])
+  recipes.pseudoseg(config)
   config.total_steps = 200_000
   config.evaluation.pad_multiple = 641
-  if chosen["network"]:
-    config.network = configs.network_on(chosen["network"], chosen["backbone"])
+  config.network = configs.network_on(chosen["network"] or config.network.name, chosen["backbone"])
   config.log_every_steps = 50
   config.eval_every_steps = 10_000
   config.checkpoint_every_steps = 1000

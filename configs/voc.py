@@ -4,8 +4,8 @@
   --config=configs/voc.py:method=pseudoseg,split=92 --config.data.root=DIR
       with --config.method.image_labels=True the unlabeled images have the image-level labels of VOC's own Annotations
 
-split: 1_16, 1_8, 1_4, 1_2 or full (every k-th id of the training list); 92, 183, 366, 732 or 1464 (the lists of PseudoSeg, clean
-masks); or the path of a list of labeled ids.
+split: 92, 183, 366, 732 or 1464 (the lists of PseudoSeg, clean masks); 1_16, 1_8, 1_4 or 1_2 (the lists of CPS, or those of U2PL
+with lists=u2pl; with lists=random our own draw, of config.data.split_seed); full; or the path of a list of labeled images.
 recipe: cps or pseudoseg, whose network and training settings; by default those of the method, where it has its own.
 """
 
@@ -17,13 +17,12 @@ _TRAIN_AUG = 10582
 
 def get_config(argument=""):
   chosen = configs.arguments(
-    argument, method="cps", convention="", split="", network="", backbone="resnet50", train="train_aug", recipe=""
+    argument, method="cps", convention="", split="", lists="", network="", backbone="", train="train_aug", recipe=""
   )
   recipe = chosen["recipe"] or ("pseudoseg" if chosen["method"] == "pseudoseg" else "cps")
   checks.check_name("recipe", recipe, ("cps", "pseudoseg"))
   split = chosen["split"] or ("92" if recipe == "pseudoseg" else "1_8")
-  published = f"voc2012/pseudoseg/{split}"
-  clean = splits.published(published) is not None
+  clean = splits.published(f"voc2012/pseudoseg/{split}") is not None
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
   lists = "VOCdevkit/VOC2012/ImageSets/Segmentation"
   config.data.update(configs.folder_data(
@@ -31,7 +30,7 @@ def get_config(argument=""):
     image_pattern="VOCdevkit/VOC2012/JPEGImages/{id}.jpg",
     label_pattern=f"VOCdevkit/VOC2012/SegmentationClass{'' if clean else 'Aug'}/{{id}}.png",
     train_list=f"{lists}/{chosen['train']}.txt",
-    split=published if clean else split,
+    split=splits.published_or_own("voc2012", "pseudoseg" if clean else chosen["lists"], split, default="cps"),
     # PseudoSeg's unlabeled images are all training images, the labeled ones among them.
     unlabeled_list=f"{lists}/{chosen['train']}.txt" if recipe == "pseudoseg" else "",
     image_labels="VOCdevkit/VOC2012/Annotations",
@@ -39,11 +38,10 @@ def get_config(argument=""):
     eval_list=f"{lists}/val.txt",
   ))  # fmt: skip
   if recipe == "pseudoseg":
-    recipes.pseudoseg(config, backbone=chosen["backbone"])
+    recipes.pseudoseg(config)
   else:
-    _cps(config, split, chosen["backbone"])
-  if chosen["network"]:
-    config.network = configs.network_on(chosen["network"], chosen["backbone"])
+    _cps(config, split)
+  config.network = configs.network_on(chosen["network"] or config.network.name, chosen["backbone"])
   config.log_every_steps = 50
   config.eval_every_steps = 2000
   config.checkpoint_every_steps = 1000
@@ -54,9 +52,9 @@ def get_config(argument=""):
 _EPOCHS = {"1_16": 32, "1_8": 34, "1_4": 40, "1_2": 60}
 
 
-def _cps(config, split, backbone):
+def _cps(config, split):
   """The settings of CPS's official code."""
-  config.network = configs.network("deeplabv3plus", backbone=backbone)
+  config.network = configs.network("deeplabv3plus")
   config.batch_size_global = {"labeled": 8, "unlabeled": 8}
   share = int(split[2:]) if split in _EPOCHS else 8
   longer = _TRAIN_AUG - _TRAIN_AUG // share

@@ -38,8 +38,7 @@ def _masks(data: configs.ConfigDict) -> tuple[tuple[str, ...], sources.Source, b
     stems,
     image_pattern=pattern,  # images play no part
     label_pattern=pattern,
-    num_classes=len(opened.classes),
-    label_map={int(stored): index for stored, index in data.label_map.items()},
+    **build.mask_options(data, opened.classes),
   )
   return ids, masks, opened
 

@@ -46,3 +46,34 @@ def test_voc_palette_gives_the_published_colors():
   assert palette[255].tolist() == [224, 224, 192]  # the border
   assert len(classes.VOC) == 21 and classes.VOC.names[15] == "person"
   assert len(classes.CAMVID) == 11
+
+
+def test_names_alone_get_colours_and_void_has_one_of_its_own(tmp_path):
+  path = tmp_path / "classes.txt"
+  path.write_text("background\nhot dog  # with mustard\nvoid\n")
+  read = classes.read_classes(path)
+  assert (read.names, read.palette) == (("background", "hot dog"), ((0, 0, 0), (128, 0, 0)))
+  path.write_text("0 sky 1 2 3\n1 void 9 9 9\n")
+  read = classes.read_classes(path)
+  assert read.void == ((9, 9, 9),) and read.by_color() == {(1, 2, 3): 0, (9, 9, 9): 255}
+  path.write_text("sky\nvoid\nroad\n")
+  with pytest.raises(checks.InputError, match="line 3: got index 2 for 'road'; allowed: 1"):
+    classes.read_classes(path)
+
+
+def test_a_colour_of_two_classes_cannot_be_read_back():
+  table = classes.Classes(("a", "b"), ((1, 1, 1), (1, 1, 1)), void=((2, 2, 2),))
+  with pytest.raises(checks.InputError, match=r"\(1, 1, 1\): got a, b"):
+    table.by_color()
+
+
+@pytest.mark.parametrize("stored", ["11:255,12: 3", {"11": 255, 12: 3}])
+def test_label_maps_are_text_or_mappings(stored):
+  assert classes.read_label_map(stored) == {11: 255, 12: 3}
+  assert classes.read_label_map("") == {}
+
+
+@pytest.mark.parametrize("text", ["11", "a:b", "11=255", "cityscape"])
+def test_other_label_maps_are_refused_with_an_example(text):
+  with pytest.raises(checks.InputError, match="11:255.*cityscapes"):
+    classes.read_label_map(text)

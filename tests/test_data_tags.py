@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -179,8 +180,8 @@ from pseudoseg_jax import config as configs
 def get_config(argument=""):
   config = configs.base(configs.method("supervised"))
   config.data.update(configs.folder_data(
-    root="ROOT", classes="classes.txt", label_map={"9": 255}, split="1_3", eval_list="eval.txt",
-    image_pattern="images/train/{id}.jpg", label_pattern="labels/train/{id}.png",
+    root="ROOT", classes="classes.txt", label_map={"9": 255}, split="every_3", eval_list="eval.txt",
+    image_pattern="images/train/{id}.jpg", label_pattern="labels/train/{id}.png", eval_image_pattern="images/{id}.jpg",
   ))
   return config
 """
@@ -190,6 +191,7 @@ def make_config(root):
   make_folder(root)
   write(root / "classes.txt", "0 background 0 0 0\n1 cat 1 1 1\n2 dog 2 2 2\n")
   write(root / "eval.txt", "a\n")
+  shutil.copy(root / "images/train/a.jpg", root / "images/a.jpg")
   return write(root / "config.py", CONFIG.replace("ROOT", str(root)))
 
 

@@ -6,11 +6,13 @@ A source is anything with the members of `Source`. It hands out images as they a
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import difflib
+import glob
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -18,8 +20,14 @@ from PIL import Image
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import IGNORE_LABEL
 from pseudoseg_jax.data import splits
+from pseudoseg_jax.data.splits import Entry
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_DEEP_MODES = ("I;16", "I;16L", "I;16B", "I", "F")  # PIL's modes of more than 8 bits
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # how PIL and NumPy report bad files
+_STORED_VALUES = 2**16  # of masks, from 0 on
+_COLOR_CODE = np.array([1 << 16, 1 << 8, 1], np.int32)  # red, green, blue -> one number
+_NUM_THREADS = 16  # readers of headers: they wait for a disk or a network rather than for a core
 
 
 class Source(Protocol):
@@ -27,13 +35,17 @@ class Source(Protocol):
 
   ids: the images' names, by row.
   has_labels: whether `label` may be asked.
-  image: row -> uint8 [h, w, 3], RGB.
+  channels: C, 3 for RGB.
+  dtype: of images, np.uint8, or np.float32 where files hold more than 8 bits; the scale is 0..255 in both.
+  image: row -> [h, w, C].
   label: row -> uint8 [h, w], 0..K-1 or IGNORE_LABEL.
   size: row -> (h, w), without decoding.
   """
 
   ids: tuple[str, ...]
   has_labels: bool
+  channels: int
+  dtype: type[np.generic]
 
   def __len__(self) -> int: ...
   def image(self, row: int) -> np.ndarray: ...
@@ -42,163 +54,340 @@ class Source(Protocol):
 
 
 class FolderSource:
-  """Images and masks in folders, found by id.
+  """Images and masks in folders, found by id or by the paths that a list gives.
 
-  Masks are read as stored indices: an 8-bit grey or palette PNG, of which the palette is ignored. Images of any PIL mode become
-  RGB (alpha is dropped). An EXIF orientation is not applied: masks are drawn on the stored pixels.
+  Masks are read as stored indices, of which a palette is ignored, or by colour. An EXIF orientation is not applied: masks are
+  drawn on the stored pixels. Files are of PIL's formats or .npy arrays (never pickled).
 
   Args:
     root: the data set's folder.
-    ids: image ids, or the path of a list file (see `splits.read_list`).
-    image_pattern: path below root, with `{id}` for the id, e.g. "JPEGImages/{id}.jpg".
-    label_pattern: likewise for masks; None for images without masks, of which no mask file is ever touched.
-    num_classes: K; needed with label_pattern.
+    ids: image ids, entries of a list, or the path of a list file (see `read_entries`).
+    image_pattern: path below root, with `{id}` for the id, e.g. "JPEGImages/{id}.jpg"; None where entries give the paths.
+    label_pattern: likewise for masks.
+    num_classes: K; without it no mask is ever touched.
     label_map: stored mask value -> class index or IGNORE_LABEL, e.g. {11: 255}; other values stay as they are.
+    mask_colors: (red, green, blue) -> class index or IGNORE_LABEL, for masks drawn in colours; see `Classes.by_color`.
+    reduce_zero_label: stored 0 has no label, stored k is class k - 1 (ADE20K). label_map, where it names a value, comes first.
+    ignore_index: the stored value of pixels without a label.
+    channels: of images, see `read_image`.
+    check: False opens without looking at any file; whatever is wrong then shows when it is read.
 
   Raises:
     InputError: at construction, everything that shows without decoding a pixel, all at once: missing folder, empty list, absent
-      files, files that are no images, masks of another size than their images. At reading: a file that cannot be decoded, a
-      mask that is not an index image or holds values that are no class.
+      files, files that are no images, masks of another size than their images. At reading: a file that cannot be decoded, an
+      image of other channels, a mask of another form or with values that are no class.
   """
 
   def __init__(
     self,
     root: str | pathlib.Path,
-    ids: Sequence[str] | str | pathlib.Path,
+    ids: Sequence[str | Entry] | str | pathlib.Path,
     *,
-    image_pattern: str,
+    image_pattern: str | None = None,
     label_pattern: str | None = None,
     num_classes: int | None = None,
     label_map: Mapping[int, int] | None = None,
+    mask_colors: Mapping[tuple[int, int, int], int] | None = None,
+    reduce_zero_label: bool = False,
+    ignore_index: int = IGNORE_LABEL,
+    channels: int = 3,
+    check: bool = True,
   ):
     self.root = pathlib.Path(root)
     self.image_pattern = image_pattern
     self.label_pattern = label_pattern
-    self.has_labels = label_pattern is not None
+    self.has_labels = label_pattern is not None or num_classes is not None
     self.num_classes = num_classes
-    label_map = dict(label_map or {})
+    self.channels = channels
     problems = checks.Problems(f"data in {self.root} cannot be used")
-    self._check_options(label_map, problems)
+    self._check_options(label_map or {}, bool(mask_colors), reduce_zero_label, ignore_index, problems)
     if not self.root.is_dir():
       problems.add("root", got="no such folder", remedy="give the folder that holds the images' folders")
     self._list_name = "ids"
     if isinstance(ids, (str, pathlib.Path)):
       self._list_name = f"list {ids}"
       try:
-        ids = splits.read_list(ids)
+        ids = read_entries(self.root, ids, image_pattern, label_pattern) if not problems.items else ()
       except checks.InputError as error:
         problems.extend([str(error)])
-        problems.raise_if_any()
-    self.ids = tuple(ids)
-    if not self.ids:
-      problems.add(self._list_name, got="no image", allowed="at least one id")
+      problems.raise_if_any()
+    entries = (entry if isinstance(entry, Entry) else Entry(entry) for entry in ids)
+    self.entries = tuple(entry if self.has_labels else entry._replace(mask=None) for entry in entries)
+    self.ids = tuple(entry.id for entry in self.entries)
+    self._check_entries(problems)
     problems.raise_if_any()
 
-    self._table, self._known = _label_table(num_classes, label_map) if self.has_labels else (None, None)
-    self._sizes = np.zeros((len(self.ids), 2), np.int32)
-    if not self._check_present(problems):  # headers of absent files would only say the same again
-      self._check_headers(problems)
-    problems.raise_if_any()
+    self._colors = _color_table(mask_colors) if mask_colors else None
+    if self.has_labels:
+      self._table = _label_table(num_classes, label_map or {}, reduce_zero_label, ignore_index)
+    self._sizes = np.zeros((len(self.ids), 2), np.int32)  # 0: not looked up yet
+    self.dtype = np.uint8
+    if check:
+      if self._check_present(problems):  # headers of absent files would only say the same again
+        self._check_headers(problems)
+      problems.raise_if_any()
+    else:
+      header = _header(self.image_path(0))
+      self.dtype = header.dtype if isinstance(header, _Header) else np.uint8
 
   def __len__(self) -> int:
     return len(self.ids)
 
   def image_path(self, row: int) -> pathlib.Path:
-    return self.root / self.image_pattern.replace("{id}", self.ids[row])
+    return self.root / (self.entries[row].image or self.image_pattern.replace("{id}", self.ids[row]))
 
   def label_path(self, row: int) -> pathlib.Path:
-    if self.label_pattern is None:
+    if not self.has_labels:
       raise ValueError(f"{self.root} was opened without label_pattern: it has no masks")
-    return self.root / self.label_pattern.replace("{id}", self.ids[row])
+    return self.root / (self.entries[row].mask or self.label_pattern.replace("{id}", self.ids[row]))
 
   def size(self, row: int) -> tuple[int, int]:
+    if not self._sizes[row].any():
+      header = _header(self.image_path(row))
+      if not isinstance(header, _Header):
+        _raise_unreadable("image", self.image_path(row), header)
+      self._sizes[row] = header.size
     height, width = self._sizes[row]
     return int(height), int(width)
 
   def image(self, row: int) -> np.ndarray:
-    path = self.image_path(row)
-    return _decode(path, "image", lambda image: image.convert("RGB"))
+    image = read_image(self.image_path(row), self.channels)
+    if image.dtype != np.uint8 and self.dtype == np.uint8:
+      problems = checks.Problems(f"cannot use image {self.image_path(row)}")
+      problems.add("file", got="more than 8 bits", allowed="8 bits, as in the first image", remedy="store all images alike")
+      problems.raise_if_any()
+    return image.astype(self.dtype, copy=False)
 
   def label(self, row: int) -> np.ndarray:
     path = self.label_path(row)
-    label = _decode(path, "mask", lambda image: image)
+    if self._colors is not None:
+      return self._label_of_colors(path)
+    label = _decode(path, "mask", np.asarray)
     problems = checks.Problems(f"cannot use mask {path}")
+    if label.dtype.kind not in "bui":
+      problems.add("pixels", got=f"values of type {label.dtype}", allowed="integers")
     if label.ndim != 2:
       problems.add(
         "pixels",
         got=f"{label.shape[-1]} channels",
         allowed="one channel of class indices (grey or palette PNG)",
-        remedy="colour-coded masks must be converted to indices first",
+        remedy="masks drawn in colours need mask_colors (config.data.mask_colors=True and a file of classes with colours)",
       )
-      problems.raise_if_any()
-    if label.dtype == np.uint8 and self._known[label].all():
-      return self._table[label]
-    unknown = [int(value) for value in np.unique(label) if not (0 <= value <= 255 and self._known[int(value)])]
+    problems.raise_if_any()
+    table, known = self._table
+    if label.dtype == np.uint8 and known[label].all():
+      return table[label]
+    unknown = [value.item() for value in np.unique(label) if not (0 <= value < len(known) and known[int(value)])]
     if unknown:
       problems.add(
         "values",
         got=splits.shorten(unknown, most=10),
-        allowed=f"0..{self.num_classes - 1} and {IGNORE_LABEL}",
+        allowed=f"those of the {self.num_classes} classes, 0..{self.num_classes - 1} and {IGNORE_LABEL} after mapping",
         remedy=f"map them with label_map, e.g. {{{unknown[0]}: {IGNORE_LABEL}}}, or correct num_classes",
       )
       problems.raise_if_any()
-    return self._table[label.astype(np.uint8)]  # 1-bit and 16-bit masks
+    return table[label.astype(np.intp)]  # 1-bit and 16-bit masks
 
-  def _check_options(self, label_map, problems):
-    for name, pattern in (("image_pattern", self.image_pattern), ("label_pattern", self.label_pattern)):
-      if pattern is not None and "{id}" not in pattern:
-        problems.add(name, got=repr(pattern), allowed="a path with {id} in it, e.g. 'images/{id}.jpg'")
+  def _label_of_colors(self, path: pathlib.Path) -> np.ndarray:
+    pixels = _decode(path, "mask", lambda image: np.asarray(image.convert("RGB"))).astype(np.int32)
+    codes, labels = self._colors
+    stored = pixels @ _COLOR_CODE
+    place = np.minimum(np.searchsorted(codes, stored), len(codes) - 1)
+    unknown = codes[place] != stored
+    if unknown.any():
+      colors = collections.Counter(stored[unknown].tolist()).most_common()
+      shown = [f"({code >> 16}, {code >> 8 & 255}, {code & 255}) on {count} pixels" for code, count in colors]
+      problems = checks.Problems(f"cannot use mask {path}")
+      problems.add(
+        "colours",
+        got=splits.shorten(shown, most=10),
+        allowed="the colours of the classes",
+        remedy="add them to the file of classes; a line `index void r g b` is a colour without a label",
+      )
+      problems.raise_if_any()
+    return labels[place]
+
+  def _check_options(self, label_map, has_colors, reduce_zero_label, ignore_index, problems):
+    if self.image_pattern is not None and self.image_pattern.count("{id}") != 1:
+      allowed = "a path with one {id} in it, e.g. 'images/{id}.jpg'"
+      problems.add("image_pattern", got=repr(self.image_pattern), allowed=allowed)
+    if self.label_pattern is not None and "{id}" not in self.label_pattern:
+      problems.add("label_pattern", got=repr(self.label_pattern), allowed="a path with {id} in it, e.g. 'masks/{id}.png'")
+    if self.channels < 1:
+      problems.add("channels", got=self.channels, allowed="1 or more")
     if not self.has_labels:
       return
     if self.num_classes is None or not 1 <= self.num_classes <= IGNORE_LABEL:
       problems.add("num_classes", got=repr(self.num_classes), allowed=f"1..{IGNORE_LABEL} where there are masks")
       return
+    if has_colors and (label_map or reduce_zero_label):
+      problems.add("mask_colors", got="label_map or reduce_zero_label as well", allowed="one of them: a colour names its class")
+    if not 0 <= ignore_index < _STORED_VALUES:
+      problems.add("ignore_index", got=ignore_index, allowed=f"0..{_STORED_VALUES - 1}")
     for value, index in label_map.items():
-      if not 0 <= value <= 255 or not (0 <= index < self.num_classes or index == IGNORE_LABEL):
-        problems.add("label_map", got=f"{{{value}: {index}}}", allowed=f"0..255 -> 0..{self.num_classes - 1} or {IGNORE_LABEL}")
+      if not 0 <= value < _STORED_VALUES or not (0 <= index < self.num_classes or index == IGNORE_LABEL):
+        allowed = f"0..{_STORED_VALUES - 1} -> 0..{self.num_classes - 1} or {IGNORE_LABEL}"
+        problems.add("label_map", got=f"{{{value}: {index}}}", allowed=allowed)
 
-  def _check_present(self, problems) -> bool:
-    """Adds what is missing; says whether anything is."""
-    missing = False
+  def _check_entries(self, problems):
+    if not self.ids:
+      problems.add(self._list_name, got="no image", allowed="at least one id")
     repeated = [name for name, count in collections.Counter(self.ids).items() if count > 1]
     if repeated:
       problems.add(self._list_name, got=f"{splits.shorten(repeated)} more than once", allowed="every id once")
-    listings: dict[pathlib.Path, frozenset[str]] = {}  # one listing a folder instead of one look a file
+    images, masks = [(entry.id, entry.image) for entry in self.entries], [(entry.id, entry.mask) for entry in self.entries]
+    for what, pattern, paths in (("image", self.image_pattern, images), ("label", self.label_pattern, masks))[
+      : 1 + self.has_labels
+    ]:
+      without = [name for name, path in paths if path is None]
+      if without and pattern is None:
+        remedy = f"give {what}_pattern, or a list of lines `image mask`"
+        problems.add(self._list_name, got=f"no {what} file for {splits.shorten(without)}", remedy=remedy)
 
-    def exists(path: pathlib.Path) -> bool:
-      if path.parent not in listings:
-        listings[path.parent] = frozenset(os.listdir(path.parent)) if path.parent.is_dir() else frozenset()
-      return path.name in listings[path.parent]
-
+  def _check_present(self, problems) -> bool:
+    """Adds what is missing; says whether all is there."""
+    whole = True
+    files = _Files()
     patterns = [("image", self.image_pattern, self.image_path), ("label", self.label_pattern, self.label_path)]
     for what, pattern, path_of in patterns[: 1 + self.has_labels]:
-      absent = [row for row in range(len(self)) if not exists(path_of(row))]
+      absent = [row for row in range(len(self)) if path_of(row) not in files]
       if absent:
-        missing = True
+        whole = False
         problems.add(
           self._list_name,
           got=f"{len(absent)} of {len(self)} {what} files absent: {splits.shorten([path_of(row) for row in absent])}",
-          remedy=_pattern_remedy(self.root, pattern, self.ids[absent[0]], what),
+          remedy=self._pattern_remedy(what, pattern, self.ids[absent[0]]) if pattern else "paths are those below root",
         )
-    return missing
+    return whole
 
   def _check_headers(self, problems):
-    for row in range(len(self)):
-      image_size = _header_size(self.image_path(row), "image", problems)
-      if image_size is None:
+    rows = range(len(self))
+    with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
+      images = list(pool.map(_header, map(self.image_path, rows)))
+      masks = list(pool.map(_header, map(self.label_path, rows))) if self.has_labels else [None] * len(self)
+    for row, (image, mask) in enumerate(zip(images, masks, strict=True)):
+      for what, path_of, header in (("image", self.image_path, image), ("mask", self.label_path, mask)):
+        if isinstance(header, Exception):
+          remedy = "fetch it anew, or take its id off the list"
+          problems.add(f"{what} {path_of(row)}", got=f"no readable image ({header})", remedy=remedy)
+      if not isinstance(image, _Header):
         continue
-      self._sizes[row] = image_size
-      if self.has_labels:
-        label_size = _header_size(self.label_path(row), "mask", problems)
-        if label_size is not None and label_size != image_size:
-          problems.add(
-            f"mask {self.label_path(row)}",
-            got=f"height x width {label_size[0]} x {label_size[1]}",
-            allowed=f"{image_size[0]} x {image_size[1]}, as its image {self.image_path(row)}",
-          )
+      self._sizes[row] = image.size
+      if image.dtype == np.float32:
+        self.dtype = np.float32
+      if isinstance(mask, _Header) and mask.size != image.size:
+        problems.add(
+          f"mask {self.label_path(row)}",
+          got=f"height x width {mask.size[0]} x {mask.size[1]}",
+          allowed=f"{image.size[0]} x {image.size[1]}, as its image {self.image_path(row)}",
+        )
+
+  def _pattern_remedy(self, what: str, pattern: str, name: str, most_files: int = 100_000) -> str:
+    """Where a file of this id does lie, as a pattern; else what the pattern's own folder holds."""
+    found = []
+    stem = name.rsplit("/", 1)[-1]
+    seen = 0
+    for folder, _, files in os.walk(self.root):
+      seen += len(files)
+      for file in files:
+        if stem in file:
+          path = (pathlib.Path(folder) / file).relative_to(self.root).as_posix()
+          before, _, after = path.rpartition(name if name in path else stem)
+          found += {f"{before}{{id}}{after}"} - {self.image_pattern}  # an image is no mask
+      if seen > most_files:
+        break
+    near = difflib.get_close_matches(pattern, found, n=1, cutoff=0.0)
+    if near:
+      return f"for '{name}' there is {what}_pattern '{near[0]}'"
+    folder = (self.root / pattern.replace("{id}", name)).parent
+    if not folder.is_dir():
+      return f"there is no folder {folder}"
+    example = next((entry.name for entry in sorted(folder.iterdir())), None)
+    if example is None:
+      return f"{folder} is empty"
+    return f"{folder} holds e.g. {example}"
 
 
-def image_folder(folder: str | pathlib.Path) -> FolderSource:
+def read_image(path: str | pathlib.Path, channels: int = 3) -> np.ndarray:
+  """An image file as [h, w, C]: uint8, or float32 where it holds more than 8 bits.
+
+  16-bit integers become float32 on the scale 0..255 (value / 257), not rounded; floats are taken to be on that scale. PIL gives
+  only the high bytes of 16-bit RGB files: store such images as .npy.
+
+  Args:
+    path: of one of PIL's formats, or a .npy array [h, w, C] or [h, w].
+    channels: C. 3: every PIL mode becomes RGB (alpha is dropped); another number: files must have as many.
+
+  Raises:
+    InputError: a file that cannot be decoded, or one of other channels.
+  """
+
+  def expanded(image: Image.Image) -> np.ndarray:
+    if image.mode not in _DEEP_MODES and (channels == 3 or image.mode in ("1", "P")):
+      image = image.convert("RGB" if channels == 3 else "L")
+    return np.asarray(image)
+
+  pixels = _decode(pathlib.Path(path), "image", expanded)
+  if pixels.ndim == 2:
+    pixels = np.repeat(pixels[..., None], channels if channels == 3 else 1, axis=-1)
+  problems = checks.Problems(f"cannot use image {path}")
+  if pixels.ndim != 3 or pixels.shape[-1] != channels:
+    got = f"{pixels.shape[-1]} channels" if pixels.ndim == 3 else f"an array of shape {pixels.shape}"
+    problems.add("pixels", got=got, allowed=f"{channels} channels", remedy="set the number of channels (config.data.channels)")
+  if pixels.dtype == np.uint8 or np.issubdtype(pixels.dtype, np.floating):
+    problems.raise_if_any()
+    return pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
+  if not np.issubdtype(pixels.dtype, np.integer) or pixels.size and not 0 <= pixels.min() <= pixels.max() < _STORED_VALUES:
+    problems.add("values", got=f"{pixels.dtype}, {pixels.min()}..{pixels.max()}", allowed="8 or 16 bits, or floats on 0..255")
+  problems.raise_if_any()
+  return pixels.astype(np.float32) / np.float32(257)
+
+
+def read_entries(
+  root: str | pathlib.Path, path: str | pathlib.Path, image_pattern: str | None = None, label_pattern: str | None = None
+) -> tuple[Entry, ...]:
+  """The entries of a list file (`splits.read_entries`), made to fit a tree.
+
+  A path that exists, below root or absolute, is kept; without a pattern in any case. In place of the others the patterns hold.
+  A mask must also end as label_pattern does: another ending is another coding (Cityscapes: labelTrainIds for labelIds). Ids
+  that lack folders, as in flattened data sets, are completed where the tree has one such image.
+
+  Raises:
+    InputError: a list that cannot be read.
+  """
+  root = pathlib.Path(root)
+  files = _Files()
+
+  def fitting(listed: str | None, pattern: str | None) -> str | None:
+    candidates = [] if listed is None else [listed.lstrip("/"), listed]
+    found = next((candidate for candidate in candidates if root / candidate in files), None)
+    return found or (candidates[0] if candidates and pattern is None else None)
+
+  entries = []
+  for entry in splits.read_entries(path, image_pattern):
+    other_coding = label_pattern is not None and not (entry.mask or "").endswith(label_pattern.rpartition("{id}")[2])
+    mask = None if other_coding else fitting(entry.mask, label_pattern)
+    entries.append(Entry(entry.id, fitting(entry.image, image_pattern), mask))
+  if image_pattern is None:
+    return tuple(entries)
+  if any(entry.image is None and root / image_pattern.replace("{id}", entry.id) not in files for entry in entries):
+    entries = splits.completed(entries, find_ids(root, image_pattern))
+  return tuple(entries)
+
+
+def find_ids(root: str | pathlib.Path, image_pattern: str) -> tuple[str, ...]:
+  """The ids of all files that fit a pattern, sorted; where its folder itself holds none, those of the folders below it."""
+  root = pathlib.Path(root)
+  before, after = image_pattern.split("{id}")
+  folder, _, prefix = before.rpartition("/")
+  found = []
+  for below in ("", "**/"):
+    paths = (root / folder).glob(f"{below}{glob.escape(prefix)}*{glob.escape(after)}")
+    found = found or sorted(path.relative_to(root).as_posix() for path in paths)
+  return tuple(path[len(before) : len(path) - len(after)] for path in found if path.startswith(before))
+
+
+def image_folder(folder: str | pathlib.Path, *, channels: int = 3, check: bool = True) -> FolderSource:
   """All images of a folder and of those below it, without masks; an image's id is its path below the folder.
 
   Raises:
@@ -211,11 +400,12 @@ def image_folder(folder: str | pathlib.Path) -> FolderSource:
     found = "no image" if folder.is_dir() else "no such folder"
     problems.add("folder", got=found, allowed=f"a folder of files ending in {', '.join(IMAGE_SUFFIXES)}")
     problems.raise_if_any()
-  return FolderSource(folder, [path.relative_to(folder).as_posix() for path in files], image_pattern="{id}")
+  entries = [Entry(path.relative_to(folder).as_posix(), image=str(path.absolute())) for path in files]
+  return FolderSource(folder, entries, channels=channels, check=check)
 
 
 class Subset:
-  """Some rows of a source, as a source of their own: `Subset(scenes, splits.every_kth(scenes.ids, "1_8"))`.
+  """Some rows of a source, as a source of their own: `Subset(scenes, splits.part(scenes.ids, "1_8"))`.
 
   Raises:
     InputError: no ids, or ids that the source lacks.
@@ -232,6 +422,8 @@ class Subset:
     problems.raise_if_any()
     self.ids = tuple(ids)
     self.has_labels = source.has_labels
+    self.channels = source.channels
+    self.dtype = source.dtype
     self._source = source
     self._rows = [row_of[name] for name in ids]
 
@@ -248,56 +440,66 @@ class Subset:
     return self._source.size(self._rows[row])
 
 
-def _label_table(num_classes: int, label_map: Mapping[int, int]) -> tuple[np.ndarray, np.ndarray]:
-  """Stored value -> label, and stored value -> whether it is a label at all."""
-  table = np.arange(256, dtype=np.uint8)
-  for value, index in label_map.items():
-    table[value] = index
-  return table, (table < num_classes) | (table == IGNORE_LABEL)
+def _label_table(
+  num_classes: int, label_map: Mapping[int, int], reduce_zero_label: bool, ignore_index: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Stored value -> label uint8, and stored value -> whether it is a label at all; [65536] each."""
+  labels = np.arange(_STORED_VALUES) - reduce_zero_label
+  labels[labels < 0] = IGNORE_LABEL
+  known = (labels < num_classes) | (np.arange(_STORED_VALUES) < reduce_zero_label)
+  for value, index in [(ignore_index, IGNORE_LABEL), *label_map.items()]:
+    labels[value], known[value] = index, True
+  return labels.astype(np.uint8), known
+
+
+def _color_table(mask_colors: Mapping[tuple[int, int, int], int]) -> tuple[np.ndarray, np.ndarray]:
+  """Sorted colour codes and the label of each."""
+  entries = sorted((int(np.dot(color, _COLOR_CODE)), label) for color, label in mask_colors.items())
+  codes, labels = zip(*entries, strict=True)
+  return np.array(codes, np.int32), np.array(labels, np.uint8)
+
+
+class _Files:
+  """Which files there are: one listing a folder instead of one look a file."""
+
+  def __init__(self):
+    self._names: dict[str, frozenset[str]] = {}
+
+  def __contains__(self, path: pathlib.Path) -> bool:
+    folder, name = os.path.split(path)
+    if folder not in self._names:
+      self._names[folder] = frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
+    return name in self._names[folder]
 
 
 def _decode(path: pathlib.Path, what: str, convert) -> np.ndarray:
+  """The pixels of a file; `convert` makes an array of a PIL image."""
   try:
+    if path.suffix.lower() == ".npy":
+      return np.load(path, allow_pickle=False)
     with Image.open(path) as image:
       return np.asarray(convert(image))
-  # PIL reports damaged files by all of these.
-  except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-    problems = checks.Problems(f"cannot read {what} {path}")
-    problems.add("file", got=f"{type(error).__name__}: {error}", remedy="fetch the file anew, or take its id off the list")
-    problems.raise_if_any()
+  except _UNREADABLE as error:
+    _raise_unreadable(what, path, error)
 
 
-def _header_size(path: pathlib.Path, what: str, problems: checks.Problems) -> tuple[int, int] | None:
+def _raise_unreadable(what: str, path: pathlib.Path, error: Exception):
+  problems = checks.Problems(f"cannot read {what} {path}")
+  problems.add("file", got=f"{type(error).__name__}: {error}", remedy="fetch the file anew, or take its id off the list")
+  problems.raise_if_any()
+
+
+class _Header(NamedTuple):
+  size: tuple[int, int]
+  dtype: type[np.generic]  # of images, see Source
+
+
+def _header(path: pathlib.Path) -> _Header | Exception:
   try:
+    if path.suffix.lower() == ".npy":
+      array = np.load(path, mmap_mode="r", allow_pickle=False)
+      return _Header(array.shape[:2], np.uint8 if array.dtype == np.uint8 else np.float32)
     with Image.open(path) as image:
-      return image.height, image.width
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-    problems.add(f"{what} {path}", got=f"no readable image ({error})", remedy="fetch it anew, or take its id off the list")
-    return None
-
-
-def _pattern_remedy(root: pathlib.Path, pattern: str, name: str, what: str, most_files: int = 100_000) -> str:
-  """Where a file of this id does lie, as a pattern; else what the pattern's own folder holds."""
-  found = []
-  stem = name.rsplit("/", 1)[-1]
-  seen = 0
-  for folder, _, files in os.walk(root):
-    seen += len(files)
-    for file in files:
-      if stem in file:
-        path = (pathlib.Path(folder) / file).relative_to(root).as_posix()
-        before, _, after = path.rpartition(name if name in path else stem)
-        found.append(f"{before}{{id}}{after}")
-    if seen > most_files:
-      break
-  near = difflib.get_close_matches(pattern, found, n=1, cutoff=0.0)
-  if near:
-    return f"for '{name}' there is {what}_pattern '{near[0]}'"
-  folder = (root / pattern.replace("{id}", name)).parent
-  if not folder.is_dir():
-    return f"there is no folder {folder}"
-  example = next((entry.name for entry in sorted(folder.iterdir())), None)
-  if example is None:
-    return f"{folder} is empty"
-  pairs = "; one id per line is read, not 'image mask' pairs" if len(name.split()) > 1 else ""
-  return f"{folder} holds e.g. {example}{pairs}"
+      return _Header((image.height, image.width), np.float32 if image.mode in _DEEP_MODES else np.uint8)
+  except _UNREADABLE as error:
+    return error

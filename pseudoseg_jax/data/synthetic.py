@@ -35,6 +35,8 @@ class SyntheticScenes:
   """
 
   has_labels = True
+  channels = 3
+  dtype = np.uint8
 
   def __init__(self, num_scenes: int, size: tuple[int, int] = (64, 64), seed: int = 0):
     problems = checks.Problems("synthetic scenes cannot be made")

@@ -7,7 +7,7 @@ import csv
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from xml.etree import ElementTree
 from xml.parsers import expat
 
@@ -41,11 +41,11 @@ def read_tags(path: str | pathlib.Path, ids: Sequence[str], classes: Classes) ->
   path = pathlib.Path(path)
   problems = checks.Problems(f"cannot use image labels {path}")
   if path.is_dir():
-    entries = _read_xml_folder(path, ids, problems)
+    entries = read_annotations(path, ids, _object_names, problems)
   else:
     entries = _read_json(path, problems) if path.suffix.lower() == ".json" else _read_csv(path, problems)
     problems.raise_if_any()  # of an unreadable file every image would be told to be missing
-    entries = _of_images(entries, ids, problems)
+    entries = of_images(entries, ids, problems)
   tags = _as_rows(entries, ids, classes, problems)
   problems.raise_if_any()
   return tags
@@ -107,7 +107,10 @@ def _read_json(path: pathlib.Path, problems: checks.Problems) -> dict[str, list[
   return entries
 
 
-def _read_xml_folder(folder: pathlib.Path, ids: Sequence[str], problems: checks.Problems) -> dict[str, list[Tag]]:
+def read_annotations(
+  folder: pathlib.Path, ids: Sequence[str], read: Callable[[ElementTree.Element], list], problems: checks.Problems
+) -> dict[str, list]:
+  """What `read` makes of the root of each image's VOC annotation `<id>.xml`; it raises ValueError for what it cannot use."""
   entries, missing = {}, []
   for name in ids:
     candidates = [folder / f"{stem}.xml" for stem in dict.fromkeys((name, without_suffix(name)))]
@@ -116,7 +119,7 @@ def _read_xml_folder(folder: pathlib.Path, ids: Sequence[str], problems: checks.
       missing.append(name)
       continue
     try:
-      entries[name] = _object_names(path.read_bytes())
+      entries[name] = read(_parse_xml(path.read_bytes()))
     except (OSError, ValueError, ElementTree.ParseError, expat.ExpatError) as error:
       problems.add(f"file {path}", got=error, allowed="a VOC annotation")
   if missing:
@@ -125,7 +128,7 @@ def _read_xml_folder(folder: pathlib.Path, ids: Sequence[str], problems: checks.
   return entries
 
 
-def _object_names(document: bytes) -> list[Tag]:
+def _parse_xml(document: bytes) -> ElementTree.Element:
   def refuse(*_):
     raise ValueError("an entity declaration, which no annotation needs")
 
@@ -133,11 +136,15 @@ def _object_names(document: bytes) -> list[Tag]:
   parser = expat.ParserCreate()
   parser.EntityDeclHandler = refuse
   parser.Parse(document, True)
+  return ElementTree.fromstring(document)
+
+
+def _object_names(root: ElementTree.Element) -> list[Tag]:
   # Direct children only: VOC's parts of a person (object/part/name) are no classes.
-  return [(name.text or "").strip() for name in ElementTree.fromstring(document).iterfind("object/name")]
+  return [(name.text or "").strip() for name in root.iterfind("object/name")]
 
 
-def _of_images(entries: Mapping[str, list[Tag]], ids: Sequence[str], problems: checks.Problems) -> dict[str, list[Tag]]:
+def of_images(entries: Mapping[str, list], ids: Sequence[str], problems: checks.Problems) -> dict[str, list]:
   """The entries of these images, by our id: an entry of the same name, or of one that only lacks or has an ending."""
   shortened = collections.defaultdict(list)
   for name, tags in entries.items():
@@ -162,7 +169,7 @@ def _add_missing(missing: Sequence[str], ids: Sequence[str], held: Sequence[str]
   problems.add(
     "images",
     got=f"no entry for {len(missing)} of {len(ids)}: {splits.shorten(missing)}",
-    allowed="an entry for every image, with no tag if nothing is in it",
+    allowed="an entry for every image, an empty one if nothing is in it",
     remedy=remedy,
   )
 
@@ -174,11 +181,23 @@ def _as_rows(entries: Mapping[str, list[Tag]], ids: Sequence[str], classes: Clas
   unknown = collections.defaultdict(list)
   for row, name in enumerate(ids):
     for tag in _single(entries.get(name, ()), index_of):
-      index = index_of.get(tag, int(tag) if str(tag).isdecimal() else -1)
-      if 0 <= index < len(classes):
-        tags[row, index] = 1.0
-      else:
+      index = class_index(tag, index_of)
+      if index is None:
         unknown[tag].append(name)
+      else:
+        tags[row, index] = 1.0
+  add_unknown(unknown, classes, problems)
+  return tags
+
+
+def class_index(tag: Tag, index_of: Mapping[str, int]) -> int | None:
+  """The index of a class given by name or index; None for what is no class."""
+  index = index_of.get(tag, int(tag) if str(tag).isdecimal() else -1)
+  return index if 0 <= index < len(index_of) else None
+
+
+def add_unknown(unknown: Mapping[Tag, Sequence[str]], classes: Classes, problems: checks.Problems) -> None:
+  """Adds a problem for each name that is no class, with the images that have it."""
   for tag, images in unknown.items():
     problems.add(
       f"class {tag!r}",
@@ -186,7 +205,6 @@ def _as_rows(entries: Mapping[str, list[Tag]], ids: Sequence[str], classes: Clas
       allowed=f"{checks.choices(classes.names)} or 0..{len(classes) - 1}",
       remedy=checks.nearest(str(tag), classes.names),
     )
-  return tags
 
 
 def _single(tags: Sequence[Tag], index_of: Mapping[str, int]) -> Iterator[Tag]:

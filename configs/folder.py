@@ -1,0 +1,59 @@
+"""Your own images: a folder with these names trains as it is; other names are options.
+
+  --config=configs/folder.py --config.data.root=DIR
+
+  DIR/classes.txt         class names, one a line, the first is class 0; or lines `index name r g b`
+  DIR/images/NAME.jpg     all images
+  DIR/masks/NAME.png      class indices, grey or palette, 255 = no label; only for the images of the two lists
+  DIR/labeled.txt         the images with masks to learn from, NAME a line (or the path of an image, or of image and mask)
+  DIR/val.txt             the images with masks to evaluate on
+
+Images on neither list are the unlabeled ones. Whatever differs is said by an option, --config.data.KEY=VALUE; the most used:
+
+  image_pattern=photos/{id}.png     label_pattern=truth/{id}_mask.png    where files lie
+  image_pattern= label_pattern=     nowhere in particular: every list, with train_list, has lines `image mask`, paths below DIR
+  split=1_8                         a random eighth of the images not in val.txt is labeled, no labeled.txt needed
+  eval_image_pattern=val/{id}.jpg eval_label_pattern=valmasks/{id}.png eval_list=    a folder to evaluate on instead of a list
+  unlabeled_folder=more             a folder of unlabeled images
+  label_map=11:255,12:3             stored mask values that stand for other classes; 255 = no label
+  mask_colors=True                  masks drawn in the colours of classes.txt
+  reduce_zero_label=True            stored 0 = no label, 1 = class 0, ...
+  channels=1 mean=(0.5,) std=(0.25,)    grey images; or as many channels as yours have, of 8 or 16 bits
+
+`python -m pseudoseg_jax.main ... --print_config` shows all.
+"""
+
+from pseudoseg_jax import config as configs
+
+
+def get_config(argument=""):
+  chosen = configs.arguments(
+    argument,
+    method="cps",
+    convention="",
+    split="labeled.txt",
+    network="deeplabv3plus",
+    backbone="",
+    crop=321,
+    steps=20_000,
+  )
+  config = configs.base(configs.method(chosen["method"], chosen["convention"]))
+  config.data.update(configs.folder_data(
+    classes="classes.txt",
+    image_pattern="images/{id}.jpg",
+    label_pattern="masks/{id}.png",
+    split=chosen["split"],
+    eval_list="val.txt",
+  ))  # fmt: skip
+  config.network = configs.network_on(chosen["network"], chosen["backbone"])
+  config.total_steps = chosen["steps"]
+  config.batch_size_global = {"labeled": 8, "unlabeled": 8}
+  config.optimizer.learning_rate = 0.0025  # with weight decay as of CPS on VOC, see voc.py
+  config.optimizer.weight_decay = 4e-4
+  config.views.crop_size = (chosen["crop"], chosen["crop"])
+  config.log_every_steps = 50
+  config.eval_every_steps = 2000
+  config.checkpoint_every_steps = 1000
+  # Windows of the training crop: images of any size, and one shape to compile.
+  config.evaluation.update({"style": "slide", "window_pixels": (chosen["crop"], chosen["crop"]), "batch_size": 4})
+  return config

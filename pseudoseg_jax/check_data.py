@@ -1,0 +1,275 @@
+"""Looks at every image and mask before training. See --help.
+
+report.json, of --out:
+
+  {"config": str, "split": str, "classes": [str],
+   "errors": int, "warnings": int,                        numbers of findings
+   "roles": {"labeled" | "unlabeled" | "evaluated":
+             {"images": int, "usable": int,
+              "sizes": [[height, width, images]],         the most frequent first
+              "classes": {CLASS: {"pixels": int, "share": number | null, "images": int}} | null,   null: masks are not opened
+              "ignored_share": number | null}},
+   "findings": [{"severity": "error" | "warning", "kind": str, "role": str, "what": str, "remedy": str,
+                 "items": [{"path": str, "detail": str}]}]}
+
+Kinds are the keys of data.audit.KINDS. Shares are fractions: of a class among the pixels that have one; of the ignored among all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pseudoseg_jax import build, checks, config as configs
+from pseudoseg_jax.data import audit
+from pseudoseg_jax.data.audit import Audit, Finding
+from pseudoseg_jax.data.classes import Classes
+from pseudoseg_jax.data.sources import Source
+from pseudoseg_jax.evaluation import pictures, report
+from pseudoseg_jax.main import parse_with_overrides
+
+ROLES = ("labeled", "unlabeled", "evaluated")
+
+_EXAMPLES = 6  # images of a role in its picture
+_REPORT_SECONDS = 5.0
+
+DESCRIPTION = """\
+Opens the data of a config as training would, decodes every image and every mask, and reports what is damaged, what is in
+two lists, and how often each class occurs. Masks of unlabeled images are never opened. With --out it also writes
+
+  OUT/report.json                     everything, for programs
+  OUT/labeled.png, evaluated.png      a few images with their masks
+  OUT/classes.png                     how often each class occurs
+
+Exit code: 0 without errors (there may be warnings), 1 with errors, 2 where nothing can be opened.
+"""
+
+EPILOG = """\
+examples:
+  python -m pseudoseg_jax.check_data --config=configs/camvid.py:split=1_8 --config.data.root=DIR
+  python -m pseudoseg_jax.check_data --config=configs/voc.py:split=92 --config.data.root=DIR --out=/tmp/checked
+"""
+
+
+def _parse(arguments):
+  parser = argparse.ArgumentParser(
+    "python -m pseudoseg_jax.check_data", description=DESCRIPTION, epilog=EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+  )  # fmt: skip
+  parser.add_argument("--config", required=True, help="config file, with its argument after a colon")
+  parser.add_argument("--out", type=pathlib.Path, help="folder to write the report and the pictures to")
+  parser.add_argument("--most", type=int, default=5, help="files told of each kind; report.json has all (default: 5)")
+  return parse_with_overrides(parser, arguments)
+
+
+def main(arguments=None) -> int:
+  known, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
+  try:
+    data = build.build_data(configs.load(known.config, overrides).data, check=False)
+    audits, findings = look(data)
+    print(tables(audits, data.classes))
+    print(findings_text(findings, known.most))
+    if known.out is not None:
+      write(known.out, known.config, data, audits, findings)
+  except checks.InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except OSError as error:  # a full disk, a folder that must not be written to
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    print("\nstopped", file=sys.stderr)
+    return 130
+  return int(any(finding.severity == "error" for finding in findings))
+
+
+def look(data: build.Data) -> tuple[dict[str, Audit], list[Finding]]:
+  """Every role's audit, and all findings, errors first."""
+  sources = {role: getattr(data, role) for role in ROLES}
+  progress = _Progress(sum(map(len, sources.values())))
+  audits = {
+    role: audit.audit(role, source, data.classes.names, with_masks=role != "unlabeled", each=progress.one_more)
+    for role, source in sources.items()
+  }
+  progress.end()
+  findings = [finding for found in audits.values() for finding in found.findings] + audit.overlaps(audits)
+  return audits, sorted(findings, key=lambda finding: finding.severity != "error")
+
+
+def tables(audits: Mapping[str, Audit], classes: Classes) -> str:
+  """The roles' images and sizes, and under them how often each class occurs."""
+  roles = [["", "images", "height x width"], *([role, str(len(found.paths)), _sizes(found)] for role, found in audits.items())]
+  with_masks = {role: found for role, found in audits.items() if found.has_masks}
+  header = ["class", *(title for role in with_masks for title in (f"{role}: pixels %", "in images"))]
+  rows = [header]
+  for index, name in enumerate(classes.names):
+    rows.append([name])
+    for found in with_masks.values():
+      rows[-1] += [f"{100 * found.pixels[index] / max(found.pixels.sum(), 1):.2f}", str(found.images[index])]
+  rows.append(["no opinion, of all"])
+  for found in with_masks.values():
+    rows[-1] += [f"{100 * _ignored_share(found):.2f}", ""]
+  return f"\n{_aligned(roles, left=(0, 2))}\n\n{_aligned(rows, left=(0,))}\n"
+
+
+def findings_text(findings: Sequence[Finding], most: int) -> str:
+  """Every finding with at most `most` of its items, and a last line that counts them."""
+  lines = []
+  for finding in findings:
+    what, remedy = audit.KINDS[finding.kind]
+    lines.append(f"{finding.severity}: {finding.role}: {what} ({len(finding.items)})")
+    lines += [f"    {item.path}" + (f": {item.detail}" if item.detail else "") for item in finding.items[:most]]
+    if len(finding.items) > most:
+      lines.append(f"    ... and {len(finding.items) - most} more")
+    lines.append(f"  -> {remedy}")
+  return "\n".join([*lines, *([""] if lines else []), _verdict(findings)])
+
+
+def write(out: pathlib.Path, config: str, data: build.Data, audits: Mapping[str, Audit], findings: Sequence[Finding]) -> None:
+  """Writes report.json and the pictures, and says where they are."""
+  content = as_json(audits, findings, data.classes) | {"config": config, "split": data.split}
+  report.write_atomically(out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+  written = ["report.json"]
+  for role, found in audits.items():
+    if found.has_masks and found.usable:
+      pictures.save(examples(getattr(data, role), found, data.classes), out / f"{role}.png")
+      written.append(f"{role}.png")
+  class_picture({role: found for role, found in audits.items() if found.has_masks}, data.classes, out / "classes.png")
+  print("\n".join(f"  {out / name}" for name in (*written, "classes.png")))
+
+
+def as_json(audits: Mapping[str, Audit], findings: Sequence[Finding], classes: Classes) -> dict[str, Any]:
+  """What report.json holds, but for config and split."""
+  return {
+    "classes": list(classes.names),
+    "errors": sum(finding.severity == "error" for finding in findings),
+    "warnings": sum(finding.severity == "warning" for finding in findings),
+    "roles": {role: _role_json(found, classes) for role, found in audits.items()},
+    "findings": [
+      {
+        "severity": finding.severity,
+        "kind": finding.kind,
+        "role": finding.role,
+        **dict(zip(("what", "remedy"), audit.KINDS[finding.kind], strict=True)),
+        "items": [item._asdict() for item in finding.items],
+      }
+      for finding in findings
+    ],
+  }
+
+
+def _role_json(found: Audit, classes: Classes) -> dict[str, Any]:
+  total = int(found.pixels.sum())
+  per_class = {
+    name: {"pixels": int(pixels), "share": int(pixels) / total if total else None, "images": int(images)}
+    for name, pixels, images in zip(classes.names, found.pixels, found.images, strict=True)
+  }
+  return {
+    "images": len(found.paths),
+    "usable": len(found.usable),
+    "sizes": [[*size, count] for size, count in found.sizes.most_common()],
+    "classes": per_class if found.has_masks else None,
+    "ignored_share": _ignored_share(found) if found.has_masks else None,
+  }
+
+
+def examples(source: Source, found: Audit, classes: Classes) -> Image.Image:
+  """A picture of a few images of a role, drawn by lot, with their masks."""
+  rows = np.random.default_rng(0).permutation(found.usable)[:_EXAMPLES].tolist()
+  return pictures.contact_sheet([source.image(row) for row in rows], [source.label(row) for row in rows], {}, classes)
+
+
+def class_picture(audits: Mapping[str, Audit], classes: Classes, path: pathlib.Path) -> None:
+  """Draws each class's share of the pixels, and of the images that hold it, by role."""
+  # Not pyplot: it keeps every figure alive and may look for a display.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(11, 1.2 + 0.26 * len(classes)), dpi=110, layout="constrained")
+  FigureCanvasAgg(figure)
+  panels = {
+    "% of the pixels (logarithmic)": lambda found: found.pixels / max(found.pixels.sum(), 1),
+    "% of the images hold it": lambda found: found.images / len(found.paths),
+  }
+  height = 0.8 / len(audits)
+  for axes, (title, share) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+    for number, (role, found) in enumerate(audits.items()):
+      axes.barh(np.arange(len(classes)) + (number - 0.5) * height, 100 * share(found), height, label=role)
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.grid(alpha=0.25, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
+  first, _ = figure.axes
+  first.set_xscale("symlog", linthresh=0.01)
+  first.set_yticks(np.arange(len(classes)), classes.names)
+  first.set_ylim(len(classes) - 0.5, -0.5)
+  figure.legend(*first.get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=9, frameon=False)
+  png = io.BytesIO()
+  figure.savefig(png, format="png")
+  report.write_atomically(path, png.getvalue())
+
+
+def _verdict(findings: Sequence[Finding]) -> str:
+  counts = [sum(finding.severity == severity for finding in findings) for severity in ("error", "warning")]
+  words = [f"{count} kind{'s' * (count != 1)} of {name}" for count, name in zip(counts, ("error", "warning"), strict=True)]
+  return f"{words[0]}, {words[1]}" if any(counts) else "nothing wrong: every image and mask was decoded"
+
+
+def _ignored_share(found: Audit) -> float:
+  return found.ignored_pixels / max(int(found.pixels.sum()) + found.ignored_pixels, 1)
+
+
+def _sizes(found: Audit) -> str:
+  shown = ", ".join(f"{height} x {width} ({count})" for (height, width), count in found.sizes.most_common(3))
+  return shown if len(found.sizes) <= 3 else f"{shown}, and {len(found.sizes) - 3} other sizes"
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+  """Columns of equal width, those in `left` aligned to the left."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  align = [str.ljust if number in left else str.rjust for number in range(len(widths))]
+  lines = ("  ".join(put(cell, width) for put, cell, width in zip(align, row, widths, strict=True)) for row in rows)
+  return "\n".join(line.rstrip() for line in lines)
+
+
+class _Progress:
+  """Tells how many images are done, how fast, and how long the rest takes: a bar in a terminal, else a line now and then."""
+
+  def __init__(self, total: int):
+    self.total, self.done = total, 0
+    self.bar = sys.stderr.isatty()
+    self.started = self.told = time.perf_counter()
+
+  def one_more(self) -> None:
+    self.done += 1
+    now = time.perf_counter()
+    if now - self.told > (0.1 if self.bar else _REPORT_SECONDS):
+      self.told = now
+      self._tell(now)
+
+  def end(self) -> None:
+    self._tell(time.perf_counter())
+    if self.bar:
+      print(file=sys.stderr)
+
+  def _tell(self, now: float) -> None:
+    rate = self.done / max(now - self.started, 1e-9)
+    left = (self.total - self.done) / max(rate, 1e-9)
+    text = f"{self.done}/{self.total} images  {rate:.0f} images/s  left {int(left // 60)} min {left % 60:.0f} s"
+    if self.bar:
+      filled = 30 * self.done // max(self.total, 1)
+      print(f"\r[{'#' * filled}{'.' * (30 - filled)}] {text} ", end="", file=sys.stderr, flush=True)
+    else:
+      print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

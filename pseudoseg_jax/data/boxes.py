@@ -1,0 +1,170 @@
+"""Bounding boxes: where objects are, roughly.
+
+Boxes of an image are f32 [M, 5], a row for each: class index, top, left, bottom, right; the edges are fractions of the image's
+height and width, 0..1, before any augmentation.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import scipy.ndimage
+
+from pseudoseg_jax import checks
+from pseudoseg_jax.data import tags
+from pseudoseg_jax.data.classes import Classes
+from pseudoseg_jax.data.sources import Source
+
+NO_BOX = -1.0  # the class of a row without a box
+
+NamedBox = tuple[str, float, float, float, float]  # class name, top, left, bottom, right
+
+
+def read_boxes(path: str | pathlib.Path, ids: Sequence[str], classes: Classes) -> list[np.ndarray]:
+  """Reads the boxes of images from a folder of VOC annotations or a COCO JSON file.
+
+  An image may have no box, and the file may hold other images as well. Edges at most a pixel outside of the image are clipped;
+  boxes without area are dropped.
+
+  Args:
+    path: a folder of VOC XML files `<id>.xml` (object/bndbox, pixels counted from 1, the last one included; "difficult" objects
+      count), or a COCO JSON (bbox: left, top, width, height in pixels from 0; crowds are dropped).
+    ids: the images' ids, with or without the ending of an image file; in a COCO JSON they are file names or, where no file name
+      is among them, image ids.
+
+  Returns:
+    Boxes f32 [M_i, 5] of each of `ids`.
+
+  Raises:
+    InputError: unreadable files, images without an entry, boxes that do not lie in their image, unknown classes; all at once.
+  """
+  path = pathlib.Path(path)
+  problems = checks.Problems(f"cannot use boxes {path}")
+  if path.is_dir():
+    entries = tags.read_annotations(path, ids, _boxes_of_xml, problems)
+  else:
+    entries = _read_coco(path, ids, problems)
+  boxes = _with_indices(entries, ids, classes, problems)
+  problems.raise_if_any()
+  return boxes
+
+
+def boxes_of_masks(source: Source, classes: Classes, min_area_fraction: float = 0.001) -> list[np.ndarray]:
+  """Boxes read off masks, to simulate images that come with boxes only: f32 [M_i, 5] of each image.
+
+  A box around each connected region (4 neighbours) of a class; "background" as class 0 has none. Objects that touch share one,
+  and an object that is cut in two has two. Regions of less than `min_area_fraction` of the image are left out.
+
+  Raises:
+    InputError: a source without masks, or a mask that cannot be read.
+  """
+  if not source.has_labels:
+    raise checks.InputError("cannot read boxes off masks: the source has none; give it a label_pattern")
+  first = int(classes.names[0] == "background")
+  return [_boxes_of_mask(source.label(row), range(first, len(classes)), min_area_fraction) for row in range(len(source))]
+
+
+def pad_boxes(boxes: Sequence[np.ndarray]) -> np.ndarray:
+  """Boxes [M_i, 5] of N images -> f32 [N, M, 5], M the largest count (1 at least); rows without a box are of class -1."""
+  padded = np.zeros((len(boxes), max([1, *map(len, boxes)]), 5), np.float32)
+  padded[..., 0] = NO_BOX
+  for row, of_image in enumerate(boxes):
+    padded[row, : len(of_image)] = of_image
+  return padded
+
+
+def _boxes_of_mask(label: np.ndarray, indices: range, min_area_fraction: float) -> np.ndarray:
+  height, width = label.shape
+  boxes = []
+  for index in np.intersect1d(label, indices):
+    regions, _ = scipy.ndimage.label(label == index)
+    areas = np.bincount(regions.ravel())[1:]
+    for area, (rows, columns) in zip(areas, scipy.ndimage.find_objects(regions), strict=True):
+      if area >= min_area_fraction * label.size:
+        boxes.append((index, rows.start / height, columns.start / width, rows.stop / height, columns.stop / width))
+  return np.array(boxes, np.float32).reshape(-1, 5)
+
+
+def _boxes_of_xml(root: ElementTree.Element) -> list[NamedBox]:
+  width, height = (_number(root, f"size/{side}") for side in ("width", "height"))
+  boxes = []
+  for found in root.iterfind("object"):
+    left, top, right, bottom = (_number(found, f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax"))
+    boxes.append(_in_image((found.findtext("name") or "").strip(), left - 1, top - 1, right, bottom, width, height))
+  return boxes
+
+
+def _number(element: ElementTree.Element, path: str) -> float:
+  text = element.findtext(path)
+  if text is None:
+    raise ValueError(f"no {path} in <{element.tag}>")
+  return float(text)
+
+
+def _read_coco(path: pathlib.Path, ids: Sequence[str], problems: checks.Problems) -> dict[str, list[NamedBox]]:
+  try:
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    category_of = {category["id"]: category["name"] for category in content["categories"]}
+    annotations = collections.defaultdict(list)
+    for annotation in content["annotations"]:
+      if not annotation.get("iscrowd"):
+        annotations[annotation["image_id"]].append((category_of[annotation["category_id"]], *annotation["bbox"]))
+    images = _coco_images(content["images"], ids)
+  except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    allowed = "a folder of VOC XML, or a COCO JSON of images, annotations and categories"
+    problems.add("file", got=f"{type(error).__name__}: {error}", allowed=allowed)
+    problems.raise_if_any()  # of an unreadable file every image would be told to be missing
+  entries = collections.defaultdict(list)
+  for name, same in tags.of_images(images, ids, problems).items():
+    try:
+      for image in same:
+        for category, left, top, width, height in annotations[image["id"]]:
+          entries[name].append(_in_image(category, left, top, left + width, top + height, image["width"], image["height"]))
+    except (ValueError, TypeError, KeyError) as error:
+      problems.add(f"image {name}", got=error, allowed="bbox [left, top, width, height] inside of width x height")
+  return entries
+
+
+def _coco_images(images: Sequence[dict[str, Any]], ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+  """The images by what `ids` call them, each in a list as `tags.of_images` wants them."""
+  by_file = {image["file_name"]: [image] for image in images}
+  stems = set(map(tags.without_suffix, by_file))
+  if any(tags.without_suffix(name) in stems for name in ids):
+    return by_file
+  by_id = {str(image["id"]): [image] for image in images}
+  return by_id if any(name in by_id for name in ids) else by_file
+
+
+def _in_image(name: str, left: float, top: float, right: float, bottom: float, width: float, height: float) -> NamedBox:
+  """Edges in pixels as fractions, clipped to the image."""
+  if not (width > 0 and height > 0 and -1 <= left <= right <= width + 1 and -1 <= top <= bottom <= height + 1):
+    raise ValueError(
+      f"a box of '{name}' from x {left:g} to {right:g} and y {top:g} to {bottom:g} in an image of {width:g} x {height:g} pixels"
+    )
+  edges = np.clip((top / height, left / width, bottom / height, right / width), 0.0, 1.0)
+  return name, *edges.tolist()
+
+
+def _with_indices(
+  entries: Mapping[str, Sequence[NamedBox]], ids: Sequence[str], classes: Classes, problems: checks.Problems
+) -> list[np.ndarray]:
+  index_of = {name: index for index, name in enumerate(classes.names)}
+  unknown = collections.defaultdict(dict)  # name -> its images, as keys
+  boxes = []
+  for image in ids:
+    rows = []
+    for name, top, left, bottom, right in entries.get(image, ()):
+      index = tags.class_index(name, index_of)
+      if index is None:
+        unknown[name][image] = True
+      elif top < bottom and left < right:
+        rows.append((index, top, left, bottom, right))
+    boxes.append(np.array(rows, np.float32).reshape(-1, 5))
+  tags.add_unknown({name: list(images) for name, images in unknown.items()}, classes, problems)
+  return boxes

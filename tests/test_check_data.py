@@ -1,0 +1,258 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pseudoseg_jax import check_data
+from pseudoseg_jax.data import audit, sources, synthetic
+
+NAMES = ("sky", "cat", "dog")
+HEIGHT, WIDTH = 12, 16
+
+
+def add(root, name, *, mask="plain", image=None):
+  """An image of its own noise and a mask: half sky, half cat by default."""
+  noise = np.random.default_rng(list(map(ord, name))).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+  (root / "images").mkdir(exist_ok=True)
+  (root / "labels").mkdir(exist_ok=True)
+  Image.fromarray(noise if image is None else image).save(root / f"images/{name}.jpg")
+  if isinstance(mask, str):
+    mask = np.repeat(np.uint8([[0, 1]]), (WIDTH // 2), axis=1).repeat(HEIGHT, axis=0)
+  Image.fromarray(mask).save(root / f"labels/{name}.png")
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+
+
+def open_source(root, *ids):
+  return sources.FolderSource(
+    root, ids, image_pattern="images/{id}.jpg", label_pattern="labels/{id}.png", num_classes=3, label_map={11: 255}, check=False
+  )
+
+
+def run(root, *ids, role="labeled", **options):
+  return audit.audit(role, open_source(root, *ids), NAMES, **({"with_masks": True} | options))
+
+
+def items(found, kind):
+  return {item.path: item.detail for finding in found for item in finding.items if finding.kind == kind}
+
+
+def constant(value):
+  return np.full((HEIGHT, WIDTH), value, np.uint8)
+
+
+def test_classes_are_counted_by_pixel_and_by_image(tmp_path):
+  add(tmp_path, "a")
+  add(tmp_path, "b", mask=constant(0))
+  add(tmp_path, "c", mask=np.where(np.arange(WIDTH) < 4, 11, constant(1)))
+  found = run(tmp_path, "a", "b", "c")
+  assert found.pixels.tolist() == [96 + 192, 96 + 144, 0] and found.images.tolist() == [2, 2, 0]
+  assert found.ignored_pixels == 48  # 11 is mapped
+  assert found.sizes == {(HEIGHT, WIDTH): 3} and found.usable == [0, 1, 2]
+  assert [finding.kind for finding in found.findings] == ["unseen_class"] and items(found.findings, "unseen_class") == {"dog": ""}
+
+
+def test_every_kind_of_damage_is_found_with_its_path(tmp_path):
+  for name in ("whole", "cut", "empty", "absent", "cut_mask", "absent_mask"):
+    add(tmp_path, name)
+  add(tmp_path, "values", mask=np.where(np.arange(WIDTH) < 1, 7, constant(11)).astype(np.uint8))
+  add(tmp_path, "colours", mask=np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+  add(tmp_path, "small", mask=np.ones((3, 4), np.uint8))
+  add(tmp_path, "ignored", mask=constant(255))
+  add(tmp_path, "binary", mask=np.where(np.arange(WIDTH) < 4, 255, constant(0)).astype(np.uint8))
+  image, label = (lambda name: tmp_path / f"images/{name}.jpg"), (lambda name: tmp_path / f"labels/{name}.png")
+  truncate(image("cut"))
+  truncate(label("cut_mask"))
+  image("empty").write_bytes(b"")
+  image("absent").unlink()
+  label("absent_mask").unlink()
+  names = [path.stem for path in sorted(label("").parent.glob("*.png"))] + ["absent_mask"]
+  found = run(tmp_path, *names)
+
+  images = items(found.findings, "unreadable_image")
+  assert set(images) == {str(image(name)) for name in ("cut", "empty", "absent")}
+  assert "truncated" in images[str(image("cut"))].lower() and "No such file" in images[str(image("absent"))]
+  masks = items(found.findings, "unreadable_mask")
+  assert set(masks) == {str(label(name)) for name in ("cut_mask", "absent_mask", "colours")}
+  assert "got 3 channels" in masks[str(label("colours"))]
+  assert items(found.findings, "unknown_value") == {str(label("values")): "7 on 12 pixels"}
+  assert items(found.findings, "size_mismatch") == {str(label("small")): "3 x 4, the image 12 x 16 (height x width)"}
+  assert items(found.findings, "only_ignored") == {str(label("ignored")): ""}
+  assert items(found.findings, "only_0_and_255") == {str(label("binary")): "25.0 % of it is 255"}
+  assert [names[row] for row in found.usable] == ["binary", "ignored", "whole"]
+  assert found.digests[names.index("cut")] is None
+
+
+def test_masks_of_0_and_255_are_an_error_where_there_are_no_others(tmp_path):
+  add(tmp_path, "a", mask=np.where(np.arange(WIDTH) < 4, 255, constant(0)).astype(np.uint8))
+  add(tmp_path, "b", mask=constant(0))
+  (finding, *_) = run(tmp_path, "a", "b").findings
+  assert (finding.kind, finding.severity, len(finding.items)) == ("no_class_but_0", "error", 1)
+
+
+def test_unknown_values_are_told_of_coloured_masks_and_of_arrays(tmp_path):
+  add(tmp_path, "a", mask=np.uint8([[[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 255, 0]]]))
+  np.save(tmp_path / "labels/a.npy", np.full((1, 4), 9, np.uint8))
+  options = dict(image_pattern="images/{id}.jpg", num_classes=3, check=False)
+  colors = {"label_pattern": "labels/{id}.png", "mask_colors": {(0, 0, 0): 0, (255, 0, 0): 1}}
+  for form, detail in ((colors, "(0, 255, 0) on 2 pixels"), ({"label_pattern": "labels/{id}.npy"}, "9")):
+    found = audit.audit("labeled", sources.FolderSource(tmp_path, ["a"], **options, **form), NAMES, with_masks=True)
+    assert list(items(found.findings, "unknown_value").values()) == [detail]
+
+
+def test_nothing_readable_is_no_reason_to_stop(tmp_path):
+  add(tmp_path, "a")
+  for folder, suffix in (("images", "jpg"), ("labels", "png")):
+    truncate(tmp_path / folder / f"a.{suffix}")
+  found = run(tmp_path, "a")
+  assert [finding.kind for finding in found.findings] == ["unreadable_image", "unreadable_mask", "unseen_class"]
+  assert not found.usable and not found.sizes
+
+
+def test_copies_are_found_whatever_their_file(tmp_path):
+  for name in ("a", "b"):
+    add(tmp_path, name)
+  shutil.copy(tmp_path / "images/a.jpg", tmp_path / "images/c.jpg")
+  Image.open(tmp_path / "images/a.jpg").save(tmp_path / "images/d.png")
+  source = sources.image_folder(tmp_path / "images", check=False)
+  found = audit.audit("unlabeled", source, NAMES, with_masks=False)
+  same = f"the same pixels as {tmp_path / 'images/a.jpg'}"
+  assert items(found.findings, "duplicate") == {str(tmp_path / "images/c.jpg"): same, str(tmp_path / "images/d.png"): same}
+  twice = run(tmp_path, "b", "b")
+  assert items(twice.findings, "duplicate") == {str(tmp_path / "images/b.jpg"): "twice in the list"}
+
+
+def test_overlaps_of_roles_are_found_by_file_and_by_content(tmp_path):
+  for name in "abcdef":
+    add(tmp_path, name)
+  shutil.copy(tmp_path / "images/a.jpg", tmp_path / "images/e.jpg")
+  truncate(tmp_path / "images/b.jpg")  # in two lists, and unreadable
+  audits = {
+    role: run(tmp_path, *ids, role=role) for role, ids in {"labeled": "abc", "unlabeled": "cd", "evaluated": "bdef"}.items()
+  }
+  found = {finding.kind: (finding.severity, dict(finding.items)) for finding in audit.overlaps(audits)}
+  a, b, c, d, e = (str(tmp_path / f"images/{name}.jpg") for name in "abcde")
+  assert found == {
+    "labeled_in_evaluated": ("error", {a: f"the same pixels as {e}", b: "in both lists"}),
+    "unlabeled_in_evaluated": ("warning", {d: "in both lists"}),
+    "labeled_in_unlabeled": ("warning", {c: "in both lists"}),
+  }
+
+
+def test_sources_without_files_overlap_by_content_alone():
+  scenes = [synthetic.SyntheticScenes(3, (32, 32), seed=seed) for seed in (0, 1)]
+  audits = {
+    role: audit.audit(role, source, synthetic.CLASSES.names, with_masks=True)
+    for role, source in zip(("labeled", "evaluated"), scenes, strict=True)
+  }
+  assert audit.overlaps(audits) == []
+  audits["evaluated"] = audit.audit("evaluated", scenes[0], synthetic.CLASSES.names, with_masks=True)
+  found = items(audit.overlaps(audits), "labeled_in_evaluated")
+  assert found["labeled/scene_000002"] == "the same pixels as evaluated/scene_000002"
+
+
+class Counting:
+  """Counts what is asked of a source, and fails at one row as a bug would, not as a file does."""
+
+  ids = tuple(map(str, range(400)))
+  has_labels = True
+
+  def __init__(self, failing=None):
+    self.asked, self.failing = [], failing
+
+  def __len__(self):
+    return len(self.ids)
+
+  def image(self, row):
+    self.asked.append(row)
+    if row == self.failing:
+      raise KeyboardInterrupt
+    return np.full((2, 2, 3), row % 256, np.uint8)
+
+  def label(self, row):
+    raise AssertionError("masks of unlabeled images are not for opening")
+
+
+def test_masks_are_left_alone_where_they_are_not_asked_for():
+  ticks = []
+  found = audit.audit("unlabeled", Counting(), NAMES, with_masks=False, threads=3, each=lambda: ticks.append(1))
+  assert len(found.usable) == len(ticks) == 400 and not found.pixels.any()
+  assert len(items(found.findings, "duplicate")) == 400 - 256  # grey levels
+
+
+def test_an_interruption_leaves_at_once():
+  source = Counting(failing=40)
+  with pytest.raises(KeyboardInterrupt):
+    audit.audit("unlabeled", source, NAMES, with_masks=False, threads=2)
+  assert len(source.asked) < 60
+
+
+CONFIG = """
+from pseudoseg_jax import config as configs
+
+def get_config(argument=""):
+  config = configs.base(configs.method("supervised"))
+  config.data.update(configs.folder_data(
+    root="ROOT", classes="classes.txt", split="labeled.txt", unlabeled_list="unlabeled.txt", eval_list="evaluated.txt",
+    image_pattern="images/{id}.jpg", label_pattern="labels/{id}.png",
+  ))
+  return config
+"""
+
+
+def make_config(root, **lists):
+  for name in sorted(set("".join(lists.values()))):
+    add(root, name, mask=np.uint8([[0, 1], [2, 255]]).repeat(HEIGHT // 2, axis=0).repeat(WIDTH // 2, axis=1))
+  for role, names in lists.items():
+    (root / f"{role}.txt").write_text("\n".join(names))
+  (root / "classes.txt").write_text("0 sky 0 0 255\n1 cat 255 0 0\n2 dog 0 255 0\n")
+  (root / "config.py").write_text(CONFIG.replace("ROOT", str(root)))
+  return f"--config={root / 'config.py'}"
+
+
+def test_whole_data_pass_with_report_and_pictures(tmp_path, capsys):
+  config = make_config(tmp_path, labeled="ab", unlabeled="cd", evaluated="e")
+  (tmp_path / "labels/c.png").write_bytes(b"never opened")
+  assert check_data.main([config, f"--out={tmp_path / 'out'}"]) == 0
+  told = capsys.readouterr().out
+  for part in ("nothing wrong", "12 x 16 (2)", "33.33", str(tmp_path / "out/report.json"), str(tmp_path / "out/evaluated.png")):
+    assert part in told
+  written = json.loads((tmp_path / "out/report.json").read_text())
+  assert (written["errors"], written["warnings"], written["findings"]) == (0, 0, [])
+  assert written["roles"]["unlabeled"] == {
+    "images": 2, "usable": 2, "sizes": [[12, 16, 2]], "classes": None, "ignored_share": None,
+  }  # fmt: skip
+  assert written["roles"]["labeled"]["classes"]["dog"] == {"pixels": 96, "share": 1 / 3, "images": 2}
+  assert written["roles"]["labeled"]["ignored_share"] == 0.25
+  for name in ("labeled.png", "evaluated.png", "classes.png"):
+    assert min(Image.open(tmp_path / "out" / name).size) > 50
+
+
+def test_damaged_data_fail_and_long_lists_are_cut_but_not_in_the_report(tmp_path, capsys):
+  config = make_config(tmp_path, labeled="abcdefg", unlabeled="hi", evaluated="j")
+  for name in "bcdefg":
+    truncate(tmp_path / f"images/{name}.jpg")
+  assert check_data.main([config, f"--out={tmp_path / 'out'}", "--most=2"]) == 1
+  told = capsys.readouterr().out
+  assert "error: labeled: images that cannot be read (6)" in told and "... and 4 more" in told
+  assert str(tmp_path / "images/c.jpg") in told and str(tmp_path / "images/d.jpg") not in told
+  (finding,) = json.loads((tmp_path / "out/report.json").read_text())["findings"]
+  assert (finding["severity"], finding["kind"], finding["role"]) == ("error", "unreadable_image", "labeled")
+  assert [item["path"] for item in finding["items"]] == [str(tmp_path / f"images/{name}.jpg") for name in "bcdefg"]
+
+
+def test_unusable_input_and_interruptions_have_codes_of_their_own(tmp_path, capsys, monkeypatch):
+  config = make_config(tmp_path, labeled="a", unlabeled="b", evaluated="c")
+  assert check_data.main([config, f"--config.data.root={tmp_path / 'elsewhere'}"]) == 2
+  assert "elsewhere" in capsys.readouterr().err
+
+  def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(audit, "audit", interrupted)
+  assert check_data.main([config, f"--out={tmp_path / 'out'}"]) == 130
+  assert not (tmp_path / "out").exists()

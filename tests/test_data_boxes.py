@@ -1,0 +1,152 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pseudoseg_jax import checks
+from pseudoseg_jax.data import boxes, sources, synthetic
+from pseudoseg_jax.data.classes import Classes
+
+CLASSES = Classes(("background", "cat", "dog"), ((0, 0, 0),) * 3)
+IDS = ("a", "b", "c")
+# In images of 20 x 10 pixels (width x height); a: the dog's box is columns 4..9, rows 0..4; b: the whole image; c: nothing.
+WANTED = ([[2, 0.0, 0.2, 0.5, 0.5], [1, 0.9, 0.95, 1.0, 1.0]], [[1, 0, 0, 1, 1]], np.zeros((0, 5)))
+
+
+def message(call):
+  with pytest.raises(checks.InputError) as error:
+    call()
+  return str(error.value)
+
+
+def write_xml(folder, name, *objects, size="<size><width>20</width><height>10</height><depth>3</depth></size>"):
+  """objects: (class, xmin, ymin, xmax, ymax), in pixels from 1."""
+  parts = ""
+  for kind, *edges in objects:
+    tagged = "".join(f"<{edge}>{value}</{edge}>" for edge, value in zip(("xmin", "ymin", "xmax", "ymax"), edges, strict=True))
+    # A part of an object has a box as well, which is no box of a class.
+    part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
+    parts += f"<object><name>{kind}</name>{part}<difficult>1</difficult><bndbox>{tagged}</bndbox></object>"
+  (folder / f"{name}.xml").write_text(f"<annotation>{size}{parts}</annotation>")
+
+
+def write_coco(path, annotations=None, changes=None):
+  images = [{"id": 10 + row, "file_name": f"{name}.jpg", "width": 20, "height": 10} for row, name in enumerate(IDS)]
+  categories = [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}, {"id": 90, "name": "toothbrush"}]
+  if annotations is None:
+    annotations = [
+      (10, 18, [4, 0, 6, 5], 0), (11, 17, [0, 0, 20, 10], 0), (10, 17, [19, 9, 1, 1], 0),
+      (11, 18, [0, 0, 5, 5], 1), (11, 18, [3, 3, 0, 4], 0), (99, 90, [0, 0, 1, 1], 0),
+    ]  # fmt: skip
+  annotations = [dict(zip(("image_id", "category_id", "bbox", "iscrowd"), one, strict=True)) for one in annotations]
+  path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories} | (changes or {})))
+  return path
+
+
+def assert_boxes(got, wanted=WANTED):
+  assert len(got) == len(wanted)
+  for one, other in zip(got, wanted, strict=True):
+    assert one.dtype == np.float32 and one.shape[1:] == (5,)
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_voc_pixels_count_from_one_and_include_the_last(tmp_path):
+  write_xml(tmp_path, "a", ("dog", 5, 1, 10, 5), ("cat", "20.0", 10, 20, 10))
+  write_xml(tmp_path, "b", ("cat", 1, 1, 20, 10))
+  write_xml(tmp_path, "c")
+  assert_boxes(boxes.read_boxes(tmp_path, IDS, CLASSES))
+  assert_boxes(boxes.read_boxes(tmp_path, ("b.jpg", "a"), CLASSES), [WANTED[1], WANTED[0]])
+
+
+def test_coco_pixels_count_from_zero_and_crowds_and_empty_boxes_are_dropped(tmp_path):
+  path = write_coco(tmp_path / "instances.json")
+  assert_boxes(boxes.read_boxes(path, IDS, CLASSES))
+  assert_boxes(boxes.read_boxes(path, ("c", "a.jpg"), CLASSES), [WANTED[2], WANTED[0]])
+  assert_boxes(boxes.read_boxes(path, ("10", "12"), CLASSES), [WANTED[0], WANTED[2]])  # image ids, where no file is called so
+
+
+def test_edges_a_pixel_outside_are_clipped(tmp_path):
+  write_xml(tmp_path, "a", ("cat", 0, 0, 21, 11))
+  assert_boxes(boxes.read_boxes(tmp_path, ("a",), CLASSES), [[[1, 0, 0, 1, 1]]])
+
+
+def test_everything_wrong_with_annotations_is_told_together(tmp_path):
+  write_xml(tmp_path, "a", ("doog", 1, 1, 2, 2), ("doog", 1, 1, 3, 3))
+  write_xml(tmp_path, "b", ("cat", 1, 1, 40, 10))
+  write_xml(tmp_path, "c", ("cat", 1, 1, 4, 4), size="")
+  write_xml(tmp_path, "d", ("cat", 9, 1, 4, 4))
+  told = message(lambda: boxes.read_boxes(tmp_path, (*IDS, "d", "e"), CLASSES))
+  for part in (
+    "class 'doog': got for a;", "did you mean 'dog'?", f"file {tmp_path / 'b.xml'}: got a box of 'cat' from x 0 to 40",
+    "image of 20 x 10", f"file {tmp_path / 'c.xml'}: got no size/width", "from x 8 to 4", "no entry for 1 of 5: e",
+  ):  # fmt: skip
+    assert part in told
+
+
+def test_everything_wrong_with_coco_is_told_together(tmp_path):
+  annotations = [(10, 90, [0, 0, 1, 1], 0), (11, 17, [0, 0, 40, 5], 0), (12, 17, [5, 5, -2, 2], 0)]
+  path = write_coco(tmp_path / "instances.json", annotations)
+  told = message(lambda: boxes.read_boxes(path, (*IDS, "d"), CLASSES))
+  for part in ("class 'toothbrush': got for a", "image b: got a box of 'cat' from x 0 to 40", "image c", "1 of 4: d"):
+    assert part in told
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"images": [{"id": 3}]}, {"annotations": {"a": 1}}, {"categories": None}, {"annotations": [{"category_id": 4}]}],
+)
+def test_other_json_is_refused_with_its_path(tmp_path, changes):
+  path = write_coco(tmp_path / "instances.json", changes=changes)
+  told = message(lambda: boxes.read_boxes(path, IDS, CLASSES))
+  assert str(path) in told and "COCO JSON" in told and "no entry" not in told
+
+
+@pytest.mark.parametrize(("content", "part"), [(b"[1]", "list indices"), (b"{", "JSONDecodeError"), (b"\xff\x00", "Unicode")])
+def test_unreadable_files_are_named(tmp_path, content, part):
+  (tmp_path / "boxes.json").write_bytes(content)
+  told = message(lambda: boxes.read_boxes(tmp_path / "boxes.json", IDS, CLASSES))
+  assert str(tmp_path / "boxes.json") in told and part in told
+  assert "No such file" in message(lambda: boxes.read_boxes(tmp_path / "none.json", IDS, CLASSES))
+
+
+def test_padding_rows_have_no_class():
+  padded = boxes.pad_boxes([np.float32(WANTED[0]), np.float32(WANTED[1]), np.float32(WANTED[2])])
+  assert padded.shape == (3, 2, 5) and padded.dtype == np.float32
+  np.testing.assert_array_equal(padded[..., 0], [[2, 1], [1, -1], [-1, -1]])
+  np.testing.assert_allclose(padded[0], WANTED[0])
+  assert boxes.pad_boxes([np.zeros((0, 5), np.float32)]).shape == (1, 1, 5)
+
+
+def masks_source(root, *masks):
+  for row, mask in enumerate(masks):
+    Image.new("RGB", mask.shape[::-1]).save(root / f"{row}.jpg")
+    Image.fromarray(mask).save(root / f"{row}.png")
+  ids = [str(row) for row in range(len(masks))]
+  return sources.FolderSource(root, ids, image_pattern="{id}.jpg", label_pattern="{id}.png", num_classes=3)
+
+
+def test_boxes_of_masks_are_tight_and_skip_background_ignored_and_small_regions(tmp_path):
+  mask = np.zeros((10, 20), np.uint8)
+  mask[0:5, 4:10] = 2
+  mask[9, 19] = 1
+  mask[6:9, 4:10] = 255
+  source = masks_source(tmp_path, mask, np.ones((10, 20), np.uint8), np.zeros((10, 20), np.uint8))
+  assert_boxes(boxes.boxes_of_masks(source, CLASSES), ([WANTED[0][1], WANTED[0][0]], WANTED[1], WANTED[2]))
+  assert len(boxes.boxes_of_masks(source, CLASSES, min_area_fraction=0.01)[0]) == 1  # 1 of 200 pixels is less
+  things = Classes(("sky", "cat", "dog"), ((0, 0, 0),) * 3)
+  assert set(boxes.boxes_of_masks(source, things)[0][:, 0]) == {0, 1, 2}
+
+
+def test_boxes_of_synthetic_scenes_cover_their_classes():
+  scenes = synthetic.SyntheticScenes(4, (32, 40))
+  for row, found in enumerate(boxes.boxes_of_masks(scenes, synthetic.CLASSES, min_area_fraction=0)):
+    inside = np.zeros((32, 40), bool)
+    for _, top, left, bottom, right in np.rint(found * [1, 32, 40, 32, 40]).astype(int):
+      inside[top:bottom, left:right] = True
+    assert not (scenes.label(row)[~inside] > 0).any()
+
+
+def test_sources_without_masks_are_refused(tmp_path):
+  Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
+  assert "label_pattern" in message(lambda: boxes.boxes_of_masks(sources.image_folder(tmp_path), CLASSES))
