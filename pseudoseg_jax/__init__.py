@@ -1,4 +1,4 @@
-"""Semi- and weakly-supervised semantic segmentation in JAX/Flax: train(...), evaluate(...), load(...)."""
+"""Semi- and weakly-supervised semantic segmentation in JAX/Flax: train(...), evaluate(...), load(...), export(...)."""
 
 import importlib
 import os
@@ -8,7 +8,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "load", "train"]
+__all__ = ["evaluate", "export", "load", "train"]
 
 
 def __getattr__(name):

@@ -148,6 +148,7 @@ def fit(
   checkpoints: Checkpoints,
   records: Records,
   evaluate: Callable[[State], float],
+  prepare: Callable[[State], State] = lambda state: state,
 ) -> Outcome:
   """Trains from the newest checkpoint (or from the start) to `total_steps`.
 
@@ -155,6 +156,7 @@ def fit(
     batches: start_step -> iterator of this process's share of each global batch from that step on.
     images_per_step: images of all streams in a global batch, for the rate.
     evaluate: state -> headline score, called every `eval_steps` and at the end; it does its own reporting. The best state is kept.
+    prepare: fresh state -> the state to start from (pretrained weights), outside of jit; not called where a run goes on.
 
   Returns:
     The last state; `finished` is False where a signal ended the run early (it is saved, and the same call goes on).
@@ -163,7 +165,7 @@ def fit(
     NonFiniteLoss: names the step and the loss terms.
   """
   start = checkpoints.step() or 0
-  state = checkpoints.restore(abstract_state(method, mesh)) if start else jit_init(method, mesh, seed)
+  state = checkpoints.restore(abstract_state(method, mesh)) if start else prepare(jit_init(method, mesh, seed))
   if start:
     log.info("resumed at step %d of %d", start, total_steps)
   best = checkpoints.note("best").get("score", -np.inf)
