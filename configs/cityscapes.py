@@ -1,6 +1,7 @@
 """Cityscapes in the official layout, 19 classes, with the settings of CPS's official code.
 
   --config=configs/cityscapes.py:method=cps,split=1_8 --config.data.root=DIR
+  --config=configs/cityscapes.py:method=cps,split=1_8,form=tfds --config.data.root=DIR/tfds    (after `prepare ... --format=tfds`)
 
 DIR holds leftImg8bit/{train,val}/CITY/ and gtFine/{train,val}/CITY/. Masks are the labelIds of the download; their 19 scored
 classes are picked while reading, so nothing is to be converted, whatever masks a list names. For the extra images as unlabeled
@@ -10,7 +11,7 @@ split: 1_30, 1_16, 1_8, 1_4 or 1_2 (the lists of CPS, or from 1_16 on those of U
 draw, of config.data.split_seed); full; or the path of a list of labeled images.
 """
 
-from pseudoseg_jax import config as configs
+from pseudoseg_jax import checks, config as configs
 from pseudoseg_jax.data import splits
 
 _TRAIN = 2975
@@ -18,17 +19,21 @@ _TRAIN = 2975
 
 def get_config(argument=""):
   chosen = configs.arguments(
-    argument, method="cps", convention="", split="1_8", lists="", network="deeplabv3plus", backbone=""
+    argument, method="cps", convention="", split="1_8", lists="", network="deeplabv3plus", backbone="", form="folder"
   )
+  checks.check_name("form", chosen["form"], ("folder", "tfds"))
+  split = splits.published_or_own("cityscapes", chosen["lists"], chosen["split"], default="cps")
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
-  config.data.update(configs.folder_data(
+  config.data.update(configs.tfds_data(
+    dataset="cityscapes", classes="cityscapes", label_map="cityscapes", split=split
+  ) if chosen["form"] == "tfds" else configs.folder_data(
     classes="cityscapes",
     image_pattern="leftImg8bit/train/{id}_leftImg8bit.png",
     label_pattern="gtFine/train/{id}_gtFine_labelIds.png",
     label_map="cityscapes",
     # Unlabeled in labelIds, which know no 255: so labelTrainIds, which would be misread, are refused.
     ignore_index=0,
-    split=splits.published_or_own("cityscapes", chosen["lists"], chosen["split"], default="cps"),
+    split=split,
     eval_image_pattern="leftImg8bit/val/{id}_leftImg8bit.png",
     eval_label_pattern="gtFine/val/{id}_gtFine_labelIds.png",
   ))  # fmt: skip

@@ -1,33 +1,38 @@
 """COCO 2017, 80 things and background, with the settings of PseudoSeg's official code.
 
   --config=configs/coco.py:method=pseudoseg,split=1_512 --config.data.root=DIR
+  --config=configs/coco.py:method=pseudoseg,split=1_512,form=tfds --config.data.root=DIR/tfds    (after `prepare ... --format=tfds`)
 
 DIR holds train2017/, val2017/ (the images) and masks/ (NAME.png for the images of both: 0 background, 1..80 the things in the
-order of their category ids without the gaps, 255 no opinion). For unlabeled images with image-level labels:
+order of their category ids without the gaps, 255 no opinion), as `prepare coco` makes them. For unlabeled images with image-level labels:
 --config.method.image_labels=True --config.data.image_labels=FILE (CSV or JSON of the classes in each image).
 
 split: 1_512, 1_256, 1_128, 1_64 or 1_32 (the published lists of 232 to 3697 labeled images), another 1_k (our own draw, of
 config.data.split_seed), or the path of a list of labeled images.
 """
 
-from pseudoseg_jax import config as configs, recipes
+from pseudoseg_jax import checks, config as configs, recipes
 from pseudoseg_jax.data import splits
 
 
 def get_config(argument=""):
-  chosen = configs.arguments(argument, method="pseudoseg", convention="", split="1_512", network="", backbone="")
+  chosen = configs.arguments(argument, method="pseudoseg", convention="", split="1_512", network="", backbone="", form="folder")
+  checks.check_name("form", chosen["form"], ("folder", "tfds"))
+  split = splits.published_or_own("coco2017", "", chosen["split"], default="pseudoseg")
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
-  config.data.update(configs.folder_data(
+  config.data.update(configs.tfds_data(
+    dataset="coco2017", classes="coco", split=split, unlabeled_split="train"
+  ) if chosen["form"] == "tfds" else configs.folder_data(
     classes="coco",
     image_pattern="train2017/{id}.jpg",
     label_pattern="masks/{id}.png",
-    split=splits.published_or_own("coco2017", "", chosen["split"], default="pseudoseg"),
+    split=split,
     unlabeled_folder="train2017",  # all of them, the labeled ones included, as in the official run
     eval_image_pattern="val2017/{id}.jpg",
   ))  # fmt: skip
   recipes.pseudoseg(config)
   config.total_steps = 200_000
-  config.evaluation.pad_multiple = 641
+  config.evaluation.window_pixels = (641, 641)  # the protocol "pseudoseg_coco"
   config.network = configs.network_on(chosen["network"] or config.network.name, chosen["backbone"])
   config.log_every_steps = 50
   config.eval_every_steps = 10_000

@@ -1,6 +1,7 @@
 """PASCAL VOC 2012 in the VOCdevkit layout, 21 classes.
 
-  --config=configs/voc.py:method=cps,split=1_8 --config.data.root=DIR          (DIR holds VOCdevkit/)
+  --config=configs/voc.py:method=cps,split=1_8 --config.data.root=DIR                   (DIR holds VOCdevkit/)
+  --config=configs/voc.py:method=cps,split=1_8,form=tfds --config.data.root=DIR/tfds    (after `prepare voc --format=tfds`)
   --config=configs/voc.py:method=pseudoseg,split=92 --config.data.root=DIR
       with --config.method.image_labels=True the unlabeled images have the image-level labels of VOC's own Annotations
 
@@ -17,22 +18,27 @@ _TRAIN_AUG = 10582
 
 def get_config(argument=""):
   chosen = configs.arguments(
-    argument, method="cps", convention="", split="", lists="", network="", backbone="", train="train_aug", recipe=""
+    argument, method="cps", convention="", split="", lists="", network="", backbone="", train="train_aug", recipe="", form="folder"
   )
+  checks.check_name("form", chosen["form"], ("folder", "tfds"))
   recipe = chosen["recipe"] or ("pseudoseg" if chosen["method"] == "pseudoseg" else "cps")
   checks.check_name("recipe", recipe, ("cps", "pseudoseg"))
   split = chosen["split"] or ("92" if recipe == "pseudoseg" else "1_8")
   clean = splits.published(f"voc2012/pseudoseg/{split}") is not None
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
+  # PseudoSeg's unlabeled images are all training images, the labeled ones among them.
+  unlabeled = chosen["train"] if recipe == "pseudoseg" else ""
+  named = splits.published_or_own("voc2012", "pseudoseg" if clean else chosen["lists"], split, default="cps")
   lists = "VOCdevkit/VOC2012/ImageSets/Segmentation"
-  config.data.update(configs.folder_data(
+  config.data.update(configs.tfds_data(
+    dataset="voc2012", classes="voc", train_split=chosen["train"], split=named, unlabeled_split=unlabeled
+  ) if chosen["form"] == "tfds" else configs.folder_data(
     classes="voc",
     image_pattern="VOCdevkit/VOC2012/JPEGImages/{id}.jpg",
     label_pattern=f"VOCdevkit/VOC2012/SegmentationClass{'' if clean else 'Aug'}/{{id}}.png",
     train_list=f"{lists}/{chosen['train']}.txt",
-    split=splits.published_or_own("voc2012", "pseudoseg" if clean else chosen["lists"], split, default="cps"),
-    # PseudoSeg's unlabeled images are all training images, the labeled ones among them.
-    unlabeled_list=f"{lists}/{chosen['train']}.txt" if recipe == "pseudoseg" else "",
+    split=named,
+    unlabeled_list=f"{lists}/{unlabeled}.txt" if unlabeled else "",
     image_labels="VOCdevkit/VOC2012/Annotations",
     eval_label_pattern="VOCdevkit/VOC2012/SegmentationClass/{id}.png",
     eval_list=f"{lists}/val.txt",

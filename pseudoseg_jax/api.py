@@ -1,37 +1,46 @@
-"""Train, evaluate and load from Python, as from the command line; what `main` and `predict` call.
+"""Train, evaluate, load and export from Python, as from the command line; what the commands call.
 
 >>> import pseudoseg_jax
 >>> result = pseudoseg_jax.train("configs/quickstart.py", workdir="/tmp/quickstart")
 >>> predictor = pseudoseg_jax.load("/tmp/quickstart")
 >>> ids = predictor.predict("photo.jpg")
+>>> pseudoseg_jax.export("/tmp/quickstart", "/tmp/quickstart_network")  # to load, score or start from anywhere
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
+import re
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from PIL import Image
 
-from pseudoseg_jax import build, checks, config as configs, rng
-from pseudoseg_jax.contract import Method, State
+from pseudoseg_jax import build, checks, config as configs, nets, rng
+from pseudoseg_jax.contract import Method, Needs, NetState, State
+from pseudoseg_jax.data import splits
 from pseudoseg_jax.data.classes import Classes
+from pseudoseg_jax.data.splits import Entry
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 from pseudoseg_jax.engine.records import Records
 from pseudoseg_jax.evaluation import panels, pictures, report
-from pseudoseg_jax.evaluation.inference import describe
 from pseudoseg_jax.evaluation.predictor import Predictor
+from pseudoseg_jax.models import checkpoint_files, pretrained
 
 log = logging.getLogger("pseudoseg_jax")
 
 _PANEL_IMAGES = 8
+_WEIGHTS = "model.safetensors"  # an exported folder is known by it
 
 
 class _Scoring:
@@ -40,16 +49,13 @@ class _Scoring:
   def __init__(self, config, source: dict[str, str], data, method: Method, spec, workdir: pathlib.Path, records, mesh):
     self.config, self.data, self.method = config, data, method
     self.workdir, self.records = workdir, records
-    self.protocol = build.build_protocol(config)
     self._evaluator = build.build_evaluator(config, data, method, mesh)
     self._panels = None
     if method.panels is not None and config.evaluation.pictures:
       self._panels = _PanelScoring(config, data, method, spec, mesh)
     self._results_path = workdir / "results.json"
     self.results = report.read_results(self._results_path) if self._results_path.exists() else None
-    self._about = dict(
-      config=source, seed=config.seed, method=config.method.name, split=data.split, protocol=describe(self.protocol)
-    )
+    self._about = _about(config, source, data)
 
   def __call__(self, state: State) -> float:
     """Headline mIoU of a state; reports it as `last`, and as `best` where it is."""
@@ -91,13 +97,13 @@ class _Scoring:
     folder = self.workdir / "pictures"
     folder.mkdir(exist_ok=True)
     pictures.curves(self.records.history(), folder / "curves.png")
+    pictures.scores(self.data.classes, self.scores, folder)
     if not rows:
       return
     images, labels = zip(*((self.data.evaluated.image(row), self.data.evaluated.label(row)) for row in rows), strict=True)
     sheet = pictures.contact_sheet(images, labels, predictions, self.data.classes)
     pictures.save(sheet, folder / "overlays.png")
     self.records.images(step, {"overlays": np.asarray(sheet)[None]})
-
 
   def _show(self, step, sheet, values):
     """What the unlabeled images teach, as a picture and in numbers."""
@@ -161,8 +167,18 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
   data = build.build_data(config.data)
   method = build.build_method(config, len(data.classes))
   spec = build.build_pipeline(config, data, method)
+  weights = functools.cache(lambda: _starting_weights(config, len(data.classes)))
+  if not _has_checkpoint(workdir):
+    weights()
+
+  def prepare(state: State) -> State:
+    state = _started(state, *weights())
+    weights.cache_clear()  # some hundred megabytes that nothing needs again
+    return state
+
   _claim(workdir, config)  # only now: a config that cannot run must not occupy the workdir
   report.write_atomically(workdir / "classes.json", json.dumps(dataclasses.asdict(data.classes)))
+  _write_lists(workdir / "lists", data)
   mesh = meshes.make_mesh()
   records = Records(workdir)
   checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.keep_last_checkpoints)
@@ -182,6 +198,7 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
       checkpoints=checkpoints,
       records=records,
       evaluate=scoring,
+      prepare=prepare,
     )
     if outcome.finished and jax.process_index() == 0:
       log.info("%s", _summary(scoring, workdir, source, overrides or {}))
@@ -199,40 +216,227 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
 def evaluate(
   workdir: str | pathlib.Path, *, checkpoint: str = "best", overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-  """Scores a trained workdir again, {predictor: Scores}, and logs the table; `overrides` may change evaluation or data.root."""
-  workdir = pathlib.Path(workdir)
-  config = _saved_config(workdir)
-  configs.override(config, overrides or {})
+  """Scores a trained workdir (or an exported folder) again, {predictor: Scores}, and prints protocol, progress and table.
+
+  A workdir keeps results.json, scores.csv and pictures below evaluations/PROTOCOL/CHECKPOINT; those of training stay as they are.
+  `overrides` may change evaluation or data.root; the latter is needed with an exported folder, which knows no place.
+  """
+  mesh, workdir = meshes.make_mesh(), pathlib.Path(workdir)
+  trained = _open(workdir, mesh, checkpoint, overrides)
+  config = trained.config
   data = build.build_data(config.data)
-  method = build.build_method(config, len(data.classes))
-  mesh = meshes.make_mesh()
-  state = _restore(workdir, config, method, mesh, checkpoint)
-  scores = build.build_evaluator(config, data, method, mesh)(state)
-  if jax.process_index() == 0:
-    print(f"{checkpoint} checkpoint, step {int(state.step)}, {len(data.evaluated)} images, {describe(build.build_protocol(config))}")
-    print(report.table(data.classes, scores))
+  if len(data.classes) != len(trained.classes):
+    problems = checks.Problems(f"cannot score {workdir} on these data")
+    problems.add("config.data.classes", got=f"{len(data.classes)} classes", allowed=f"the {len(trained.classes)} of the network")
+    problems.raise_if_any()
+  evaluator = build.build_evaluator(config, data, trained.method, mesh)
+  step = int(trained.state.step)
+  with _on_console():
+    which = "exported network" if _is_exported(workdir) else f"{checkpoint} checkpoint"
+    log.info("%s, step %d, %d images, %s", which, step, len(data.evaluated), build.describe_protocol(config))
+    scores = evaluator(trained.state)
+    log.info("%s", report.table(data.classes, scores))
+    if jax.process_index() == 0 and (workdir / "checkpoints").is_dir():
+      folder = workdir / "evaluations" / (config.evaluation.preset or _file_name(build.describe_protocol(config))) / checkpoint
+      of_training = workdir / "results.json"
+      source = report.read_results(of_training)["config"] if of_training.exists() else {"path": "", "argument": ""}
+      results = _about(config, source, data) | {checkpoint: report.entry(data.classes, step, scores)}
+      report.write_results(folder / "results.json", results)
+      report.write_atomically(folder / "scores.csv", report.csv(data.classes, scores))
+      pictures.scores(data.classes, scores, folder / "pictures")
+      log.info("scores and pictures: %s", folder)
   return scores
 
 
+def _about(config: configs.ConfigDict, source: dict[str, str], data: build.Data) -> dict[str, Any]:
+  """What results.json says besides scores."""
+  return {
+    "config": source,
+    "seed": config.seed,
+    "method": config.method.name,
+    "split": data.split,
+    "protocol": build.describe_protocol(config),
+    "preset": config.evaluation.preset or None,
+  }
+
+
+def _file_name(words: str) -> str:
+  return re.sub(r"[^a-z0-9.]+", "_", words.lower())
+
+
+@contextlib.contextmanager
+def _on_console():
+  """Process 0's log appears on the console meanwhile; training has a log of its own."""
+  handler = logging.StreamHandler(sys.stdout) if jax.process_index() == 0 else logging.NullHandler()
+  log.addHandler(handler)
+  log.setLevel(logging.INFO)
+  log.propagate = False  # other libraries give the root logger a handler: every line would come twice
+  try:
+    yield
+  finally:
+    log.removeHandler(handler)
+
+
 def load(workdir: str | pathlib.Path, predictor: str | None = None, checkpoint: str = "best") -> Predictor:
-  """A trained workdir as a predictor: any image in, class ids out. It needs no data set.
+  """A trained workdir (or an exported folder) as a predictor: any image in, class ids out. It needs no data set.
 
   Args:
     predictor: one of the method's predictors ("student", "teacher", "a", ...); default the method's headline.
-    checkpoint: "best" or "last".
+    checkpoint: "best" or "last"; an exported folder has but one.
   """
-  workdir = pathlib.Path(workdir)
-  config = _saved_config(workdir)
-  classes = _saved_classes(workdir)
-  method = build.build_method(config, len(classes))
+  trained = _open(pathlib.Path(workdir), meshes.make_mesh(jax.devices()[:1]), checkpoint)
+  config, method, state = trained.config, trained.method, trained.state
   name = predictor or next(iter(method.predictors))
   checks.check_name("predictor", name, method.predictors)
-  state = _restore(workdir, config, method, meshes.make_mesh(jax.devices()[:1]), checkpoint)
   predict = method.predictors[name]
   return Predictor(
-    lambda images: predict(state, images), classes, name=name, protocol=build.build_protocol(config),
+    lambda images: predict(state, images), trained.classes, name=name, protocol=build.build_protocol(config),
     mean=config.data.mean, std=config.data.std,
   )  # fmt: skip
+
+
+def export(
+  workdir: str | pathlib.Path, out: str | pathlib.Path, *, predictor: str | None = None, checkpoint: str = "best"
+) -> pathlib.Path:
+  """Writes one network of a workdir as `out`/model.safetensors and `out`/config.json: all that `load`, `evaluate` and
+  config.init_from need, wherever the folder goes. Predictions equal the workdir's bit for bit.
+
+  Args:
+    predictor: the network, default the method's headline.
+    checkpoint: "best" or "last".
+
+  Raises:
+    InputError: no such workdir or predictor, or `out` is a workdir.
+  """
+  workdir = pathlib.Path(workdir)
+  trained = _open(workdir, meshes.make_mesh(jax.devices()[:1]), checkpoint)
+  name = predictor or next(iter(trained.method.predictors))
+  step = int(trained.state.step)
+  provenance = {"method": trained.config.method.name, "checkpoint": checkpoint, "step": step, "seed": trained.config.seed}
+  results_path = workdir / "results.json"
+  results = report.read_results(results_path) if results_path.exists() else {}
+  if results.get(checkpoint, {}).get("step") == step:
+    scores = results[checkpoint]["predictors"].get(name)
+    provenance |= {"split": results["split"], "protocol": results["protocol"], "scores": scores}
+  return write_export(out, _weights_of(trained, name), trained.config, trained.classes, predictor=name, provenance=provenance)
+
+
+def write_export(
+  out: str | pathlib.Path,
+  weights: Mapping[str, np.ndarray],
+  config: configs.ConfigDict,
+  classes: Classes,
+  *,
+  predictor: str,
+  provenance: Mapping[str, Any],
+) -> pathlib.Path:
+  """Writes an exported folder.
+
+  weights: {"params/backbone/...": array} of the whole network that `config` describes. provenance: where they are from (JSON).
+  """
+  out = pathlib.Path(out)
+  if (out / "config.json").exists() and not _is_exported(out):
+    problems = checks.Problems("cannot export")
+    problems.add("out", got=f"{out}, which is a workdir", allowed="a new folder, or an exported one to write over")
+    problems.raise_if_any()
+  options = json.loads(configs.to_json(config))
+  if "root" in options["data"]:
+    options["data"]["root"] = ""  # a place on this machine
+  about = {
+    "format": "pseudoseg_jax exported network, version 1",
+    "predictor": predictor,
+    "classes": dataclasses.asdict(classes),
+    "provenance": provenance,
+    "config": options,
+  }
+  report.write_atomically(out / _WEIGHTS, checkpoint_files.to_safetensors(weights, {"format": about["format"]}))
+  report.write_atomically(out / "config.json", json.dumps(about, indent=2) + "\n")
+  return out
+
+
+class _Trained(NamedTuple):
+  """What can be used: of the method the predictors, on this state."""
+
+  config: configs.ConfigDict
+  classes: Classes
+  method: Method
+  state: State
+
+
+def _open(folder: pathlib.Path, mesh, checkpoint: str, overrides: Mapping[str, Any] | None = None) -> _Trained:
+  """A workdir at one of its checkpoints, or an exported folder."""
+  if _is_exported(folder):
+    return _open_exported(folder, mesh, overrides)
+  config = _saved_config(folder)
+  configs.override(config, overrides or {})
+  classes = _saved_classes(folder)
+  method = build.build_method(config, len(classes))
+  return _Trained(config, classes, method, _restore(folder, config, method, mesh, checkpoint))
+
+
+def _is_exported(folder: pathlib.Path) -> bool:
+  return (folder / _WEIGHTS).is_file()
+
+
+def _open_exported(folder: pathlib.Path, mesh, overrides: Mapping[str, Any] | None) -> _Trained:
+  try:
+    about = json.loads((folder / "config.json").read_text())
+    config, classes, name = configs.from_json(json.dumps(about["config"])), _classes(about["classes"]), about["predictor"]
+    step = np.int32(about["provenance"].get("step", 0))  # a converted network has none
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise checks.InputError(f"cannot read {folder / 'config.json'}: {type(error).__name__}: {error}; export again") from error
+  configs.override(config, overrides or {})
+  network = build.build_network(config, len(classes))
+  weights = checkpoint_files.read(folder / _WEIGHTS)
+  if {key: value.shape for key, value in weights.items()} != _network_shapes(network):
+    raise checks.InputError(f"{folder / _WEIGHTS} does not fit the network of {folder / 'config.json'}; export again")
+  weights = jax.device_put(pretrained.unflat(weights), meshes.replicated(mesh))
+  net = NetState.create(apply_fn=network.apply, **weights, tx=optax.set_to_zero())
+  state = State(step=step, nets={name: net})
+  # No method: it is past learning. Only the predictors are ever asked for.
+  method = Method(Needs(unlabeled=False), init=None, draw=None, update=None, predictors=nets.predictors(network, name))
+  return _Trained(config, classes, method, jax.device_put(state, meshes.replicated(mesh)))
+
+
+def _network_shapes(network) -> dict[str, tuple[int, ...]]:
+  return pretrained.shapes_of(*jax.eval_shape(network.init, jax.random.key(0)))
+
+
+def _weights_of(trained: _Trained, predictor: str) -> dict[str, np.ndarray]:
+  """The leaves of one network, without what its method added to it."""
+  checks.check_name("predictor", predictor, [name for name in trained.method.predictors if name in trained.state.nets])
+  net = trained.state.nets[predictor]
+  leaves = pretrained.flat(net.params, net.batch_stats)
+  network = build.build_network(trained.config, len(trained.classes))
+  return {key: np.asarray(leaves[key]) for key in _network_shapes(network)}
+
+
+def _starting_weights(config: configs.ConfigDict, num_classes: int) -> tuple[dict[str, np.ndarray], str]:
+  """What a run of this config starts from, as pretrained.put takes it, and its description; ({}, "") for nothing."""
+  source = config.network.pretrained or config.init_from
+  if not source:
+    return {}, ""
+  if config.network.pretrained:
+    tensors = pretrained.read(source)
+  else:
+    trained = _open(pathlib.Path(source), meshes.make_mesh(jax.devices()[:1]), "best")
+    tensors = _weights_of(trained, next(iter(trained.method.predictors)))
+  shapes = _network_shapes(build.build_network(config, num_classes))
+  values, fitted = pretrained.fit(tensors, shapes, config.network.name, where=source)
+  return values, f"weights of {source}, {fitted}"
+
+
+def _started(state: State, values: Mapping[str, np.ndarray], described: str) -> State:
+  if not values:
+    return state
+  state, told = pretrained.put(state, values)
+  log.info("%s; %s", described, told)
+  return state
+
+
+def _has_checkpoint(workdir: pathlib.Path) -> bool:
+  folder = workdir / "checkpoints" / "last"
+  return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def _claim(workdir: pathlib.Path, config: configs.ConfigDict) -> None:
@@ -251,6 +455,16 @@ def _claim(workdir: pathlib.Path, config: configs.ConfigDict) -> None:
     report.write_atomically(saved, configs.to_json(config))
 
 
+def _write_lists(folder: pathlib.Path, data: build.Data) -> None:
+  """The images of each role, as lists that config.data reads."""
+  if jax.process_index() == 0:
+    folder.mkdir(exist_ok=True)
+    for role in ("labeled", "unlabeled", "evaluated"):
+      source = getattr(data, role)
+      entries = getattr(source, "entries", None) or map(Entry, source.ids)
+      report.write_atomically(folder / f"{role}.txt", splits.list_text(entries))
+
+
 def _saved_config(workdir: pathlib.Path) -> configs.ConfigDict:
   path = workdir / "config.json"
   if not path.is_file():
@@ -262,8 +476,11 @@ def _saved_config(workdir: pathlib.Path) -> configs.ConfigDict:
 
 def _saved_classes(workdir: pathlib.Path) -> Classes:
   """The classes as they were at training time, so that a workdir is usable where its data are not."""
-  saved = json.loads((workdir / "classes.json").read_text())
-  return Classes(tuple(saved["names"]), tuple(tuple(color) for color in saved["palette"]))
+  return _classes(json.loads((workdir / "classes.json").read_text()))
+
+
+def _classes(saved: Mapping[str, Any]) -> Classes:
+  return Classes(tuple(saved["names"]), tuple(map(tuple, saved["palette"])), tuple(map(tuple, saved.get("void", ()))))
 
 
 def _restore(workdir, config, method: Method, mesh, checkpoint: str) -> State:

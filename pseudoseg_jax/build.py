@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pseudoseg_jax import checks, config as configs, optim
-from pseudoseg_jax.contract import Method, Network, Optimizer, Task
-from pseudoseg_jax.data import classes as classes_lib, pipeline, sources, splits, synthetic, tags
+from pseudoseg_jax.contract import IGNORE_LABEL, Method, Network, Optimizer, Task
+from pseudoseg_jax.data import boxes, classes as classes_lib, pipeline, sources, splits, synthetic, tags
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.geometry import Geometry
 from pseudoseg_jax.data.photometry import Photometry
 from pseudoseg_jax.data.pipeline import PipelineSpec
 from pseudoseg_jax.data.sources import Source
+from pseudoseg_jax.data.splits import Entry
+from pseudoseg_jax.evaluation import inference
 from pseudoseg_jax.evaluation.evaluator import Evaluator, make_evaluator
 from pseudoseg_jax.evaluation.inference import Protocol
 from pseudoseg_jax.methods import table as methods_table
@@ -40,22 +44,29 @@ class Data(NamedTuple):
   split: str  # in words, for reports
 
 
-_BUILTIN_CLASSES = {"voc": classes_lib.VOC, "camvid": classes_lib.CAMVID, "coco": classes_lib.COCO}
-
-
 def build_classes(data: configs.ConfigDict) -> Classes:
   """The classes alone: what a trained network needs to be used without its data."""
   if data.name == "synthetic":
     return synthetic.CLASSES
-  if data.classes in _BUILTIN_CLASSES:
-    return _BUILTIN_CLASSES[data.classes]
+  if data.classes in classes_lib.BUILTIN:
+    return classes_lib.BUILTIN[data.classes]
+  if not data.classes:
+    problems = checks.Problems("config.data cannot be used")
+    allowed = f"a file of class names, one a line, or of lines `index name r g b`; or {checks.choices(classes_lib.BUILTIN)}"
+    problems.add("config.data.classes", got="nothing", allowed=allowed)
+    problems.raise_if_any()
   return classes_lib.read_classes(_below(data.root, data.classes))
 
 
-def build_data(data: configs.ConfigDict) -> Data:
-  """Opens the sources; raises InputError with everything that can be known without decoding an image."""
-  checks.check_name("config.data.name", data.name, ("folder", "synthetic"))
-  return _synthetic(data) if data.name == "synthetic" else _folder(data)
+def build_data(data: configs.ConfigDict, *, check: bool = True) -> Data:
+  """Opens the sources; raises InputError with everything that can be known without decoding all images.
+
+  check=False looks at no file of a folder, and lets roles share images: for `check_data`, which tells of all that.
+  """
+  checks.check_name("config.data.name", data.name, ("folder", "synthetic", "tfds"))
+  if data.name == "folder":
+    return _folder(data, check)
+  return _synthetic(data) if data.name == "synthetic" else _tfds(data)
 
 
 def _synthetic(data: configs.ConfigDict) -> Data:
@@ -79,64 +90,187 @@ def _below(root: str, path: str) -> pathlib.Path:
   return pathlib.Path(root) / path
 
 
-def _all_ids(data: configs.ConfigDict, pattern: str, list_file: str) -> tuple[str, ...]:
-  if list_file:
-    return splits.read_list(_below(data.root, list_file))
-  before, after = pattern.split("{id}")
-  found = sorted(path.relative_to(data.root).as_posix() for path in pathlib.Path(data.root).glob(f"{before}*{after}"))
-  if not found:
-    problems = checks.Problems("config.data cannot be used")
-    problems.add(f"pattern {pattern}", got=f"no file below {data.root}", remedy="is this the right root, and the right pattern?")
-    problems.raise_if_any()
-  return tuple(path[len(before) : len(path) - len(after)] for path in found)
+def mask_options(data: configs.ConfigDict, classes: Classes) -> dict:
+  """How masks are stored, as keywords of a source."""
+  return {
+    "num_classes": len(classes),
+    "label_map": classes_lib.read_label_map(data.label_map),
+    "mask_colors": classes.by_color() if data.mask_colors else None,
+    "reduce_zero_label": data.reduce_zero_label,
+    "ignore_index": data.ignore_index,
+  }
 
 
-def _folder(data: configs.ConfigDict) -> Data:
+class _Lists(NamedTuple):
+  """What is trained and evaluated on, by role."""
+
+  labeled: Sequence[Entry]
+  unlabeled: Sequence[Entry]  # unless there is an unlabeled_folder
+  evaluated: Sequence[Entry]
+
+
+def _folder(data: configs.ConfigDict, check: bool) -> Data:
   problems = checks.Problems("config.data cannot be used")
   if not data.root:
     problems.add("config.data.root", got="nothing", remedy="say where the data lie: --config.data.root=DIR")
   elif not pathlib.Path(data.root).is_dir():
     problems.add("config.data.root", got=repr(data.root), allowed="an existing folder")
+  for name in ("image_pattern", "eval_image_pattern"):
+    if data[name] and data[name].count("{id}") != 1:
+      problems.add(f"config.data.{name}", got=repr(data[name]), allowed="a path with one {id} in it, e.g. 'images/{id}.jpg'")
   problems.raise_if_any()
 
   classes = build_classes(data)
-  label_map = {int(stored): index for stored, index in data.label_map.items()}
-  train_ids = _all_ids(data, data.image_pattern, data.train_list)
-  if data.split == "full" or data.split.startswith("1_"):
-    labeled_ids = splits.every_kth(train_ids, data.split)
-  else:
-    labeled_ids = splits.read_list(_split_file(data))
-  with_masks = functools.partial(sources.FolderSource, data.root, num_classes=len(classes), label_map=label_map)
-  eval_image_pattern = data.eval_image_pattern or data.image_pattern
+  lists = _lists(data, check)
+  images = functools.partial(sources.FolderSource, data.root, channels=data.channels, check=check)
+  with_masks = functools.partial(images, **mask_options(data, classes))
+  patterns, eval_patterns = _patterns(data)
 
   def unlabeled_source():
     if data.unlabeled_folder:
-      return sources.image_folder(_below(data.root, data.unlabeled_folder))
-    if data.unlabeled_list:
-      ids = splits.read_list(_below(data.root, data.unlabeled_list))
-    else:
-      ids = splits.complement(train_ids, labeled_ids)
-    # No labels are left over at split=full: methods then see the labeled images as unlabeled ones too.
-    return sources.FolderSource(data.root, ids or labeled_ids, image_pattern=data.image_pattern)
-
-  def evaluated_source():
-    ids = _all_ids(data, eval_image_pattern, data.eval_list)
-    label_pattern = data.eval_label_pattern or data.label_pattern
-    return with_masks(ids, image_pattern=eval_image_pattern, label_pattern=label_pattern)
+      return sources.image_folder(_below(data.root, data.unlabeled_folder), channels=data.channels, check=check)
+    return images(lists.unlabeled, image_pattern=patterns["image_pattern"])
 
   opened = {}
-  for role, opener in {
-    "labeled": lambda: with_masks(labeled_ids, image_pattern=data.image_pattern, label_pattern=data.label_pattern),
-    "unlabeled": unlabeled_source,
-    "evaluated": evaluated_source,
-  }.items():
+  for role, listed, opener in (
+    ("labeled", data.split, lambda: with_masks(lists.labeled, **patterns)),
+    ("unlabeled", data.unlabeled_list, unlabeled_source),
+    ("evaluated", data.eval_list, lambda: with_masks(lists.evaluated, **eval_patterns)),
+  ):
     try:
       opened[role] = opener()
     except checks.InputError as error:
-      problems.add(f"{role} images", got=str(error))
+      problems.add(f"{role} images" + (f" ({listed})" if listed else ""), got=str(error).replace("\n", "\n  "))
   problems.raise_if_any()
-  split = f"{data.split}: {len(opened['labeled'])} labeled, {len(opened['unlabeled'])} unlabeled"
-  return Data(classes=classes, truth_known=False, split=split, **opened)
+  if check:
+    _check_some(opened["labeled"], data)
+  return Data(classes=classes, truth_known=False, split=_split_in_words(data, opened), **opened)
+
+
+def _split_in_words(data: configs.ConfigDict, opened: Mapping[str, Source]) -> str:
+  drawn = f" (random, split_seed {data.split_seed})" if data.split.startswith("1_") and splits.is_part(data.split) else ""
+  return f"{data.split}{drawn}: {len(opened['labeled'])} labeled, {len(opened['unlabeled'])} unlabeled"
+
+
+def _patterns(data: configs.ConfigDict) -> tuple[dict, dict]:
+  """Of training and of evaluated images; None where lists give the paths."""
+  image, label = data.image_pattern or None, data.label_pattern or None
+  return (
+    {"image_pattern": image, "label_pattern": label},
+    {"image_pattern": data.eval_image_pattern or image, "label_pattern": data.eval_label_pattern or label},
+  )
+
+
+def _lists(data: configs.ConfigDict, check: bool) -> _Lists:
+  """Reads and makes the lists; raises InputError where they do not fit together (check=False: lets roles overlap)."""
+  patterns, eval_patterns = _patterns(data)
+  same_images = patterns["image_pattern"] == eval_patterns["image_pattern"]  # else equal ids are different images
+  problems = checks.Problems("config.data cannot be used")
+  if same_images and not data.eval_list:
+    remedy = "name the evaluated images by eval_list or eval_image_pattern"
+    problems.add("config.data.eval_list", got="nothing, so that training images would be evaluated", remedy=remedy)
+  is_part = splits.is_part(data.split)
+  unlabeled_named = data.unlabeled_list or data.unlabeled_folder
+  if patterns["image_pattern"] is None and not data.train_list and (is_part or not unlabeled_named):
+    problems.add("config.data.image_pattern and train_list", got="nothing", allowed="one of them, to know the training images")
+  problems.raise_if_any()
+
+  def read(path: str | pathlib.Path, patterns=patterns):
+    return sources.read_entries(data.root, path, **patterns)
+
+  evaluated = read(_below(data.root, data.eval_list), eval_patterns) if data.eval_list else _all(data, eval_patterns)
+  if data.train_list:
+    train = read(_below(data.root, data.train_list))
+  else:
+    evaluated_ids = {entry.id for entry in evaluated} if same_images else ()
+    train = [entry for entry in _all(data, patterns) if entry.id not in evaluated_ids] if patterns["image_pattern"] else ()
+  by_id = {entry.id: entry for entry in train}
+  if is_part:
+    labeled = [by_id[name] for name in splits.part(by_id, data.split, seed=data.split_seed)]
+  else:
+    labeled = splits.completed(read(_split_file(data)), by_id)
+    labeled = [_with_paths(entry, by_id.get(entry.id, entry)) for entry in labeled]
+  labeled_ids = {entry.id for entry in labeled}
+  if same_images and check:
+    splits.check_disjoint(labeled=labeled_ids, evaluated=[entry.id for entry in evaluated])
+  _check_known(labeled, by_id, data)
+  rest = [entry for entry in train if entry.id not in labeled_ids]
+  unlabeled = read(_below(data.root, data.unlabeled_list)) if data.unlabeled_list else rest
+  # No images are left over at split=full: methods then see the labeled images as unlabeled ones too.
+  return _Lists(labeled, unlabeled or labeled, evaluated)
+
+
+def _with_paths(entry: Entry, trained: Entry) -> Entry:
+  """An entry with the paths that it lacks and the training list gives."""
+  return Entry(entry.id, entry.image or trained.image, entry.mask or trained.mask)
+
+
+def _check_known(labeled: Sequence[Entry], by_id: Mapping[str, Entry], data: configs.ConfigDict) -> None:
+  """Labeled images are training images; only where no list names those, a path may lead elsewhere."""
+  strangers = [entry.id for entry in labeled if entry.id not in by_id and (data.train_list or entry.image is None)]
+  if strangers and by_id:
+    problems = checks.Problems("config.data cannot be used")
+    problems.add(
+      f"config.data.split {data.split}",
+      got=f"{len(strangers)} of {len(labeled)} images that are no training images: {splits.shorten(strangers)}",
+      allowed=f"those of {data.train_list}" if data.train_list else f"files that fit {data.image_pattern}",
+      remedy=f"an id of them looks like '{next(iter(by_id))}'",
+    )
+    problems.raise_if_any()
+
+
+def _all(data: configs.ConfigDict, patterns: dict) -> list[Entry]:
+  """Every image that fits a pattern."""
+  ids = sources.find_ids(data.root, patterns["image_pattern"])
+  if not ids:
+    problems = checks.Problems("config.data cannot be used")
+    folder = (pathlib.Path(data.root) / patterns["image_pattern"]).parent
+    folder = folder if folder.is_dir() else pathlib.Path(data.root)
+    held = splits.shorten(sorted(os.listdir(folder))) or "nothing"
+    remedy = f"{folder} holds {held}; is it the right root, and the right pattern?"
+    problems.add(f"pattern {patterns['image_pattern']}", got=f"no file below {data.root}", remedy=remedy)
+    problems.raise_if_any()
+  return [Entry(name) for name in ids]
+
+
+def _check_some(labeled: Source, data: configs.ConfigDict, most: int = 8) -> None:
+  """Reads a few images and masks: a wrong coding shows in all of them, and training should not be what finds it out."""
+  rows = np.unique(np.linspace(0, len(labeled) - 1, most).astype(int)).tolist()
+  labeled.image(rows[0])
+  values = {value for row in rows for value in np.unique(labeled.label(row)).tolist()}
+  as_stored = data.ignore_index == IGNORE_LABEL and not (data.label_map or data.mask_colors or data.reduce_zero_label)
+  if not as_stored or IGNORE_LABEL not in values or not values <= {0, IGNORE_LABEL}:
+    return
+  problems = checks.Problems("config.data cannot be used")
+  problems.add(
+    "masks of the labeled images",
+    got=f"only {splits.shorten(sorted(values))} in {len(rows)} of them, where 255 means no label",
+    allowed="at least one class besides 0",
+    remedy="if 255 stands for class 1: config.data.label_map=255:1; if all is as it should be: config.data.label_map=255:255",
+  )
+  problems.raise_if_any()
+
+
+def _tfds(data: configs.ConfigDict) -> Data:
+  from pseudoseg_jax.data.tfds_source import TfdsSource  # takes seconds to import, and few need it
+
+  classes = build_classes(data)
+  keys = {name: data[name] or None for name in ("image_key", "id_key", "class_key")}
+  images = functools.partial(TfdsSource, data.dataset, data_dir=data.root or None)
+  masks = {"label_key": data.label_key, "num_classes": len(classes), "label_map": classes_lib.read_label_map(data.label_map)}
+  train = images(data.train_split, **masks, **keys)
+  if splits.is_part(data.split):
+    labeled_ids = splits.part(train.ids, data.split, seed=data.split_seed)
+  else:
+    labeled_ids = splits.read_list(_split_file(data))
+  rest = splits.complement(train.ids, labeled_ids)
+  unlabeled = images(data.unlabeled_split or data.train_split, label_key=None, **keys | {"class_key": None})
+  opened = {
+    "labeled": sources.Subset(train, labeled_ids),
+    "unlabeled": unlabeled if data.unlabeled_split else sources.Subset(unlabeled, rest or labeled_ids),
+    "evaluated": images(data.eval_split, **masks, **keys),
+  }
+  return Data(classes=classes, truth_known=False, split=_split_in_words(data, opened), **opened)
 
 
 def _split_file(data: configs.ConfigDict) -> pathlib.Path:
@@ -144,18 +278,19 @@ def _split_file(data: configs.ConfigDict) -> pathlib.Path:
   found = next((path for path in candidates if path is not None and path.is_file()), None)
   if found is None:
     problems = checks.Problems("config.data cannot be used")
-    known = ", ".join(splits.published_names())
-    allowed = f"'full', '1_k' such as '1_8', a file of image ids, or a published list ({known})"
-    problems.add("config.data.split", got=repr(data.split), allowed=allowed)
+    allowed = "'1_k' such as '1_8' (a random eighth), 'every_k', 'full', a list file, or a published list: 'voc2012/cps/1_8', ..."
+    known = [*splits.published_names(), *(path.name for path in pathlib.Path(data.root).glob("*.txt"))]
+    problems.add("config.data.split", got=repr(data.split), allowed=allowed, remedy=checks.nearest(data.split, known))
     problems.raise_if_any()
   return found
 
 
 def build_network(config: configs.ConfigDict, num_classes: int) -> Network:
-  options = {name: value for name, value in config.network.items() if name != "name"}
+  options = {name: value for name, value in config.network.items() if name not in ("name", "pretrained")}
   checks.check_name("config.network.dtype", options["dtype"], ("float32", "bfloat16"))
   options["dtype"] = jnp.dtype(options["dtype"])
-  return models_table.make_network(config.network.name, num_classes=num_classes, **options)
+  channels = config.data.get("channels", 3)
+  return models_table.make_network(config.network.name, num_classes=num_classes, in_channels=channels, **options)
 
 
 def build_optimizer(config: configs.ConfigDict) -> Optimizer:
@@ -175,7 +310,7 @@ def build_optimizer(config: configs.ConfigDict) -> Optimizer:
     decay_scope=options.decay_scope,
     factors={
       "classifier/bias$": options.head_multiplier * options.bias_multiplier,
-      "^(?!backbone)": options.head_multiplier,
+      "^(?!backbone(?!/psp/))": options.head_multiplier,  # PSPNet's pyramid ends its backbone, but starts as fresh as its head
     },
   )
   if options.name == "adamw":
@@ -226,6 +361,8 @@ def build_pipeline(config: configs.ConfigDict, data: Data, method: Method) -> Pi
     photometry=Photometry(**view),
     needs=method.needs,
     unlabeled_image_labels=_image_labels(config.data, data) if method.needs.weak_label == "image" else None,
+    labeled_boxes=_boxes(config.data, data, data.labeled) if method.needs.weak_label == "boxes" else None,
+    unlabeled_boxes=_boxes(config.data, data, data.unlabeled) if method.needs.weak_label == "boxes" else None,
     seed=config.seed,
     mean=config.data.mean,
     std=config.data.std,
@@ -239,6 +376,15 @@ def _image_labels(data_config: configs.ConfigDict, data: Data) -> np.ndarray | N
   if not data_config.image_labels:
     return None
   return tags.read_tags(_below(data_config.root, data_config.image_labels), data.unlabeled.ids, data.classes)
+
+
+def _boxes(data_config: configs.ConfigDict, data: Data, source: Source) -> np.ndarray | None:
+  """f32[N, M, 5] of a source's images: what the user's file says; synthetic scenes know their own."""
+  if data.truth_known:
+    return boxes.pad_boxes(boxes.boxes_of_masks(source, data.classes))
+  if not data_config.boxes:
+    return None
+  return boxes.pad_boxes(boxes.read_boxes(_below(data_config.root, data_config.boxes), source.ids, data.classes))
 
 
 def panel_batch(spec: PipelineSpec, data: Data, num_images: int) -> dict:
@@ -265,14 +411,33 @@ def check_run(config: configs.ConfigDict) -> None:
   for name in ("total_steps", "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "keep_last_checkpoints"):
     if config[name] < 1:
       problems.add(f"config.{name}", got=config[name], allowed="1 or more")
+  channels = config.data.get("channels", 3)
+  for name in ("mean", "std"):
+    if len(config.data[name]) != channels:
+      got = f"{len(config.data[name])} values"
+      problems.add(f"config.data.{name}", got=got, allowed=f"one for each of the {channels} channels", remedy="on the scale 0..1")
+  if config.network.pretrained and config.init_from:
+    problems.add("config.init_from", got="a second start beside config.network.pretrained", remedy="keep one of the two")
   if not config.optimizer.learning_rate > 0:
     problems.add("config.optimizer.learning_rate", got=config.optimizer.learning_rate, allowed="above 0")
   problems.raise_if_any()
+  build_protocol(config)
 
 
 def build_protocol(config: configs.ConfigDict) -> Protocol:
-  options = {name: value for name, value in config.evaluation.items() if name in Protocol._fields}
-  return Protocol(**options)
+  options = config.evaluation
+  if options.preset:
+    checks.check_name("config.evaluation.preset", options.preset, inference.PRESETS)
+    return inference.PRESETS[options.preset]
+  protocol = Protocol(**{name: options[name] for name in Protocol._fields})
+  inference.check_protocol(protocol)
+  return protocol
+
+
+def describe_protocol(config: configs.ConfigDict) -> str:
+  """The protocol in words, after its preset's name where it is one: "cps_voc: sliding windows of 512x512, ..."."""
+  preset = config.evaluation.preset
+  return f"{preset}: " * bool(preset) + inference.describe(build_protocol(config))
 
 
 def build_evaluator(config: configs.ConfigDict, data: Data, method: Method, mesh: jax.sharding.Mesh) -> Evaluator:

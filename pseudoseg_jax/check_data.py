@@ -18,11 +18,11 @@ Kinds are the keys of data.audit.KINDS. Shares are fractions: of a class among t
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import pathlib
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,12 +35,12 @@ from pseudoseg_jax.data.audit import Audit, Finding
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.sources import Source
 from pseudoseg_jax.evaluation import pictures, report
+from pseudoseg_jax.evaluation.progress import Progress
 from pseudoseg_jax.main import parse_with_overrides
 
 ROLES = ("labeled", "unlabeled", "evaluated")
 
 _EXAMPLES = 6  # images of a role in its picture
-_REPORT_SECONDS = 5.0
 
 DESCRIPTION = """\
 Opens the data of a config as training would, decodes every image and every mask, and reports what is damaged, what is in
@@ -95,12 +95,11 @@ def main(arguments=None) -> int:
 def look(data: build.Data) -> tuple[dict[str, Audit], list[Finding]]:
   """Every role's audit, and all findings, errors first."""
   sources = {role: getattr(data, role) for role in ROLES}
-  progress = _Progress(sum(map(len, sources.values())))
+  progress = _progress(sum(map(len, sources.values())))
   audits = {
-    role: audit.audit(role, source, data.classes.names, with_masks=role != "unlabeled", each=progress.one_more)
+    role: audit.audit(role, source, data.classes.names, with_masks=role != "unlabeled", each=progress.more)
     for role, source in sources.items()
   }
-  progress.end()
   findings = [finding for found in audits.values() for finding in found.findings] + audit.overlaps(audits)
   return audits, sorted(findings, key=lambda finding: finding.severity != "error")
 
@@ -240,35 +239,18 @@ def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
   return "\n".join(line.rstrip() for line in lines)
 
 
-class _Progress:
-  """Tells how many images are done, how fast, and how long the rest takes: a bar in a terminal, else a line now and then."""
+def _progress(total: int) -> Progress:
+  """On stderr: a bar in a terminal, else a line now and then."""
+  if not sys.stderr.isatty():
+    return Progress(total, functools.partial(print, file=sys.stderr, flush=True))
 
-  def __init__(self, total: int):
-    self.total, self.done = total, 0
-    self.bar = sys.stderr.isatty()
-    self.started = self.told = time.perf_counter()
+  def draw(text: str) -> None:
+    filled = 30 * progress.done // total
+    end = "\n" if progress.done == total else ""
+    print(f"\r[{'#' * filled}{'.' * (30 - filled)}] {text} ", end=end, file=sys.stderr, flush=True)
 
-  def one_more(self) -> None:
-    self.done += 1
-    now = time.perf_counter()
-    if now - self.told > (0.1 if self.bar else _REPORT_SECONDS):
-      self.told = now
-      self._tell(now)
-
-  def end(self) -> None:
-    self._tell(time.perf_counter())
-    if self.bar:
-      print(file=sys.stderr)
-
-  def _tell(self, now: float) -> None:
-    rate = self.done / max(now - self.started, 1e-9)
-    left = (self.total - self.done) / max(rate, 1e-9)
-    text = f"{self.done}/{self.total} images  {rate:.0f} images/s  left {int(left // 60)} min {left % 60:.0f} s"
-    if self.bar:
-      filled = 30 * self.done // max(self.total, 1)
-      print(f"\r[{'#' * filled}{'.' * (30 - filled)}] {text} ", end="", file=sys.stderr, flush=True)
-    else:
-      print(text, file=sys.stderr, flush=True)
+  progress = Progress(total, draw, every_seconds=0.1)
+  return progress
 
 
 if __name__ == "__main__":

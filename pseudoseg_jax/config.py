@@ -32,15 +32,18 @@ def defaults_of(factory: Callable) -> dict[str, Any]:
 def network(name: str, **options) -> ConfigDict:
   """config.network: a name of models.table.NETWORKS with that network's options."""
   checks.check_name("network", name, models_table.NETWORKS)
-  defaults = defaults_of(models_table.NETWORKS[name]) | {"dtype": "float32"}  # "bfloat16": activations only
+  defaults = defaults_of(models_table.NETWORKS[name]) | {
+    "dtype": "float32",  # "bfloat16": activations only
+    "pretrained": "",  # weights to start from: a file (.safetensors, .pth) or "hf://organisation/name[/file]"
+  }
   return _differing(ConfigDict({"name": name, **defaults}), options)
 
 
 def network_on(name: str, backbone: str) -> ConfigDict:
-  """config.network by name, on `backbone` where the network has a choice of them."""
+  """config.network by name, on `backbone` where the network has a choice of them; "" is the network's own default."""
   checks.check_name("network", name, models_table.NETWORKS)
   has_choice = "backbone" in defaults_of(models_table.NETWORKS[name])
-  return network(name, **({"backbone": backbone} if has_choice else {}))
+  return network(name, **({"backbone": backbone} if has_choice and backbone else {}))
 
 
 def method(name: str, convention: str = "", **options) -> ConfigDict:
@@ -74,6 +77,7 @@ def base(method_config: ConfigDict) -> ConfigDict:
     "keep_last_checkpoints": 2,
     "method": method_config,
     "network": network("tiny"),
+    "init_from": "",  # an exported folder or a workdir, whose network to start from
     "optimizer": {
       "name": "sgd",  # or "adamw"
       "learning_rate": 0.01,
@@ -94,7 +98,7 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "scope": "image",  # ohem: "image" or "batch"
     },
     "data": {
-      "name": "folder",  # or "synthetic"
+      "name": "folder",  # or "synthetic", "tfds"
       "mean": (0.485, 0.456, 0.406),  # of RGB in [0, 1]
       "std": (0.229, 0.224, 0.225),
     },
@@ -115,12 +119,17 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "blur_sigma_pixels": (0.1, 2.0),
     },
     "evaluation": {
-      "style": "whole",  # or "slide"
-      "window_pixels": (512, 512),  # slide: height, width
+      "preset": "",  # "cps_voc", "unimatch_cityscapes", ...: a published protocol, in place of the options down to absent_classes
+      "style": "whole",  # or "pad_to_crop", "center_crop", "slide"
+      "window_pixels": (512, 512),  # height, width of the window that slides, or of the crop
       "stride_fraction": 2 / 3,  # slide: of the window
+      "edges": "shift",  # slide: the last window is shifted back inside, or "cut" off at the border
+      "summed": "logits",  # or "probabilities": of windows, scales and flips
       "scales": (1.0,),
       "flip": False,
+      "multiple_pixels": 1,  # whole: images resized to multiples of this, for networks of patches
       "pad_multiple": 1,  # whole: images padded to a multiple of this, so that few sizes compile; 1 leaves them as they are
+      "absent_classes": "skip",  # what classes in neither truth nor prediction do to the mIoU; "zero": count as 0
       "batch_size": 8,
       "pictures": 6,  # images shown in pictures/
     },
@@ -128,22 +137,51 @@ def base(method_config: ConfigDict) -> ConfigDict:
 
 
 def folder_data(**options) -> dict[str, Any]:
-  """config.data of images and masks in folders; patterns hold {id} and are relative to root."""
+  """config.data of images and masks in folders; patterns hold {id} and are relative to root, as are paths in lists."""
   return {
     "name": "folder",
     "root": "",
-    "classes": "",  # a file of `index name r g b` lines below root, or "voc" / "camvid"
-    "label_map": {},  # stored mask value (as text) -> class, e.g. {"11": 255}
-    "image_pattern": "",
+    "classes": "",  # a file below root of class names, one a line, or `index name r g b`; or "voc", "cityscapes", ...
+    "image_pattern": "",  # "" = the lists give the paths
     "label_pattern": "",
-    "train_list": "",  # ids to train on, one a line, below root or absolute; "" = every file that fits image_pattern
-    "split": "full",  # labeled part: "full", "1_8" (every 8th id), a list file, or a published list: "voc2012/pseudoseg/92"
+    "channels": 3,  # of images: 3 = RGB, made of any file; another number = files that have as many
+    "label_map": "",  # stored mask value:class, "11:255,12:3", or "cityscapes" (of its labelIds); {"11": 255} in a config file
+    "ignore_index": 255,  # stored mask value of pixels without a label
+    "reduce_zero_label": False,  # stored 0 is no label, stored k is class k - 1 (ADE20K)
+    "mask_colors": False,  # masks are drawn in the colours of the classes
+    # Lists: ids, or paths of images, or of images and masks, one a line.
+    "train_list": "",  # what to train on; "" = every file that fits image_pattern and is not evaluated
+    "split": "full",  # labeled part: "1_8" (a random eighth), "every_8", "full", a list file, or a published "voc2012/cps/1_8"
+    "split_seed": 0,  # of "1_8" and the like
     "unlabeled_list": "",  # "" = what the labeled part leaves over; or a list file
     "unlabeled_folder": "",  # a bare folder of images instead
     "eval_image_pattern": "",  # "" = image_pattern, likewise the next
     "eval_label_pattern": "",
-    "eval_list": "",
+    "eval_list": "",  # "" = every file that fits eval_image_pattern
     "image_labels": "",  # image-level labels of the unlabeled images: a CSV or JSON file, or a folder of VOC XML
+    "boxes": "",  # boxes of labeled and unlabeled images: a folder of VOC XML, or a COCO JSON file
+  } | options
+
+
+def tfds_data(**options) -> dict[str, Any]:
+  """config.data of images and masks in a TensorFlow Datasets data set."""
+  return {
+    "name": "tfds",
+    "dataset": "",  # a name of the TFDS catalogue or of a data set in root; or the folder of its dataset_info.json
+    "root": "",  # where TFDS keeps data sets, may be gs://...; "" = where it always does
+    "classes": "",  # as in folder_data, likewise label_map, split, split_seed, image_labels and boxes
+    "image_key": "image",
+    "label_key": "label",
+    "id_key": "id",
+    "class_key": "",  # a class of whole images: the label 1 then becomes 1 + that class
+    "label_map": "",
+    "train_split": "train",
+    "split": "full",
+    "split_seed": 0,
+    "unlabeled_split": "",  # "" = what the labeled part leaves over of train_split
+    "eval_split": "val",
+    "image_labels": "",
+    "boxes": "",
   } | options
 
 

@@ -13,7 +13,8 @@ examples:
   python -m pseudoseg_jax.main --config=configs/quickstart.py:method=supervised --workdir=/tmp/baseline
   python -m pseudoseg_jax.main --config=configs/camvid.py:method=cps,split=1_8 --config.data.root=DIR --workdir=W
   python -m pseudoseg_jax.main --config=configs/voc.py --config.data.root=DIR --config.optimizer.learning_rate=0.005 --workdir=W
-  python -m pseudoseg_jax.main --mode=eval --workdir=W --config.evaluation.style=slide
+  python -m pseudoseg_jax.main --mode=eval --workdir=W --config.evaluation.preset=cps_voc
+  python -m pseudoseg_jax.main --mode=eval --workdir=W --config.evaluation.scales=0.5,1,1.5 --config.evaluation.flip=True
 
 Running the same command again goes on from the newest checkpoint. Ctrl-C or SIGTERM saves and leaves.
 --config.KEY=VALUE overrides any option of the config; --print_config shows them all.
@@ -44,7 +45,8 @@ def _parse(arguments):
   )  # fmt: skip
   parser.add_argument("--config", help="config file, with its argument after a colon: configs/voc.py:method=cps,split=1_8")
   parser.add_argument("--workdir", type=pathlib.Path, help="folder of the run: checkpoints, logs, pictures, results.json")
-  parser.add_argument("--mode", choices=("train", "eval"), default="train", help="eval scores a trained workdir (default: train)")
+  mode_help = "eval scores a trained workdir, into its evaluations/ (default: train)"
+  parser.add_argument("--mode", choices=("train", "eval"), default="train", help=mode_help)
   parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which one eval scores (default: best)")
   parser.add_argument("--print_config", action="store_true", help="print the config with all its options, and leave")
   several = parser.add_argument_group("several processes (hosts), each started with the same command")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pseudoseg_jax import config as configs
 
 
-def pseudoseg(config: configs.ConfigDict, *, backbone: str = "resnet50") -> None:
+def pseudoseg(config: configs.ConfigDict) -> None:
   """PseudoSeg's official runs (googleinterns/wss): 16 GPUs with 4 labeled and 4 unlabeled images each.
 
   There batch norm, the fusion's norm and every loss take the 4 images of their GPU; here they take the global batch.
   """
-  config.network = configs.network("deeplabv3plus_tf", backbone=backbone)
+  config.network = configs.network("deeplabv3plus_tf")
   config.total_steps = 30_000
   config.batch_size_global = {"labeled": 64, "unlabeled": 64}
   config.optimizer.update({"learning_rate": 0.007, "power": 0.9, "momentum": 0.9, "weight_decay": 4e-5, "bias_multiplier": 2.0})
@@ -24,5 +24,5 @@ def pseudoseg(config: configs.ConfigDict, *, backbone: str = "resnet50") -> None
     "grayscale_probability": 0.0,
     "blur_probability": 0.0,
   })  # fmt: skip
-  # One pass over the image, padded below and to the right to the size of the training crop.
-  config.evaluation.update({"style": "whole", "pad_multiple": 513, "batch_size": 16})
+  # The protocol "pseudoseg_voc".
+  config.evaluation.update({"style": "pad_to_crop", "window_pixels": (513, 513), "batch_size": 16})

@@ -41,7 +41,7 @@ def test_the_published_pseudoseg_settings():
   assert len(splits.read_list(splits.published(config.data.split))) == 183
   assert config.data.label_pattern.split("/")[-2] == "SegmentationClass"
   coco = configs.load("configs/coco.py:split=1_512")
-  assert (coco.total_steps, coco.evaluation.pad_multiple, coco.method.name) == (200_000, 641, "pseudoseg")
+  assert (coco.total_steps, coco.evaluation.window_pixels, coco.method.name) == (200_000, (641, 641), "pseudoseg")
   assert len(splits.read_list(splits.published(coco.data.split))) == 232
 
 
@@ -58,9 +58,10 @@ def test_the_published_lists_have_their_lengths(name, count):
   assert len(ids) == count and set(ids) <= set(splits.read_list(splits.published("voc2012/pseudoseg/1464")))
 
 
-def test_the_classifiers_biases_have_a_rate_of_their_own():
+def test_heads_pspnets_pyramid_and_the_classifiers_biases_have_rates_of_their_own():
   optimizer = build.build_optimizer(configs.load("configs/voc.py:method=pseudoseg", {"optimizer.head_multiplier": 3.0}))
-  rates = {"classifier/bias": 6, "head/classifier/bias": 6, "head/classifier/kernel": 3, "head/low/bn/bias": 3, "backbone/conv1/kernel": 1}
+  rates = {"classifier/bias": 6, "head/classifier/bias": 6, "head/classifier/kernel": 3, "head/low/bn/bias": 3,
+           "backbone/psp/unit/conv/kernel": 3, "backbone/conv1/kernel": 1, "backbone/pspace/kernel": 1}  # fmt: skip
   assert {path: optimizer.multiplier(path) for path in rates} == rates
 
 

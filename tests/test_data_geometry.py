@@ -145,3 +145,51 @@ def test_tensorflow_offsets_reach_the_last_crop_inside_and_no_further():
   columns = {scale: {int(draw.offset[1]) for draw in draws if draw.scale == scale} for scale in (1.0, 2.0)}
   assert rows == {1.0: set(range(0, 3)), 2.0: set(range(0, 9))}  # 0 .. size - crop
   assert columns == {1.0: {0}, 2.0: set(range(0, 5))}
+
+
+@pytest.mark.parametrize("convention", geometry.CONVENTIONS)
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("scale", "offset"), [(2.0, (7, 14)), (0.5, (0, 0)), (1.0, (4, 9)), (1.3, (0, 11))])
+def test_boxes_move_as_masks_do(flip, scale, offset, convention):
+  label = np.zeros((20, 30), np.uint8)
+  label[5:17, 9:24] = 1
+  boxes = tf.constant([[1, 5 / 20, 9 / 30, 17 / 20, 24 / 30], [-1, 0, 0, 1, 1]], tf.float32)
+  draws = geometry.Draws(tf.constant(flip), tf.constant(scale, tf.float64), tf.constant(offset))
+  options = dict(draws=draws, crop_size=(16, 24), mean=(0,) * 3, std=(1,) * 3, convention=convention)
+  view = views.labeled_view(tf.constant(label[..., None].repeat(3, -1)), tf.constant(label), boxes=boxes, **options)
+  rows, columns = np.nonzero(view["label"].numpy() == 1)
+  extent = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+  np.testing.assert_allclose(view["boxes"][0, 1:] * [16, 24, 16, 24], extent, atol=1.0)
+  np.testing.assert_array_equal(view["boxes"][:, 0], [1, -1])
+
+
+def test_boxes_that_leave_the_view_are_no_boxes():
+  window = tf.constant([0.5, 0.0, 0.5, 0.5])  # the quarter below on the left
+  boxes = [[2, 0.0, 0.0, 1.0, 1.0], [3, 0.6, 0.1, 0.7, 0.2], [4, 0.0, 0.0, 0.5, 0.4], [5, 0.6, 0.49, 0.9, 0.8]]
+  nothing = [-1, 0, 0, 0, 0]  # one lies above the view; of the other a fifth of a pixel's width is left
+  expected = [[2, 0, 0, 1, 1], [3, 0.2, 0.2, 0.4, 0.4], nothing, nothing]
+  np.testing.assert_allclose(geometry.crop_boxes(tf.constant(boxes), window, tf.constant(False), (10, 10)), expected, atol=1e-6)
+  mirrored = geometry.crop_boxes(tf.constant(boxes), window, tf.constant(True), (10, 10))
+  np.testing.assert_allclose(mirrored[1], [3, 0.2, 0.6, 0.4, 0.8], atol=1e-6)
+
+
+def test_only_images_of_8_bits_are_rounded_and_any_channels_are_cropped():
+  stored = np.random.default_rng(0).uniform(0, 255, (9, 11, 5)).astype(np.float32)
+  scaled, origin = place((9, 11), 2.0, (2, 3), (6, 7))
+  got = geometry.crop_image(tf.constant(stored), scaled, origin, (6, 7)).numpy()
+  np.testing.assert_allclose(got, geometry.crop_image(tf.constant(stored), scaled, origin, (6, 7), "tensorflow"), atol=1e-3)
+  assert np.abs(got - np.round(got)).max() > 0.3
+  levels = geometry.crop_image(tf.constant(stored.astype(np.uint8)), scaled, origin, (6, 7)).numpy()
+  np.testing.assert_array_equal(levels, np.round(levels))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_crop_of_a_mirrored_image_is_that_of_the_whole_resized_one(flip):
+  image = np.random.default_rng(0).integers(0, 256, (13, 17, 3)).astype(np.uint8)
+  draws = geometry.Draws(tf.constant(flip), tf.constant(1.7, tf.float64), tf.constant((3, 5)))
+  got = geometry.crop(tf.constant(image), tf.constant(image[..., 0]), draws, (12, 15))
+  mirrored = image[:, ::-1] if flip else image
+  whole = tf.image.resize(mirrored, geometry.scaled_size(tf.constant((13, 17)), draws.scale)).numpy()
+  np.testing.assert_allclose(got.rgb * 255, whole[3:15, 5:20], atol=0.51)  # half a level
+  rows, columns = (np.arange(start, start + size) * stored // int(stored * 1.7) for start, size, stored in ((3, 12, 13), (5, 15, 17)))
+  np.testing.assert_array_equal(got.label, mirrored[rows][:, columns, 0])

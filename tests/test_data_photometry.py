@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 
 from pseudoseg_jax import checks
-from pseudoseg_jax.data import photometry
+from pseudoseg_jax.data import geometry, photometry
 from pseudoseg_jax.data.photometry import Photometry
 
 LUMA = np.float32([0.299, 0.587, 0.114])
@@ -29,6 +29,14 @@ def test_single_changes_by_hand():
   )
   np.testing.assert_allclose(photometry.adjust_saturation(rgb, 0.25), 0.25 * rgb + 0.75 * gray, rtol=1e-5)
   np.testing.assert_allclose(photometry.grayscale(rgb), np.repeat(gray, 3, -1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("convention", geometry.CONVENTIONS)
+def test_contrast_leaves_a_large_even_image_as_it_is(convention):
+  even = tf.fill([400, 400, 3], 0.456)  # single precision would sum it up to another mean
+  brightness = 1.0 if convention == "opencv" else 0.0
+  got = photometry.color_jitter(even, draws(brightness=brightness, contrast=0.5), convention)
+  np.testing.assert_allclose(got, even, atol=1e-6)
 
 
 def test_hue_goes_around_the_circle():
@@ -126,3 +134,27 @@ def test_tensorflow_brightness_is_drawn_as_a_summand():
   table = {name: np.array([getattr(one, name).numpy() for one in drawn]) for name in ("brightness", "contrast", "saturation")}
   for name, (low, high) in dict(brightness=(-0.3, 0.3), contrast=(0.5, 1.5), saturation=(0.5, 1.5)).items():
     assert low <= table[name].min() < low + 0.05 and high - 0.05 < table[name].max() <= high
+
+
+@pytest.mark.parametrize("convention", geometry.CONVENTIONS)
+@pytest.mark.parametrize("channels", [1, 5])
+def test_images_of_other_channels_are_spared_what_means_colour(channels, convention):
+  planes = tf.constant(np.random.default_rng(2).random((5, 7, channels), np.float32))
+  colour = dict(brightness=1.0 if convention == "opencv" else 0.0, saturation=0.1, hue=0.3, grayscale=True)
+  np.testing.assert_allclose(photometry.strong_view(planes, draws(**colour), 2.0, convention), planes, atol=1e-6)
+  mean = planes.numpy().mean(axis=(0, 1))
+  contrast = photometry.strong_view(planes, draws(**colour | {"contrast": 0.5}), 2.0, convention)
+  np.testing.assert_allclose(contrast, 0.5 * planes + 0.5 * mean, atol=1e-6)
+  assert photometry.strong_view(planes, draws(**colour, blur=True), 2.0, convention).shape == planes.shape
+
+
+def test_hue_and_saturation_are_those_of_tensorflow_also_for_greys_and_ties():
+  rgb = image((8, 9))
+  rgb[0] = rgb[0, :, :1]  # greys
+  rgb[1, :, 0] = rgb[1, :, 1]  # two channels alike
+  rgb[2], rgb[3] = np.round(rgb[2]), 0.0  # full colours, black
+  for shift in (-0.5, -0.2, 0.0, 1 / 3, 0.5):
+    np.testing.assert_allclose(photometry.adjust_hue(rgb, shift), tf.image.adjust_hue(rgb, shift), atol=2e-6)
+  for factor in (0.0, 0.5, 1.0, 1.5, 3.0):
+    expected = np.clip(tf.image.adjust_saturation(rgb, factor), 0, 1)
+    np.testing.assert_allclose(photometry.scale_saturation(rgb, factor), expected, atol=2e-6)

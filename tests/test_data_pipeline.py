@@ -205,9 +205,9 @@ def test_settings_that_do_not_fit_are_told_together():
   unlabeled_only = WithoutMasks(SCENES)
   unlabeled_only.has_labels = False
   text = message(
-    lambda: spec(labeled=unlabeled_only, unlabeled=None, batch_size_labeled_global=0, needs=Needs(weak_label="boxes"))
+    lambda: spec(labeled=unlabeled_only, unlabeled=None, batch_size_labeled_global=0, needs=Needs(weak_label="tags"))
   )
-  for part in ("without masks", "unlabeled: got no source", "batch_size_labeled_global: got 0", "'boxes'"):
+  for part in ("without masks", "unlabeled: got no source", "batch_size_labeled_global: got 0", "'tags'"):
     assert part in text
 
 
@@ -226,6 +226,53 @@ def test_lacking_image_labels_are_asked_for_by_their_option():
   assert "config.data.image_labels=FILE (CSV/JSON" in message(lambda: spec(needs=needs))
   text = message(lambda: spec(needs=needs, unlabeled_image_labels=np.ones((10, 7), np.float32)))
   assert "got shape (10, 7)" in text and "a row for each of 11 images" in text
+
+
+def test_boxes_follow_their_images_into_all_streams():
+  boxes = np.full((11, 2, 5), -1, np.float32)
+  boxes[:, 0] = np.stack([np.arange(11), *[np.full(11, edge) for edge in (0.0, 0.0, 1.0, 1.0)]], axis=1)  # a class an image
+  needs = Needs(partner=True, ids=True, weak_label="boxes")
+  batch = take(1, spec(needs=needs, labeled_boxes=boxes, unlabeled_boxes=boxes))[0]
+  assert batch["labeled"]["boxes"].shape == (2, 2, 5) and np.all(batch["labeled"]["boxes"][:, 1, 0] == -1)
+  for stream in ("unlabeled", "partner"):
+    np.testing.assert_array_equal(batch[stream]["boxes"][:, 0, 0], batch[stream]["id"])
+    for (_, top, left, bottom, right), valid in zip(batch[stream]["boxes"][:, 0], batch[stream]["valid"]):
+      rows, columns = np.nonzero(valid)  # the box is the whole image
+      expected = rows.min() / 24, columns.min() / 28, (rows.max() + 1) / 24, (columns.max() + 1) / 28
+      np.testing.assert_allclose((top, left, bottom, right), expected, atol=1e-5)
+
+
+def test_lacking_boxes_are_asked_for_by_their_option():
+  text = message(lambda: spec(needs=Needs(weak_label="boxes"), labeled_boxes=np.zeros((10, 2, 5), np.float32)))
+  assert "boxes of the unlabeled images: got none" in text and "config.data.boxes=FILE (folder of VOC XML, or COCO JSON)" in text
+  assert "labeled_boxes: got shape (10, 2, 5)" in text
+
+
+class _Deep:
+  """Grey images of more than 8 bits: levels a quarter apart."""
+
+  channels, dtype = 1, np.float32
+
+  def __init__(self, source):
+    self.ids, self.has_labels, self.label, self.size = source.ids, True, source.label, source.size
+    self.image = lambda row: np.float32(source.image(row)[..., :1] / 4)
+
+  def __len__(self):
+    return len(self.ids)
+
+
+def test_grey_images_of_16_bits_become_batches_unrounded():
+  options = dict(mean=(0.0,), std=(1.0,), geometry=Geometry((24, 28), scales=(1.0,)))
+  batch = take(1, spec(labeled=_Deep(SCENES), unlabeled=_Deep(SCENES), **options))[0]
+  assert batch["labeled"]["image"].shape == (2, 24, 28, 1) and batch["unlabeled"]["strong"].shape == (4, 2, 24, 28, 1)
+  quarters = batch["unlabeled"]["weak"] * 255 * 4
+  np.testing.assert_allclose(quarters, np.round(quarters), atol=1e-3)
+  assert np.any(np.round(quarters) % 4)
+
+
+def test_channels_that_do_not_fit_are_told():
+  text = message(lambda: spec(labeled=_Deep(SCENES)))
+  assert "images of 3 channels; allowed: 1" in text and "mean: got 3 values; allowed: 1, one a channel" in text
 
 
 @pytest.mark.parametrize("convention", geometry.CONVENTIONS)

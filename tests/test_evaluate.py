@@ -28,6 +28,8 @@ RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 class FakeSource:
   """Random images; about a tenth of the labels are ignored, the others mostly the brightest channel."""
 
+  channels, dtype = 3, np.uint8
+
   def __init__(self, sizes, has_labels=True):
     rng = np.random.default_rng(0)
     self.has_labels = has_labels
@@ -515,13 +517,14 @@ def test_wrong_arrays_are_refused(wrong):
     read_image(wrong)
 
 
-def test_gray_and_transparent_images_become_rgb_and_deep_ones_are_refused(tmp_path):
+def test_gray_and_transparent_images_become_rgb_and_deep_ones_keep_their_levels(tmp_path):
   for mode in ("L", "RGBA", "P"):
     Image.new(mode, (4, 3)).save(tmp_path / "image.png")
     assert read_image(tmp_path / "image.png").shape == (3, 4, 3)
   Image.fromarray(np.full((3, 4), 60000, np.uint16)).save(tmp_path / "deep.png")
-  with pytest.raises(InputError, match="deep.png.*8-bit"):
-    read_image(tmp_path / "deep.png")
+  deep = read_image(tmp_path / "deep.png")
+  assert deep.dtype == np.float32 and deep.shape == (3, 4, 3)
+  np.testing.assert_allclose(deep, 60000 / 257)
   with pytest.raises(InputError, match="absent.png"):
     read_image(tmp_path / "absent.png")
 

@@ -28,6 +28,19 @@ def test_step_times_of_several_methods_come_as_a_table(capsys):
   assert rows[0][2] == "1.00" and all(float(number) > 0 for row in rows for number in row[1:])
 
 
+def test_input_rate_and_its_stages_come_as_a_table(capsys):
+  load("input_rate").main([
+    "--config=configs/quickstart.py:method=supervised", "--strong_views=2", "--seconds=0.2", "--config.views.crop_size=33,33",
+  ])  # fmt: skip
+  printed = capsys.readouterr().out
+  rate, cores = re.search(r"^([\d.]+) images/s on (\d+) cores", printed, re.MULTILINE).groups()
+  assert "2 strong views" in printed and float(rate) > 0 and int(cores) >= 1
+  rows = re.findall(r"^\| (\w+) \| [\d.]+ \| ([\d.]+) \| [\d.]+ \| (\d+)% \|$", printed, re.MULTILINE)
+  times = {"decode": 1, "crop": 1, "jitter": 1.6, "blur": 1, "normalize": 3, "batch": 3}  # 2 views x 0.8, 2 x 0.5, 1 + 2
+  assert {stage: float(count) for stage, count, _ in rows} == times
+  assert 95 <= sum(int(share) for _, _, share in rows) <= 105
+
+
 def test_options_of_a_method_are_told_from_arguments_of_a_config(monkeypatch, tmp_path):
   compare = load("compare")
   commands = []

@@ -106,7 +106,7 @@ CAMVID = SMALL | {"batch_size_global.labeled": 8, "batch_size_global.unlabeled":
 
 def test_trains_on_a_folder(tree, tmp_path):
   assert run("configs/camvid.py:method=supervised,split=1_2", tmp_path, CAMVID | {"data.root": tree}) == 0
-  assert json.loads((tmp_path / "results.json").read_text())["split"] == "1_2: 8 labeled, 8 unlabeled"
+  assert json.loads((tmp_path / "results.json").read_text())["split"] == "every_2: 8 labeled, 8 unlabeled"
 
 
 WITH_TAGS = CAMVID | {"method.image_labels": "True", "data.image_labels": "tags.csv"}
@@ -177,7 +177,7 @@ def fewer_classes(root):
     (cut_jpeg, {}, ["images/train/train00.jpg"]),
     (other_size, {}, ["labels/train/train02.png", "40 x 50", "40 x 52"]),
     (other_ids, {}, ["labels/train/train00.png", "77", "label_map"]),
-    (without_image, {"data.split": "list.txt"}, ["list", "train04.jpg", "nobody"]),
+    (without_image, {"data.split": "list.txt"}, ["list.txt", "train04", "nobody"]),
     (empty_list, {"data.train_list": "list.txt"}, ["list.txt"]),
     (fewer_classes, {"data.classes": "classes.txt"}, ["0..1", "labels/train/train"]),
   ],

@@ -234,7 +234,7 @@ def _duplicates(found: Audit) -> list[Item]:
   for row, (path, digest) in enumerate(zip(found.paths, found.digests, strict=True)):
     first = row if digest is None else first_row.setdefault(digest, row)
     if first != row:
-      items.append(Item(path, "twice in the list" if found.paths[first] == path else f"the same pixels as {found.paths[first]}"))
+      items.append(Item(path, f"the same pixels as {found.paths[first]}"))
   return items
 
 

@@ -9,14 +9,20 @@ right, crop, then mirror. A crop is described by two pairs: `scaled`, the (heigh
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import IGNORE_LABEL
 
 CONVENTIONS = ("opencv", "tensorflow")
+
+# XLA makes one vectorised loop of a chain of operations on pixels: several times faster than TensorFlow's kernels one by one.
+# It compiles for every shape anew, hence never for a stored image's own: see `_padded`.
+compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +96,7 @@ def scaled_size(size: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
 
 
 class Crop(NamedTuple):
-  """A weak view: rgb f32 [H, W, 3] in [0, 1]; label i32 [H, W] or None; valid bool [H, W]; window f32[4], as `window` says."""
+  """A weak view: rgb f32 [H, W, C] in [0, 1]; label i32 [H, W] or None; valid bool [H, W]; window f32[4], as `window` says."""
 
   rgb: tf.Tensor
   label: tf.Tensor | None
@@ -99,24 +105,20 @@ class Crop(NamedTuple):
 
 
 def crop(image: tf.Tensor, label: tf.Tensor | None, draws: Draws, crop_size: tuple[int, int], convention: str = "opencv") -> Crop:
-  """All of the geometry: a stored image, uint8 [h, w, 3], and its mask, uint8 [h, w] or None, as a view of `crop_size`."""
-  if convention == "opencv":
-    image, label = _mirrored((image, label), draws.flip)
+  """All of the geometry: a stored image, [h, w, C] of levels 0..255, and its mask, uint8 [h, w] or None, as a view of `crop_size`."""
   scaled = scaled_size(tf.shape(image)[:2], draws.scale)
   origin = crop_origin(scaled, draws.offset, crop_size, convention)
-  rgb = crop_image(image, scaled, origin, crop_size, convention) / 255.0
-  if label is not None:
-    label = crop_label(label, scaled, origin, crop_size, convention)
   valid = valid_mask(scaled, origin, crop_size)
   if convention == "opencv":
+    rgb = crop_image(image, scaled, origin, crop_size, flip=draws.flip) / 255.0
+    if label is not None:
+      label = crop_label(label, scaled, origin, crop_size, flip=draws.flip)
     return Crop(rgb, label, valid, window(scaled, origin, crop_size, draws.flip))
-  rgb, label, valid = _mirrored((rgb, label, valid), draws.flip)
+  rgb = mirror(crop_image(image, scaled, origin, crop_size, convention) / 255.0, draws.flip)
+  if label is not None:
+    label = mirror(crop_label(label, scaled, origin, crop_size, convention), draws.flip)
   # Mirroring the crop, and not the image, leaves the crop's place in the image as it is.
-  return Crop(rgb, label, valid, window(scaled, origin, crop_size, tf.constant(False)))
-
-
-def _mirrored(arrays: tuple, flip: tf.Tensor) -> tuple:
-  return tuple(None if array is None else mirror(array, flip) for array in arrays)
+  return Crop(rgb, label, mirror(valid, draws.flip), window(scaled, origin, crop_size, tf.constant(False)))
 
 
 def crop_origin(scaled: tf.Tensor, offset: tf.Tensor, crop_size: tuple[int, int], convention: str = "opencv") -> tf.Tensor:
@@ -130,40 +132,93 @@ def crop_origin(scaled: tf.Tensor, offset: tf.Tensor, crop_size: tuple[int, int]
   return offset - missing // 2
 
 
-def mirror(image: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:
+@compiled
+def mirror(view: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:
   """Swaps left and right (axis 1) where `flip`, bool[], says so."""
-  return tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
+  return tf.where(flip, tf.reverse(view, [1]), view)
 
 
 def crop_image(
-  image: tf.Tensor, scaled: tf.Tensor, origin: tf.Tensor, crop_size: tuple[int, int], convention: str = "opencv"
+  image: tf.Tensor,
+  scaled: tf.Tensor,
+  origin: tf.Tensor,
+  crop_size: tuple[int, int],
+  convention: str = "opencv",
+  *,
+  flip: tf.Tensor | bool = False,
 ) -> tf.Tensor:
   """Scales and crops an image in one pass; only the crop's pixels are computed.
 
-  Bilinear between pixel centres, edges repeated. "opencv": without antialiasing, rounded to whole levels as an 8-bit resize is
-  (OpenCV's INTER_LINEAR, up to one level where its fixed point rounds otherwise). "tensorflow": with antialiasing where it
-  shrinks, not rounded (TensorFlow 2's `tf.image.resize(..., antialias=True)`).
+  Bilinear between pixel centres, edges repeated. "opencv": without antialiasing; images of uint8 are rounded to whole levels as
+  an 8-bit resize is (OpenCV's INTER_LINEAR, up to one level where its fixed point rounds otherwise). "tensorflow": with
+  antialiasing where it shrinks, not rounded (TensorFlow 2's `tf.image.resize(..., antialias=True)`).
 
   Args:
-    image: uint8 [h, w, 3], or any other type of levels 0..255.
+    image: [h, w, C] of levels 0..255, uint8 or f32; C is known before the graph runs.
+    flip: bool[], mirror the image before it is cropped ("opencv" only).
 
   Returns:
-    Levels 0..255, f32 [*crop_size, 3]; 0 outside the image.
+    Levels 0..255, f32 [*crop_size, C]; 0 outside the image.
   """
+  if convention == "opencv":
+    options = dict(crop_size=crop_size, channels=image.shape[2])
+    return _bilinear(_padded(image), tf.shape(image)[:2], scaled, origin, tf.convert_to_tensor(flip), **options)
   resized = tf.raw_ops.ScaleAndTranslate(
     images=image[tf.newaxis],
     size=crop_size,
     scale=tf.cast(scaled / tf.shape(image)[:2], tf.float32),
     translation=tf.cast(-origin, tf.float32),
     kernel_type="triangle",
-    antialias=convention == "tensorflow",
+    antialias=True,
   )
-  levels = resized[0] if convention == "tensorflow" else tf.floor(resized[0] + 0.5)
-  return tf.ensure_shape(levels, (*crop_size, 3))
+  return tf.ensure_shape(resized[0], (*crop_size, image.shape[2]))
+
+
+def _padded(stored: tf.Tensor) -> tf.Tensor:
+  """All values in one row, with zeros up to a power of two: a data set's images then have few shapes."""
+  count = tf.size(stored)
+  length = tf.cast(2.0 ** tf.math.ceil(tf.math.log(tf.cast(count, tf.float64)) / np.log(2.0)), tf.int32)
+  return tf.concat([tf.reshape(stored, [-1]), tf.zeros([length - count], stored.dtype)], axis=0)
+
+
+@compiled
+def _bilinear(values, size, scaled, origin, flip, *, crop_size, channels):
+  """The "opencv" half of `crop_image`, of an image [*size, channels] laid out in a row."""
+
+  def taps(axis):
+    """Stored pixels before and after each of the crop's, and the second one's share."""
+    centre = tf.cast(tf.range(crop_size[axis]) + origin[axis], tf.float64) + 0.5
+    position = centre * tf.cast(size[axis], tf.float64) / tf.cast(scaled[axis], tf.float64) - 0.5
+    before = tf.floor(position)
+    first, second = (tf.clip_by_value(tf.cast(before, tf.int32) + step, 0, size[axis] - 1) for step in (0, 1))
+    return first, second, tf.cast(position - before, tf.float32)
+
+  top, bottom, below = taps(0)
+  left, right, beside = taps(1)
+  left, right = (tf.where(flip, size[1] - 1 - column, column) for column in (left, right))
+  channel = tf.range(channels)
+
+  def at(row, column):
+    place = row[:, tf.newaxis, tf.newaxis] * size[1] + column[:, tf.newaxis]
+    return tf.cast(tf.gather(values, place * channels + channel), tf.float32)
+
+  below, beside = below[:, tf.newaxis, tf.newaxis], beside[:, tf.newaxis]
+  above = at(top, left) * (1.0 - beside) + at(top, right) * beside
+  under = at(bottom, left) * (1.0 - beside) + at(bottom, right) * beside
+  levels = above * (1.0 - below) + under * below
+  if values.dtype == tf.uint8:
+    levels = tf.floor(levels + 0.5)
+  return tf.where(valid_mask(scaled, origin, crop_size)[..., tf.newaxis], levels, 0.0)
 
 
 def crop_label(
-  label: tf.Tensor, scaled: tf.Tensor, origin: tf.Tensor, crop_size: tuple[int, int], convention: str = "opencv"
+  label: tf.Tensor,
+  scaled: tf.Tensor,
+  origin: tf.Tensor,
+  crop_size: tuple[int, int],
+  convention: str = "opencv",
+  *,
+  flip: tf.Tensor | bool = False,
 ) -> tf.Tensor:
   """Scales and crops a mask by the nearest stored pixel.
 
@@ -172,19 +227,29 @@ def crop_label(
 
   Args:
     label: uint8 [h, w].
+    flip: bool[], mirror the mask before it is cropped.
 
   Returns:
     i32 [*crop_size], IGNORE_LABEL outside the image.
   """
-  size = tf.shape(label)
-  for axis in (0, 1):
+  options = dict(crop_size=crop_size, convention=convention)
+  return _nearest(_padded(label), tf.shape(label), scaled, origin, tf.convert_to_tensor(flip), **options)
+
+
+@compiled
+def _nearest(values, size, scaled, origin, flip, *, crop_size, convention):
+  """`crop_label`, of a mask laid out in a row."""
+
+  def stored(axis):
     position = tf.clip_by_value(tf.range(crop_size[axis]) + origin[axis], 0, scaled[axis] - 1)
-    if convention == "tensorflow":
-      steps = tf.maximum(scaled[axis] - 1, 1)
-      stored = (2 * position * (size[axis] - 1) + steps) // (2 * steps)
-    else:
-      stored = position * size[axis] // scaled[axis]
-    label = tf.gather(label, stored, axis=axis)
+    if convention == "opencv":
+      return position * size[axis] // scaled[axis]
+    steps = tf.maximum(scaled[axis] - 1, 1)
+    return (2 * position * (size[axis] - 1) + steps) // (2 * steps)
+
+  row, column = stored(0), stored(1)
+  column = tf.where(flip, size[1] - 1 - column, column)
+  label = tf.gather(values, row[:, tf.newaxis] * size[1] + column)
   return tf.where(valid_mask(scaled, origin, crop_size), tf.cast(label, tf.int32), IGNORE_LABEL)
 
 
@@ -213,3 +278,23 @@ def window(scaled: tf.Tensor, origin: tf.Tensor, crop_size: tuple[int, int], fli
   extent = tf.constant(crop_size, tf.float32) / scaled
   left = tf.where(flip, 1.0 - corner[1] - extent[1], corner[1])
   return tf.stack([corner[0], left, extent[0], extent[1]])
+
+
+def crop_boxes(boxes: tf.Tensor, window: tf.Tensor, flip: tf.Tensor, crop_size: tuple[int, int]) -> tf.Tensor:
+  """Bounding boxes of a stored image as the view shows them, under either convention.
+
+  Args:
+    boxes: f32 [M, 5]: class index (-1: no box), then top, left, bottom, right in fractions of the image's height and width.
+    window: of the view, as `window` says.
+    flip: bool[], whether the view shows the image mirrored.
+
+  Returns:
+    f32 [M, 5] with edges in fractions of the view, clipped to it; (-1, 0, 0, 0, 0) where less than a pixel is left of a box.
+  """
+  kind, top, left, bottom, right = tf.unstack(boxes, axis=1)
+  top, bottom = ((edge - window[0]) / window[2] for edge in (top, bottom))
+  left, right = ((edge - window[1]) / window[3] for edge in (left, right))
+  left, right = tf.where(flip, 1.0 - right, left), tf.where(flip, 1.0 - left, right)
+  top, left, bottom, right = (tf.clip_by_value(edge, 0.0, 1.0) for edge in (top, left, bottom, right))
+  seen = (kind >= 0) & ((bottom - top) * crop_size[0] >= 1.0) & ((right - left) * crop_size[1] >= 1.0)
+  return tf.where(seen[:, tf.newaxis], tf.stack([kind, top, left, bottom, right], axis=1), [[-1.0, 0.0, 0.0, 0.0, 0.0]])

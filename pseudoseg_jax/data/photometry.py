@@ -1,19 +1,19 @@
 """Strong augmentation: colour jitter, greyscale, blur.
 
-TensorFlow ops on one RGB image in [0, 1], every random draw an argument.
+TensorFlow ops on one image [h, w, C] in [0, 1], every random draw an argument. Saturation, hue and greyscale mean something for
+RGB alone: images of other than three channels are spared them, and their contrast is about each channel's own mean.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import NamedTuple
 
 import tensorflow as tf
 
 from pseudoseg_jax import checks
-from pseudoseg_jax.data.geometry import check_convention
+from pseudoseg_jax.data.geometry import check_convention, compiled
 
 # Channel means and deviations of ImageNet, for RGB in [0, 1]: what pretrained backbones expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -105,75 +105,115 @@ def draw(photometry: Photometry, num_views: int, seed: tf.Tensor) -> list[Draws]
 def strong_view(
   rgb: tf.Tensor, draws: Draws, max_sigma: float, convention: str = "opencv", valid: tf.Tensor | None = None
 ) -> tf.Tensor:
-  """Applies one view's draws: jitter, then greyscale, then blur. RGB f32 [h, w, 3] in [0, 1], before and after."""
-  jittered = tf.cond(draws.jitter, lambda: color_jitter(rgb, draws, convention, valid), lambda: rgb)
-  grayed = tf.cond(draws.grayscale, lambda: grayscale(jittered), lambda: jittered)
-  return tf.cond(draws.blur, lambda: gaussian_blur(grayed, draws.sigma, max_sigma), lambda: grayed)
+  """Applies one view's draws: jitter, then greyscale, then blur. f32 [h, w, C] in [0, 1], before and after."""
+  rgb = tf.cond(draws.jitter, lambda: color_jitter(rgb, draws, convention, valid), lambda: rgb)
+  if rgb.shape[-1] == 3:
+    rgb = tf.cond(draws.grayscale, lambda: grayscale(rgb), lambda: rgb)
+  return tf.cond(draws.blur, lambda: gaussian_blur(rgb, draws.sigma, max_sigma), lambda: rgb)
 
 
 def color_jitter(rgb: tf.Tensor, draws: Draws, convention: str = "opencv", valid: tf.Tensor | None = None) -> tf.Tensor:
   """The four colour changes in the order drawn, each result clipped to [0, 1].
 
   Args:
-    rgb: f32 [h, w, 3] in [0, 1].
+    rgb: f32 [h, w, C] in [0, 1].
     convention: as `Photometry.convention`.
-    valid: bool [h, w], of which pixels "tensorflow" takes the mean; None for all of them.
+    valid: bool [h, w], of which pixels a channel's mean is taken; None for all of them. The mean grey takes all of them.
   """
+  is_rgb = rgb.shape[-1] == 3
   if convention == "tensorflow":
-    changes = (
-      lambda rgb: tf.clip_by_value(rgb + draws.brightness, 0.0, 1.0),
-      lambda rgb: tf.clip_by_value(stretch_contrast(rgb, draws.contrast, valid), 0.0, 1.0),
-      lambda rgb: tf.clip_by_value(tf.image.adjust_saturation(rgb, draws.saturation), 0.0, 1.0),
-      lambda rgb: tf.clip_by_value(tf.image.adjust_hue(rgb, draws.hue), 0.0, 1.0),
-    )
+    brightness, saturation = add_brightness, scale_saturation
   else:
-    changes = (
-      lambda rgb: adjust_brightness(rgb, draws.brightness),
-      lambda rgb: adjust_contrast(rgb, draws.contrast),
-      lambda rgb: adjust_saturation(rgb, draws.saturation),
-      lambda rgb: tf.image.adjust_hue(rgb, draws.hue),
-    )
+    brightness, saturation = adjust_brightness, adjust_saturation
+
+  def contrast(rgb, factor):
+    if convention == "tensorflow" or not is_rgb:
+      return tf.clip_by_value(stretch_contrast(rgb, factor, valid), 0.0, 1.0)
+    return adjust_contrast(rgb, factor)
 
   def turn(rgb: tf.Tensor, change: tf.Tensor) -> tf.Tensor:
-    return tf.switch_case(change, [functools.partial(make, rgb) for make in changes])
+    return tf.switch_case(change, [
+      lambda: brightness(rgb, draws.brightness),
+      lambda: contrast(rgb, draws.contrast),
+      lambda: saturation(rgb, draws.saturation) if is_rgb else rgb,
+      lambda: adjust_hue(rgb, draws.hue) if is_rgb else rgb,
+    ])  # fmt: skip
 
   return tf.foldl(turn, draws.order, initializer=rgb)
 
 
-def stretch_contrast(rgb: tf.Tensor, factor: tf.Tensor, valid: tf.Tensor | None = None) -> tf.Tensor:
-  """Moves each channel away from its own mean over the valid pixels; factor 1 changes nothing. The result may leave [0, 1]."""
-  height, width, channels = rgb.shape
-  if valid is None:
-    mean = tf.reduce_mean(rgb, axis=(0, 1))
-  else:
-    inside = tf.reshape(tf.cast(valid, tf.float32), (1, -1))
-    mean = (inside @ tf.reshape(rgb, (-1, channels)))[0] / tf.maximum(tf.reduce_sum(inside), 1.0)
-  # The mean as a whole row of pixels: a broadcast along the last axis of three is several times slower.
-  row = tf.tile(mean * (1.0 - factor), (width,))
-  return tf.reshape(tf.reshape(rgb, (height, width * channels)) * factor + row, (height, width, channels))
+@compiled
+def add_brightness(rgb: tf.Tensor, summand: tf.Tensor) -> tf.Tensor:
+  """Summand 0 changes nothing."""
+  return tf.clip_by_value(rgb + summand, 0.0, 1.0)
 
 
+@compiled
 def adjust_brightness(rgb: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
   """Blends with black: factor 0 is black, 1 changes nothing."""
   return tf.clip_by_value(rgb * factor, 0.0, 1.0)
 
 
+@compiled
+def stretch_contrast(rgb: tf.Tensor, factor: tf.Tensor, valid: tf.Tensor | None = None) -> tf.Tensor:
+  """Moves each channel away from its own mean over the valid pixels; factor 1 changes nothing. The result may leave [0, 1]."""
+  inside = tf.ones(rgb.shape[:2]) if valid is None else tf.cast(valid, tf.float32)
+  mean = tf.stack([_sum(channel * inside) for channel in tf.unstack(rgb, axis=-1)]) / tf.maximum(_sum(inside), 1.0)
+  return rgb * factor + mean * (1.0 - factor)
+
+
+@compiled
 def adjust_contrast(rgb: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
   """Blends with the image's mean grey: factor 0 is even grey, 1 changes nothing."""
-  mean_gray = tf.reduce_sum(tf.reduce_mean(rgb, axis=(0, 1)) * _LUMA)
+  height, width = rgb.shape[:2]
+  mean_gray = _sum(_luma(rgb)) / (height * width)
   return tf.clip_by_value(rgb * factor + mean_gray * (1.0 - factor), 0.0, 1.0)
 
 
+def _sum(plane: tf.Tensor) -> tf.Tensor:
+  """Sum of [h, w]. In single precision the rounding of 10^5 like values would add up to a tenth of a grey level."""
+  return tf.cast(tf.reduce_sum(tf.cast(plane, tf.float64)), tf.float32)
+
+
+def _luma(rgb: tf.Tensor) -> tf.Tensor:
+  return sum(weight * channel for weight, channel in zip(_LUMA, tf.unstack(rgb, axis=-1)))
+
+
+@compiled
 def adjust_saturation(rgb: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
   """Blends with the image's own greyscale: factor 0 is greyscale, 1 changes nothing."""
   return tf.clip_by_value(rgb * factor + grayscale(rgb) * (1.0 - factor), 0.0, 1.0)
 
 
+@compiled
+def scale_saturation(rgb: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+  """Scales the S of HSV, up to 1, as tf.image.adjust_saturation: the greatest channel stays, the others keep their proportions."""
+  value = tf.reduce_max(rgb, axis=-1, keepdims=True)
+  chroma = value - tf.reduce_min(rgb, axis=-1, keepdims=True)
+  factor = tf.minimum(factor, tf.math.divide_no_nan(value, chroma))
+  return tf.clip_by_value(value - (value - rgb) * factor, 0.0, 1.0)
+
+
+@compiled
+def adjust_hue(rgb: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
+  """Turns the H of HSV by a fraction of the colour circle, as tf.image.adjust_hue: 1/3 turns red into green."""
+  red, green, blue = tf.unstack(rgb, axis=-1)
+  value = tf.maximum(tf.maximum(red, green), blue)
+  least = tf.minimum(tf.minimum(red, green), blue)
+  chroma = value - least
+  per_chroma = 1.0 / tf.where(chroma > 0, chroma, 1.0)
+  hue = tf.where(value == green, (blue - red) * per_chroma + 2.0, (red - green) * per_chroma + 4.0)
+  hue = tf.where(value == red, (green - blue) * per_chroma, hue) + 6.0 * shift
+  hue -= 6.0 * tf.floor(hue / 6.0)
+  # How much of the chroma each channel has, around the circle: all within a sixth of its colour, none beyond two.
+  shares = tf.abs(hue - 3.0) - 1.0, 2.0 - tf.abs(hue - 2.0), 2.0 - tf.abs(hue - 4.0)
+  return tf.stack([least + chroma * tf.clip_by_value(share, 0.0, 1.0) for share in shares], axis=-1)
+
+
+@compiled
 def grayscale(rgb: tf.Tensor) -> tf.Tensor:
   """Luma (ITU-R 601) in all three channels."""
-  height, width = rgb.shape[:2]
-  # One matrix product sums and spreads; a broadcast of a [h, w, 1] sum is several times slower.
-  return tf.reshape(tf.reshape(rgb, (-1, 3)) @ tf.constant([[weight] * 3 for weight in _LUMA]), (height, width, 3))
+  return tf.repeat(_luma(rgb)[..., tf.newaxis], 3, axis=-1)
 
 
 def gaussian_blur(rgb: tf.Tensor, sigma: tf.Tensor, max_sigma: float) -> tf.Tensor:
@@ -187,13 +227,22 @@ def gaussian_blur(rgb: tf.Tensor, sigma: tf.Tensor, max_sigma: float) -> tf.Tens
   height, width, channels = rgb.shape
   tap = tf.range(-radius, radius + 1, dtype=tf.float32)
   kernel = tf.exp(-0.5 * (tap / sigma) ** 2)
-  kernel = tf.tile((kernel / tf.reduce_sum(kernel))[:, tf.newaxis], (1, channels))
-  row = tf.clip_by_value(tf.range(-radius, height + radius), 0, height - 1)
-  column = tf.clip_by_value(tf.range(-radius, width + radius), 0, width - 1)
-  rgb = tf.gather(rgb, row, axis=0)[tf.newaxis]
-  rgb = tf.nn.depthwise_conv2d(rgb, kernel[:, tf.newaxis, :, tf.newaxis], strides=[1] * 4, padding="VALID")
-  rgb = tf.gather(rgb, column, axis=2)
-  return tf.nn.depthwise_conv2d(rgb, kernel[tf.newaxis, :, :, tf.newaxis], strides=[1] * 4, padding="VALID")[0]
+  kernel /= tf.reduce_sum(kernel)
+  # A row's values side by side make long vectors. The repeated edges are copied outside of XLA, which would look them up by pixel.
+  rows = tf.reshape(rgb, (height, width * channels))
+  rows = tf.concat([tf.repeat(rows[:1], radius, axis=0), rows, tf.repeat(rows[-1:], radius, axis=0)], axis=0)
+  rows = _convolve(rows, kernel, axis=0, step=1)
+  rows = tf.concat([tf.tile(rows[:, :channels], (1, radius)), rows, tf.tile(rows[:, -channels:], (1, radius))], axis=1)
+  return tf.reshape(_convolve(rows, kernel, axis=1, step=channels), (height, width, channels))
+
+
+@compiled
+def _convolve(padded, kernel, *, axis, step):
+  """Weighted sums along an axis of [m, n], of values that lie `step` apart; only where all weights meet one."""
+  taps = kernel.shape[0]
+  size = padded.shape[axis] - (taps - 1) * step
+  parts = (padded[n * step :][:size] if axis == 0 else padded[:, n * step :][:, :size] for n in range(taps))
+  return sum(kernel[n] * part for n, part in enumerate(parts))
 
 
 def normalize(rgb, mean=IMAGENET_MEAN, std=IMAGENET_STD):

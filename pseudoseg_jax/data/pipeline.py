@@ -39,8 +39,10 @@ class PipelineSpec:
   labeled: a source with masks. unlabeled: a source of which only images are read; None where the method needs none.
   batch_size_labeled_global, batch_size_unlabeled_global: images a step over all processes.
   needs: what the method wants besides labeled images (`Method.needs`).
-  mean, std: of RGB in [0, 1], by channel.
+  mean, std: of values in [0, 1], one a channel.
   unlabeled_image_labels: f32[N, K], 0 and 1 for each of the N unlabeled images (`tags.read_tags`); None for no such labels.
+  labeled_boxes, unlabeled_boxes: f32[N, M, 5], the boxes of each of the N images as `geometry.crop_boxes` says, M the most that
+    one has, rows without a box of class -1; None for no boxes.
   with_truth: "unlabeled" also carries "truth", i32[B, H, W], the image's own mask under the same geometry: for pictures of data
     whose masks are known, never for training. Without it, masks of unlabeled images are not opened.
 
@@ -56,9 +58,11 @@ class PipelineSpec:
   photometry: Photometry = Photometry()
   needs: Needs = Needs()
   seed: int = 0
-  mean: tuple[float, float, float] = IMAGENET_MEAN
-  std: tuple[float, float, float] = IMAGENET_STD
+  mean: tuple[float, ...] = IMAGENET_MEAN
+  std: tuple[float, ...] = IMAGENET_STD
   unlabeled_image_labels: np.ndarray | None = None
+  labeled_boxes: np.ndarray | None = None
+  unlabeled_boxes: np.ndarray | None = None
   with_truth: bool = False
 
   def __post_init__(self):
@@ -74,12 +78,24 @@ class PipelineSpec:
       size = getattr(self, f"batch_size_{name}_global")
       if used and size < 1:
         problems.add(f"batch_size_{name}_global", got=size, allowed="1 or more")
-    if self.needs.weak_label not in (None, "image"):
-      problems.add("needs.weak_label", got=repr(self.needs.weak_label), allowed="None or 'image'")
+    if self.needs.weak_label not in (None, "image", "boxes"):
+      problems.add("needs.weak_label", got=repr(self.needs.weak_label), allowed="None, 'image' or 'boxes'")
     if self.with_truth and not (self.unlabeled is not None and self.unlabeled.has_labels):
       problems.add("with_truth", got="unlabeled images without masks", allowed="a source with masks", remedy="leave it out")
+    self._check_channels(problems)
     self._check_image_labels(problems)
+    self._check_boxes(problems)
     problems.raise_if_any()
+
+  def _check_channels(self, problems: checks.Problems) -> None:
+    channels = _channels(self.labeled)
+    if self.unlabeled is not None and _channels(self.unlabeled) != channels:
+      problems.add("unlabeled", got=f"images of {_channels(self.unlabeled)} channels", allowed=f"{channels}, as the labeled ones")
+    for name in ("mean", "std"):
+      if len(getattr(self, name)) != channels:
+        problems.add(
+          name, got=f"{len(getattr(self, name))} values", allowed=f"{channels}, one a channel", remedy=f"set config.data.{name}"
+        )
 
   def _check_image_labels(self, problems: checks.Problems) -> None:
     labels = self.unlabeled_image_labels
@@ -95,6 +111,21 @@ class PipelineSpec:
       problems.add(
         "unlabeled_image_labels", got=f"shape {labels.shape}", allowed=f"a row for each of {len(self.unlabeled)} images"
       )
+
+  def _check_boxes(self, problems: checks.Problems) -> None:
+    for role, boxes, source in (
+      ("labeled", self.labeled_boxes, self.labeled), ("unlabeled", self.unlabeled_boxes, self.unlabeled)
+    ):  # fmt: skip
+      if boxes is None:
+        if self.needs.weak_label == "boxes":
+          problems.add(
+            f"boxes of the {role} images",
+            got="none",
+            allowed="a list of boxes an image; the method learns from them",
+            remedy="config.data.boxes=FILE (folder of VOC XML, or COCO JSON)",
+          )
+      elif source is not None and (boxes.ndim != 3 or boxes.shape[2] != 5 or len(boxes) != len(source)):
+        problems.add(f"{role}_boxes", got=f"shape {boxes.shape}", allowed=f"[{len(source)}, M, 5], a row for each image")
 
 
 def train_batches(
@@ -134,6 +165,10 @@ def train_batches(
   return _zip(streams)
 
 
+def _channels(source: Source) -> int:
+  return getattr(source, "channels", 3)
+
+
 def stream_seed(seed: int, stream: str) -> int:
   """A number in 0 .. 2^63 - 1 for a named stream, the same in every process and release."""
   digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
@@ -154,27 +189,30 @@ def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: i
   geometry_seed = tf.constant(stream_seed(spec.seed, f"{stream}/geometry"), tf.int64)
   photometry_seed = tf.constant(stream_seed(spec.seed, f"{stream}/photometry"), tf.int64)
   crop = dict(crop_size=spec.geometry.crop_size, mean=spec.mean, std=spec.std, convention=spec.geometry.convention)
-  wanted = {"weak", "valid", "strong", "truth"} | ({"id", "flip", "window"} if spec.needs.ids else set())
-  image_labels = None
+  wanted = {"weak", "valid", "strong", "truth", "boxes"} | ({"id", "flip", "window"} if spec.needs.ids else set())
+  all_image_labels = all_boxes = None
   if spec.needs.weak_label == "image":
-    image_labels = tf.constant(spec.unlabeled_image_labels, tf.float32)
+    all_image_labels = tf.constant(spec.unlabeled_image_labels, tf.float32)
+  if spec.needs.weak_label == "boxes":
+    all_boxes = tf.constant(spec.labeled_boxes if stream == "labeled" else spec.unlabeled_boxes, tf.float32)
 
   def example(position: tf.Tensor) -> dict[str, tf.Tensor]:
     row = example_row(position, len(source), spec.seed, stream)
     loaded = loader(position, row)
     draws = geometry_ops.draw(spec.geometry, tf.shape(loaded[0])[:2], tf.stack([geometry_seed, position]))
+    boxes = None if all_boxes is None else all_boxes[row]
     if stream == "labeled":
       image, label = loaded
-      return views.labeled_view(image, label, draws=draws, **crop)
+      return views.labeled_view(image, label, boxes=boxes, draws=draws, **crop)
     photometry_draws = []
     if spec.needs.strong_views:
       photometry_draws = photometry_ops.draw(spec.photometry, spec.needs.strong_views, tf.stack([photometry_seed, position]))
     truth = loaded[1] if with_truth else None
     photometric = dict(photometry=spec.photometry, photometry_draws=photometry_draws)
-    made = views.unlabeled_views(loaded[0], truth=truth, draws=draws, **photometric, **crop)
+    made = views.unlabeled_views(loaded[0], truth=truth, boxes=boxes, draws=draws, **photometric, **crop)
     made["id"] = tf.cast(row, tf.int32)
     made = {name: value for name, value in made.items() if name in wanted}
-    return made if image_labels is None else made | {"image_label": image_labels[row]}
+    return made if all_image_labels is None else made | {"image_label": all_image_labels[row]}
 
   options = tf.data.Options()
   options.deterministic = True
@@ -214,9 +252,10 @@ class _Loader:
     self._lock = threading.Lock()
 
   def __call__(self, position: tf.Tensor, row: tf.Tensor) -> list[tf.Tensor]:
-    """(position, row) -> [image uint8 [h, w, 3]] or [image, label uint8 [h, w]]; the label is read only where wanted."""
-    loaded = tf.numpy_function(self._load, (position, row), [tf.uint8] * (1 + self._with_label))
-    for tensor, shape in zip(loaded, ((None, None, 3), (None, None))):
+    """(position, row) -> [image [h, w, C]] or [image, label uint8 [h, w]]; the label is read only where wanted."""
+    dtypes = [tf.as_dtype(getattr(self._source, "dtype", np.uint8)), tf.uint8]
+    loaded = tf.numpy_function(self._load, (position, row), dtypes[: 1 + self._with_label])
+    for tensor, shape in zip(loaded, ((None, None, _channels(self._source)), (None, None))):
       tensor.set_shape(shape)
     return loaded
 

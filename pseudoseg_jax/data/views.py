@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import tensorflow as tf
 
 from pseudoseg_jax.data import geometry as geometry_ops
@@ -13,6 +12,7 @@ def labeled_view(
   image: tf.Tensor,
   label: tf.Tensor,
   *,
+  boxes: tf.Tensor | None = None,
   draws: geometry_ops.Draws,
   crop_size: tuple[int, int],
   mean: tuple,
@@ -22,21 +22,28 @@ def labeled_view(
   """The geometry alone, normalised.
 
   Args:
-    image: uint8 [h, w, 3].
+    image: [h, w, C] of levels 0..255, uint8 or f32.
     label: uint8 [h, w].
+    boxes: f32 [M, 5] of the stored image, as `geometry.crop_boxes` says; or None.
+    mean, std: C values each.
     convention: of the geometry, as `Geometry.convention`.
 
   Returns:
-    "image" f32 [H, W, 3], normalised, 0 on padding; "label" i32 [H, W], IGNORE_LABEL on padding; "valid" bool [H, W].
+    "image" f32 [H, W, C], normalised, 0 on padding; "label" i32 [H, W], IGNORE_LABEL on padding; "valid" bool [H, W];
+    "boxes" f32 [M, 5] of the view where some were given.
   """
-  view = geometry_ops.crop(image, label, draws, crop_size, convention)
-  return {"image": _normalized(view.rgb, view.valid, mean, std), "label": view.label, "valid": view.valid}
+  rgb, label, valid, window = geometry_ops.crop(image, label, draws, crop_size, convention)
+  views = {"image": _normalized(rgb, valid, mean, std), "label": label, "valid": valid}
+  if boxes is not None:
+    views["boxes"] = geometry_ops.crop_boxes(boxes, window, draws.flip, crop_size)
+  return views
 
 
 def unlabeled_views(
   image: tf.Tensor,
   *,
   truth: tf.Tensor | None = None,
+  boxes: tf.Tensor | None = None,
   draws: geometry_ops.Draws,
   crop_size: tuple[int, int],
   photometry: photometry_ops.Photometry,
@@ -50,20 +57,24 @@ def unlabeled_views(
   Strong views are made of the crop with padding in the mean colour, and are 0 on padding after normalisation, as weak ones.
 
   Args:
-    image: uint8 [h, w, 3].
+    image: [h, w, C] of levels 0..255, uint8 or f32.
     truth: uint8 [h, w], the image's own mask, for pictures; or None.
+    boxes: f32 [M, 5] of the stored image, as `geometry.crop_boxes` says; or None.
+    mean, std: C values each.
     convention: of the geometry, as `Geometry.convention`.
 
   Returns:
-    "weak" f32 [H, W, 3], "strong" f32 [S, H, W, 3] where S > 0, "valid" bool [H, W], "flip" bool [], "window" f32 [4];
-    "truth" i32 [H, W] where it was given, IGNORE_LABEL on padding.
+    "weak" f32 [H, W, C], "strong" f32 [S, H, W, C] where S > 0, "valid" bool [H, W], "flip" bool [], "window" f32 [4];
+    where they were given, "truth" i32 [H, W], IGNORE_LABEL on padding, and "boxes" f32 [M, 5] of the view.
   """
   rgb, truth, valid, window = geometry_ops.crop(image, truth, draws, crop_size, convention)
   views = {"weak": _normalized(rgb, valid, mean, std), "valid": valid, "flip": draws.flip, "window": window}
   if truth is not None:
     views["truth"] = truth
+  if boxes is not None:
+    views["boxes"] = geometry_ops.crop_boxes(boxes, window, draws.flip, crop_size)
   if photometry_draws:
-    rgb = tf.where(valid[..., tf.newaxis], rgb, tf.constant(mean, tf.float32))
+    rgb = _filled(rgb, valid, mean)
     options = dict(convention=photometry.convention, valid=valid)
     max_sigma = photometry.blur_sigma_pixels[1]
     strong = [photometry_ops.strong_view(rgb, view_draws, max_sigma, **options) for view_draws in photometry_draws]
@@ -71,8 +82,11 @@ def unlabeled_views(
   return views
 
 
+@geometry_ops.compiled
+def _filled(rgb, valid, mean):
+  return tf.where(valid[..., tf.newaxis], rgb, tf.constant(mean, tf.float32))
+
+
+@geometry_ops.compiled
 def _normalized(rgb, valid, mean, std):
-  # Constants and mask of the image's full shape: TensorFlow's broadcast along the last axis takes three times as long.
-  mean, std = (np.broadcast_to(np.float32(value), rgb.shape) for value in (mean, std))
-  inside = tf.repeat(tf.cast(valid, tf.float32)[..., tf.newaxis], rgb.shape[-1], axis=-1)
-  return photometry_ops.normalize(rgb, mean, std) * inside
+  return photometry_ops.normalize(rgb, mean, std) * tf.cast(valid, tf.float32)[..., tf.newaxis]

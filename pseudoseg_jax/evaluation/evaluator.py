@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from pseudoseg_jax import checks
 from pseudoseg_jax.contract import IGNORE_LABEL, Predictor, PyTree, State
 from pseudoseg_jax.evaluation import inference
 from pseudoseg_jax.evaluation.inference import Protocol
+from pseudoseg_jax.evaluation.progress import Progress
 from pseudoseg_jax.ops import confusion
 from pseudoseg_jax.ops.confusion import Scores
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
   from pseudoseg_jax.data.classes import Classes
   from pseudoseg_jax.data.sources import Source
 
+log = logging.getLogger("pseudoseg_jax")
+
+_FEW_CANVASES = 8  # compiled for without a word
 _BATCHES_AHEAD = 2  # read while the device computes
 _RESULTS_BEHIND = 2  # left on the device, so that waiting for one never idles it
 
@@ -43,15 +48,15 @@ def make_evaluator(
   """An evaluator of named predictors over a source; it compiles once per canvas (see `inference`) and keeps that for every call.
 
   Args:
-    predictors: name -> (state, images f32[B, H, W, 3]) -> logits f32[B, H, W, K], as in `contract.Method`.
+    predictors: name -> (state, images f32[B, H, W, C]) -> logits f32[B, H, W, K], as in `contract.Method`.
     source: images with labels, of any sizes.
     protocol: how an image is shown to the network. Images of many sizes want "slide" or a `pad_multiple`.
-    mean, std: of RGB in [0, 1].
+    mean, std: of the source's C channels in [0, 1].
     batch_size: images of all devices and processes together; rounded up to a multiple of the mesh's devices.
     mesh: with an axis "data"; the state handed in must be replicated over it. None: wherever the state is.
 
   Raises:
-    InputError: no images, no labels, an unusable protocol.
+    InputError: no images, no labels, an unusable protocol, mean or std of other channels.
   """
   problems = checks.Problems("the predictors cannot be evaluated")
   if not len(source):
@@ -60,6 +65,9 @@ def make_evaluator(
     problems.add("evaluated images", got="no labels", allowed="images with labels", remedy="give the source a label pattern")
   if batch_size < 1:
     problems.add("batch_size", got=batch_size, allowed="1 or more")
+  for name, values in {"mean": mean, "std": std}.items():
+    if len(values) != source.channels:
+      problems.add(name, got=tuple(values), allowed=f"{source.channels} values, as the images have channels")
   problems.raise_if_any()
   inference.check_protocol(protocol)
 
@@ -98,15 +106,24 @@ class Evaluator:
     Raises:
       InputError: an image or label cannot be used; names the file.
     """
+    canvases = len({batch.canvas for batch in self.batches})
+    if canvases > _FEW_CANVASES:
+      log.info("%d image sizes: the network is compiled for each of them; a pad_multiple makes them fewer", canvases)
     # Added up in int64 on the host: a large set has more pixels than an int32 can count.
     totals: dict[str, np.ndarray] = {}
-    for _, results in self._run(state, self.batches, with_labels=True):
+    progress = Progress(len(self.source), log.info)
+    for batch, results in self._run(state, self.batches, with_labels=True):
       for name, (matrix, _) in results.items():
         totals[name] = totals.get(name, 0) + np.asarray(matrix, np.int64)
-    return {name: confusion.scores(totals[name]) for name in self.names}
+      progress.more(sum(row is not None for row in batch.rows))
+    absent_classes = self.protocol.absent_classes
+    return {name: confusion.scores(totals[name], absent_classes=absent_classes) for name in self.names}
 
   def predictions(self, state: State, rows: Sequence[int]) -> dict[str, list[np.ndarray]]:
-    """{predictor: [uint8[h, w] class ids of each row]}, with what is compiled already; labels are not read."""
+    """{predictor: [uint8[h, w] class ids of each row]}, with what is compiled already; labels are not read.
+
+    Where the protocol does not look ("center_crop"), ids are IGNORE_LABEL.
+    """
     wanted: dict[str, dict[int, np.ndarray]] = {}
     sizes = {row: self.source.size(row) for row in rows}
     batches = _plan(list(sizes.values()), self.protocol, len(self.batches[0].rows), rows=list(sizes))
@@ -148,7 +165,7 @@ class Evaluator:
   def _load(self, row: int | None, with_labels: bool) -> tuple[np.ndarray, np.ndarray]:
     """One image and its label; padding is an image of one pixel that has no label."""
     if row is None:
-      return np.zeros((1, 1, 3), np.uint8), np.full((1, 1), IGNORE_LABEL, np.uint8)
+      return np.zeros((1, 1, self.source.channels), self.source.dtype), np.full((1, 1), IGNORE_LABEL, np.uint8)
     image = self.source.image(row)
     label = self.source.label(row) if with_labels else np.full(image.shape[:2], IGNORE_LABEL, np.uint8)
     expected = tuple(self.source.size(row))
@@ -159,7 +176,7 @@ class Evaluator:
     return image, label
 
   def _to_devices(self, batch: _Batch, loaded) -> tuple:
-    images = np.zeros((len(loaded), *batch.canvas, 3), np.uint8)
+    images = np.zeros((len(loaded), *batch.canvas, self.source.channels), self.source.dtype)
     labels = np.full((len(loaded), *batch.canvas), IGNORE_LABEL, np.uint8)
     sizes = np.zeros((len(loaded), 2), np.int32)
     for index, (image, label) in enumerate(loaded):
@@ -194,11 +211,12 @@ def _counter(predictors, num_classes, protocol, mean, std, mesh):
   def count(state, images, labels, sizes):
     results = {}
     for name, predict in predictors.items():
-      scores, _ = inference.infer(lambda x, p=predict: p(state, x), images, sizes, protocol=protocol, mean=mean, std=std)
+      scores, passes = inference.infer(lambda x, p=predict: p(state, x), images, sizes, protocol=protocol, mean=mean, std=std)
       if scores.shape[-1] != num_classes:
         raise checks.InputError(f"predictor '{name}': got {scores.shape[-1]} classes; allowed: the data's {num_classes}")
-      ids = jnp.argmax(scores, axis=-1).astype(jnp.uint8)
-      results[name] = confusion.confusion_matrix(labels, ids, num_classes), ids
+      looked_at = passes[..., 0] > 0
+      ids = jnp.where(looked_at, jnp.argmax(scores, axis=-1), IGNORE_LABEL).astype(jnp.uint8)
+      results[name] = confusion.confusion_matrix(jnp.where(looked_at, labels, IGNORE_LABEL), ids, num_classes), ids
     return results
 
   if mesh is None:

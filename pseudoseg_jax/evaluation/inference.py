@@ -12,26 +12,42 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import Array
+from pseudoseg_jax.ops.confusion import ABSENT_CLASSES
 
-STYLES = ("whole", "slide")
+STYLES = ("whole", "pad_to_crop", "center_crop", "slide")
+EDGES = ("shift", "cut")
+SUMMED = ("logits", "probabilities")
 
-# Windows that run through the network together, over the images of a (device's) batch: enough to fill an accelerator.
+# Windows that run through the network together, over the images of a (device's) batch: enough to fill an accelerator, and of
+# large windows few enough for a CPU's memory.
 _WINDOWS_PER_CALL = 8
+_PIXELS_PER_CALL = 1 << 20
 
 
 class Protocol(NamedTuple):
-  """How an image is shown to the network; part of what an mIoU means.
+  """How an image is shown to the network, and how its scores are summed up; part of what an mIoU means.
 
-  style: "whole" (the image as it is) or "slide" (overlapping windows, their logits summed; CPS, Chen et al. 2021).
-  window_pixels: slide: (height, width) of a window.
+  style:
+    "whole": the image as it is.
+    "pad_to_crop": padded to window_pixels with the mean colour, right and below (PseudoSeg); longer sides stay as they are.
+    "center_crop": only the middle window_pixels of the image are shown and scored (UniMatch); shorter sides are padded likewise.
+    "slide": overlapping windows, whose scores are summed.
+  window_pixels: (height, width) of the window, or of the crop.
   stride_fraction: slide: distance between windows as a fraction of the window, rounded up to pixels.
-  scales: factors the image is resized by; the logits are resized back and summed.
-  flip: add the logits of the mirrored image.
-  pad_multiple: canvases are multiples of this, so that few sizes compile. With "whole" the network sees the padding (the mean
-    colour, right and below), which changes scores near these borders; 1 shows it images as they are. With "slide" it does not.
+  scales: factors the image is resized by; the scores are resized back and summed.
+  flip: add the scores of the mirrored image.
+  pad_multiple: canvases are multiples of this, so that few sizes compile. With "whole" and "cut" the network sees the padding
+    (the mean colour, right and below), which changes scores near these borders; 1 shows it images as they are. Else it does not.
+  edges: slide: the last window is shifted back inside ("shift": CPS, UniMatch V2), where images shorter than the window are
+    padded around, or ends at the border ("cut": UniMatch).
+  summed: the "logits" of windows, scales and flips (CPS), or their "probabilities" (UniMatch's windows).
+  multiple_pixels: whole: sides are resized to the nearest multiple of this, for networks of patches; 1 leaves them. As in
+    UniMatch V2 (14), that and the way back keep the corners, and grey levels are not rounded.
+  absent_classes: classes in neither truth nor prediction; "skip" leaves them out of the mIoU, "zero" counts them as 0 (UniMatch).
   """
 
   style: str = "whole"
@@ -40,47 +56,84 @@ class Protocol(NamedTuple):
   scales: tuple[float, ...] = (1.0,)
   flip: bool = False
   pad_multiple: int = 1
+  edges: str = "shift"
+  summed: str = "logits"
+  multiple_pixels: int = 1
+  absent_classes: str = "skip"
+
+
+# What the published tables were measured with, from the official code of each.
+PRESETS = {
+  "cps_voc": Protocol("slide", (512, 512)),
+  "cps_cityscapes": Protocol("slide", (800, 800)),
+  "pseudoseg_voc": Protocol("pad_to_crop", (513, 513)),
+  "pseudoseg_coco": Protocol("pad_to_crop", (641, 641)),
+  "unimatch_voc": Protocol(absent_classes="zero"),
+  "unimatch_cityscapes": Protocol("slide", (801, 801), edges="cut", summed="probabilities", absent_classes="zero"),
+  "unimatch_v2_voc": Protocol(multiple_pixels=14, absent_classes="zero"),
+  "unimatch_v2_cityscapes": Protocol("slide", (798, 798), summed="probabilities", absent_classes="zero"),
+}
 
 
 def check_protocol(protocol: Protocol) -> None:
   """Raises InputError with everything that is wrong with a protocol."""
   problems = checks.Problems("the evaluation protocol cannot be used")
-  if protocol.style not in STYLES:
-    remedy = checks.nearest(str(protocol.style), STYLES)
-    problems.add("style", got=repr(protocol.style), allowed=checks.choices(STYLES), remedy=remedy)
-  if protocol.style == "slide":
-    window = protocol.window_pixels
-    if not isinstance(window, Sequence) or len(window) != 2 or min(window) < 1:
-      problems.add("window_pixels", got=window or "none", allowed="(height, width) of a sliding window, e.g. (512, 512)")
-    if not 0 < protocol.stride_fraction <= 1:
-      problems.add("stride_fraction", got=protocol.stride_fraction, allowed="above 0, up to 1 (larger ones leave gaps)")
+  for field, allowed in {"style": STYLES, "edges": EDGES, "summed": SUMMED, "absent_classes": ABSENT_CLASSES}.items():
+    name = getattr(protocol, field)
+    if name not in allowed:
+      problems.add(field, got=repr(name), allowed=checks.choices(allowed), remedy=checks.nearest(str(name), allowed))
+  window = protocol.window_pixels
+  if protocol.style in STYLES[1:] and (not isinstance(window, Sequence) or len(window) != 2 or min(window) < 1):
+    problems.add("window_pixels", got=window or "none", allowed="(height, width) of the window or crop, e.g. (512, 512)")
+  if protocol.style == "slide" and not 0 < protocol.stride_fraction <= 1:
+    problems.add("stride_fraction", got=protocol.stride_fraction, allowed="above 0, up to 1 (larger ones leave gaps)")
   if not protocol.scales or min(protocol.scales) <= 0:
     problems.add("scales", got=protocol.scales or "none", allowed="one or more factors above 0, e.g. (1.0,)")
   if protocol.pad_multiple < 1:
     problems.add("pad_multiple", got=protocol.pad_multiple, allowed="1 (no padding) or more")
+  if protocol.multiple_pixels < 1 or (protocol.multiple_pixels > 1 and protocol.style != "whole"):
+    problems.add("multiple_pixels", got=protocol.multiple_pixels, allowed="1 (no resizing), or more with style 'whole'")
   problems.raise_if_any()
 
 
 def describe(protocol: Protocol) -> str:
   """A protocol in words, for reports: "sliding windows of 512x512, stride 342x342, scale 1"."""
+  sides = lambda pixels: "x".join(map(str, pixels))
   if protocol.style == "slide":
-    window, stride = ("x".join(map(str, sides)) for sides in (protocol.window_pixels, _strides(protocol)))
-    words = [f"sliding windows of {window}, stride {stride}"]
+    words = [f"sliding windows of {sides(protocol.window_pixels)}", f"stride {sides(_strides(protocol))}"]
+    words += ["cut off at the border"] * (protocol.edges == "cut")
+  elif protocol.style == "pad_to_crop":
+    words = [f"whole images padded to {sides(protocol.window_pixels)}"]
+  elif protocol.style == "center_crop":
+    words = [f"the middle {sides(protocol.window_pixels)} of images"]
   else:
     words = ["whole images"]
-    if protocol.pad_multiple > 1:
-      words.append(f"padded to multiples of {protocol.pad_multiple}")
+  if protocol.multiple_pixels > 1:
+    words.append(f"resized to multiples of {protocol.multiple_pixels}")
+  if protocol.pad_multiple > 1 and (protocol.style in ("whole", "pad_to_crop") or _cuts(protocol)):
+    words.append(f"padded to multiples of {protocol.pad_multiple}")
   words.append(f"scale{'s' if len(protocol.scales) > 1 else ''} {' '.join(f'{scale:g}' for scale in protocol.scales)}")
   if protocol.flip:
     words.append("flipped too")
+  if protocol.summed == "probabilities":
+    words.append("probabilities summed")
+  if protocol.absent_classes == "zero":
+    words.append("classes never seen count as 0")
   return ", ".join(words)
 
 
 def canvas_size(size: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
   """(height, width) of the canvas that an image of `size` (height, width) is laid on."""
-  floor = protocol.window_pixels if protocol.style == "slide" else (1, 1)
-  multiple = protocol.pad_multiple
-  return tuple(least if side <= least else -(-side // multiple) * multiple for side, least in zip(size, floor, strict=True))
+  takes_any = protocol.style == "whole" or _cuts(protocol)
+  return _round_up(size, protocol.pad_multiple, (1, 1) if takes_any else protocol.window_pixels)
+
+
+def _round_up(size, multiple, least):
+  return tuple(floor if side <= floor else -(-side // multiple) * multiple for side, floor in zip(size, least, strict=True))
+
+
+def _cuts(protocol):
+  return protocol.style == "slide" and protocol.edges == "cut"
 
 
 def infer(
@@ -95,40 +148,38 @@ def infer(
   """Class scores of raw images; to be jitted.
 
   Args:
-    predict: images f32[B', h, w, 3], normalised -> logits [B', h, w, K]; rows must not depend on each other.
-    images: uint8 [B, H, W, 3], RGB, each image at the top left of a canvas of `canvas_size`; what lies outside does not matter.
+    predict: images f32[B', h, w, C], normalised -> logits [B', h, w, K]; rows must not depend on each other.
+    images: uint8 or float32 [B, H, W, C], levels 0..255, each image at the top left of a canvas of `canvas_size`; what lies
+      outside does not matter.
     sizes: i32[B, 2], height and width of each image.
-    mean, std: of RGB in [0, 1]; the network sees (rgb / 255 - mean) / std.
+    mean, std: of C channels in [0, 1]; the network sees (levels / 255 - mean) / std.
 
   Returns:
-    scores: f32[B, H, W, K], logits summed over windows, flips and scales; meaningless outside the image.
-    passes: f32[B, H, W, 1], how many logits were summed there; scores / passes are mean logits.
+    scores: f32[B, H, W, K], logits or probabilities summed over windows, flips and scales; meaningless outside the image.
+    passes: f32[B, H, W, 1], how many were summed there, 0 where the protocol does not look; scores / passes are means.
 
   Raises:
     InputError: while tracing, if `predict` does not return one score vector a pixel.
   """
-  forward = _forward(predict, protocol.flip)
-  normalize = lambda rgb: (rgb / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
-  at_one_scale = _slide if protocol.style == "slide" else _whole
-  images = images.astype(jnp.float32)
-  canvas = images.shape[1:3]
-  total = passes = 0.0
-  for scale in protocol.scales:
-    if scale == 1:
-      at_scale = at_one_scale(forward, normalize, images, sizes, protocol)
-    else:
-      scaled_sizes = jnp.maximum(jnp.rint(sizes * scale).astype(jnp.int32), 1)
-      scaled_canvas = canvas_size(tuple(math.ceil(side * scale) for side in canvas), protocol)
-      # Rounded: networks are trained on grey levels, and resized photographs have no others.
-      scaled = jnp.rint(_resize(images, sizes, scaled_sizes, scaled_canvas))
-      at_scale = at_one_scale(forward, normalize, scaled, scaled_sizes, protocol)
-      at_scale = [_resize(x, scaled_sizes, sizes, canvas) for x in at_scale]
-    total, passes = total + at_scale[0], passes + at_scale[1]
-  return total, passes
+  forward = _forward(predict, protocol)
+  normalize = lambda levels: (levels / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+  if protocol.style != "center_crop":
+    return _all_scales(forward, normalize, images, sizes, protocol)
+
+  window = tuple(protocol.window_pixels)
+  start = jnp.maximum(sizes - jnp.asarray(window), 0) // 2
+  cut = lambda image, at: jax.lax.dynamic_slice(image, (*at, 0), (*window, image.shape[-1]))
+  crops, crop_sizes = jax.vmap(cut)(images, start), jnp.minimum(sizes, jnp.asarray(window))
+  scores, passes = _all_scales(forward, normalize, crops, crop_sizes, protocol)
+  passes = jnp.where(_inside(crop_sizes, jnp.zeros_like(sizes), window), passes, 0.0)
+  paste = lambda crop, at: jax.lax.dynamic_update_slice(jnp.zeros((*images.shape[1:3], crop.shape[-1])), crop, (*at, 0))
+  return jax.vmap(paste)(scores, start), jax.vmap(paste)(passes, start)
 
 
-def _forward(predict, flip):
-  def checked(images):
+def _forward(predict, protocol):
+  """Normalised images -> what is summed: logits or probabilities, of the mirrored images too where the protocol says so."""
+
+  def scores(images):
     logits = predict(images)
     if logits.ndim != 4 or logits.shape[:3] != images.shape[:3]:
       problems = checks.Problems("a predictor cannot be evaluated")
@@ -137,11 +188,41 @@ def _forward(predict, flip):
         remedy="resize them to the images' size",
       )  # fmt: skip
       problems.raise_if_any()
-    return logits.astype(jnp.float32)
+    logits = logits.astype(jnp.float32)
+    return jax.nn.softmax(logits, axis=-1) if protocol.summed == "probabilities" else logits
 
-  if not flip:
-    return checked
-  return lambda images: checked(images) + checked(images[:, :, ::-1])[:, :, ::-1]
+  if not protocol.flip:
+    return scores
+  return lambda images: scores(images) + scores(images[:, :, ::-1])[:, :, ::-1]
+
+
+def _all_scales(forward, normalize, images, sizes, protocol):
+  canvas, multiple = images.shape[1:3], protocol.multiple_pixels
+  at_one_scale = _slide if protocol.style == "slide" else _whole
+  least = protocol.window_pixels if protocol.style == "slide" and not _cuts(protocol) else (1, 1)
+  levels = images.astype(jnp.float32)
+  total = passes = 0.0
+  for scale in protocol.scales:
+    shown, shown_sizes = levels, sizes
+    resized = scale != 1 or multiple > 1
+    if resized:
+      shown_sizes = _scaled(sizes, scale, multiple)
+      shown_canvas = _round_up(_scaled(np.asarray(canvas), scale, multiple).tolist(), protocol.pad_multiple, least)
+      shown = _resize(levels, sizes, shown_sizes, shown_canvas, align_corners=multiple > 1)
+      if images.dtype == jnp.uint8 and multiple == 1:
+        shown = jnp.rint(shown)  # networks are trained on grey levels, and resized photographs have no others
+    *at_scale, offset = at_one_scale(forward, normalize, shown, shown_sizes, protocol)
+    if resized or offset is not None:
+      at_scale = [_resize(x, shown_sizes, sizes, canvas, offset=offset, align_corners=multiple > 1) for x in at_scale]
+    total, passes = total + at_scale[0], passes + at_scale[1]
+  return total, passes
+
+
+def _scaled(sizes, scale, multiple):
+  """Sides times `scale`, to the nearest pixel, then to the nearest multiple; NumPy arrays (canvases) or JAX's (image sizes)."""
+  # In float32 for both, and monotone: a scaled image fits its scaled canvas.
+  pixels = (sizes.astype(np.float32) * np.float32(scale)).round().astype(np.int32).clip(1)
+  return ((2 * pixels + multiple) // (2 * multiple) * multiple).clip(multiple)
 
 
 def _inside(sizes, start, shape):
@@ -154,99 +235,124 @@ def _inside(sizes, start, shape):
 
 
 def _whole(forward, normalize, images, sizes, protocol):
+  """Scores, passes, and None: the scores lie where the images lie."""
   inside = _inside(sizes, jnp.zeros_like(sizes), images.shape[1:3])
   scores = forward(jnp.where(inside, normalize(images), 0.0))
-  return scores, jnp.full((*scores.shape[:3], 1), 1.0 + protocol.flip)
+  return scores, jnp.full((*scores.shape[:3], 1), 1.0 + protocol.flip), None
 
 
 def _strides(protocol):
   return tuple(math.ceil(side * protocol.stride_fraction) for side in protocol.window_pixels)
 
 
-def _window_starts(side, window, stride, count):
-  """Along one axis, where `count` windows start and which of them the image needs: two [B, count] arrays.
+def _windows_on_axis(sides, canvas, window, stride, edges):
+  """Where windows start along one axis: [(their length, starts i32[B, N], whether the image needs them: bool[B, N])].
 
-  An image shorter than the window sits in its middle (the odd pixel of padding after it), so its window starts before it. Else
-  windows start at multiples of the stride, the last one shifted back inside; there are ceil((side - window) / stride) + 1.
+  shift: at multiples of the stride, the last one shifted back inside; ceil((side - window) / stride) + 1 of them.
+  cut: at all multiples of the stride, ending at the border; those of one length together, as they have one shape.
   """
-  last = jnp.maximum(side - window, 0)[:, None]
-  margin = (jnp.maximum(window - side, 0) // 2)[:, None]
-  step = jnp.arange(count) * stride
-  return jnp.minimum(step, last) - margin, step - stride < last
+  if edges == "shift":
+    step = jnp.arange(-(-(canvas - window) // stride) + 1) * stride
+    last = jnp.maximum(sides - window, 0)[:, None]
+    return [(window, jnp.minimum(step, last), step - stride < last)]
+  by_length = {}
+  for start in range(0, canvas, stride):
+    by_length.setdefault(min(window, canvas - start), []).append(start)
+  starts = {length: jnp.broadcast_to(jnp.asarray(s), (len(sides), len(s))) for length, s in by_length.items()}
+  return [(length, start, start < sides[:, None]) for length, start in starts.items()]
 
 
 def _slide(forward, normalize, images, sizes, protocol):
-  """Sliding windows of CPS (TorchSemiSeg's `Evaluator.sliding_eval`)."""
-  batch, canvas, window = images.shape[0], images.shape[1:3], tuple(protocol.window_pixels)
-  starts, needed, counts, margins = [], [], [], []
-  for axis, stride in enumerate(_strides(protocol)):
-    counts.append(-(-(canvas[axis] - window[axis]) // stride) + 1)
-    start, need = _window_starts(sizes[:, axis], window[axis], stride, counts[axis])
-    starts.append(start)
-    needed.append(need)
-    # Only images that fit into the window start before 0, and at scale 1 those have a canvas of their own.
-    starts_at_zero = canvas[axis] > window[axis] and protocol.scales == (1.0,)
-    margins.append(0 if starts_at_zero else window[axis] // 2)
-  passes = (1.0 + protocol.flip) * _coverage(starts, needed, window, canvas)
+  """Sliding windows of CPS (TorchSemiSeg's `Evaluator.sliding_eval`), or of UniMatch (`evaluate`).
 
-  # All windows of the grid, [B, N, 2] and [B, N], in groups that go through the network together.
-  num_windows = math.prod(counts)
-  start = jnp.stack(jnp.broadcast_arrays(starts[0][:, :, None], starts[1][:, None, :]), -1).reshape(batch, num_windows, 2)
-  needed = (needed[0][:, :, None] & needed[1][:, None, :]).reshape(batch, num_windows)
-  group = min(num_windows, max(1, _WINDOWS_PER_CALL // batch))
+  Returns:
+    scores, passes: as `infer`, but of each image at `offset`.
+    offset: i32[B, 2] or None (nowhere but at 0): a shorter image lies in the middle of the window, the odd pixel after it.
+  """
+  canvas, channels, window = images.shape[1:3], images.shape[-1], jnp.asarray(protocol.window_pixels)
+  rows, columns = (
+    _windows_on_axis(sizes[:, axis], canvas[axis], protocol.window_pixels[axis], _strides(protocol)[axis], protocol.edges)
+    for axis in (0, 1)
+  )
+  passes = (1.0 + protocol.flip) * (_coverage(rows, canvas[0])[:, :, None] * _coverage(columns, canvas[1])[:, None, :])[..., None]
+  num_classes = jax.eval_shape(forward, jax.ShapeDtypeStruct((1, rows[0][0], columns[0][0], channels), jnp.float32)).shape[-1]
+  total = jnp.zeros((*images.shape[:3], num_classes))
+  if _cuts(protocol):
+    shown = jnp.where(_inside(sizes, jnp.zeros_like(sizes), canvas), normalize(images), 0.0)
+    offset = None
+  else:
+    # An image that fits into one window is padded after normalisation (the mean colour), a larger one before it (black).
+    fits = jnp.all(sizes <= window, axis=-1)
+    fill = jnp.where(fits[:, None], 0.0, normalize(jnp.zeros(channels)))[:, None, None]
+    offset = jnp.maximum(window - sizes, 0) // 2
+    inside = _inside(sizes, -offset, canvas)
+    moved = jax.vmap(lambda image, by: jnp.roll(image, by, (0, 1)))(images, offset)
+    shown = jnp.where(inside, normalize(moved), fill)
+  for height, *from_top in rows:
+    for width, *from_left in columns:
+      total = _add_windows(total, forward, shown, (height, width), from_top, from_left)
+  return total, passes, offset
+
+
+def _add_windows(total, forward, images, shape, from_top, from_left):
+  """Adds the scores of windows of one shape, at all combinations of the starts on both axes, to `total` [B, H, W, K]."""
+  batch, num_windows = len(images), from_top[0].shape[1] * from_left[0].shape[1]
+  start = jnp.stack(jnp.broadcast_arrays(from_top[0][:, :, None], from_left[0][:, None, :]), -1).reshape(batch, num_windows, 2)
+  needed = (from_top[1][:, :, None] & from_left[1][:, None, :]).reshape(batch, num_windows)
+  group = min(num_windows, max(1, min(_WINDOWS_PER_CALL, _PIXELS_PER_CALL // math.prod(shape)) // batch))
   spare = -num_windows % group
   start = jnp.pad(start, ((0, 0), (0, spare), (0, 0)))
   needed = jnp.pad(needed, ((0, 0), (0, spare)))
   grouped = [jnp.moveaxis(x.reshape(batch, -1, group, *x.shape[2:]), 1, 0) for x in (start, needed)]
-
-  padded = jnp.pad(images, ((0, 0), (margins[0], 0), (margins[1], 0), (0, 0)))
-  offset = jnp.asarray(margins)
-  # An image that fits into one window is padded after normalisation (the mean colour), a larger one before it (black).
-  fits = jnp.all(sizes <= jnp.asarray(window), axis=-1)
-  fill = jnp.where(fits[:, None], 0.0, normalize(jnp.zeros(3)))[:, None, None, None, :]
-  cut = lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (*window, 3))
+  cut = lambda image, at: jax.lax.dynamic_slice(image, (*at, 0), (*shape, image.shape[-1]))
 
   def add_group(total, grouped):
     start, needed = grouped
-    inside = _inside(sizes[:, None], start, window)
-    windows = jax.vmap(jax.vmap(cut, (None, 0)))(padded, start + offset)
-    windows = jnp.where(inside, normalize(windows), fill)
-    logits = forward(windows.reshape(batch * group, *window, 3))
-    logits = jnp.where(needed.reshape(-1, 1, 1, 1), logits, 0.0)
+    windows = jax.vmap(jax.vmap(cut, (None, 0)))(images, start)
+    scores = forward(windows.reshape(batch * group, *shape, images.shape[-1]))
+    scores = jnp.where(needed.reshape(-1, 1, 1, 1), scores, 0.0)
     image = jnp.repeat(jnp.arange(batch), group)
-    corner = (start + offset).reshape(-1, 2)
+    corner = start.reshape(-1, 2)
 
     def add_window(number, total):  # one after the other: windows overlap
       at = (image[number], corner[number, 0], corner[number, 1], 0)
-      before = jax.lax.dynamic_slice(total, at, (1, *window, total.shape[-1]))
-      return jax.lax.dynamic_update_slice(total, before + logits[number][None], at)
+      before = jax.lax.dynamic_slice(total, at, (1, *shape, total.shape[-1]))
+      return jax.lax.dynamic_update_slice(total, before + scores[number][None], at)
 
     return jax.lax.fori_loop(0, batch * group, add_window, total), None
 
-  num_classes = jax.eval_shape(forward, jax.ShapeDtypeStruct((1, *window, 3), jnp.float32)).shape[-1]
-  total = jnp.zeros((*padded.shape[:3], num_classes))
-  total = jax.lax.scan(add_group, total, tuple(grouped))[0]
-  return total[:, margins[0] :, margins[1] :], passes
+  return jax.lax.scan(add_group, total, tuple(grouped))[0]
 
 
-def _coverage(starts, needed, window, canvas):
-  """How many windows lie over each pixel of the canvas: f32[B, H, W, 1]."""
-  by_axis = []
-  for axis in (0, 1):
-    distance = jnp.arange(canvas[axis]) - starts[axis][..., None]
-    by_axis.append(jnp.sum((distance >= 0) & (distance < window[axis]) & needed[axis][..., None], axis=1, dtype=jnp.float32))
-  return (by_axis[0][:, :, None] * by_axis[1][:, None, :])[..., None]
+def _coverage(windows, canvas):
+  """How many of the windows lie over each pixel of one axis of the canvas: f32[B, canvas]."""
+  count = 0.0
+  for length, starts, needed in windows:
+    distance = jnp.arange(canvas) - starts[..., None]
+    count += jnp.sum((distance >= 0) & (distance < length) & needed[..., None], axis=1, dtype=jnp.float32)
+  return count
 
 
-def _resize(x, sizes_in, sizes_out, canvas_out):
-  """Bilinear resize of each map from its own size to its own size, pixels as areas, without antialiasing (OpenCV's INTER_LINEAR).
+def _resize(x, sizes_in, sizes_out, canvas_out, *, offset=None, align_corners=False):
+  """Bilinear resize of each map [H, W, C] from its own size to its own size, in the conventions of `ops.resize`.
 
-  `ops.resize.bilinear_half_pixel` for sizes known only at run time: the same two matrix products.
+  For sizes known only at run time, and by indices: on large canvases matrices would cost as much as a network.
+
+  Args:
+    offset: i32[B, 2] or None, where each map lies on its canvas.
   """
   for axis in (0, 1):
     side_in, side_out = (sizes[:, axis, None].astype(jnp.float32) for sizes in (sizes_in, sizes_out))
-    position = jnp.clip((jnp.arange(canvas_out[axis]) + 0.5) * side_in / side_out - 0.5, 0, side_in - 1)
-    matrix = jnp.maximum(0.0, 1 - jnp.abs(position[..., None] - jnp.arange(x.shape[axis + 1])))
-    # HIGHEST: the default may round float32 to TF32 or bfloat16 on accelerators, which would shift class boundaries.
-    x = jnp.einsum(("bij,bjwc->biwc", "bij,bhjc->bhic")[axis], matrix, x, precision=jax.lax.Precision.HIGHEST)
+    row = jnp.arange(canvas_out[axis], dtype=jnp.float32)
+    if align_corners:
+      position = row * ((side_in - 1) / jnp.maximum(side_out - 1, 1))
+    else:
+      position = (row + 0.5) * (side_in / side_out) - 0.5
+    position = jnp.clip(position, 0, side_in - 1)
+    below = position.astype(jnp.int32)
+    above = jnp.minimum(below + 1, side_in.astype(jnp.int32) - 1)
+    fraction = jnp.expand_dims(position - below, (2, 3) if axis == 0 else (1, 3))
+    first = 0 if offset is None else offset[:, axis, None]
+    at = jax.vmap(lambda image, index, axis=axis: jnp.take(image, index, axis=axis, mode="clip"))
+    x = at(x, below + first) * (1 - fraction) + at(x, above + first) * fraction
   return x

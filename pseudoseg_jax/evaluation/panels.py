@@ -69,7 +69,7 @@ def panel_sheet(
 
   Args:
     names, kinds: as in `contract.Panels`.
-    values: of each panel: "image" f32[B, H, W, 3], normalised; "classes" f32[B, h, w, K]; "heat" f32[B, h, w] in 0..1. Small
+    values: of each panel: "image" f32[B, H, W, C], normalised; "classes" f32[B, h, w, K]; "heat" f32[B, h, w] in 0..1. Small
       grids are enlarged without smoothing; what is not finite counts as 0.
     mean, std: by channel, those that the images were normalised with.
     truth: i32[B, H, W], shown in a last column.
@@ -83,7 +83,7 @@ def panel_sheet(
   """
   values = [np.asarray(value, np.float32) for value in values]
   truth, kept = (None if maps is None else np.asarray(maps) for maps in (truth, kept))
-  _check(names, kinds, values, len(classes), {"truth": truth, "kept": kept})
+  _check(names, kinds, values, len(mean), len(classes), {"truth": truth, "kept": kept})
   truth, kept = (None if maps is None else maps[:_MAX_ROWS] for maps in (truth, kept))
   values = [np.nan_to_num(value[:_MAX_ROWS], posinf=0.0, neginf=0.0) for value in values]
   largest = max((value.shape[1:3] for value in values), key=np.prod)
@@ -107,7 +107,7 @@ def panel_sheet(
   return _laid_out(columns, size, classes, kinds, hatched=hatched, ignored=ignored)
 
 
-def _check(names, kinds, values, num_classes, masks):
+def _check(names, kinds, values, image_channels, num_classes, masks):
   problems = checks.Problems("panels cannot be drawn")
   if not len(names) == len(kinds) == len(values) >= 1:
     got = f"{len(names)} names, {len(kinds)} kinds, {len(values)} arrays"
@@ -118,7 +118,7 @@ def _check(names, kinds, values, num_classes, masks):
     if kind not in _KINDS:
       problems.add(f"panel '{name}'", got=f"kind '{kind}'", allowed=checks.choices(_KINDS), remedy=checks.nearest(kind, _KINDS))
       continue
-    channels = {"image": (3,), "classes": (num_classes,), "heat": ()}[kind]
+    channels = {"image": (image_channels,), "classes": (num_classes,), "heat": ()}[kind]
     if value.ndim != 3 + len(channels) or value.shape[3:] != channels or 0 in value.shape:
       allowed = f"[{', '.join(['B', 'h', 'w', *map(str, channels)])}], none of them 0"
       problems.add(f"panel '{name}'", got=f"an array {list(value.shape)} of kind '{kind}'", allowed=allowed)
@@ -147,8 +147,7 @@ def _cells(pixels: np.ndarray, size: tuple[int, int]) -> list[Image.Image]:
 
 
 def _rgb(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-  rgb = images * np.asarray(std, np.float32) + np.asarray(mean, np.float32)
-  return np.rint(255 * rgb.clip(0, 1)).astype(np.uint8)
+  return pictures.visible(255 * (images * np.asarray(std, np.float32) + np.asarray(mean, np.float32)))
 
 
 def _class_colors(values: np.ndarray, classes: Classes) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Pictures for people: class colours, overlays, legends, contact sheets, curves."""
+"""Pictures for people: class colours, overlays, legends, contact sheets, curves, scores."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pseudoseg_jax.contract import IGNORE_LABEL
 from pseudoseg_jax.evaluation import report
+from pseudoseg_jax.ops.confusion import Scores
 
 if TYPE_CHECKING:
   from pseudoseg_jax.data.classes import Classes
@@ -34,9 +35,15 @@ def colorize(ids: np.ndarray, classes: Classes) -> np.ndarray:
   return color_table(classes)[ids]
 
 
+def visible(images: np.ndarray) -> np.ndarray:
+  """Levels 0..255, [..., C] -> uint8[..., 3]: the first three channels as red, green and blue; of fewer, the first as grey."""
+  rgb = images[..., :3] if images.shape[-1] >= 3 else np.repeat(images[..., :1], 3, axis=-1)
+  return rgb if rgb.dtype == np.uint8 else np.rint(rgb.clip(0, 255)).astype(np.uint8)
+
+
 def overlay(image: np.ndarray, ids: np.ndarray, classes: Classes, opacity: float = 0.6) -> np.ndarray:
-  """The image uint8[h, w, 3], tinted by class; opacity 1 shows the colours alone."""
-  return np.rint(image * (1 - opacity) + colorize(ids, classes) * opacity).astype(np.uint8)
+  """The image [h, w, C] of levels 0..255, tinted by class: uint8[h, w, 3]; opacity 1 shows the colours alone."""
+  return np.rint(visible(image) * (1 - opacity) + colorize(ids, classes) * opacity).astype(np.uint8)
 
 
 def indexed(ids: np.ndarray, classes: Classes) -> Image.Image:
@@ -70,11 +77,11 @@ def contact_sheet(
   """A row for each image, with columns image | truth | one for each predictor, above a legend.
 
   Args:
-    images: uint8[h, w, 3], of any sizes.
+    images: [h, w, C] of levels 0..255, of any sizes.
     labels: uint8[h, w], likewise.
     predictions: predictor -> uint8[h, w] of each image.
   """
-  columns = {"image": list(images)}
+  columns = {"image": [visible(image) for image in images]}
   for title, maps in {"truth": labels, **predictions}.items():
     columns[title] = [overlay(image, ids, classes, 0.75) for image, ids in zip(images, maps, strict=True)]
   cell = 300 if len(columns) <= 4 else 220  # pixels
@@ -117,11 +124,8 @@ def curves(history: Mapping[str, Sequence[tuple[int, float]]], path: str | pathl
       ("train/learning_rate"); others are not drawn.
     path: of the PNG, written whole or not at all.
   """
-  # Not pyplot: it keeps every figure alive and may look for a display.
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  panels: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}, "mIoU %": {}, "right on unlabeled images %": {}, "learning rate": {}}
+  titles = ("loss", "mIoU %", "right on unlabeled images %", "learning rate")
+  panels: dict[str, dict[str, list[tuple[int, float]]]] = {title: {} for title in titles}
   for name, points in history.items():
     parts = name.split("/")
     if parts[-1] == "miou":
@@ -135,8 +139,7 @@ def curves(history: Mapping[str, Sequence[tuple[int, float]]], path: str | pathl
       panels["learning rate"][parts[-1]] = list(points)
   panels = {title: lines for title, lines in panels.items() if lines} or {"nothing recorded yet": {}}
 
-  figure = Figure(figsize=(5.2 * len(panels), 3.8), dpi=110, layout="constrained")
-  FigureCanvasAgg(figure)
+  figure = _figure(5.2 * len(panels), 3.8)
   for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
     for label, points in lines.items():
       steps, values = zip(*points, strict=True) if points else ((), ())
@@ -148,6 +151,90 @@ def curves(history: Mapping[str, Sequence[tuple[int, float]]], path: str | pathl
     axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1 or title == "mIoU %":
       axes.legend(fontsize=9, frameon=False)
+  _save_figure(figure, path)
+
+
+def scores(classes: Classes, by_predictor: Mapping[str, Scores], folder: str | pathlib.Path) -> None:
+  """Draws `folder`/iou.png of all predictors, and `folder`/confusion.png of the first."""
+  folder = pathlib.Path(folder)
+  iou_bars(classes, by_predictor, folder / "iou.png")
+  name = next(iter(by_predictor))
+  confusion_matrix(classes, name, by_predictor[name].matrix, folder / "confusion.png")
+
+
+def iou_bars(classes: Classes, by_predictor: Mapping[str, Scores], path: str | pathlib.Path) -> None:
+  """Draws IoU in % by class, best class of the first predictor on top, predictors side by side; a dashed line is the mIoU."""
+  first = next(iter(by_predictor.values()))
+  order = np.argsort(np.nan_to_num(-first.iou, nan=1.0), kind="stable")  # never seen: last
+  place = np.arange(len(order))
+  thickness = 0.8 / len(by_predictor)
+  row_inches = max(0.21, 0.13 * len(by_predictor))
+  figure = _figure(7.5, 1.3 + row_inches * len(order))
+  axes = figure.subplots()
+  for number, (name, score) in enumerate(by_predictor.items()):
+    percent = 100 * score.iou[order]
+    center = place + (number - (len(by_predictor) - 1) / 2) * thickness
+    bars = axes.barh(center, np.nan_to_num(percent), thickness, label=f"{name}, mean {100 * score.miou:.1f}")
+    notes = ["never seen" if np.isnan(value) else f"{value:.1f}" for value in percent]
+    axes.bar_label(bars, notes, padding=2, fontsize=7)
+    axes.axvline(100 * score.miou, color=bars.patches[0].get_facecolor(), linestyle="--", linewidth=1.1, zorder=0.5)
+  axes.set_yticks(place, [classes.names[index] for index in order], fontsize=8)
+  axes.set_ylim(len(order) - 0.5, -0.5)
+  axes.set_xlim(0, 104)
+  axes.tick_params(axis="y", length=0)
+  axes.set_title("IoU %", fontsize=11, loc="left")
+  axes.grid(axis="x", alpha=0.25)
+  axes.set_axisbelow(True)
+  axes.spines[["top", "right"]].set_visible(False)
+  figure.legend(loc="outside lower left", fontsize=9, frameon=False, ncols=3)
+  _save_figure(figure, path)
+
+
+_MOST_NUMBERED = 40  # classes, above which numbers do not fit into a matrix
+
+
+def confusion_matrix(classes: Classes, name: str, matrix: np.ndarray, path: str | pathlib.Path) -> None:
+  """Draws what predictor `name` takes the pixels of each class for, in % of the class: i64[K, K], row = truth."""
+  from matplotlib.colors import PowerNorm
+
+  count = len(matrix)
+  totals = matrix.sum(1, keepdims=True)
+  percent = np.where(totals > 0, 100 * matrix / np.maximum(totals, 1), np.nan)
+  numbered = count <= _MOST_NUMBERED
+  side = max(3.0, (0.3 if numbered else 0.16) * count)  # inches
+  figure = _figure(side + 2.2, side + 1.6)
+  axes = figure.subplots()
+  # The square root: confusions of a few percent are what one looks for.
+  shown = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
+  axes.set_facecolor("0.85")
+  if numbered:
+    for row, column in zip(*np.nonzero(np.nan_to_num(percent) >= 0.5), strict=True):
+      value = percent[row, column]
+      color = "white" if value > 30 else "black"
+      axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
+  labels = [label if total else f"{label} (never)" for label, total in zip(classes.names, totals[:, 0], strict=True)]
+  size = 8 if numbered else 6.5
+  axes.set_xticks(range(count), classes.names, rotation=90, fontsize=size)
+  axes.set_yticks(range(count), labels, fontsize=size)
+  axes.tick_params(length=0)
+  axes.set_xlabel("predicted")
+  axes.set_ylabel("truth")
+  axes.set_title(f"{name}: % of each true class's pixels", fontsize=11, loc="left")
+  figure.colorbar(shown, shrink=0.6, ticks=(0, 1, 5, 10, 25, 50, 75, 100))
+  _save_figure(figure, path)
+
+
+def _figure(width_inches: float, height_inches: float):
+  # Not pyplot: it keeps every figure alive and may look for a display.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(width_inches, height_inches), dpi=110, layout="constrained")
+  FigureCanvasAgg(figure)
+  return figure
+
+
+def _save_figure(figure, path: str | pathlib.Path) -> None:
   png = io.BytesIO()
   figure.savefig(png, format="png")
   report.write_atomically(path, png.getvalue())

@@ -5,12 +5,13 @@ results.json:
   {"config": {"path": str, "argument": str},      the config file and what followed its colon
    "seed": int, "method": str,
    "split": str, "protocol": str,                 in words
+   "preset": str | null,                          the protocol's name, where it has one
    "last": {"step": int, "predictors": {NAME: {"miou": number | null, "pixel_accuracy": number | null,
                                                "iou": {CLASS: number | null}}}},
    "best": the same of the best step so far, and "selected_by": str, what it is best by}
 
 Scores are fractions; null is a class (or a set) of which nothing was seen. `best` was chosen by looking at the very images it is
-scored on, so it flatters; `last` does not.
+scored on, so it flatters; `last` does not. An evaluation of one checkpoint (evaluations/) has but that one of the two.
 """
 
 from __future__ import annotations
@@ -73,11 +74,22 @@ def update_results(
 
   Args:
     results: those so far, None at first.
-    about: {"config", "seed", "method", "split", "protocol"} as in results.json.
+    about: {"config", "seed", "method", "split", "protocol", "preset"} as in results.json.
     step: the optimiser step that was scored.
     headline: the predictor by whose mIoU the best step is chosen.
   """
-  last = {
+  last = entry(classes, step, scores)
+  best = (results or {}).get("best")
+  previous = best and best["predictors"].get(headline, {}).get("miou")
+  new = last["predictors"][headline]["miou"]
+  if best is None or (new is not None and (previous is None or new > previous)):
+    best = last | {"selected_by": f"mIoU of '{headline}' on the evaluated images"}
+  return {**about, "last": last, "best": best}
+
+
+def entry(classes: Classes, step: int, scores: Mapping[str, Scores]) -> Results:
+  """What results.json says of one step."""
+  return {
     "step": int(step),
     "predictors": {
       name: {
@@ -88,12 +100,6 @@ def update_results(
       for name, score in scores.items()
     },
   }
-  best = (results or {}).get("best")
-  previous = best and best["predictors"].get(headline, {}).get("miou")
-  new = last["predictors"][headline]["miou"]
-  if best is None or (new is not None and (previous is None or new > previous)):
-    best = last | {"selected_by": f"mIoU of '{headline}' on the evaluated images"}
-  return {**about, "last": last, "best": best}
 
 
 def _number(value: float) -> float | None:

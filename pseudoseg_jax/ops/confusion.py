@@ -11,6 +11,8 @@ import numpy as np
 # Pixels counted by one matrix product: far below 2^24, up to which float32 counts every integer.
 _CHUNK = 1 << 16
 
+ABSENT_CLASSES = ("skip", "zero")
+
 
 def confusion_matrix(label: jax.Array, prediction: jax.Array, num_classes: int) -> jax.Array:
   """Counts pixels by (true class, predicted class).
@@ -41,7 +43,7 @@ class Scores(NamedTuple):
   """What one predictor scored on one set of images.
 
   iou: f64[K], intersection over union as fractions; NaN = the class is in neither truth nor prediction.
-  miou: mean of `iou` over the classes that are not NaN.
+  miou: mean of `iou`, where NaN is left out (or counts as 0, see `scores`).
   pixel_accuracy: share of the labeled pixels that are right.
   matrix: i64[K, K], row = truth; its sum is the number of labeled pixels.
   """
@@ -52,16 +54,21 @@ class Scores(NamedTuple):
   matrix: np.ndarray
 
 
-def scores(matrix: np.ndarray) -> Scores:
-  """IoU per class, its mean and the pixel accuracy of a confusion matrix [K, K] (row = truth). NaN where nothing was seen."""
+def scores(matrix: np.ndarray, *, absent_classes: str = "skip") -> Scores:
+  """IoU per class, its mean and the pixel accuracy of a confusion matrix [K, K] (row = truth). NaN where nothing was seen.
+
+  Args:
+    absent_classes: what a class in neither truth nor prediction does to the mean: "skip" leaves it out, "zero" counts it as 0.
+  """
   matrix = np.asarray(matrix, np.int64)
   hit = np.diag(matrix)
   union = matrix.sum(0) + matrix.sum(1) - hit
   iou = np.where(union > 0, hit / np.maximum(union, 1), np.nan)
+  counted = np.nan_to_num(iou) if absent_classes == "zero" else iou[union > 0]
   labeled = matrix.sum()
   return Scores(
     iou=iou,
-    miou=float(iou[union > 0].mean()) if union.any() else float("nan"),
+    miou=float(counted.mean()) if union.any() else float("nan"),
     pixel_accuracy=float(hit.sum() / labeled) if labeled else float("nan"),
     matrix=matrix,
   )
