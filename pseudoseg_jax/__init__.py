@@ -14,5 +14,6 @@ __all__ = ["evaluate", "export", "load", "train"]
 def __getattr__(name):
   # On first use: `import pseudoseg_jax` must not start TensorFlow.
   if name in __all__:
-    return getattr(importlib.import_module("pseudoseg_jax.api"), name)
+    module = "trained" if name == "export" else "api"
+    return getattr(importlib.import_module(f"pseudoseg_jax.{module}"), name)
   raise AttributeError(f"module 'pseudoseg_jax' has no attribute '{name}'")

@@ -18,29 +18,27 @@ import pathlib
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-import optax
 from PIL import Image
 
-from pseudoseg_jax import build, checks, config as configs, nets, rng
-from pseudoseg_jax.contract import Method, Needs, NetState, State
+from pseudoseg_jax import build, checks, config as configs, rng
+from pseudoseg_jax.contract import Method, State
 from pseudoseg_jax.data import splits
-from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.splits import Entry
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 from pseudoseg_jax.engine.records import Records
 from pseudoseg_jax.evaluation import panels, pictures, report
 from pseudoseg_jax.evaluation.predictor import Predictor
-from pseudoseg_jax.models import checkpoint_files, pretrained
+from pseudoseg_jax.models import pretrained
+from pseudoseg_jax.trained import is_exported, network_shapes, open_trained, saved_config, weights_of
 
 log = logging.getLogger("pseudoseg_jax")
 
 _PANEL_IMAGES = 8
-_WEIGHTS = "model.safetensors"  # an exported folder is known by it
 
 
 class _Scoring:
@@ -222,7 +220,7 @@ def evaluate(
   `overrides` may change evaluation or data.root; the latter is needed with an exported folder, which knows no place.
   """
   mesh, workdir = meshes.make_mesh(), pathlib.Path(workdir)
-  trained = _open(workdir, mesh, checkpoint, overrides)
+  trained = open_trained(workdir, mesh, checkpoint, overrides)
   config = trained.config
   data = build.build_data(config.data)
   if len(data.classes) != len(trained.classes):
@@ -232,7 +230,7 @@ def evaluate(
   evaluator = build.build_evaluator(config, data, trained.method, mesh)
   step = int(trained.state.step)
   with _on_console():
-    which = "exported network" if _is_exported(workdir) else f"{checkpoint} checkpoint"
+    which = "exported network" if is_exported(workdir) else f"{checkpoint} checkpoint"
     log.info("%s, step %d, %d images, %s", which, step, len(data.evaluated), build.describe_protocol(config))
     scores = evaluator(trained.state)
     log.info("%s", report.table(data.classes, scores))
@@ -284,7 +282,7 @@ def load(workdir: str | pathlib.Path, predictor: str | None = None, checkpoint: 
     predictor: one of the method's predictors ("student", "teacher", "a", ...); default the method's headline.
     checkpoint: "best" or "last"; an exported folder has but one.
   """
-  trained = _open(pathlib.Path(workdir), meshes.make_mesh(jax.devices()[:1]), checkpoint)
+  trained = open_trained(pathlib.Path(workdir), meshes.make_mesh(jax.devices()[:1]), checkpoint)
   config, method, state = trained.config, trained.method, trained.state
   name = predictor or next(iter(method.predictors))
   checks.check_name("predictor", name, method.predictors)
@@ -295,122 +293,6 @@ def load(workdir: str | pathlib.Path, predictor: str | None = None, checkpoint: 
   )  # fmt: skip
 
 
-def export(
-  workdir: str | pathlib.Path, out: str | pathlib.Path, *, predictor: str | None = None, checkpoint: str = "best"
-) -> pathlib.Path:
-  """Writes one network of a workdir as `out`/model.safetensors and `out`/config.json: all that `load`, `evaluate` and
-  config.init_from need, wherever the folder goes. Predictions equal the workdir's bit for bit.
-
-  Args:
-    predictor: the network, default the method's headline.
-    checkpoint: "best" or "last".
-
-  Raises:
-    InputError: no such workdir or predictor, or `out` is a workdir.
-  """
-  workdir = pathlib.Path(workdir)
-  trained = _open(workdir, meshes.make_mesh(jax.devices()[:1]), checkpoint)
-  name = predictor or next(iter(trained.method.predictors))
-  step = int(trained.state.step)
-  provenance = {"method": trained.config.method.name, "checkpoint": checkpoint, "step": step, "seed": trained.config.seed}
-  results_path = workdir / "results.json"
-  results = report.read_results(results_path) if results_path.exists() else {}
-  if results.get(checkpoint, {}).get("step") == step:
-    scores = results[checkpoint]["predictors"].get(name)
-    provenance |= {"split": results["split"], "protocol": results["protocol"], "scores": scores}
-  return write_export(out, _weights_of(trained, name), trained.config, trained.classes, predictor=name, provenance=provenance)
-
-
-def write_export(
-  out: str | pathlib.Path,
-  weights: Mapping[str, np.ndarray],
-  config: configs.ConfigDict,
-  classes: Classes,
-  *,
-  predictor: str,
-  provenance: Mapping[str, Any],
-) -> pathlib.Path:
-  """Writes an exported folder.
-
-  weights: {"params/backbone/...": array} of the whole network that `config` describes. provenance: where they are from (JSON).
-  """
-  out = pathlib.Path(out)
-  if (out / "config.json").exists() and not _is_exported(out):
-    problems = checks.Problems("cannot export")
-    problems.add("out", got=f"{out}, which is a workdir", allowed="a new folder, or an exported one to write over")
-    problems.raise_if_any()
-  options = json.loads(configs.to_json(config))
-  if "root" in options["data"]:
-    options["data"]["root"] = ""  # a place on this machine
-  about = {
-    "format": "pseudoseg_jax exported network, version 1",
-    "predictor": predictor,
-    "classes": dataclasses.asdict(classes),
-    "provenance": provenance,
-    "config": options,
-  }
-  report.write_atomically(out / _WEIGHTS, checkpoint_files.to_safetensors(weights, {"format": about["format"]}))
-  report.write_atomically(out / "config.json", json.dumps(about, indent=2) + "\n")
-  return out
-
-
-class _Trained(NamedTuple):
-  """What can be used: of the method the predictors, on this state."""
-
-  config: configs.ConfigDict
-  classes: Classes
-  method: Method
-  state: State
-
-
-def _open(folder: pathlib.Path, mesh, checkpoint: str, overrides: Mapping[str, Any] | None = None) -> _Trained:
-  """A workdir at one of its checkpoints, or an exported folder."""
-  if _is_exported(folder):
-    return _open_exported(folder, mesh, overrides)
-  config = _saved_config(folder)
-  configs.override(config, overrides or {})
-  classes = _saved_classes(folder)
-  method = build.build_method(config, len(classes))
-  return _Trained(config, classes, method, _restore(folder, config, method, mesh, checkpoint))
-
-
-def _is_exported(folder: pathlib.Path) -> bool:
-  return (folder / _WEIGHTS).is_file()
-
-
-def _open_exported(folder: pathlib.Path, mesh, overrides: Mapping[str, Any] | None) -> _Trained:
-  try:
-    about = json.loads((folder / "config.json").read_text())
-    config, classes, name = configs.from_json(json.dumps(about["config"])), _classes(about["classes"]), about["predictor"]
-    step = np.int32(about["provenance"].get("step", 0))  # a converted network has none
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise checks.InputError(f"cannot read {folder / 'config.json'}: {type(error).__name__}: {error}; export again") from error
-  configs.override(config, overrides or {})
-  network = build.build_network(config, len(classes))
-  weights = checkpoint_files.read(folder / _WEIGHTS)
-  if {key: value.shape for key, value in weights.items()} != _network_shapes(network):
-    raise checks.InputError(f"{folder / _WEIGHTS} does not fit the network of {folder / 'config.json'}; export again")
-  weights = jax.device_put(pretrained.unflat(weights), meshes.replicated(mesh))
-  net = NetState.create(apply_fn=network.apply, **weights, tx=optax.set_to_zero())
-  state = State(step=step, nets={name: net})
-  # No method: it is past learning. Only the predictors are ever asked for.
-  method = Method(Needs(unlabeled=False), init=None, draw=None, update=None, predictors=nets.predictors(network, name))
-  return _Trained(config, classes, method, jax.device_put(state, meshes.replicated(mesh)))
-
-
-def _network_shapes(network) -> dict[str, tuple[int, ...]]:
-  return pretrained.shapes_of(*jax.eval_shape(network.init, jax.random.key(0)))
-
-
-def _weights_of(trained: _Trained, predictor: str) -> dict[str, np.ndarray]:
-  """The leaves of one network, without what its method added to it."""
-  checks.check_name("predictor", predictor, [name for name in trained.method.predictors if name in trained.state.nets])
-  net = trained.state.nets[predictor]
-  leaves = pretrained.flat(net.params, net.batch_stats)
-  network = build.build_network(trained.config, len(trained.classes))
-  return {key: np.asarray(leaves[key]) for key in _network_shapes(network)}
-
-
 def _starting_weights(config: configs.ConfigDict, num_classes: int) -> tuple[dict[str, np.ndarray], str]:
   """What a run of this config starts from, as pretrained.put takes it, and its description; ({}, "") for nothing."""
   source = config.network.pretrained or config.init_from
@@ -419,9 +301,9 @@ def _starting_weights(config: configs.ConfigDict, num_classes: int) -> tuple[dic
   if config.network.pretrained:
     tensors = pretrained.read(source)
   else:
-    trained = _open(pathlib.Path(source), meshes.make_mesh(jax.devices()[:1]), "best")
-    tensors = _weights_of(trained, next(iter(trained.method.predictors)))
-  shapes = _network_shapes(build.build_network(config, num_classes))
+    trained = open_trained(pathlib.Path(source), meshes.make_mesh(jax.devices()[:1]), "best")
+    tensors = weights_of(trained, next(iter(trained.method.predictors)))
+  shapes = network_shapes(build.build_network(config, num_classes))
   values, fitted = pretrained.fit(tensors, shapes, config.network.name, where=source)
   return values, f"weights of {source}, {fitted}"
 
@@ -443,7 +325,7 @@ def _claim(workdir: pathlib.Path, config: configs.ConfigDict) -> None:
   """Writes the config into a new workdir; refuses one that another config made."""
   saved = workdir / "config.json"
   if saved.exists():
-    different = configs.differences(config, _saved_config(workdir))
+    different = configs.differences(config, saved_config(workdir))
     if different:
       problems = checks.Problems(f"workdir {workdir} belongs to another config")
       problems.extend(different)
@@ -463,35 +345,6 @@ def _write_lists(folder: pathlib.Path, data: build.Data) -> None:
       source = getattr(data, role)
       entries = getattr(source, "entries", None) or map(Entry, source.ids)
       report.write_atomically(folder / f"{role}.txt", splits.list_text(entries))
-
-
-def _saved_config(workdir: pathlib.Path) -> configs.ConfigDict:
-  path = workdir / "config.json"
-  if not path.is_file():
-    problems = checks.Problems("cannot use workdir")
-    problems.add("workdir", got=str(workdir), allowed="a folder that a training run made (it holds config.json)")
-    problems.raise_if_any()
-  return configs.from_json(path.read_text())
-
-
-def _saved_classes(workdir: pathlib.Path) -> Classes:
-  """The classes as they were at training time, so that a workdir is usable where its data are not."""
-  return _classes(json.loads((workdir / "classes.json").read_text()))
-
-
-def _classes(saved: Mapping[str, Any]) -> Classes:
-  return Classes(tuple(saved["names"]), tuple(map(tuple, saved["palette"])), tuple(map(tuple, saved.get("void", ()))))
-
-
-def _restore(workdir, config, method: Method, mesh, checkpoint: str) -> State:
-  checks.check_name("checkpoint", checkpoint, ("best", "last"))
-  if not (workdir / "checkpoints").is_dir():
-    raise checks.InputError(f"no checkpoint in {workdir}: train first")
-  checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-  try:
-    return checkpoints.restore(loop.abstract_state(method, mesh), series=checkpoint)
-  finally:
-    checkpoints.close()
 
 
 def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], overrides: Mapping[str, Any]) -> str:

@@ -62,7 +62,7 @@ def main(arguments=None) -> int:
 def _convert(known: argparse.Namespace) -> None:
   import jax
 
-  from pseudoseg_jax import api, build, checks, config as configs
+  from pseudoseg_jax import build, checks, config as configs, trained
   from pseudoseg_jax.evaluation import report as reports
   from pseudoseg_jax.models import checkpoint_files, pretrained
 
@@ -97,7 +97,7 @@ def _convert(known: argparse.Namespace) -> None:
       problems.add(f"{len(paths)} leaves of ours, such as {paths[0]}", got=reason)
     problems.raise_if_any()
     provenance = {"source": pathlib.Path(known.source).name, "layout": report.layout, "prefix": report.prefix}
-    api.write_export(known.out, values, config, classes, predictor="converted", provenance=provenance)
+    trained.write_export(known.out, values, config, classes, predictor="converted", provenance=provenance)
   print(f"wrote {known.out}: {len(values)} tensors, {_millions(values.values())}, in {time.perf_counter() - started:.1f} s")
 
 

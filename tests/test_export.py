@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pseudoseg_jax
-from pseudoseg_jax import api, build, checks, config as configs, export_model, main as command_line, nets
+from pseudoseg_jax import api, build, checks, config as configs, export_model, main as command_line, nets, trained as opened
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 from pseudoseg_jax.evaluation import report
@@ -103,7 +103,7 @@ def test_it_is_scored_as_a_workdir_is(trained, exported, tmp_path, capsys):
 def test_a_run_starts_from_it(source, request):
   folder = request.getfixturevalue(source)
   _, state = started("method=supervised", init_from=str(folder))
-  there = api._weights_of(api._open(folder, meshes.make_mesh(), "best"), "b" if source == "exported" else "a")
+  there = opened.weights_of(opened.open_trained(folder, meshes.make_mesh(), "best"), "b" if source == "exported" else "a")
   for part in ("backbone", "head"):
     assert any(np.array_equal(kernel(state, "student", part), value) for value in there.values())
 
@@ -133,8 +133,8 @@ def test_training_from_it_begins_there_and_goes_on_without_it(exported, tmp_path
   overrides = QUICKSTART | {"init_from": str(source), "optimizer.learning_rate": 1e-12}
   pseudoseg_jax.train("configs/quickstart.py:method=supervised", tmp_path / "w", overrides)
   assert (tmp_path / "w" / "log.txt").read_text().count(f"weights of {source}") == 1
-  got = api._weights_of(api._open(tmp_path / "w", meshes.make_mesh(), "last"), "student")
-  want = api._weights_of(api._open(source, meshes.make_mesh(), "last"), "b")
+  got = opened.weights_of(opened.open_trained(tmp_path / "w", meshes.make_mesh(), "last"), "student")
+  want = opened.weights_of(opened.open_trained(source, meshes.make_mesh(), "last"), "b")
   for key, value in want.items():
     if key.startswith("params"):
       np.testing.assert_allclose(got[key], value, atol=1e-7)

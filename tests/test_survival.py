@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from pseudoseg_jax import api
+from pseudoseg_jax import build, trained
 from pseudoseg_jax.engine import mesh as meshes
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -50,9 +50,9 @@ def wait_for_checkpoint(process, workdir, step, seconds=300):
 
 
 def last_state(workdir):
-  config = api._saved_config(workdir)
-  method = api.build.build_method(config, 7)
-  state = api._restore(workdir, config, method, meshes.make_mesh(jax.devices()[:1]), "last")
+  config = trained.saved_config(workdir)
+  method = build.build_method(config, 7)
+  state = trained.restore(workdir, method, meshes.make_mesh(jax.devices()[:1]), "last")
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
