@@ -23,7 +23,7 @@ import tensorflow as tf
 from pseudoseg_jax import build, config as configs
 from pseudoseg_jax.contract import Needs
 from pseudoseg_jax.data import geometry, photometry, pipeline, views
-from pseudoseg_jax.main import parse_with_overrides
+from pseudoseg_jax.command_line import parse_with_overrides
 
 _REPEATS = 30
 
@@ -82,7 +82,7 @@ def _stages(spec: pipeline.PipelineSpec) -> list[tuple[str, float, float]]:
     ("crop", _milliseconds(lambda number: crop(images[number % len(images)], tf.constant(number, tf.int64))), 1),
     ("jitter", _milliseconds(lambda number: jitter(view)), strong * look.jitter_probability),
     ("blur", _milliseconds(lambda number: blur(view)), strong * look.blur_probability),
-    ("normalize", _milliseconds(lambda number: views._normalized(view, valid, spec.mean, spec.std)), 1 + strong),
+    ("normalize", _milliseconds(lambda number: views.normalized(view, valid, spec.mean, spec.std)), 1 + strong),
     ("batch", _milliseconds(lambda number: tf.stack(batch)) / len(batch), 1 + strong),
   ]  # fmt: skip
 

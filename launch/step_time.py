@@ -21,7 +21,7 @@ import jax
 
 from pseudoseg_jax import build, config as configs
 from pseudoseg_jax.engine import loop, mesh as meshes
-from pseudoseg_jax.main import parse_with_overrides
+from pseudoseg_jax.command_line import parse_with_overrides
 
 
 def _parse(arguments):

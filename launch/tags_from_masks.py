@@ -14,7 +14,7 @@ import sys
 
 from pseudoseg_jax import build, checks, config as configs
 from pseudoseg_jax.data import sources, tags
-from pseudoseg_jax.main import parse_with_overrides
+from pseudoseg_jax.command_line import parse_with_overrides
 
 
 def _parse(arguments):

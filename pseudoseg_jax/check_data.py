@@ -29,14 +29,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pseudoseg_jax import build, checks, config as configs
+from pseudoseg_jax import build, command_line, config as configs
 from pseudoseg_jax.data import audit
 from pseudoseg_jax.data.audit import Audit, Finding
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.sources import Source
 from pseudoseg_jax.evaluation import pictures, report
 from pseudoseg_jax.evaluation.progress import Progress
-from pseudoseg_jax.main import parse_with_overrides
 
 ROLES = ("labeled", "unlabeled", "evaluated")
 
@@ -68,28 +67,22 @@ def _parse(arguments):
   parser.add_argument("--config", required=True, help="config file, with its argument after a colon")
   parser.add_argument("--out", type=pathlib.Path, help="folder to write the report and the pictures to")
   parser.add_argument("--most", type=int, default=5, help="files told of each kind; report.json has all (default: 5)")
-  return parse_with_overrides(parser, arguments)
+  return command_line.parse_with_overrides(parser, arguments)
 
 
 def main(arguments=None) -> int:
   known, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
-  try:
+
+  def command():
     data = build.build_data(configs.load(known.config, overrides).data, check=False)
     audits, findings = look(data)
     print(tables(audits, data.classes))
     print(findings_text(findings, known.most))
     if known.out is not None:
       write(known.out, known.config, data, audits, findings)
-  except checks.InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except OSError as error:  # a full disk, a folder that must not be written to
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print("\nstopped", file=sys.stderr)
-    return 130
-  return int(any(finding.severity == "error" for finding in findings))
+    return int(any(finding.severity == "error" for finding in findings))
+
+  return command_line.run(command)
 
 
 def look(data: build.Data) -> tuple[dict[str, Audit], list[Finding]]:

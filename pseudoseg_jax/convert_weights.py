@@ -8,6 +8,8 @@ import pathlib
 import sys
 import time
 
+from pseudoseg_jax import command_line
+
 EPILOG = """\
 examples:
   python -m pseudoseg_jax.convert_weights resnet101.pth resnet101.safetensors
@@ -46,21 +48,11 @@ def _parse(arguments):
 
 def main(arguments=None) -> int:
   known = _parse(sys.argv[1:] if arguments is None else arguments)
-  from pseudoseg_jax import checks  # here, so that --help answers at once
-
-  try:
-    _convert(known)
-  except checks.InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except OSError as error:  # a full disk, a folder that must not be written to
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  return 0
+  return command_line.run(lambda: _convert(known))
 
 
 def _convert(known: argparse.Namespace) -> None:
-  import jax
+  import jax  # here, so that --help answers at once
 
   from pseudoseg_jax import build, checks, config as configs, trained
   from pseudoseg_jax.evaluation import report as reports

@@ -7,7 +7,7 @@ import pathlib
 import sys
 
 import pseudoseg_jax
-from pseudoseg_jax import checks
+from pseudoseg_jax import command_line
 
 DESCRIPTION = """\
 Writes one network of a training run as
@@ -39,16 +39,12 @@ def main(arguments=None) -> int:
   parser.add_argument("--predictor", help="which network of the method, e.g. student or teacher (default: the method's headline)")
   parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which checkpoint (default: best)")
   known = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-  try:
+
+  def command():
     pseudoseg_jax.export(known.workdir, known.out, predictor=known.predictor, checkpoint=known.checkpoint)
-  except checks.InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except OSError as error:  # a full disk, a folder that must not be written to
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  print("\n".join(f"  {known.out / name}" for name in ("model.safetensors", "config.json")))
-  return 0
+    print("\n".join(f"  {known.out / name}" for name in ("model.safetensors", "config.json")))
+
+  return command_line.run(command)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import os
 import pathlib
 import sys
 
+from pseudoseg_jax import command_line
+
 EPILOG = """\
 examples:
   python -m pseudoseg_jax.main --config=configs/quickstart.py --workdir=/tmp/quickstart
@@ -19,23 +21,6 @@ examples:
 Running the same command again goes on from the newest checkpoint. Ctrl-C or SIGTERM saves and leaves.
 --config.KEY=VALUE overrides any option of the config; --print_config shows them all.
 """
-
-
-def parse_with_overrides(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-  """What the parser knows, and {"optimizer.learning_rate": "0.1"} of every --config.KEY=VALUE; other arguments are errors."""
-  known, rest = parser.parse_known_args(arguments)
-  overrides = {}
-  while rest:
-    flag = rest.pop(0)
-    key, equals, value = flag.partition("=")
-    if not key.startswith("--config."):
-      parser.error(f"unknown argument {flag}; options of the config are given as --config.KEY=VALUE")
-    if not equals:
-      if not rest:
-        parser.error(f"{flag} needs a value: {flag}=VALUE")
-      value = rest.pop(0)
-    overrides[key.removeprefix("--config.")] = value
-  return known, overrides
 
 
 def _parse(arguments):
@@ -54,7 +39,7 @@ def _parse(arguments):
   several.add_argument("--coordinator", metavar="HOST:PORT", help="or say where process 0 is, ...")
   several.add_argument("--process_count", type=int, help="... how many processes there are ...")
   several.add_argument("--process_index", type=int, help="... and which one this is, from 0")
-  known, overrides = parse_with_overrides(parser, arguments)
+  known, overrides = command_line.parse_with_overrides(parser, arguments)
   if known.mode == "train" and not known.config:
     parser.error("--config is needed to train, e.g. --config=configs/quickstart.py")
   if len({known.coordinator is None, known.process_count is None, known.process_index is None}) > 1:
@@ -68,31 +53,22 @@ def main(arguments=None) -> int:
   known, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
   import jax  # here, so that --help answers at once
 
-  from pseudoseg_jax import checks
-
   if known.distributed or known.coordinator:
     jax.distributed.initialize(known.coordinator, known.process_count, known.process_index)
   cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "pseudoseg_jax" / "compiled"))
   jax.config.update("jax_compilation_cache_dir", cache)
 
   from pseudoseg_jax import api, config as configs
-  from pseudoseg_jax.engine import loop
 
-  try:
-    if known.mode == "eval":
-      api.evaluate(known.workdir, checkpoint=known.checkpoint, overrides=overrides)
-      return 0
+  def command():
     if known.print_config:
       print(configs.to_json(configs.load(known.config, overrides)), end="")
-      return 0
-    api.train(known.config, known.workdir, overrides)
-    return 0
-  except checks.InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except (loop.NonFiniteLoss, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
+    elif known.mode == "eval":
+      api.evaluate(known.workdir, checkpoint=known.checkpoint, overrides=overrides)
+    else:
+      api.train(known.config, known.workdir, overrides)
+
+  return command_line.run(command)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 import pseudoseg_jax
-from pseudoseg_jax import checks
+from pseudoseg_jax import checks, command_line
 from pseudoseg_jax.data.sources import IMAGE_SUFFIXES
 from pseudoseg_jax.evaluation import inference, pictures, report
 from pseudoseg_jax.evaluation.predictor import Predictor, read_image
@@ -70,7 +70,8 @@ def _parse(arguments):
 
 def main(arguments=None) -> int:
   known = _parse(sys.argv[1:] if arguments is None else arguments)
-  try:
+
+  def command():
     # What is wrong with the images is told before a network is loaded.
     jobs = find_images(known.images, known.out, workdir=known.workdir)
     predictor = pseudoseg_jax.load(known.workdir, predictor=known.predictor, checkpoint=known.checkpoint)
@@ -82,16 +83,8 @@ def main(arguments=None) -> int:
       "predictor": predictor.name,
     }
     segment(predictor, jobs, known.out, origin)
-  except checks.InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except OSError as error:  # a full disk, a folder that must not be written to
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print("\nstopped; the same command goes on from here", file=sys.stderr)
-    return 130
-  return 0
+
+  return command_line.run(command, again="the same command goes on from here")
 
 
 def find_images(images: pathlib.Path, out: pathlib.Path, *, workdir: pathlib.Path) -> list[Job]:

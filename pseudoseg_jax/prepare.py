@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from pseudoseg_jax import checks
+from pseudoseg_jax import checks, command_line
 from pseudoseg_jax.data import archives, official_masks
 from pseudoseg_jax.data.splits import shorten
 from pseudoseg_jax.evaluation import report
@@ -442,7 +442,8 @@ def _verify(tree: Tree, *, alone: bool) -> None:
 
 def main(arguments=None) -> int:
   known = _parse(sys.argv[1:] if arguments is None else arguments)
-  try:
+
+  def command():
     _check_given(known)
     tree = Tree(known.out, known.dataset)
     if known.verify:
@@ -455,17 +456,8 @@ def main(arguments=None) -> int:
       if known.format == "tfds":
         write_tfds(tree, known.dataset)
       _summary(tree, known, counts)
-  except checks.InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except OSError as error:  # a full disk, a folder that must not be written to
-    where = "" if error.filename else f" (writing to {known.out})"
-    print(f"error: {error}{where}; the same command goes on from here", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print("\nstopped; the same command goes on from here", file=sys.stderr)
-    return 130
-  return 0
+
+  return command_line.run(command, again=f"the same command goes on from here, into {known.out}")
 
 
 def _summary(tree, known, counts):

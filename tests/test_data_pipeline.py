@@ -169,6 +169,7 @@ class WithoutMasks:
 
   def __init__(self, source):
     self.ids, self.has_labels, self.image, self.size = source.ids, True, source.image, source.size
+    self.channels, self.dtype = source.channels, source.dtype
 
   def __len__(self):
     return len(self.ids)

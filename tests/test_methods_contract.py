@@ -139,6 +139,7 @@ class _Unlabeled:
 
   def __init__(self, scenes):
     self.ids, self.image, self.size = scenes.ids, scenes.image, scenes.size
+    self.channels, self.dtype = scenes.channels, scenes.dtype
 
   def __len__(self):
     return len(self.ids)

@@ -88,9 +88,9 @@ class PipelineSpec:
     problems.raise_if_any()
 
   def _check_channels(self, problems: checks.Problems) -> None:
-    channels = _channels(self.labeled)
-    if self.unlabeled is not None and _channels(self.unlabeled) != channels:
-      problems.add("unlabeled", got=f"images of {_channels(self.unlabeled)} channels", allowed=f"{channels}, as the labeled ones")
+    channels = self.labeled.channels
+    if self.unlabeled is not None and self.unlabeled.channels != channels:
+      problems.add("unlabeled", got=f"images of {self.unlabeled.channels} channels", allowed=f"{channels}, as the labeled ones")
     for name in ("mean", "std"):
       if len(getattr(self, name)) != channels:
         problems.add(
@@ -163,10 +163,6 @@ def train_batches(
     )
     streams[stream] = _stream(spec, stream, positions, rows)
   return _zip(streams)
-
-
-def _channels(source: Source) -> int:
-  return getattr(source, "channels", 3)
 
 
 def stream_seed(seed: int, stream: str) -> int:
@@ -253,9 +249,9 @@ class _Loader:
 
   def __call__(self, position: tf.Tensor, row: tf.Tensor) -> list[tf.Tensor]:
     """(position, row) -> [image [h, w, C]] or [image, label uint8 [h, w]]; the label is read only where wanted."""
-    dtypes = [tf.as_dtype(getattr(self._source, "dtype", np.uint8)), tf.uint8]
+    dtypes = [tf.as_dtype(self._source.dtype), tf.uint8]
     loaded = tf.numpy_function(self._load, (position, row), dtypes[: 1 + self._with_label])
-    for tensor, shape in zip(loaded, ((None, None, _channels(self._source)), (None, None))):
+    for tensor, shape in zip(loaded, ((None, None, self._source.channels), (None, None))):
       tensor.set_shape(shape)
     return loaded
 

@@ -33,7 +33,7 @@ def labeled_view(
     "boxes" f32 [M, 5] of the view where some were given.
   """
   rgb, label, valid, window = geometry_ops.crop(image, label, draws, crop_size, convention)
-  views = {"image": _normalized(rgb, valid, mean, std), "label": label, "valid": valid}
+  views = {"image": normalized(rgb, valid, mean, std), "label": label, "valid": valid}
   if boxes is not None:
     views["boxes"] = geometry_ops.crop_boxes(boxes, window, draws.flip, crop_size)
   return views
@@ -68,7 +68,7 @@ def unlabeled_views(
     where they were given, "truth" i32 [H, W], IGNORE_LABEL on padding, and "boxes" f32 [M, 5] of the view.
   """
   rgb, truth, valid, window = geometry_ops.crop(image, truth, draws, crop_size, convention)
-  views = {"weak": _normalized(rgb, valid, mean, std), "valid": valid, "flip": draws.flip, "window": window}
+  views = {"weak": normalized(rgb, valid, mean, std), "valid": valid, "flip": draws.flip, "window": window}
   if truth is not None:
     views["truth"] = truth
   if boxes is not None:
@@ -78,7 +78,7 @@ def unlabeled_views(
     options = dict(convention=photometry.convention, valid=valid)
     max_sigma = photometry.blur_sigma_pixels[1]
     strong = [photometry_ops.strong_view(rgb, view_draws, max_sigma, **options) for view_draws in photometry_draws]
-    views["strong"] = tf.stack([_normalized(view, valid, mean, std) for view in strong])
+    views["strong"] = tf.stack([normalized(view, valid, mean, std) for view in strong])
   return views
 
 
@@ -88,5 +88,6 @@ def _filled(rgb, valid, mean):
 
 
 @geometry_ops.compiled
-def _normalized(rgb, valid, mean, std):
+def normalized(rgb: tf.Tensor, valid: tf.Tensor, mean: tuple, std: tuple) -> tf.Tensor:
+  """f32 [H, W, C] in [0, 1], normalised, and 0 where `valid`, bool [H, W], says padding."""
   return photometry_ops.normalize(rgb, mean, std) * tf.cast(valid, tf.float32)[..., tf.newaxis]
