@@ -10,7 +10,7 @@ from pseudoseg_jax import optim
 from pseudoseg_jax.contract import Head, Network, Task
 from pseudoseg_jax.methods import pseudoseg
 from pseudoseg_jax.models import heads
-from pseudoseg_jax.ops import cam as cams, losses
+from pseudoseg_jax.ops import cam as cams, losses, resize
 
 LABELED, WEAK, STRONG = range(3)
 
@@ -38,7 +38,7 @@ def stand_in(grid, num_images, num_classes):
     return chosen(params["scores"], maps[0]), stats
 
   scores = jnp.zeros((3, num_images, *grid, num_classes))
-  return Network(lambda key: ({"scores": scores}, {}), None, encode, decode)
+  return Network(lambda key: ({"scores": scores}, {}), None, encode, decode, resize.bilinear_align_corners)
 
 
 def stand_in_heads(monkeypatch, golden, seen):
