@@ -25,7 +25,7 @@ def get_config(argument=""):
   split = splits.published_or_own("cityscapes", chosen["lists"], chosen["split"], default="cps")
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
   config.data.update(configs.tfds_data(
-    dataset="cityscapes", classes="cityscapes", label_map="cityscapes", split=split
+    dataset="cityscapes/1.0.0", classes="cityscapes", label_map="cityscapes", split=split
   ) if chosen["form"] == "tfds" else configs.folder_data(
     classes="cityscapes",
     image_pattern="leftImg8bit/train/{id}_leftImg8bit.png",

@@ -21,7 +21,7 @@ def get_config(argument=""):
   split = splits.published_or_own("coco2017", "", chosen["split"], default="pseudoseg")
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
   config.data.update(configs.tfds_data(
-    dataset="coco2017", classes="coco", split=split, unlabeled_split="train"
+    dataset="coco2017/1.0.0", classes="coco", split=split, unlabeled_split="train"
   ) if chosen["form"] == "tfds" else configs.folder_data(
     classes="coco",
     image_pattern="train2017/{id}.jpg",

@@ -31,7 +31,7 @@ def get_config(argument=""):
   named = splits.published_or_own("voc2012", "pseudoseg" if clean else chosen["lists"], split, default="cps")
   lists = "VOCdevkit/VOC2012/ImageSets/Segmentation"
   config.data.update(configs.tfds_data(
-    dataset="voc2012", classes="voc", train_split=chosen["train"], split=named, unlabeled_split=unlabeled
+    dataset="voc2012/1.0.0", classes="voc", train_split=chosen["train"], split=named, unlabeled_split=unlabeled
   ) if chosen["form"] == "tfds" else configs.folder_data(
     classes="voc",
     image_pattern="VOCdevkit/VOC2012/JPEGImages/{id}.jpg",

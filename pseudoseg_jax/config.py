@@ -167,7 +167,7 @@ def tfds_data(**options) -> dict[str, Any]:
   """config.data of images and masks in a TensorFlow Datasets data set."""
   return {
     "name": "tfds",
-    "dataset": "",  # a name of the TFDS catalogue or of a data set in root; or the folder of its dataset_info.json
+    "dataset": "",  # a name of the TFDS catalogue; or the folder of a dataset_info.json, also below root: "voc2012/1.0.0"
     "root": "",  # where TFDS keeps data sets, may be gs://...; "" = where it always does
     "classes": "",  # as in folder_data, likewise label_map, split, split_seed, image_labels and boxes
     "image_key": "image",

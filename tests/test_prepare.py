@@ -11,7 +11,7 @@ import scipy.io
 import scipy.sparse
 from PIL import Image
 
-from pseudoseg_jax import checks, prepare
+from pseudoseg_jax import build, checks, config as configs, prepare
 from pseudoseg_jax.data import archives, classes, official_masks
 from pseudoseg_jax.evaluation import report
 
@@ -110,6 +110,25 @@ def test_voc_and_sbd_become_the_tree_of_the_voc_config(tmp_path, voc_arguments, 
   assert masks["d"].mode == "P" and masks["d"].getpalette()[:63] == classes.voc_palette(21).ravel().tolist()
   said = capsys.readouterr().out
   assert "train_aug 4" in said and f"main --config=configs/voc.py --config.data.root={tmp_path / 'out'}" in said
+
+
+@pytest.mark.parametrize("recipe", ["cps", "pseudoseg"])
+def test_both_forms_open_as_the_same_data_by_the_voc_config(tmp_path, voc_arguments, recipe):
+  assert prepare.main([*voc_arguments, "--format=tfds"]) == 0
+  (tmp_path / "labeled.txt").write_text("a\n")
+  argument = f"method=supervised,recipe={recipe},split={tmp_path / 'labeled.txt'}"
+  opened = [
+    build.build_data(configs.load(f"configs/voc.py:{argument},form={form}", {"data.root": str(tmp_path / root)}).data)
+    for form, root in (("folder", "out"), ("tfds", "out/tfds"))
+  ]
+  ids = {"labeled": ("a",), "unlabeled": tuple("abde" if recipe == "pseudoseg" else "bde"), "evaluated": ("c",)}
+  for role, names in ids.items():
+    folder, tfds = (getattr(data, role) for data in opened)
+    assert folder.ids == tfds.ids == names
+    for row in range(len(names)):
+      np.testing.assert_array_equal(folder.image(row), tfds.image(row))
+      if role != "unlabeled":
+        np.testing.assert_array_equal(folder.label(row), tfds.label(row))
 
 
 def test_official_counts_are_checked_all_at_once(voc_arguments, capsys):

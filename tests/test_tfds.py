@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from pseudoseg_jax import checks, prepare
+from pseudoseg_jax import build, checks, config as configs, prepare
 from pseudoseg_jax.contract import Needs
 from pseudoseg_jax.data import geometry, official_masks, pipeline, tfds_builders, tfds_source
 from pseudoseg_jax.data.sources import FolderSource, Subset
@@ -245,3 +245,6 @@ def test_prepare_writes_the_same_examples_as_tfds(tmp_path, capsys):
   val = TfdsSource(written, "val", num_classes=34)
   assert val.ids == ("bonn/bonn_000000_000019",) and np.all(val.label(0) == 7) and np.all(val.image(0) == 7)
   assert f"{written}: train 1, val 1" in capsys.readouterr().out
+  config = configs.load("configs/cityscapes.py:split=full,form=tfds", {"data.root": str(tmp_path / "out/tfds")})
+  data = build.build_data(config.data)
+  assert data.labeled.ids == val.ids and np.all(data.labeled.label(0) == 0)  # the label id 7 is the road, class 0

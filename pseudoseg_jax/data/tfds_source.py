@@ -33,7 +33,8 @@ class TfdsSource:
 
   Args:
     name_or_directory: a data set of the TFDS catalogue, such as "oxford_iiit_pet" (downloaded and prepared at first), or one in
-      data_dir; or the folder that holds its dataset_info.json. Folders and data_dir may be gs:// paths.
+      data_dir; or the folder that holds its dataset_info.json, also below data_dir ("cityscapes/1.0.0": the catalogue has a
+      "cityscapes" of its own). Folders and data_dir may be gs:// paths.
     split: "train", "train[:90%]", "train+test", ...; as in TFDS.
     data_dir: where TFDS keeps data sets; None: where it always does.
     image_key, label_key, id_key: the features. label_key None: no mask is touched. id_key None: ids are "SPLIT/ROW".
@@ -156,6 +157,8 @@ class TfdsSource:
 def _open(name: str, data_dir) -> tfds.core.DatasetBuilder:
   """The builder of a folder, of a data set in data_dir, or of the catalogue, which is then downloaded and prepared."""
   problems = checks.Problems("cannot open a TFDS data set")
+  if data_dir is not None and (epath.Path(data_dir) / name / "dataset_info.json").exists():
+    return tfds.builder_from_directory(epath.Path(data_dir) / name)  # by its path, whatever the catalogue calls so
   if epath.Path(name).is_dir():
     if (epath.Path(name) / "dataset_info.json").exists():
       return tfds.builder_from_directory(name)
