@@ -16,14 +16,12 @@ import os
 import statistics
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-import tensorflow as tf
-
-from pseudoseg_jax import build, config as configs
+from pseudoseg_jax import build, config as configs  # before TensorFlow, whose options the package sets
+from pseudoseg_jax.command_line import parse_with_overrides
 from pseudoseg_jax.contract import Needs
 from pseudoseg_jax.data import geometry, photometry, pipeline, views
-from pseudoseg_jax.command_line import parse_with_overrides
+
+import tensorflow as tf
 
 _REPEATS = 30
 

@@ -93,6 +93,7 @@ def look(data: build.Data) -> tuple[dict[str, Audit], list[Finding]]:
     role: audit.audit(role, source, data.classes.names, with_masks=role != "unlabeled", each=progress.more)
     for role, source in sources.items()
   }
+  print(f"{progress.done} images decoded in {progress.seconds():.1f} s")
   findings = [finding for found in audits.values() for finding in found.findings] + audit.overlaps(audits)
   return audits, sorted(findings, key=lambda finding: finding.severity != "error")
 
