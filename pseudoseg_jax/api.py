@@ -266,6 +266,7 @@ def _file_name(words: str) -> str:
 def _on_console():
   """Process 0's log appears on the console meanwhile; training has a log of its own."""
   handler = logging.StreamHandler(sys.stdout) if jax.process_index() == 0 else logging.NullHandler()
+  before = log.level, log.propagate
   log.addHandler(handler)
   log.setLevel(logging.INFO)
   log.propagate = False  # other libraries give the root logger a handler: every line would come twice
@@ -273,6 +274,8 @@ def _on_console():
     yield
   finally:
     log.removeHandler(handler)
+    log.setLevel(before[0])
+    log.propagate = before[1]
 
 
 def load(workdir: str | pathlib.Path, predictor: str | None = None, checkpoint: str = "best") -> Predictor:

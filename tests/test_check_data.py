@@ -99,7 +99,7 @@ def test_unknown_values_are_told_of_coloured_masks_and_of_arrays(tmp_path):
   np.save(tmp_path / "labels/a.npy", np.full((1, 4), 9, np.uint8))
   options = dict(image_pattern="images/{id}.jpg", num_classes=3, check=False)
   colors = {"label_pattern": "labels/{id}.png", "mask_colors": {(0, 0, 0): 0, (255, 0, 0): 1}}
-  for form, detail in ((colors, "(0, 255, 0) on 2 pixels"), ({"label_pattern": "labels/{id}.npy"}, "9")):
+  for form, detail in ((colors, "(0, 255, 0) on 2 pixels"), ({"label_pattern": "labels/{id}.npy"}, "9 on 4 pixels")):
     found = audit.audit("labeled", sources.FolderSource(tmp_path, ["a"], **options, **form), NAMES, with_masks=True)
     assert list(items(found.findings, "unknown_value").values()) == [detail]
 

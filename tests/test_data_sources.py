@@ -133,7 +133,7 @@ def test_truncated_image_and_mask_are_named_when_read(tmp_path):
 def test_mask_values_that_are_no_class_are_listed(tmp_path):
   make_folder(tmp_path)
   text = message(lambda: open_folder(tmp_path, label_map=None, num_classes=2).label(0))
-  for part in ("labels/train/a.png", "2, 11", "0..1 and 255", "label_map", "num_classes"):
+  for part in ("labels/train/a.png", "2 on 1 pixels, 11 on 1 pixels", "0..1 and 255", "label_map", "num_classes"):
     assert part in text
 
 

@@ -7,12 +7,10 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import IGNORE_LABEL
@@ -181,21 +179,7 @@ def _unusable_mask(path: str, reason: str) -> tuple[str, Item]:
   where, _, rest = reason.partition(": got ")
   if where not in ("values", "colours"):
     return "unreadable_mask", Item(path, reason)
-  got = rest.partition("; allowed")[0]
-  return "unknown_value", Item(path, _counted(path, got) if where == "values" else got)
-
-
-def _counted(path: str, told: str) -> str:
-  """The values that a source complains of, with the number of pixels that hold them."""
-  try:
-    with Image.open(path) as image:
-      values, counts = np.unique(np.asarray(image), return_counts=True)
-  except OSError:  # no picture but an array, or no file at all
-    return told
-  # Other values beyond the classes may be mapped to one; those are not told.
-  unknown = set(re.findall(r"\d+", told))
-  counted = dict(zip(map(str, values), counts, strict=True))
-  return ", ".join(f"{value} on {count} pixels" for value, count in counted.items() if value in unknown) or told
+  return "unknown_value", Item(path, rest.partition("; allowed")[0])
 
 
 def _reason(error: checks.InputError, path: str) -> str:

@@ -177,11 +177,12 @@ class FolderSource:
     table, known = self._table
     if label.dtype == np.uint8 and known[label].all():
       return table[label]
-    unknown = [value.item() for value in np.unique(label) if not (0 <= value < len(known) and known[int(value)])]
+    counts = dict(zip(*(found.tolist() for found in np.unique(label, return_counts=True)), strict=True))
+    unknown = [value for value in counts if not (0 <= value < len(known) and known[int(value)])]
     if unknown:
       problems.add(
         "values",
-        got=splits.shorten(unknown, most=10),
+        got=splits.shorten([f"{value} on {counts[value]} pixels" for value in unknown], most=10),
         allowed=f"those of the {self.num_classes} classes, 0..{self.num_classes - 1} and {IGNORE_LABEL} after mapping",
         remedy=f"map them with label_map, e.g. {{{unknown[0]}: {IGNORE_LABEL}}}, or correct num_classes",
       )

@@ -20,8 +20,6 @@ import safetensors.numpy
 
 from pseudoseg_jax import checks
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
-
 _MAGIC = 0x1950A86A20F9469CFC6C  # first number of the form that PyTorch wrote before 1.6
 
 # Element types by both formats' names. numpy has no bfloat16, the upper half of a float32: read as bits, then widened.
