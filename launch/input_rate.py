@@ -89,7 +89,7 @@ def main(arguments=None) -> None:
   known, overrides = _parse(arguments)
   config = configs.load(known.config, overrides)
   data = build.build_data(config.data)
-  spec = build.build_pipeline(config, data, build.build_method(config, len(data.classes)))
+  spec = build.build_pipeline(config, data, build.build_method(config, len(data.classes), len(data.unlabeled)))
   if known.strong_views is not None:
     spec = dataclasses.replace(spec, unlabeled=data.unlabeled, needs=Needs(strong_views=known.strong_views))
   cores = len(os.sched_getaffinity(0))

@@ -49,7 +49,7 @@ def _load(path: str, method: str, overrides: dict[str, str]) -> configs.ConfigDi
 def _time(config: configs.ConfigDict, images: int, steps: int) -> tuple[float, float, float]:
   """Median seconds of a step, seconds of the first one, and the MiB that XLA plans."""
   data = build.build_data(config.data)
-  method = build.build_method(config, len(data.classes))
+  method = build.build_method(config, len(data.classes), len(data.unlabeled))
   labeled = images // 2 if method.needs.unlabeled else images
   config.batch_size_global = {"labeled": labeled, "unlabeled": (images - labeled) // (1 + method.needs.partner) or 1}
   mesh = meshes.make_mesh()

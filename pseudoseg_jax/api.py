@@ -163,7 +163,7 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
   workdir = pathlib.Path(workdir)
   build.check_run(config)
   data = build.build_data(config.data)
-  method = build.build_method(config, len(data.classes))
+  method = build.build_method(config, len(data.classes), len(data.unlabeled))
   spec = build.build_pipeline(config, data, method)
   weights = functools.cache(lambda: _starting_weights(config, len(data.classes)))
   if not _has_checkpoint(workdir):

@@ -330,8 +330,8 @@ def build_criterion(config: configs.ConfigDict):
   return functools.partial(losses.cross_entropy_mean, denominator=options.denominator)
 
 
-def build_method(config: configs.ConfigDict, num_classes: int) -> Method:
-  """The method of a config, for any use: training, evaluation, prediction."""
+def build_method(config: configs.ConfigDict, num_classes: int, num_unlabeled: int = 0) -> Method:
+  """The method of a config, for any use: training, evaluation, prediction; num_unlabeled only matters to training."""
   checks.check_name("config.method.name", config.method.name, methods_table.METHODS)
   options = {name: value for name, value in config.method.items() if name != "name"}
   known = configs.defaults_of(methods_table.METHODS[config.method.name])
@@ -343,6 +343,9 @@ def build_method(config: configs.ConfigDict, num_classes: int) -> Method:
     network=build_network(config, num_classes),
     optimizer=build_optimizer(config),
     criterion=build_criterion(config),
+    num_unlabeled=num_unlabeled,
+    mean=tuple(config.data.mean),
+    std=tuple(config.data.std),
   )
   return methods_table.METHODS[config.method.name](task, **options)
 

@@ -38,6 +38,8 @@ PyTree = Any
 #                 "boxes":  f32[B, M, 5]           class index, then top, left, bottom, right as fractions of the view,
 #                                                  clipped to it; class -1 in rows without a box, M the same in all steps
 #
+# "labeled_1", "unlabeled_1", "labeled_2", ... are those of further domains                (needs.domains)
+#
 # Images of a source with C channels have C in the place of 3.
 # "unlabeled" and "partner" never hold a mask: it is not even opened.
 Batch = Mapping[str, Mapping[str, Array]]
@@ -51,6 +53,7 @@ class Needs(NamedTuple):
   strong_views: int = 0
   ids: bool = False
   weak_label: str | None = None  # None, "image" or "boxes"
+  domains: bool = False  # further data sets with classes of their own
 
 
 class NetState(train_state.TrainState):
@@ -65,7 +68,8 @@ class State:
 
   step: i32[], the only clock. Learning rates, ramps and random keys are derived from it, never stored.
   nets: networks by role: {"student", "teacher"}, {"a", "b"}, ...
-  memory: what a method remembers between steps besides its networks (temporal predictions, class confidences, ...).
+  memory: what a method remembers between steps besides its networks (temporal predictions, class confidences, ...). Predictors
+    are given a state without it.
   """
 
   step: Array
@@ -124,6 +128,9 @@ class Task(NamedTuple):
   """What every method is given: the problem, with no trace of how it was configured.
 
   criterion: (logits f32[B,H,W,K], label i32[B,H,W]) -> f32[], the supervised loss (plain cross entropy, OHEM, ...).
+  num_unlabeled: length of the list of unlabeled images, the range of batch["unlabeled"]["id"]; 0 where nothing will be learnt.
+  other_classes: the number of classes of each further domain.
+  mean, std: what images were normalised with, C numbers each on the scale 0..1.
   """
 
   num_classes: int
@@ -131,6 +138,10 @@ class Task(NamedTuple):
   network: Network
   optimizer: Optimizer
   criterion: Callable[[Array, Array], Array]
+  num_unlabeled: int = 0
+  other_classes: tuple[int, ...] = ()
+  mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+  std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
 
 Metrics = dict[str, Array]
@@ -158,6 +169,8 @@ class Method(NamedTuple):
   update: (state, batch, draws) -> (state, metrics); pure arithmetic. `metrics` are scalars; those named `loss*` are loss terms.
   predictors: name -> (state, images f32[B,H,W,3]) -> logits f32[B,H,W,K]; the first is the headline.
   panels: pictures of what the unlabeled images teach, or None.
+  predictor_domains: predictor -> number of the domain whose classes it predicts; 0, the first, where it is not named.
+  split_memory: entries of `State.memory` that are split over the devices along their leading axis; all else is on every device.
   """
 
   needs: Needs
@@ -166,6 +179,8 @@ class Method(NamedTuple):
   update: Callable[[State, Batch, PyTree], tuple[State, Metrics]]
   predictors: dict[str, Predictor]
   panels: Panels | None = None
+  predictor_domains: Mapping[str, int] = {}
+  split_memory: tuple[str, ...] = ()
 
   def step(self, state: State, batch: Batch, key: Array) -> tuple[State, Metrics]:
     return self.update(state, batch, self.draw(key, batch))

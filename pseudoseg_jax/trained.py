@@ -101,13 +101,13 @@ def _classes(saved: Mapping[str, Any]) -> Classes:
 
 
 def restore(workdir: pathlib.Path, method: Method, mesh, checkpoint: str) -> State:
-  """The state of a workdir's "best" or "last" checkpoint, on every device of the mesh."""
+  """The networks of a workdir's "best" or "last" checkpoint, on every device of the mesh; no memory comes with them."""
   checks.check_name("checkpoint", checkpoint, ("best", "last"))
   if not (workdir / "checkpoints").is_dir():
     raise checks.InputError(f"no checkpoint in {workdir}: train first")
   checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
   try:
-    return checkpoints.restore(loop.abstract_state(method, mesh), series=checkpoint)
+    return checkpoints.restore(loop.abstract_state(method, mesh), series=checkpoint, memory=False)
   finally:
     checkpoints.close()
 

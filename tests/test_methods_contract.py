@@ -20,7 +20,7 @@ from pseudoseg_jax.methods.table import METHODS
 from pseudoseg_jax.models.table import NETWORKS, make_network
 from pseudoseg_jax.ops import losses, schedules
 
-K, SIZE, BATCH, SEED = len(synthetic.CLASSES), 33, 8, 3
+K, SIZE, BATCH, SEED, NUM_UNLABELED = len(synthetic.CLASSES), 33, 8, 3, 32
 CASES = {name: {} for name in METHODS} | {
   f"mean_teacher:{convention}": options for convention, options in mean_teacher.CONVENTIONS.items() if convention != "torchsemiseg"
 }
@@ -31,7 +31,7 @@ CASES["pseudoseg:image_labels"] = {"image_labels": True}
 def make_method(case, total_steps=20, width=4, weight_factor=1.0, network=None):
   rate = functools.partial(schedules.poly, base=0.05, total_steps=total_steps)
   network = network or make_network("tiny", num_classes=K, width=width)
-  task = Task(K, total_steps, network, optim.sgd(rate, weight_decay=1e-4), losses.cross_entropy_mean)
+  task = Task(K, total_steps, network, optim.sgd(rate, weight_decay=1e-4), losses.cross_entropy_mean, NUM_UNLABELED)
   factory = METHODS[case.split(":")[0]]
   options = defaults_of(factory) | CASES[case]
   if "weight" in options:
@@ -64,6 +64,11 @@ def make_batch(index, needs):
   for stream, wanted in {"unlabeled": needs.unlabeled, "partner": needs.partner}.items():
     if wanted:
       batch[stream] = {"weak": images(), "valid": valid}
+      if needs.ids:
+        corner, extent = rng.uniform(-0.1, 0.4, (BATCH, 2)), rng.uniform(0.4, 0.9, (BATCH, 2))
+        batch[stream]["id"] = rng.permutation(NUM_UNLABELED)[:BATCH].astype(np.int32)
+        batch[stream]["flip"] = rng.integers(0, 2, BATCH).astype(bool)
+        batch[stream]["window"] = np.concatenate([corner, extent], axis=1).astype(np.float32)
       if needs.weak_label == "image":
         batch[stream]["image_label"] = rng.integers(0, 2, size=(BATCH, K)).astype(np.float32)
       if needs.strong_views:

@@ -6,6 +6,7 @@ import logging
 import pathlib
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from pseudoseg_jax import checks
@@ -67,14 +68,24 @@ class Checkpoints:
       except Exception as error:
         self._tell(series, "", error)
 
-  def restore(self, like: State, *, series: str = "last", step: int | None = None) -> State:
-    """The state of a series' newest step (or `step`), with the structure, dtypes and shardings of `like` (shapes suffice)."""
+  def restore(self, like: State, *, series: str = "last", step: int | None = None, memory: bool = True) -> State:
+    """The state of a series' newest step (or `step`), with the structure, dtypes and shardings of `like` (shapes suffice).
+
+    memory=False reads the networks alone: what a method remembers may be large, and is of no use but to go on training.
+    """
     manager = self._managers[series]
     step = manager.latest_step() if step is None else step
     if step is None:
       raise checks.InputError(f"no {series} checkpoint in {self.directory}: train first, or name another --workdir")
+    networks = {"step": like.step, "nets": like.nets}
+    how = ocp.args.StandardRestore(like) if memory else ocp.args.PyTreeRestore(
+      item=networks, restore_args=ocp.checkpoint_utils.construct_restore_args(networks), partial_restore=True
+    )  # fmt: skip
     try:
-      return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
+      restored = manager.restore(step, args=ocp.args.Composite(state=how))["state"]
+      if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(restored)):
+        raise ValueError("it lacks some of the networks' arrays")  # a partial restore says nothing of them
+      return restored if memory else State(**restored)
     except (ValueError, KeyError, FileNotFoundError) as error:
       raise checks.InputError(
         f"checkpoint {self.directory / series / str(step)} does not fit this model or is damaged: {error}\n"

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pseudoseg_jax import rng
+from pseudoseg_jax import checks, rng
 from pseudoseg_jax.contract import Method, State
 from pseudoseg_jax.engine import mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
@@ -52,8 +52,22 @@ def jit_step(method: Method, mesh: Mesh, seed: int) -> Callable[[State, Any], tu
   def step(state, batch):
     return method.step(state, batch, rng.step_key(seed, state.step))
 
+  state, batch, whole = state_shardings(method, mesh), meshes.split(mesh), meshes.replicated(mesh)
+  return jax.jit(step, in_shardings=(state, batch), out_shardings=(state, whole), donate_argnums=0)
+
+
+def state_shardings(method: Method, mesh: Mesh) -> State:
+  """Where the parts of a state lie: on every device, but for `method.split_memory`. A prefix of the state's tree."""
+  memory = jax.eval_shape(method.init, jax.random.key(0)).memory
+  problems = checks.Problems("the method's memory cannot be split over the devices")
+  for name in method.split_memory:
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(memory[name])}
+    if any(size % mesh.size for size in sizes):
+      got = f"a leading axis of {', '.join(map(str, sizes))}"
+      problems.add(f"memory '{name}'", got=got, allowed=f"a multiple of the {mesh.size} devices")
+  problems.raise_if_any()
   whole, parts = meshes.replicated(mesh), meshes.split(mesh)
-  return jax.jit(step, in_shardings=(whole, parts), out_shardings=(whole, whole), donate_argnums=0)
+  return State(step=whole, nets=whole, memory={name: parts if name in method.split_memory else whole for name in memory})
 
 
 def _born(method: Method, key) -> State:
@@ -62,15 +76,19 @@ def _born(method: Method, key) -> State:
 
 
 def jit_init(method: Method, mesh: Mesh, seed: int) -> State:
-  """The method's initial state, on every device: a function of the seed alone."""
-  init = jax.jit(functools.partial(_born, method), out_shardings=meshes.replicated(mesh))
+  """The method's initial state, where the step wants it: a function of the seed alone."""
+  init = jax.jit(functools.partial(_born, method), out_shardings=state_shardings(method, mesh))
   return init(rng.stream(jax.random.key(seed), "init"))
 
 
 def abstract_state(method: Method, mesh: Mesh) -> State:
   """Shapes, dtypes and shardings of the method's state, without computing it."""
   shapes = jax.eval_shape(functools.partial(_born, method), jax.random.key(0))
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.replicated(mesh)), shapes)
+
+  def placed(sharding, part):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part)
+
+  return jax.tree.map(placed, state_shardings(method, mesh), shapes)
 
 
 def _on_device(mesh: Mesh, batches: Iterator[Any]) -> Iterator[Any]:

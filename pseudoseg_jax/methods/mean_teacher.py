@@ -39,16 +39,6 @@ def consistency(distance: str, student_logits, teacher_logits):
   return losses.squared_distance(jax.nn.softmax(student_logits), jax.nn.softmax(teacher_logits))
 
 
-def decay_at(step, decay: float, warmup: str):
-  """The teacher's decay at a step (from 0) with the published warm-ups.
-
-  warmup: "none": constant; "from_half": min(1 - 1/(step + 2), decay) = 1/2, 2/3, ... (official code, its counter is already
-    incremented); "from_copy": min(1 - 1/(step + 1), decay) = 0, 1/2, 2/3, ... (PixelSSL): the first average is a copy.
-  """
-  offset = {"none": None, "from_half": 2, "from_copy": 1}[warmup]
-  return decay if offset is None else jnp.minimum(1 - 1 / (step + offset), decay)
-
-
 def mean_teacher(
   task: Task,
   *,
@@ -71,7 +61,7 @@ def mean_teacher(
     weight: of the consistency term.
     rampup_fraction: part of the training over which the weight rises as exp(-5 (1 - t)^2); 0 for none.
     on_labeled: whether labeled images enter the consistency term (one mean over the pixels of both).
-    decay, decay_warmup: see `decay_at`.
+    decay, decay_warmup: see `schedules.ema_decay`.
     average_when: "after_descent", or "between_passes": after the labeled pass and before the unlabeled one, with the student of
       before this step's descent (TorchSemiSeg, where the very first step sets the teacher to the student).
     statistics: what the average does to batch-norm statistics: "own" leaves them to the teacher's passes, "average" averages.
@@ -106,7 +96,7 @@ def mean_teacher(
       return passes(teacher, labeled, unlabeled, draws["teacher"])
     teacher = nets.ema(teacher, student, jnp.where(step == 0, 0.0, 1.0))  # born again as the student, statistics apart
     (on_labeled_,), teacher = nets.forward(task.network, teacher, labeled, dropout=draws["teacher_labeled"])
-    teacher = nets.ema(teacher, student, decay_at(step, decay, decay_warmup), statistics=statistics)
+    teacher = nets.ema(teacher, student, schedules.ema_decay(step, decay, decay_warmup), statistics=statistics)
     (on_unlabeled,), teacher = nets.forward(task.network, teacher, unlabeled, dropout=draws["teacher"])
     return (on_labeled_, on_unlabeled), teacher
 
@@ -130,7 +120,7 @@ def mean_teacher(
 
     after, metrics = nets.descend(task.optimizer, {"student": student}, state.step, objective)
     if not from_the_student:
-      teacher = nets.ema(teacher, after["student"], decay_at(state.step, decay, decay_warmup), statistics=statistics)
+      teacher = nets.ema(teacher, after["student"], schedules.ema_decay(state.step, decay, decay_warmup), statistics=statistics)
     return state.replace(step=state.step + 1, nets=after | {"teacher": teacher}), metrics
 
   roles = ("student", "teacher") if headline == "student" else ("teacher", "student")

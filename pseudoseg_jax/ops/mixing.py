@@ -103,3 +103,59 @@ def cutout_masks(centre_yx: jax.Array, size: tuple[int, int], half_side_pixels: 
   in_rows = (rows >= -half_side_pixels) & (rows < half_side_pixels)
   in_columns = (columns >= -half_side_pixels) & (columns < half_side_pixels)
   return in_rows[:, :, None] & in_columns[:, None, :]
+
+
+def class_masks(label: jax.Array, chosen: jax.Array) -> jax.Array:
+  """True where a pixel's class is among the chosen ones: i32[B, H, W], bool[B, K] -> bool[B, H, W]. [ClassMix; AEL's copy-paste]
+
+  Labels outside 0..K-1 are in no mask.
+  """
+  # By comparison, not by gather: this fuses, and labels out of range need no clipping.
+  hit = label[..., None] == jnp.arange(chosen.shape[-1])
+  return jnp.any(hit & chosen[:, None, None], axis=-1)
+
+
+def edge_masks(edges: jax.Array, size: tuple[int, int]) -> jax.Array:
+  """One box for each image: edges i32[N, 4] (top, left, bottom, right; the last two are outside) -> bool[N, *size], True inside."""
+  top, left, bottom, right = jnp.split(edges, 4, axis=1)
+  rows, columns = jnp.arange(size[0]), jnp.arange(size[1])
+  in_rows, in_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+  return in_rows[:, :, None] & in_columns[:, None, :]
+
+
+def fitting_boxes(area: jax.Array, ratio: jax.Array, corner_yx: jax.Array, size: tuple[int, int]) -> jax.Array:
+  """UniMatch's box of each image: of several tries, the first that lies inside. [UniMatch dataset/transform.py, obtain_cutmix_box]
+
+  Args:
+    area: f32[N], share of the image.
+    ratio: f32[N, tries], height to width, relative to that of the image: in an image that is not square, boxes are stretched
+      with it (official crops are square).
+    corner_yx: i32[N, tries, 2], top and left in pixels.
+    size: (height, width) of the image in pixels.
+
+  Returns:
+    Edges i32[N, 4] as `edge_masks` takes them; all 0, an empty box, where no try fits.
+  """
+  area = area[:, None]
+  sides = jnp.stack([jnp.sqrt(area * ratio), jnp.sqrt(area / ratio)], axis=-1) * jnp.asarray(size, ratio.dtype)
+  stop_yx = corner_yx + sides.astype(corner_yx.dtype)  # sides are cut off to whole pixels
+  fits = jnp.all(stop_yx <= jnp.asarray(size), axis=-1)
+  edges = jnp.concatenate([corner_yx, stop_yx], axis=-1)
+  first = jnp.take_along_axis(edges, jnp.argmax(fits, axis=1)[:, None, None], axis=1)[:, 0]
+  return jnp.where(jnp.any(fits, axis=1, keepdims=True), first, 0)
+
+
+def draw_fitting_boxes(key: jax.Array, num_boxes: int, size: tuple[int, int], *, probability: float = 0.5) -> jax.Array:
+  """Edges i32[num_boxes, 4] of boxes of 2 to 40 % of the image, at 0.3 <= height/width <= 1/0.3; empty but with `probability`.
+
+  The official code tries until a box fits. Here 256 tries are drawn, none of which fits in two of a thousand million boxes.
+  Since large boxes rarely fit where long ones do not, nothing is redrawn but ratio and place: a box has 20.6 % on average.
+  """
+  area, ratio, corner, used = jax.random.split(key, 4)
+  edges = fitting_boxes(
+    jax.random.uniform(area, (num_boxes,), minval=0.02, maxval=0.4),
+    jax.random.uniform(ratio, (num_boxes, 256), minval=0.3, maxval=1 / 0.3),
+    jax.random.randint(corner, (num_boxes, 256, 2), 0, jnp.asarray(size)),
+    size,
+  )
+  return jnp.where(jax.random.bernoulli(used, probability, (num_boxes, 1)), edges, 0)

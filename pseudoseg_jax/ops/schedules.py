@@ -47,3 +47,13 @@ def poly_after_slow_start(step, *, base, total_steps, power=0.9, slow_steps=0, s
   """
   left = poly(jnp.maximum(jnp.asarray(step) - slow_steps, 0), base=1.0, total_steps=total_steps - slow_steps, power=power)
   return jnp.where(jnp.asarray(step) < slow_steps, slow_rate, end_rate + (base - end_rate) * left)
+
+
+def ema_decay(step, decay, warmup):
+  """A teacher's decay at a step (from 0) with the published warm-ups.
+
+  warmup: "none": constant; "from_half": min(1 - 1/(step + 2), decay) = 1/2, 2/3, ... (Mean Teacher's code, its counter is already
+    incremented); "from_copy": min(1 - 1/(step + 1), decay) = 0, 1/2, 2/3, ... (PixelSSL, ClassMix, AEL): the first average is a copy.
+  """
+  offset = {"none": None, "from_half": 2, "from_copy": 1}[warmup]
+  return decay if offset is None else jnp.minimum(1 - 1 / (step + offset), decay)

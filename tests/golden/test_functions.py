@@ -179,7 +179,7 @@ def test_ema_with_warmup(golden):
   for convention, warmup in warmups.items():
     teacher = flat_net(golden["init_teacher_w"], golden["init_teacher_b"])
     for step, student in enumerate(zip(golden["student_w"], golden["student_b"], strict=True)):
-      decay = mean_teacher.decay_at(step, golden["alpha"].item(), warmup)
+      decay = schedules.ema_decay(step, golden["alpha"].item(), warmup)
       if f"{convention}_effective_decay" in golden:
         close(decay, golden[f"{convention}_effective_decay"][step], 1e-6)
       teacher = nets.ema(teacher, flat_net(*student), decay)
