@@ -1,4 +1,4 @@
-"""Cityscapes in the official layout, 19 classes, with the settings of CPS's official code.
+"""Cityscapes in the official layout, 19 classes.
 
   --config=configs/cityscapes.py:method=cps,split=1_8 --config.data.root=DIR
   --config=configs/cityscapes.py:method=cps,split=1_8,form=tfds --config.data.root=DIR/tfds    (after `prepare ... --format=tfds`)
@@ -9,18 +9,19 @@ ones: --config.data.unlabeled_folder=leftImg8bit/train_extra.
 
 split: 1_30, 1_16, 1_8, 1_4 or 1_2 (the lists of CPS, or from 1_16 on those of U2PL with lists=u2pl; with lists=random our own
 draw, of config.data.split_seed); full; or the path of a list of labeled images.
+recipe: whose network and training settings, as in voc.py.
 """
 
-from pseudoseg_jax import checks, config as configs
+from pseudoseg_jax import checks, config as configs, recipes
 from pseudoseg_jax.data import splits
-
-_TRAIN = 2975
 
 
 def get_config(argument=""):
   chosen = configs.arguments(
-    argument, method="cps", convention="", split="1_8", lists="", network="deeplabv3plus", backbone="", form="folder"
+    argument, method="cps", convention="", split="1_8", lists="", network="", backbone="", recipe="", form="folder"
   )
+  recipe = chosen["recipe"] or recipes.of_method(chosen["method"])
+  checks.check_name("recipe", recipe, recipes.RECIPES)
   checks.check_name("form", chosen["form"], ("folder", "tfds"))
   split = splits.published_or_own("cityscapes", chosen["lists"], chosen["split"], default="cps")
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
@@ -37,35 +38,9 @@ def get_config(argument=""):
     eval_image_pattern="leftImg8bit/val/{id}_leftImg8bit.png",
     eval_label_pattern="gtFine/val/{id}_gtFine_labelIds.png",
   ))  # fmt: skip
-  if chosen["method"] == "cps":
-    config.method.weight = 6.0  # [cps, method]; VOC has 1.5
-  elif chosen["method"] == "cps_cutmix":
-    config.method.weight = 5.0
-  elif chosen["method"] == "pseudoseg":
-    config.method.background = False  # class 0 is road
-  config.network = configs.network_on(chosen["network"], chosen["backbone"])
-  config.batch_size_global = {"labeled": 8, "unlabeled": 8}
-  config.total_steps = _total_steps(chosen["split"])
-  # The official 0.02 and 1e-4 on 8 GPUs: the loss is divided by their number, then the gradients are averaged once more, while
-  # weight decay is not. An eighth of the rate and eight times the decay are what was trained. [cps, gradient scale]
-  config.optimizer.learning_rate = 0.0025
-  config.optimizer.weight_decay = 8e-4
-  # Hard pixels, of the labeled images only: 50000 kept of an image, as each GPU had one. [cps, OHEM]
-  config.criterion.update({"name": "ohem", "min_confidence": 0.7, "min_kept": 50_000, "scope": "image"})
-  config.views.crop_size = (800, 800)
-  config.views.scales = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)  # 1.25 is missing in the official list
+  recipes.RECIPES[recipe](config, "cityscapes", chosen["split"])
+  configs.choose_network(config, chosen["network"], chosen["backbone"])
   config.log_every_steps = 50
   config.eval_every_steps = 5000
   config.checkpoint_every_steps = 1000
-  # The protocol "cps_cityscapes"; one image at a time, for the memory of 19 scores on 2048x1024 pixels.
-  config.evaluation.update({"style": "slide", "window_pixels": (800, 800), "batch_size": 1})
   return config
-
-
-# Epochs of CPS's official scripts by labeled share; an epoch is one pass over the longer of the two lists. [cps, schedule]
-_EPOCHS = {"1_16": 128, "1_8": 137, "1_4": 160, "1_2": 240}
-
-
-def _total_steps(split):
-  split = split if split in _EPOCHS else "1_8"
-  return _EPOCHS[split] * ((_TRAIN - _TRAIN // int(split[2:])) // 8)

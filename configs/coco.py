@@ -30,10 +30,8 @@ def get_config(argument=""):
     unlabeled_folder="train2017",  # all of them, the labeled ones included, as in the official run
     eval_image_pattern="val2017/{id}.jpg",
   ))  # fmt: skip
-  recipes.pseudoseg(config)
-  config.total_steps = 200_000
-  config.evaluation.window_pixels = (641, 641)  # the protocol "pseudoseg_coco"
-  config.network = configs.network_on(chosen["network"] or config.network.name, chosen["backbone"])
+  recipes.pseudoseg(config, "coco", chosen["split"])
+  configs.choose_network(config, chosen["network"], chosen["backbone"])
   config.log_every_steps = 50
   config.eval_every_steps = 10_000
   config.checkpoint_every_steps = 1000

@@ -7,13 +7,12 @@
 
 split: 92, 183, 366, 732 or 1464 (the lists of PseudoSeg, clean masks); 1_16, 1_8, 1_4 or 1_2 (the lists of CPS, or those of U2PL
 with lists=u2pl; with lists=random our own draw, of config.data.split_seed); full; or the path of a list of labeled images.
-recipe: cps or pseudoseg, whose network and training settings; by default those of the method, where it has its own.
+recipe: cps, pseudoseg, cutmix_seg, classmix, ael, cct or unimatch, whose network and training settings; by default those of the
+method, where it has its own, else CPS's.
 """
 
 from pseudoseg_jax import checks, config as configs, recipes
 from pseudoseg_jax.data import splits
-
-_TRAIN_AUG = 10582
 
 
 def get_config(argument=""):
@@ -21,9 +20,9 @@ def get_config(argument=""):
     argument, method="cps", convention="", split="", lists="", network="", backbone="", train="train_aug", recipe="", form="folder"
   )
   checks.check_name("form", chosen["form"], ("folder", "tfds"))
-  recipe = chosen["recipe"] or ("pseudoseg" if chosen["method"] == "pseudoseg" else "cps")
-  checks.check_name("recipe", recipe, ("cps", "pseudoseg"))
-  split = chosen["split"] or ("92" if recipe == "pseudoseg" else "1_8")
+  recipe = chosen["recipe"] or recipes.of_method(chosen["method"])
+  checks.check_name("recipe", recipe, recipes.RECIPES)
+  split = chosen["split"] or {"pseudoseg": "92", "unimatch": "92", "cct": "1464"}.get(recipe, "1_8")
   clean = splits.published(f"voc2012/pseudoseg/{split}") is not None
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
   # PseudoSeg's unlabeled images are all training images, the labeled ones among them.
@@ -43,32 +42,9 @@ def get_config(argument=""):
     eval_label_pattern="VOCdevkit/VOC2012/SegmentationClass/{id}.png",
     eval_list=f"{lists}/val.txt",
   ))  # fmt: skip
-  if recipe == "pseudoseg":
-    recipes.pseudoseg(config)
-  else:
-    _cps(config, split)
-  config.network = configs.network_on(chosen["network"] or config.network.name, chosen["backbone"])
+  recipes.RECIPES[recipe](config, "voc", split)
+  configs.choose_network(config, chosen["network"], chosen["backbone"])
   config.log_every_steps = 50
   config.eval_every_steps = 2000
   config.checkpoint_every_steps = 1000
   return config
-
-
-# Epochs of CPS's official scripts by labeled share; an epoch is one pass over the longer of the two lists. [cps, schedule]
-_EPOCHS = {"1_16": 32, "1_8": 34, "1_4": 40, "1_2": 60}
-
-
-def _cps(config, split):
-  """The settings of CPS's official code."""
-  config.network = configs.network("deeplabv3plus")
-  config.batch_size_global = {"labeled": 8, "unlabeled": 8}
-  share = int(split[2:]) if split in _EPOCHS else 8
-  longer = _TRAIN_AUG - _TRAIN_AUG // share
-  config.total_steps = _EPOCHS.get(split, 34) * (longer // 8)
-  # The official 0.01 reaches the optimiser divided by the number of GPUs (the loss is divided by it, then the gradients are
-  # averaged once more), while weight decay does not: 0.0025 with 4e-4 is what was trained. [cps, gradient scale]
-  config.optimizer.learning_rate = 0.0025
-  config.optimizer.weight_decay = 4e-4
-  config.views.crop_size = (512, 512)
-  config.views.scales = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)  # 1.25 is missing in the official list
-  config.evaluation.update({"style": "slide", "window_pixels": (512, 512), "batch_size": 8})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -44,6 +45,18 @@ class Data(NamedTuple):
   split: str  # in words, for reports
 
 
+class Domain(NamedTuple):
+  """One of the data sets that a run learns from.
+
+  name: that of config.other_data; "" of the first domain.
+  config: the run's; of a further domain with its data in the place of the first one's, and a seed of its own.
+  """
+
+  name: str
+  config: configs.ConfigDict
+  data: Data
+
+
 def build_classes(data: configs.ConfigDict) -> Classes:
   """The classes alone: what a trained network needs to be used without its data."""
   if data.name == "synthetic":
@@ -67,6 +80,29 @@ def build_data(data: configs.ConfigDict, *, check: bool = True) -> Data:
   if data.name == "folder":
     return _folder(data, check)
   return _synthetic(data) if data.name == "synthetic" else _tfds(data)
+
+
+def build_domains(config: configs.ConfigDict) -> tuple[Domain, ...]:
+  """The data of config.data and of each of config.other_data, in the order of the domains' numbers; raises as `build_data`."""
+  domains = [Domain("", config, build_data(config.data))]
+  for name, options in sorted(config.get("other_data", {}).items()):
+    own = config.copy_and_resolve_references()
+    own.data = {**options.to_dict(), "mean": config.data.mean, "std": config.data.std}  # one network sees all of them
+    own.seed = pipeline.stream_seed(config.seed, f"domain/{name}")
+    with _told_of(name):
+      domains.append(Domain(name, own, build_data(own.data)))
+  return tuple(domains)
+
+
+@contextlib.contextmanager
+def _told_of(name: str) -> Iterator[None]:
+  """Says of errors meanwhile which domain they are about."""
+  try:
+    yield
+  except checks.InputError as error:
+    if not name:
+      raise
+    raise checks.InputError(f"domain '{name}': {str(error).replace('config.data', f'config.other_data.{name}')}") from error
 
 
 def _synthetic(data: configs.ConfigDict) -> Data:
@@ -308,7 +344,8 @@ def build_optimizer(config: configs.ConfigDict) -> Optimizer:
   common = dict(
     weight_decay=options.weight_decay,
     decay_scope=options.decay_scope,
-    factors={
+    factors=({"bn/(scale|bias)$": 0.0} if options.freeze_batch_norm else {})
+    | {
       "classifier/bias$": options.head_multiplier * options.bias_multiplier,
       "^(?!backbone(?!/psp/))": options.head_multiplier,  # PSPNet's pyramid ends its backbone, but starts as fresh as its head
     },
@@ -330,8 +367,13 @@ def build_criterion(config: configs.ConfigDict):
   return functools.partial(losses.cross_entropy_mean, denominator=options.denominator)
 
 
-def build_method(config: configs.ConfigDict, num_classes: int, num_unlabeled: int = 0) -> Method:
-  """The method of a config, for any use: training, evaluation, prediction; num_unlabeled only matters to training."""
+def build_method(
+  config: configs.ConfigDict, num_classes: int, num_unlabeled: int = 0, other_classes: Sequence[int] = ()
+) -> Method:
+  """The method of a config, for any use: training, evaluation, prediction; num_unlabeled only matters to training.
+
+  other_classes: the number of classes of each further domain.
+  """
   checks.check_name("config.method.name", config.method.name, methods_table.METHODS)
   options = {name: value for name, value in config.method.items() if name != "name"}
   known = configs.defaults_of(methods_table.METHODS[config.method.name])
@@ -344,6 +386,7 @@ def build_method(config: configs.ConfigDict, num_classes: int, num_unlabeled: in
     optimizer=build_optimizer(config),
     criterion=build_criterion(config),
     num_unlabeled=num_unlabeled,
+    other_classes=tuple(other_classes),
     mean=tuple(config.data.mean),
     std=tuple(config.data.std),
   )
@@ -372,6 +415,25 @@ def build_pipeline(config: configs.ConfigDict, data: Data, method: Method) -> Pi
   )
 
 
+def build_pipelines(domains: Sequence[Domain], method: Method) -> tuple[PipelineSpec, ...]:
+  """What the batches of each domain are made of; raises InputError for whatever does not fit."""
+  others = [domain.name for domain in domains[1:]]
+  if bool(others) != method.needs.domains:
+    problems = checks.Problems(f"method '{domains[0].config.method.name}' does not fit the data")
+    if others:
+      remedy = "take a config of one data set, such as configs/camvid.py, or a method that learns several domains"
+      problems.add("config.other_data", got=", ".join(others), allowed="nothing: the method learns one domain", remedy=remedy)
+    else:
+      remedy = "e.g. --config=configs/domains.py:first=camvid,second=quickstart"
+      problems.add("config.other_data", got="nothing", allowed="at least one further domain: the method learns several", remedy=remedy)
+    problems.raise_if_any()
+  specs = []
+  for name, config, data in domains:
+    with _told_of(name):
+      specs.append(build_pipeline(config, data, method))
+  return tuple(specs)
+
+
 def _image_labels(data_config: configs.ConfigDict, data: Data) -> np.ndarray | None:
   """f32[N, K] of the unlabeled images: what the user's file says; synthetic scenes know their own."""
   if data.truth_known:
@@ -390,12 +452,11 @@ def _boxes(data_config: configs.ConfigDict, data: Data, source: Source) -> np.nd
   return boxes.pad_boxes(boxes.read_boxes(_below(data_config.root, data_config.boxes), source.ids, data.classes))
 
 
-def panel_batch(spec: PipelineSpec, data: Data, num_images: int) -> dict:
-  """A batch to show what the unlabeled images teach: the same views as in training, with the truth where it is known."""
-  shown = dataclasses.replace(
-    spec, batch_size_labeled_global=1, batch_size_unlabeled_global=num_images, with_truth=data.truth_known
-  )
-  return next(pipeline.train_batches(shown))
+def panel_batch(specs: Sequence[PipelineSpec], data: Data, num_images: int) -> dict:
+  """A batch to show what the unlabeled images teach: the same views as in training, with the first domain's truth where known."""
+  shown = [dataclasses.replace(spec, batch_size_labeled_global=1, batch_size_unlabeled_global=num_images) for spec in specs]
+  shown[0] = dataclasses.replace(shown[0], with_truth=data.truth_known)
+  return _joined(*(next(pipeline.train_batches(spec)) for spec in shown))
 
 
 def check_run(config: configs.ConfigDict) -> None:
@@ -415,6 +476,9 @@ def check_run(config: configs.ConfigDict) -> None:
     if config[name] < 1:
       problems.add(f"config.{name}", got=config[name], allowed="1 or more")
   channels = config.data.get("channels", 3)
+  for name, other in config.get("other_data", {}).items():
+    if other.get("channels", 3) != channels:
+      problems.add(f"config.other_data.{name}.channels", got=other.get("channels", 3), allowed=f"{channels}, as config.data has")
   for name in ("mean", "std"):
     if len(config.data[name]) != channels:
       got = f"{len(config.data[name])} values"
@@ -443,15 +507,27 @@ def describe_protocol(config: configs.ConfigDict) -> str:
   return f"{preset}: " * bool(preset) + inference.describe(build_protocol(config))
 
 
-def build_evaluator(config: configs.ConfigDict, data: Data, method: Method, mesh: jax.sharding.Mesh) -> Evaluator:
+def build_evaluator(
+  config: configs.ConfigDict, data: Data, method: Method, mesh: jax.sharding.Mesh, number: int = 0
+) -> Evaluator:
+  """Of the predictors of domain `number`, on that domain's data."""
+  predictors = {name: predict for name, predict in method.predictors.items() if method.predictor_domains.get(name, 0) == number}
   return make_evaluator(
-    method.predictors, data.evaluated, data.classes, protocol=build_protocol(config), mean=config.data.mean, std=config.data.std,
+    predictors, data.evaluated, data.classes, protocol=build_protocol(config), mean=config.data.mean, std=config.data.std,
     batch_size=config.evaluation.batch_size, mesh=mesh,
   )  # fmt: skip
 
 
-def batches(spec: PipelineSpec):
-  """start_step -> this process's share of every global batch from that step on."""
-  return lambda start_step: pipeline.train_batches(
-    spec, start_step=start_step, process_index=jax.process_index(), process_count=jax.process_count()
-  )
+def batches(*specs: PipelineSpec):
+  """start_step -> this process's share of every global batch of all domains from that step on."""
+  share = dict(process_index=jax.process_index(), process_count=jax.process_count())
+  return lambda start_step: map(_joined, *(pipeline.train_batches(spec, start_step=start_step, **share) for spec in specs))
+
+
+def _joined(*of_domains: dict) -> dict:
+  """One batch of those of the domains; the streams of further ones have their number in the name, "labeled_1"."""
+  return {
+    f"{stream}_{number}" if number else stream: arrays
+    for number, batch in enumerate(of_domains)
+    for stream, arrays in batch.items()
+  }

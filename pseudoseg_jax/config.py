@@ -46,6 +46,14 @@ def network_on(name: str, backbone: str) -> ConfigDict:
   return network(name, **({"backbone": backbone} if has_choice and backbone else {}))
 
 
+def choose_network(config: ConfigDict, name: str, backbone: str) -> None:
+  """Sets config.network by name, or only the backbone of the one that is there; "" leaves things as they are."""
+  if name:
+    config.network = network_on(name, backbone)
+  elif backbone and "backbone" in config.network:
+    config.network.backbone = backbone
+
+
 def method(name: str, convention: str = "", **options) -> ConfigDict:
   """config.method: a name of methods.table.METHODS with that method's options; `convention` names a published set of them."""
   checks.check_name("method", name, methods_table.METHODS)
@@ -89,6 +97,7 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "decay_scope": "kernels",  # or "all": batch norm and biases too
       "head_multiplier": 1.0,  # learning rate of everything but the backbone, relative to it
       "bias_multiplier": 1.0,  # learning rate of the classifiers' biases, relative to the rest (TensorFlow DeepLab: 2)
+      "freeze_batch_norm": False,  # True: batch norm's scales and offsets stay as pretrained (ClassMix, CutMix-Seg)
     },
     "criterion": {
       "name": "cross_entropy",  # or "ohem"
@@ -102,6 +111,9 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "mean": (0.485, 0.456, 0.406),  # of RGB in [0, 1]
       "std": (0.229, 0.224, 0.225),
     },
+    # Further domains by name, each with the options of a data config but mean and std, which are those of data: for methods that
+    # learn several domains at once. They are numbered 1, 2, ... in the order of their names.
+    "other_data": {},
     "views": {
       "crop_size": (64, 64),  # height, width in pixels
       "scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0),
