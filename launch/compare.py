@@ -32,7 +32,7 @@ def _parse():
   return parser.parse_known_args()
 
 
-def _run(config: str, method: str, seed: int, workdir: pathlib.Path, rest: list[str]) -> dict:
+def run(config: str, method: str, seed: int, workdir: pathlib.Path, rest: list[str]) -> dict:
   """One run, or what is left of an earlier one; returns results.json with "minutes" of the newest process that trained."""
   told = workdir / "minutes.json"
   path, _, argument = config.partition(":")
@@ -48,14 +48,19 @@ def _run(config: str, method: str, seed: int, workdir: pathlib.Path, rest: list[
   return json.loads((workdir / "results.json").read_text()) | {"minutes": json.loads(told.read_text())}
 
 
+def headline_miou(results: dict) -> float:
+  """mIoU in % of the headline predictor after the last step."""
+  return 100 * next(iter(results["last"]["predictors"].values()))["miou"]
+
+
 def main() -> None:
   known, rest = _parse()
   seeds = [int(seed) for seed in known.seeds.split(",")]
   lines = [f"| method | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | minutes |", "|---" * (len(seeds) + 3) + "|"]
   for method in known.methods.split(","):
-    runs = [_run(known.config, method, seed, known.workdir / method / str(seed), rest) for seed in seeds]
-    mious = [100 * next(iter(run["last"]["predictors"].values()))["miou"] for run in runs]
-    minutes = statistics.mean(run["minutes"] for run in runs)
+    runs = [run(known.config, method, seed, known.workdir / method / str(seed), rest) for seed in seeds]
+    mious = [headline_miou(results) for results in runs]
+    minutes = statistics.mean(results["minutes"] for results in runs)
     lines.append(f"| {method} | {' | '.join(f'{miou:.2f}' for miou in mious)} | {statistics.mean(mious):.2f} | {minutes:.1f} |")
   text = "\n".join([f"{known.config} {' '.join(rest)}", "", *lines])
   (known.workdir / "table.md").write_text(text + "\n")

@@ -4,8 +4,8 @@
       --config.views.crop_size=321,321
 
 The images are synthetic scenes of the crop's size, so no data set is needed. A method with unlabeled images gets half of them as
-labeled ones; supervised gets them all. Columns: seconds of a step (median), relative to the first method, seconds of the
-first step (compilation included), and the memory that XLA plans for the step (state, batch and temporaries).
+labeled ones; supervised gets them all. Columns: seconds of a step (median), relative to the first method, seconds of compilation,
+and the memory that XLA plans for the step (state, batch and temporaries).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import os
 import statistics
 import time
+from typing import NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -33,6 +34,12 @@ def _parse(arguments):
   return parse_with_overrides(parser, arguments)
 
 
+class Measured(NamedTuple):
+  step_seconds: float  # median
+  compile_seconds: float
+  mebibytes: float  # as XLA plans
+
+
 def _load(path: str, method: str, overrides: dict[str, str]) -> configs.ConfigDict:
   name, *options = method.split("+")
   file, _, argument = path.partition(":")
@@ -46,38 +53,41 @@ def _load(path: str, method: str, overrides: dict[str, str]) -> configs.ConfigDi
   return config
 
 
-def _time(config: configs.ConfigDict, images: int, steps: int) -> tuple[float, float, float]:
-  """Median seconds of a step, seconds of the first one, and the MiB that XLA plans."""
+def measure(path: str, method: str, *, images: int, steps: int, overrides: dict[str, str]) -> Measured:
+  """One method on a config (path, with its argument), `images` a step in all streams together."""
+  config = _load(path, method, overrides)
   data = build.build_data(config.data)
   method = build.build_method(config, len(data.classes), len(data.unlabeled))
   labeled = images // 2 if method.needs.unlabeled else images
   config.batch_size_global = {"labeled": labeled, "unlabeled": (images - labeled) // (1 + method.needs.partner) or 1}
   mesh = meshes.make_mesh()
   batch = meshes.global_batch(mesh, next(build.batches(build.build_pipeline(config, data, method))(0)))
-  begun = time.perf_counter()
   state = jax.block_until_ready(loop.jit_init(method, mesh, config.seed))
+  begun = time.perf_counter()
   step = loop.jit_step(method, mesh, config.seed).lower(state, batch).compile()
+  compile_seconds = time.perf_counter() - begun
   plan = step.memory_analysis()
   state, _ = jax.block_until_ready(step(state, batch))
-  first = time.perf_counter() - begun
   seconds = []
   for _ in range(steps):
     before = time.perf_counter()
     state, _ = jax.block_until_ready(step(state, batch))
     seconds.append(time.perf_counter() - before)
-  return statistics.median(seconds), first, (plan.temp_size_in_bytes + plan.argument_size_in_bytes) / 2**20
+  memory = (plan.temp_size_in_bytes + plan.argument_size_in_bytes) / 2**20
+  return Measured(statistics.median(seconds), compile_seconds, memory)
 
 
 def main(arguments=None) -> None:
   known, overrides = _parse(arguments)
   print(f"{known.config} {' '.join(f'{key}={value}' for key, value in overrides.items())}, {known.images} images a step")
   print(f"{jax.device_count()} x {jax.devices()[0].device_kind}\n")
-  print("| method | step s | ratio | first step s | MiB |\n|---|---|---|---|---|")
+  print("| method | step s | ratio | compile s | MiB |\n|---|---|---|---|---|")
   reference = None
   for method in known.methods.split(","):
-    median, first, memory = _time(_load(known.config, method, overrides), known.images, known.steps)
-    reference = reference or median
-    print(f"| {method} | {median:.3f} | {median / reference:.2f} | {first:.1f} | {memory:.0f} |", flush=True)
+    told = measure(known.config, method, images=known.images, steps=known.steps, overrides=overrides)
+    reference = reference or told.step_seconds
+    ratio = told.step_seconds / reference
+    print(f"| {method} | {told.step_seconds:.3f} | {ratio:.2f} | {told.compile_seconds:.1f} | {told.mebibytes:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""Measures every method the same way, and prints one table: cost of a step, and what is learnt.
+
+  python launch/measure.py --workdir=W                     the cost of a step, and synthetic scenes with three seeds
+  python launch/measure.py --workdir=W --camvid=DIR        CamVid too, with 1/8 of the labels and one seed
+
+Columns: time of a step relative to supervised on the same network and as many images, seconds of compilation, memory as XLA plans
+it (all three: small network, 16 images of 128x128); mIoU in % on 200 synthetic scenes that nothing was learnt from, mean and
+spread over the seeds, and what that is above supervised; mIoU on CamVid's test set. Scores are those of the headline predictor
+after the last step. Costs are measured first, one method after the other; leave the machine alone meanwhile. Everything measured
+stays in WORKDIR, so the command can be stopped and repeated; the table is WORKDIR/table.md. Other arguments (--config.KEY=VALUE)
+go to every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+
+import compare
+import jax
+import step_time
+
+from pseudoseg_jax.methods.table import METHODS
+
+_CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+_IMAGES, _STEPS = 16, 20
+
+
+def _parse():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser.add_argument("--workdir", required=True, type=pathlib.Path)
+  parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated (default: all)")
+  parser.add_argument("--seeds", default="0,1,2", help="of the synthetic runs (default: 0,1,2)")
+  parser.add_argument("--camvid", default="", help="folder of CamVid; without it that column is left out")
+  return parser.parse_known_args()
+
+
+def _cost(method: str, workdir: pathlib.Path) -> step_time.Measured:
+  """Cost of a step, measured now or read."""
+  told = workdir / "cost" / f"{method}.json"
+  if not told.exists():
+    measured = step_time.measure(f"{_CONFIGS}/camvid.py", method, images=_IMAGES, steps=_STEPS, overrides={})
+    told.parent.mkdir(parents=True, exist_ok=True)
+    told.write_text(json.dumps(measured._asdict()))
+  return step_time.Measured(**json.loads(told.read_text()))
+
+
+def main() -> None:
+  known, rest = _parse()
+  methods, seeds = known.methods.split(","), [int(seed) for seed in known.seeds.split(",")]
+  everything = ["supervised", *(method for method in methods if method != "supervised")]
+  costs = {method: _cost(method, known.workdir) for method in everything}
+  scenes, camvid = {}, {}
+  for method in everything:
+    runs = known.workdir / "scenes" / method
+    scenes[method] = [
+      compare.headline_miou(compare.run(f"{_CONFIGS}/quickstart.py", method, seed, runs / str(seed), rest)) for seed in seeds
+    ]
+    if known.camvid:
+      run = known.workdir / "camvid" / method
+      options = [f"--config.data.root={known.camvid}", *rest]
+      camvid[method] = compare.headline_miou(compare.run(f"{_CONFIGS}/camvid.py:split=1_8", method, 0, run, options))
+  lines = [
+    f"{jax.device_count()} x {jax.devices()[0].device_kind} {' '.join(rest)}", "",
+    "| method | step, relative | compile s | MiB | synthetic mIoU | above supervised |" + " CamVid 1/8 mIoU |" * bool(camvid),
+    "|---|---|---|---|---|---|" + "---|" * bool(camvid),
+  ]  # fmt: skip
+  for method in everything:
+    cost, mious = costs[method], scenes[method]
+    spread = f" ± {statistics.stdev(mious):.1f}" if len(mious) > 1 else ""
+    lines.append(
+      f"| {method} | {cost.step_seconds / costs['supervised'].step_seconds:.2f} | {cost.compile_seconds:.1f} | {cost.mebibytes:.0f} "
+      f"| {statistics.mean(mious):.1f}{spread} | {statistics.mean(mious) - statistics.mean(scenes['supervised']):+.1f} |"
+      + (f" {camvid[method]:.1f} |" if camvid else "")
+    )
+  text = "\n".join(lines)
+  (known.workdir / "table.md").write_text(text + "\n")
+  print("\n" + text)
+
+
+if __name__ == "__main__":
+  main()
