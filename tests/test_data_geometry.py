@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 from pseudoseg_jax import checks
-from pseudoseg_jax.data import geometry, views
+from pseudoseg_jax.data import geometry, photometry, views
 from pseudoseg_jax.data.geometry import Geometry
 
 
@@ -193,3 +194,98 @@ def test_crop_of_a_mirrored_image_is_that_of_the_whole_resized_one(flip):
   np.testing.assert_allclose(got.rgb * 255, whole[3:15, 5:20], atol=0.51)  # half a level
   rows, columns = (np.arange(start, start + size) * stored // int(stored * 1.7) for start, size, stored in ((3, 12, 13), (5, 15, 17)))
   np.testing.assert_array_equal(got.label, mirrored[rows][:, columns, 0])
+
+
+@pytest.mark.parametrize("convention", geometry.CONVENTIONS)
+def test_draws_are_a_function_of_the_seed_and_crops_lie_inside(convention):
+  size, crop_size = (40, 50), (16, 20)
+  options = Geometry(crop_size, scales=(0.5, 1.0, 1.5), convention=convention)
+  first, again = (draw_many(options, size, count=60) for _ in range(2))
+  tf.nest.map_structure(np.testing.assert_array_equal, first, again)
+  assert len({tuple(draw.offset) for draw in first}) > 20
+  for draw in first:
+    assert 0.5 <= draw.scale <= 1.5 and np.all(draw.offset >= 0)
+    if convention == "cutmix_seg":
+      whole, part = size, geometry.cut_size(crop_size, draw.scale)
+    else:
+      whole, part = geometry.scaled_size(tf.constant(size), draw.scale, convention), crop_size
+    spare = 1 if convention == "opencv" else 0
+    assert np.all(draw.offset <= np.maximum(np.array(whole) - np.array(part), 0) + spare)
+
+
+def test_pillow_draws_every_length_of_the_longer_side():
+  draws = draw_many(Geometry((4, 4), scales=(0.5, 1.5), convention="pillow"), (5, 6))
+  sizes = {tuple(geometry.scaled_size(tf.constant((5, 6)), draw.scale, "pillow").numpy()) for draw in draws}
+  assert sizes == {(3, 3), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 9)}  # 5/6 of it, halves up
+
+
+def test_ael_shrinks_as_often_as_it_grows():
+  scales = np.array([draw.scale for draw in draw_many(Geometry((4, 4), scales=(0.5, 2.0), convention="ael"), (6, 6))])
+  assert 0.4 < np.mean(scales < 1) < 0.6 and scales.min() < 0.55 and scales.max() > 1.9
+  assert 0.4 < np.mean(scales[scales > 1] < 1.5) < 0.6
+  with pytest.raises(checks.InputError, match="below 1 to above it"):
+    Geometry((4, 4), scales=(1.5, 2.0), convention="ael")
+
+
+@pytest.mark.parametrize(("convention", "kernel"), [("pillow", Image.BILINEAR), ("cct", Image.BICUBIC)])
+@pytest.mark.parametrize("scale", [0.5, 0.8, 1.0, 1.7])
+def test_pillow_resizes_as_pillow(convention, kernel, scale):
+  image = np.random.default_rng(0).integers(90, 166, (23, 31, 3)).astype(np.uint8)  # PIL clips between its two passes
+  size = tuple(geometry.scaled_size(tf.constant((23, 31)), scale, convention).numpy().tolist())
+  draws = geometry.Draws(tf.constant(False), tf.constant(scale, tf.float64), tf.constant((0, 0)))
+  got = geometry.crop(tf.constant(image), tf.constant(image[..., 0]), draws, size, convention)
+  whole = np.asarray(Image.fromarray(image).resize(size[::-1], kernel), np.float32)
+  np.testing.assert_allclose(got.rgb * 255, whole, atol=1.001)  # it also rounds there
+  nearest = np.asarray(Image.fromarray(image[..., 0]).resize(size[::-1], Image.NEAREST))
+  np.testing.assert_array_equal(got.label, nearest)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_pillow_padding_is_black_in_weak_and_strong_views(flip):
+  even = tf.fill([3, 4, 3], tf.constant(200, tf.uint8))
+  draws = geometry.Draws(tf.constant(flip), tf.constant(1.0, tf.float64), tf.constant((0, 0)))
+  nothing = dict(grayscale=False, blur=False, sigma=1.0, saturation=1.0, hue=0.0, order=[0, 1, 2, 3])
+  look = {name: tf.constant(value) for name, value in dict(nothing, jitter=True, brightness=0.5, contrast=0.5).items()}
+  view = views.unlabeled_views(
+    even, draws=draws, crop_size=(4, 6), photometry=photometry.Photometry(), photometry_draws=[photometry.Draws(**look)],
+    mean=(0.5,) * 3, std=(0.25,) * 3, convention="pillow",
+  )  # fmt: skip
+  inside = np.zeros((4, 6), bool)
+  inside[:3, :4] = True
+  inside = inside[:, ::-1] if flip else inside
+  np.testing.assert_array_equal(view["valid"], inside)
+  np.testing.assert_allclose(view["weak"][..., 0], (np.where(inside, 200 / 255, 0) - 0.5) / 0.25, atol=1e-6)
+  gray = 0.5 * 0.5 * 100 / 255  # contrast mixes in half of the mean grey, to which padding belongs: half of the pixels
+  np.testing.assert_allclose(view["strong"][0, ..., 0], (np.where(inside, 50 / 255, 0) + gray - 0.5) / 0.25, atol=1e-5)
+
+
+def test_ael_keeps_fractions_of_levels_and_finds_labels_in_single_precision():
+  image = tf.constant(np.array([0, 101], np.uint8)[None, :, None].repeat(3, 2))
+  scaled, crop_size = tf.constant((1, 4)), (1, 4)
+  got = geometry.crop_image(image, scaled, tf.constant((0, 0)), crop_size, "ael")[0, :, 0]
+  np.testing.assert_allclose(got, [0, 25.25, 75.75, 101], atol=1e-5)
+  label = tf.constant(np.arange(26, dtype=np.uint8)[None])
+  got = geometry.crop_label(label, tf.constant((1, 22)), tf.constant((0, 0)), (1, 22), "ael")[0]
+  np.testing.assert_array_equal(got[10:13], [11, 12, 14])  # 11 * 26 / 22 is 13, but not in single precision
+
+
+def test_cutmix_seg_cuts_a_window_and_repeats_its_edges():
+  row = tf.constant(np.array([0, 0, 100, 200, 50, 50], np.uint8)[None, :, None].repeat(3, 2))
+  draws = geometry.Draws(tf.constant(False), tf.constant(2.0, tf.float64), tf.constant((0, 2)))
+  got = geometry.crop(row, row[..., 0], draws, (2, 4), "cutmix_seg")
+  np.testing.assert_allclose(got.rgb[0, :, 0] * 255, [100, 125, 175, 200], atol=1e-4)  # neither the 0 before nor the 50 after
+  np.testing.assert_array_equal(got.label[0], [100, 100, 200, 200])
+  np.testing.assert_allclose(got.window, [0, 2 / 6, 1, 2 / 6], rtol=1e-6)
+
+
+def test_cutmix_seg_padding_blends_with_the_mean_colour():
+  even = tf.fill([4, 4, 3], tf.constant(153, tf.uint8))  # 0.6
+  draws = geometry.Draws(tf.constant(False), tf.constant(4 / 6, tf.float64), tf.constant((0, 0)))
+  place = dict(draws=draws, crop_size=(4, 4), convention="cutmix_seg")
+  crop = geometry.crop(even, None, **place)  # a window of 6 pixels, one of them padding on each side
+  opacity = np.array([0.25, 1, 1, 0.25])  # at 0.25 between pixels 0 and 1, then at 1.75, 3.25, 4.75
+  np.testing.assert_allclose(crop.opacity, np.outer(opacity, opacity), atol=0.51 / 255)
+  np.testing.assert_allclose(crop.rgb, 0.6, atol=0.05)
+  np.testing.assert_array_equal(crop.valid, np.outer(opacity, opacity) > 0.5)
+  view = views.labeled_view(even, tf.fill([4, 4], tf.constant(7, tf.uint8)), **place, mean=(0.5,) * 3, std=(0.1,) * 3)
+  np.testing.assert_allclose(view["image"][..., 0], np.outer(opacity, opacity), atol=0.05)

@@ -31,7 +31,7 @@ def test_single_changes_by_hand():
   np.testing.assert_allclose(photometry.grayscale(rgb), np.repeat(gray, 3, -1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("convention", geometry.CONVENTIONS)
+@pytest.mark.parametrize("convention", ["opencv", "tensorflow"])
 def test_contrast_leaves_a_large_even_image_as_it_is(convention):
   even = tf.fill([400, 400, 3], 0.456)  # single precision would sum it up to another mean
   brightness = 1.0 if convention == "opencv" else 0.0
@@ -136,7 +136,7 @@ def test_tensorflow_brightness_is_drawn_as_a_summand():
     assert low <= table[name].min() < low + 0.05 and high - 0.05 < table[name].max() <= high
 
 
-@pytest.mark.parametrize("convention", geometry.CONVENTIONS)
+@pytest.mark.parametrize("convention", ["opencv", "tensorflow"])
 @pytest.mark.parametrize("channels", [1, 5])
 def test_images_of_other_channels_are_spared_what_means_colour(channels, convention):
   planes = tf.constant(np.random.default_rng(2).random((5, 7, channels), np.float32))

@@ -1,9 +1,8 @@
 """Weak augmentation: mirror, scale, crop. TensorFlow ops on one example, every random draw an argument.
 
-Two conventions, by name. "opencv" is that of CPS's released code (Chen et al. 2021; its `TrainPre`): mirror, scale, crop with
-centred padding. "tensorflow" is that of PseudoSeg's (Zou et al. 2021; its `input_preprocess`): scale, pad at the bottom and the
-right, crop, then mirror. A crop is described by two pairs: `scaled`, the (height, width) of the whole image after scaling, and
-`origin`, the row and column of the scaled image under the crop's corner, negative where padding comes first.
+The conventions of published codes have names, see `CONVENTIONS`. All but one scale the image and crop the result. Such a crop is
+described by two pairs: `scaled`, the (height, width) of the whole image after scaling, and `origin`, the row and column of the
+scaled image under the crop's corner, negative where padding comes first.
 """
 
 from __future__ import annotations
@@ -18,7 +17,42 @@ import tensorflow as tf
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import IGNORE_LABEL
 
-CONVENTIONS = ("opencv", "tensorflow")
+
+class Convention(NamedTuple):
+  """How published code makes a view; `Geometry.convention` names it.
+
+  kernel: of resizing, between pixel centres, edges repeated: "linear" without antialiasing; "triangle" (bilinear) or "keyscubic"
+    (bicubic) with antialiasing where it shrinks.
+  nearest: the stored pixel that pixel i of a scaled mask shows, as `crop_label` says: "corner", "corner_f32", "center", "ends".
+  padding: of small images, all "after" (below and on the right), or half before and half after, the odd pixel after ("around").
+  whole_levels: images of uint8 are rounded to whole levels, as an 8-bit resize does.
+  black: padding is black before normalisation and takes part in photometry; else it is the mean colour, 0 after normalisation.
+  long_side: the longer side is an integer drawn uniformly, the other follows, rounded; else both are the size * scale, cut off.
+  """
+
+  kernel: str
+  nearest: str
+  padding: str
+  whole_levels: bool = True
+  black: bool = False
+  long_side: bool = False
+
+
+CONVENTIONS = {
+  # CPS (Chen et al. 2021; `TrainPre`). The one that mirrors the stored image, not the view.
+  "opencv": Convention("linear", "corner", "around"),
+  # PseudoSeg (Zou et al. 2021; `input_preprocess`).
+  "tensorflow": Convention("triangle", "ends", "after", whole_levels=False),
+  # UniMatch (Yang et al. 2023; dataset/transform.py).
+  "pillow": Convention("triangle", "center", "after", black=True, long_side=True),
+  # CCT (Ouali et al. 2020; base/base_dataset.py). There the longer side is 200..800 for any image: 0.4..1.6 of 500.
+  "cct": Convention("keyscubic", "center", "after", long_side=True),
+  # AEL (Hu et al. 2021; semseg/dataset/augmentation.py). Factors below and above 1 are equally likely.
+  "ael": Convention("linear", "corner_f32", "around", whole_levels=False),
+  # CutMix-Seg (French et al. 2020; `SegCVTransformRandomCropScaleHung`). The one that cuts first: crop_size / factor, rounded,
+  # out of the stored image, padded if need be; this is scaled to crop_size. The cut's edges are repeated, those of padding blend.
+  "cutmix_seg": Convention("linear", "corner", "around"),
+}
 
 # XLA makes one vectorised loop of a chain of operations on pixels: several times faster than TensorFlow's kernels one by one.
 # It compiles for every shape anew, hence never for a stored image's own: see `_padded`.
@@ -31,9 +65,10 @@ class Geometry:
 
   crop_size: (height, width) of every view, pixels.
   scales: factors on the image's size, one drawn per example; the default is the list of CPS, in which 1.25 is missing.
-  continuous: draw the factor uniformly between the least and the greatest of `scales` instead.
+  continuous: draw the factor uniformly between the least and the greatest of `scales` instead; always so with "pillow", "cct"
+    and "ael".
   flip: mirror left-right with probability 1/2.
-  convention: "opencv" or "tensorflow", as this file's head says.
+  convention: a name in `CONVENTIONS`.
   """
 
   crop_size: tuple[int, int]
@@ -48,6 +83,8 @@ class Geometry:
       problems.add("crop_size", got=self.crop_size, allowed="(height, width), each at least 1 pixel")
     if not self.scales or not all(scale > 0 for scale in self.scales):
       problems.add("scales", got=self.scales, allowed="at least one factor, each above 0; (1.0,) leaves the size as it is")
+    elif self.convention == "ael" and not min(self.scales) <= 1 <= max(self.scales):
+      problems.add("scales", got=self.scales, allowed="factors from below 1 to above it, with the convention 'ael'")
     check_convention(self.convention, problems)
     problems.raise_if_any()
 
@@ -59,7 +96,10 @@ def check_convention(convention: str, problems: checks.Problems) -> None:
 
 
 class Draws(NamedTuple):
-  """flip: bool[]; scale: f64[], factor on the size; offset: i32[2], corner of the crop in the scaled image."""
+  """flip: bool[]; scale: f64[], factor on the size; offset: i32[2], corner of the crop in the scaled image.
+
+  With "cutmix_seg", the corner of what is cut out of the stored image, padded.
+  """
 
   flip: tf.Tensor
   scale: tf.Tensor
@@ -69,64 +109,133 @@ class Draws(NamedTuple):
 def draw(geometry: Geometry, size: tf.Tensor, seed: tf.Tensor) -> Draws:
   """Draws one example's geometry, a pure function of the seed.
 
-  Offsets are uniform in 0 .. scaled - crop inclusive; with "opencv" in 0 .. scaled - crop + 1, one more than fits, as in the
-  released code, so that the last one leaves the crop a pixel short. An axis that is not larger than the crop starts at 0.
-
   Args:
     size: i32[2], height and width of the image.
     seed: i64[2].
   """
-  uniform = tf.random.stateless_uniform([4], seed)
-  scales = tf.constant(geometry.scales, tf.float64)
-  if geometry.continuous:
-    low, high = min(geometry.scales), max(geometry.scales)
-    scale = low + (high - low) * tf.cast(uniform[1], tf.float64)
+  return from_uniform(geometry, size, tf.random.stateless_uniform([4], seed))
+
+
+def from_uniform(geometry: Geometry, size: tf.Tensor, uniform: tf.Tensor) -> Draws:
+  """The draws behind four numbers uniform in [0, 1), f32 or f64 [4]: mirrored below 1/2, scale, row, column.
+
+  Offsets are uniform in 0 .. scaled - crop inclusive; with "opencv" in 0 .. scaled - crop + 1, one more than fits, as in the
+  released code, so that the last one leaves the crop a pixel short; with "cutmix_seg" the number times the room, rounded, so that
+  the first and the last come half as often. An axis that is not larger than the crop starts at 0.
+  """
+  scale = _scale(geometry, size, uniform[1])
+  if geometry.convention == "cutmix_seg":
+    room = tf.maximum(size - cut_size(geometry.crop_size, scale), 0)
+    offset = tf.cast(tf.round(tf.cast(room, tf.float64) * tf.cast(uniform[2:], tf.float64)), tf.int32)
   else:
-    scale = scales[tf.cast(uniform[1] * len(geometry.scales), tf.int32)]
-  room = scaled_size(size, scale) - tf.constant(geometry.crop_size)
-  num_offsets = tf.where(room > 0, room + (2 if geometry.convention == "opencv" else 1), 1)
-  offset = tf.minimum(tf.cast(uniform[2:] * tf.cast(num_offsets, tf.float32), tf.int32), num_offsets - 1)
+    room = scaled_size(size, scale, geometry.convention) - tf.constant(geometry.crop_size)
+    num_offsets = tf.where(room > 0, room + (2 if geometry.convention == "opencv" else 1), 1)
+    offset = tf.minimum(tf.cast(uniform[2:] * tf.cast(num_offsets, uniform.dtype), tf.int32), num_offsets - 1)
   flip = uniform[0] < 0.5 if geometry.flip else tf.constant(False)
   return Draws(flip, scale, offset)
 
 
-def scaled_size(size: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
-  """int(size * scale) per axis, i32[2], at least 1 pixel."""
-  return tf.maximum(tf.cast(tf.cast(size, tf.float64) * tf.cast(scale, tf.float64), tf.int32), 1)
+def _scale(geometry: Geometry, size: tf.Tensor, uniform: tf.Tensor) -> tf.Tensor:
+  """The factor on the size, f64[], behind a number uniform in [0, 1)."""
+  low, high = min(geometry.scales), max(geometry.scales)
+  share = tf.cast(uniform, tf.float64)
+  if geometry.convention == "ael":
+    return tf.where(share < 0.5, low + (1.0 - low) * 2.0 * share, 1.0 + (high - 1.0) * (2.0 * share - 1.0))
+  if CONVENTIONS[geometry.convention].long_side:
+    longer = tf.cast(tf.reduce_max(size), tf.float64)
+    least, greatest = tf.floor(low * longer), tf.floor(high * longer)
+    return tf.minimum(least + tf.floor(share * (greatest - least + 1.0)), greatest) / longer
+  if geometry.continuous:
+    return low + (high - low) * share
+  return tf.constant(geometry.scales, tf.float64)[tf.cast(uniform * len(geometry.scales), tf.int32)]
+
+
+def scaled_size(size: tf.Tensor, scale: tf.Tensor, convention: str = "opencv") -> tf.Tensor:
+  """Height and width after scaling, i32[2], at least 1 pixel: int(size * scale), or as `Convention.long_side` says."""
+  size, scale = tf.cast(size, tf.float64), tf.cast(scale, tf.float64)
+  if CONVENTIONS[convention].long_side:
+    longer = tf.reduce_max(size)
+    scaled = size * tf.round(longer * scale) / longer + 0.5
+  else:
+    scaled = size * scale
+  return tf.maximum(tf.cast(scaled, tf.int32), 1)
+
+
+def cut_size(crop_size: tuple[int, int], scale: tf.Tensor) -> tf.Tensor:
+  """What "cutmix_seg" cuts out of the stored image, i32[2]: crop_size / scale, rounded, at least 1 pixel."""
+  return tf.maximum(tf.cast(tf.round(tf.constant(crop_size, tf.float64) / tf.cast(scale, tf.float64)), tf.int32), 1)
 
 
 class Crop(NamedTuple):
-  """A weak view: rgb f32 [H, W, C] in [0, 1]; label i32 [H, W] or None; valid bool [H, W]; window f32[4], as `window` says."""
+  """A weak view.
+
+  rgb: f32 [H, W, C] in [0, 1], 0 on padding. label: i32 [H, W] or None. valid: bool [H, W], False on padding.
+  window: f32[4], as `window` says.
+  opacity: f32 [H, W], how much rgb is to hide the mean colour: 0 on padding, or 1 if it is to be black; "cutmix_seg" has values
+    in between along the padding's edges, and is valid above 1/2.
+  """
 
   rgb: tf.Tensor
   label: tf.Tensor | None
   valid: tf.Tensor
   window: tf.Tensor
+  opacity: tf.Tensor
 
 
 def crop(image: tf.Tensor, label: tf.Tensor | None, draws: Draws, crop_size: tuple[int, int], convention: str = "opencv") -> Crop:
-  """All of the geometry: a stored image, [h, w, C] of levels 0..255, and its mask, uint8 [h, w] or None, as a view of `crop_size`."""
-  scaled = scaled_size(tf.shape(image)[:2], draws.scale)
-  origin = crop_origin(scaled, draws.offset, crop_size, convention)
-  valid = valid_mask(scaled, origin, crop_size)
+  """All of the geometry: a stored image, [h, w, C] of levels 0..255, and its mask, uint8 [h, w] or None, as a view."""
+  if convention == "cutmix_seg":
+    view = _cut_and_scale(image, label, draws, crop_size)
+  else:
+    view = _scale_and_crop(image, label, draws, crop_size, convention)
   if convention == "opencv":
-    rgb = crop_image(image, scaled, origin, crop_size, flip=draws.flip) / 255.0
-    if label is not None:
-      label = crop_label(label, scaled, origin, crop_size, flip=draws.flip)
-    return Crop(rgb, label, valid, window(scaled, origin, crop_size, draws.flip))
-  rgb = mirror(crop_image(image, scaled, origin, crop_size, convention) / 255.0, draws.flip)
-  if label is not None:
-    label = mirror(crop_label(label, scaled, origin, crop_size, convention), draws.flip)
+    return view
   # Mirroring the crop, and not the image, leaves the crop's place in the image as it is.
-  return Crop(rgb, label, mirror(valid, draws.flip), window(scaled, origin, crop_size, tf.constant(False)))
+  rgb, label, valid, opacity = (
+    None if plane is None else mirror(plane, draws.flip) for plane in (view.rgb, view.label, view.valid, view.opacity)
+  )
+  return Crop(rgb, label, valid, view.window, opacity)
+
+
+def _scale_and_crop(image, label, draws, crop_size, convention):
+  """`crop`, mirrored under "opencv" alone."""
+  scaled = scaled_size(tf.shape(image)[:2], draws.scale, convention)
+  origin = crop_origin(scaled, draws.offset, crop_size, convention)
+  flip = draws.flip if convention == "opencv" else tf.constant(False)
+  rgb = crop_image(image, scaled, origin, crop_size, convention, flip=flip) / 255.0
+  if label is not None:
+    # AEL's padding is of class 0, by accident it seems ("change to 0"): trained, and counted. Here it is IGNORE_LABEL throughout.
+    label = crop_label(label, scaled, origin, crop_size, convention, flip=flip)
+  valid = valid_mask(scaled, origin, crop_size)
+  opacity = tf.ones(crop_size) if CONVENTIONS[convention].black else tf.cast(valid, tf.float32)
+  return Crop(rgb, label, valid, window(scaled, origin, crop_size, flip), opacity)
+
+
+def _cut_and_scale(image, label, draws, crop_size):
+  """`crop` under "cutmix_seg", not mirrored."""
+  size, cut = tf.shape(image)[:2], cut_size(crop_size, draws.scale)
+  corner = draws.offset - tf.maximum(cut - size, 0) // 2
+  row, column = (tf.range(cut[axis]) + corner[axis] for axis in (0, 1))
+  inside = ((row >= 0) & (row < size[0]))[:, tf.newaxis] & ((column >= 0) & (column < size[1]))
+
+  def cut_out(stored):
+    rows = tf.gather(stored, tf.clip_by_value(row, 0, size[0] - 1), axis=0)
+    return tf.gather(rows, tf.clip_by_value(column, 0, size[1] - 1), axis=1)
+
+  place = dict(scaled=tf.constant(crop_size), origin=tf.constant((0, 0)), crop_size=crop_size, convention="cutmix_seg")
+  pixels = tf.concat([cut_out(image), tf.fill([cut[0], cut[1], 1], tf.cast(255, image.dtype))], axis=2)
+  levels = crop_image(tf.where(inside[..., tf.newaxis], pixels, tf.zeros_like(pixels)), **place)
+  opacity = levels[..., -1] / 255.0
+  # The padding's zeros are blended in; without their share, the rest has its own colour.
+  rgb = tf.math.divide_no_nan(levels[..., :-1], levels[..., -1:])
+  if label is not None:
+    label = crop_label(tf.where(inside, cut_out(label), tf.cast(IGNORE_LABEL, label.dtype)), **place)
+  return Crop(rgb, label, opacity > 0.5, window(size, corner, cut, tf.constant(False)), opacity)
 
 
 def crop_origin(scaled: tf.Tensor, offset: tf.Tensor, crop_size: tuple[int, int], convention: str = "opencv") -> tf.Tensor:
-  """Where the crop's corner lies in the scaled image, i32[2].
-
-  What the image lacks is padded half before and half after, the odd pixel after ("opencv"), or all of it after ("tensorflow").
-  """
-  if convention == "tensorflow":
+  """Where the crop's corner lies in the scaled image, i32[2], padded as `Convention.padding` says."""
+  if CONVENTIONS[convention].padding == "after":
     return offset
   missing = tf.constant(crop_size) - tf.minimum(scaled - offset, crop_size)
   return offset - missing // 2
@@ -149,29 +258,33 @@ def crop_image(
 ) -> tf.Tensor:
   """Scales and crops an image in one pass; only the crop's pixels are computed.
 
-  Bilinear between pixel centres, edges repeated. "opencv": without antialiasing; images of uint8 are rounded to whole levels as
-  an 8-bit resize is (OpenCV's INTER_LINEAR, up to one level where its fixed point rounds otherwise). "tensorflow": with
-  antialiasing where it shrinks, not rounded (TensorFlow 2's `tf.image.resize(..., antialias=True)`).
+  The kernel is the convention's. "opencv" is OpenCV's INTER_LINEAR and "pillow" PIL's BILINEAR, up to one level where their fixed
+  point rounds otherwise; "tensorflow" is TensorFlow 2's `tf.image.resize(..., antialias=True)`.
 
   Args:
     image: [h, w, C] of levels 0..255, uint8 or f32; C is known before the graph runs.
-    flip: bool[], mirror the image before it is cropped ("opencv" only).
+    flip: bool[], mirror the image before it is cropped (kernel "linear" only).
 
   Returns:
     Levels 0..255, f32 [*crop_size, C]; 0 outside the image.
   """
-  if convention == "opencv":
-    options = dict(crop_size=crop_size, channels=image.shape[2])
+  rules = CONVENTIONS[convention]
+  whole_levels = rules.whole_levels and image.dtype == tf.uint8
+  if rules.kernel == "linear":
+    options = dict(crop_size=crop_size, channels=image.shape[2], whole_levels=whole_levels)
     return _bilinear(_padded(image), tf.shape(image)[:2], scaled, origin, tf.convert_to_tensor(flip), **options)
   resized = tf.raw_ops.ScaleAndTranslate(
     images=image[tf.newaxis],
     size=crop_size,
     scale=tf.cast(scaled / tf.shape(image)[:2], tf.float32),
     translation=tf.cast(-origin, tf.float32),
-    kernel_type="triangle",
+    kernel_type=rules.kernel,
     antialias=True,
   )
-  return tf.ensure_shape(resized[0], (*crop_size, image.shape[2]))
+  resized = tf.ensure_shape(resized[0], (*crop_size, image.shape[2]))
+  if whole_levels:
+    resized = tf.floor(resized + 0.5)
+  return tf.clip_by_value(resized, 0.0, 255.0) if rules.kernel == "keyscubic" else resized  # only this one leaves the range
 
 
 def _padded(stored: tf.Tensor) -> tf.Tensor:
@@ -182,8 +295,8 @@ def _padded(stored: tf.Tensor) -> tf.Tensor:
 
 
 @compiled
-def _bilinear(values, size, scaled, origin, flip, *, crop_size, channels):
-  """The "opencv" half of `crop_image`, of an image [*size, channels] laid out in a row."""
+def _bilinear(values, size, scaled, origin, flip, *, crop_size, channels, whole_levels):
+  """`crop_image` without antialiasing, of an image [*size, channels] laid out in a row."""
 
   def taps(axis):
     """Stored pixels before and after each of the crop's, and the second one's share."""
@@ -206,7 +319,7 @@ def _bilinear(values, size, scaled, origin, flip, *, crop_size, channels):
   above = at(top, left) * (1.0 - beside) + at(top, right) * beside
   under = at(bottom, left) * (1.0 - beside) + at(bottom, right) * beside
   levels = above * (1.0 - below) + under * below
-  if values.dtype == tf.uint8:
+  if whole_levels:
     levels = tf.floor(levels + 0.5)
   return tf.where(valid_mask(scaled, origin, crop_size)[..., tf.newaxis], levels, 0.0)
 
@@ -222,8 +335,11 @@ def crop_label(
 ) -> tf.Tensor:
   """Scales and crops a mask by the nearest stored pixel.
 
-  Scaled pixel i shows stored pixel floor(i * stored / scaled), as OpenCV's INTER_NEAREST; with "tensorflow" the nearest to
-  i * (stored - 1) / (scaled - 1), halves up: corners lie on corners (TensorFlow 1's nearest resize with align_corners).
+  Scaled pixel i shows, as `Convention.nearest` says, stored pixel
+    "corner": floor(i * stored / scaled), as OpenCV's INTER_NEAREST;
+    "corner_f32": the same in single precision, as PyTorch, which may be a pixel less where the division comes out even;
+    "center": floor((i + 1/2) * stored / scaled), as PIL, which may be a pixel less where the division comes out even;
+    "ends": the nearest to i * (stored - 1) / (scaled - 1), halves up (TensorFlow 1's nearest resize with align_corners).
 
   Args:
     label: uint8 [h, w].
@@ -232,18 +348,23 @@ def crop_label(
   Returns:
     i32 [*crop_size], IGNORE_LABEL outside the image.
   """
-  options = dict(crop_size=crop_size, convention=convention)
+  options = dict(crop_size=crop_size, rule=CONVENTIONS[convention].nearest)
   return _nearest(_padded(label), tf.shape(label), scaled, origin, tf.convert_to_tensor(flip), **options)
 
 
 @compiled
-def _nearest(values, size, scaled, origin, flip, *, crop_size, convention):
+def _nearest(values, size, scaled, origin, flip, *, crop_size, rule):
   """`crop_label`, of a mask laid out in a row."""
 
   def stored(axis):
     position = tf.clip_by_value(tf.range(crop_size[axis]) + origin[axis], 0, scaled[axis] - 1)
-    if convention == "opencv":
+    if rule == "corner":
       return position * size[axis] // scaled[axis]
+    if rule == "corner_f32":
+      step = tf.cast(size[axis], tf.float32) / tf.cast(scaled[axis], tf.float32)
+      return tf.minimum(tf.cast(tf.cast(position, tf.float32) * step, tf.int32), size[axis] - 1)
+    if rule == "center":
+      return (2 * position + 1) * size[axis] // (2 * scaled[axis])
     steps = tf.maximum(scaled[axis] - 1, 1)
     return (2 * position * (size[axis] - 1) + steps) // (2 * steps)
 
@@ -275,13 +396,13 @@ def window(scaled: tf.Tensor, origin: tf.Tensor, crop_size: tuple[int, int], fli
   """
   scaled = tf.cast(scaled, tf.float32)
   corner = tf.cast(origin, tf.float32) / scaled
-  extent = tf.constant(crop_size, tf.float32) / scaled
+  extent = tf.cast(crop_size, tf.float32) / scaled
   left = tf.where(flip, 1.0 - corner[1] - extent[1], corner[1])
   return tf.stack([corner[0], left, extent[0], extent[1]])
 
 
 def crop_boxes(boxes: tf.Tensor, window: tf.Tensor, flip: tf.Tensor, crop_size: tuple[int, int]) -> tf.Tensor:
-  """Bounding boxes of a stored image as the view shows them, under either convention.
+  """Bounding boxes of a stored image as the view shows them, under any convention.
 
   Args:
     boxes: f32 [M, 5]: class index (-1: no box), then top, left, bottom, right in fractions of the image's height and width.

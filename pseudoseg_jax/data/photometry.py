@@ -31,8 +31,9 @@ class Photometry:
   hue: shifts are uniform in -+ this, as a fraction of the colour circle.
   grayscale_probability, blur_probability: of the two other changes, in this order after the jitter.
   blur_sigma_pixels: the Gaussian's standard deviation is uniform between these two.
-  convention: of the jitter. "opencv" blends with black, the mean grey and the greyscale, as PIL and UniMatch do; "tensorflow"
-    adds, stretches about each channel's mean and scales HSV's saturation, as tf.image and PseudoSeg (Zou et al. 2021) do.
+  convention: of the jitter, a name in `geometry.CONVENTIONS`. "tensorflow" adds, stretches about each channel's mean and scales
+    HSV's saturation, as tf.image and PseudoSeg (Zou et al. 2021) do; all others blend with black, the mean grey and the
+    greyscale, as PIL and UniMatch do, but in floating point: up to 11 grey levels from their 8-bit hue, under 2 on average.
   """
 
   jitter_probability: float = 0.8
@@ -80,7 +81,7 @@ def draw(photometry: Photometry, num_views: int, seed: tf.Tensor) -> list[Draws]
   """Draws the photometry of one example's views, a pure function of the seed (i64[2])."""
   uniform = tf.random.stateless_uniform([num_views, 12], seed)
   order = tf.argsort(uniform[:, 8:])
-  unchanged = 1 if photometry.convention == "opencv" else 0
+  unchanged = 0 if photometry.convention == "tensorflow" else 1
 
   def between(value: tf.Tensor, low: float, high: float) -> tf.Tensor:
     return low + (high - low) * value

@@ -29,11 +29,12 @@ def labeled_view(
     convention: of the geometry, as `Geometry.convention`.
 
   Returns:
-    "image" f32 [H, W, C], normalised, 0 on padding; "label" i32 [H, W], IGNORE_LABEL on padding; "valid" bool [H, W];
+    "image" f32 [H, W, C], normalised, padding as the convention says; "label" i32 [H, W], IGNORE_LABEL on padding; "valid"
+    bool [H, W];
     "boxes" f32 [M, 5] of the view where some were given.
   """
-  rgb, label, valid, window = geometry_ops.crop(image, label, draws, crop_size, convention)
-  views = {"image": normalized(rgb, valid, mean, std), "label": label, "valid": valid}
+  rgb, label, valid, window, opacity = geometry_ops.crop(image, label, draws, crop_size, convention)
+  views = {"image": normalized(rgb, opacity, mean, std), "label": label, "valid": valid}
   if boxes is not None:
     views["boxes"] = geometry_ops.crop_boxes(boxes, window, draws.flip, crop_size)
   return views
@@ -54,7 +55,8 @@ def unlabeled_views(
 ) -> dict[str, tf.Tensor]:
   """A weak view and, of the same crop, one strong view for each of `photometry_draws`.
 
-  Strong views are made of the crop with padding in the mean colour, and are 0 on padding after normalisation, as weak ones.
+  Strong views are made of the crop with padding in the mean colour, and are 0 on padding after normalisation, as weak ones. Black
+  padding ("pillow") is part of the image instead, in weak and strong views.
 
   Args:
     image: [h, w, C] of levels 0..255, uint8 or f32.
@@ -67,27 +69,28 @@ def unlabeled_views(
     "weak" f32 [H, W, C], "strong" f32 [S, H, W, C] where S > 0, "valid" bool [H, W], "flip" bool [], "window" f32 [4];
     where they were given, "truth" i32 [H, W], IGNORE_LABEL on padding, and "boxes" f32 [M, 5] of the view.
   """
-  rgb, truth, valid, window = geometry_ops.crop(image, truth, draws, crop_size, convention)
-  views = {"weak": normalized(rgb, valid, mean, std), "valid": valid, "flip": draws.flip, "window": window}
+  rgb, truth, valid, window, opacity = geometry_ops.crop(image, truth, draws, crop_size, convention)
+  views = {"weak": normalized(rgb, opacity, mean, std), "valid": valid, "flip": draws.flip, "window": window}
   if truth is not None:
     views["truth"] = truth
   if boxes is not None:
     views["boxes"] = geometry_ops.crop_boxes(boxes, window, draws.flip, crop_size)
   if photometry_draws:
-    rgb = _filled(rgb, valid, mean)
+    rgb = _filled(rgb, opacity, mean)
     options = dict(convention=photometry.convention, valid=valid)
     max_sigma = photometry.blur_sigma_pixels[1]
     strong = [photometry_ops.strong_view(rgb, view_draws, max_sigma, **options) for view_draws in photometry_draws]
-    views["strong"] = tf.stack([normalized(view, valid, mean, std) for view in strong])
+    views["strong"] = tf.stack([normalized(view, opacity, mean, std) for view in strong])
   return views
 
 
 @geometry_ops.compiled
-def _filled(rgb, valid, mean):
-  return tf.where(valid[..., tf.newaxis], rgb, tf.constant(mean, tf.float32))
+def _filled(rgb, opacity, mean):
+  opacity = opacity[..., tf.newaxis]
+  return rgb * opacity + tf.constant(mean, tf.float32) * (1.0 - opacity)
 
 
 @geometry_ops.compiled
-def normalized(rgb: tf.Tensor, valid: tf.Tensor, mean: tuple, std: tuple) -> tf.Tensor:
-  """f32 [H, W, C] in [0, 1], normalised, and 0 where `valid`, bool [H, W], says padding."""
-  return photometry_ops.normalize(rgb, mean, std) * tf.cast(valid, tf.float32)[..., tf.newaxis]
+def normalized(rgb: tf.Tensor, opacity: tf.Tensor, mean: tuple, std: tuple) -> tf.Tensor:
+  """f32 [H, W, C] in [0, 1], normalised, over the mean colour, which is 0: `opacity`, f32 or bool [H, W], is the share of rgb."""
+  return photometry_ops.normalize(rgb, mean, std) * tf.cast(opacity, tf.float32)[..., tf.newaxis]
