@@ -10,14 +10,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import json
 import logging
 import pathlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,9 +30,11 @@ from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 from pseudoseg_jax.engine.records import Records
 from pseudoseg_jax.evaluation import panels, pictures, report
+from pseudoseg_jax.evaluation.evaluator import Evaluator
 from pseudoseg_jax.evaluation.predictor import Predictor
 from pseudoseg_jax.models import pretrained
-from pseudoseg_jax.trained import is_exported, network_shapes, open_trained, saved_config, weights_of
+from pseudoseg_jax.ops.confusion import Scores
+from pseudoseg_jax.trained import is_exported, network_shapes, open_trained, save_classes, saved_config, weights_of
 
 log = logging.getLogger("pseudoseg_jax")
 
@@ -42,15 +42,16 @@ _PANEL_IMAGES = 8
 
 
 class _Scoring:
-  """Scores every predictor of a method and leaves tables, pictures and results.json in the workdir."""
+  """Scores every predictor of a method, each on its domain, and leaves tables, pictures and results.json in the workdir."""
 
-  def __init__(self, config, source: dict[str, str], data, method: Method, spec, workdir: pathlib.Path, records, mesh):
-    self.config, self.data, self.method = config, data, method
+  def __init__(self, config, source: dict[str, str], domains, method: Method, specs, workdir: pathlib.Path, records, mesh):
+    data = domains[0].data
+    self.config, self.domains, self.data, self.method = config, domains, data, method
     self.workdir, self.records = workdir, records
-    self._evaluator = build.build_evaluator(config, data, method, mesh)
+    self._evaluator, *self._other_evaluators = _evaluators(domains, method, mesh)
     self._panels = None
     if method.panels is not None and config.evaluation.pictures:
-      self._panels = _PanelScoring(config, data, method, spec, mesh)
+      self._panels = _PanelScoring(config, data, method, specs, mesh)
     self._results_path = workdir / "results.json"
     self.results = report.read_results(self._results_path) if self._results_path.exists() else None
     self._about = _about(config, source, data)
@@ -58,8 +59,9 @@ class _Scoring:
   def __call__(self, state: State) -> float:
     """Headline mIoU of a state; reports it as `last`, and as `best` where it is."""
     step = int(state.step)
-    log.info("step %d: evaluating %d images ...", step, len(self.data.evaluated))
+    log.info("step %d: evaluating %d images ...", step, sum(len(domain.data.evaluated) for domain in self.domains))
     scores = self.scores = self._evaluator(state)
+    self.other_scores = [evaluator(state) for evaluator in self._other_evaluators]
     headline = next(iter(self.method.predictors))
     miou = scores[headline].miou
     # The same few images at every evaluation; every process takes part in the prediction, one writes.
@@ -74,21 +76,39 @@ class _Scoring:
     return -np.inf if np.isnan(miou) else float(miou)
 
   def _report(self, step, scores, headline):
-    table = report.table(self.data.classes, scores)
-    log.info("step %d (%s)\n%s", step, self._about["protocol"], table)
+    for domain, of_domain in zip(self.domains, [scores, *self.other_scores], strict=True):
+      self._record(step, domain, of_domain)
+    before = (self.results or {}).get("domains", {})
     self.results = report.update_results(self.results, self._about, self.data.classes, step, scores, headline)
+    if self.other_scores:
+      self.results["domains"] = self._domain_results(step, before)
     report.write_results(self._results_path, self.results)
     report.write_atomically(self.workdir / "scores.csv", report.csv(self.data.classes, scores))
-    values = {f"evaluation/{name}/miou": score.miou for name, score in scores.items()}
-    values |= {f"evaluation/{name}/pixel_accuracy": score.pixel_accuracy for name, score in scores.items()}
+
+  def _domain_results(self, step, before) -> dict[str, Any]:
+    """What results.json says of each further domain; best is the step that is best on the first domain, as the checkpoint."""
+    results = {}
+    for (name, _, data), scores in zip(self.domains[1:], self.other_scores, strict=True):
+      last = report.entry(data.classes, step, scores)
+      best = last if self.results["best"]["step"] == step else before[name]["best"]
+      results[name] = {"split": data.split, "last": last, "best": best}
+    return results
+
+  def _record(self, step, domain: build.Domain, scores):
+    """A domain's table in the log, its numbers for TensorBoard."""
+    names, prefix = domain.data.classes.names, "/".join(filter(None, ["evaluation", domain.name]))
+    table = report.table(domain.data.classes, scores)
+    log.info("step %d%s (%s)\n%s", step, domain.name and f", {domain.name}", self._about["protocol"], table)
+    values = {f"{prefix}/{name}/miou": score.miou for name, score in scores.items()}
+    values |= {f"{prefix}/{name}/pixel_accuracy": score.pixel_accuracy for name, score in scores.items()}
     values |= {
-      f"evaluation/{name}/iou/{class_name}": value
+      f"{prefix}/{name}/iou/{class_name}": value
       for name, score in scores.items()
-      for class_name, value in zip(self.data.classes.names, score.iou, strict=True)
+      for class_name, value in zip(names, score.iou, strict=True)
       if not np.isnan(value)
     }
     self.records.scalars(step, values)
-    self.records.texts(step, {"evaluation/table": f"```\n{table}\n```"})
+    self.records.texts(step, {f"{prefix}/table": f"```\n{table}\n```"})
 
   def _draw(self, step, rows, predictions):
     """Overlays of a few images, and the curves so far."""
@@ -118,10 +138,10 @@ class _Scoring:
 class _PanelScoring:
   """A method's panels of the same few unlabeled training images, whatever the step: a sheet, and how often they are right."""
 
-  def __init__(self, config, data: build.Data, method: Method, spec, mesh):
+  def __init__(self, config, data: build.Data, method: Method, specs, mesh):
     self._names, self._kinds, compute = method.panels
     self._classes, self._normalization = data.classes, {"mean": config.data.mean, "std": config.data.std}
-    self._batch = build.panel_batch(spec, data, _PANEL_IMAGES)
+    self._batch = build.panel_batch(specs, data, _PANEL_IMAGES)
     self._truth = self._batch["unlabeled"].pop("truth", None)
 
     def shown(state, batch):
@@ -140,6 +160,11 @@ class _PanelScoring:
         agreed = panels.agreement(value, self._truth, kept) if kind == "classes" else {}
         shares |= {f"{name.replace(' ', '_')}_{key}": share for key, share in agreed.items()}
     return sheet, shares
+
+
+def _evaluators(domains: Sequence[build.Domain], method: Method, mesh) -> list[Evaluator]:
+  """One for each domain."""
+  return [build.build_evaluator(config, data, method, mesh, number) for number, (_, config, data) in enumerate(domains)]
 
 
 def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrides: Mapping[str, Any] | None = None) -> dict:
@@ -162,9 +187,10 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
   configs.override(config, overrides or {})
   workdir = pathlib.Path(workdir)
   build.check_run(config)
-  data = build.build_data(config.data)
-  method = build.build_method(config, len(data.classes), len(data.unlabeled))
-  spec = build.build_pipeline(config, data, method)
+  domains = build.build_domains(config)
+  data, others = domains[0].data, {domain.name: domain.data for domain in domains[1:]}
+  method = build.build_method(config, len(data.classes), len(data.unlabeled), [len(other.classes) for other in others.values()])
+  specs = build.build_pipelines(domains, method)
   weights = functools.cache(lambda: _starting_weights(config, len(data.classes)))
   if not _has_checkpoint(workdir):
     weights()
@@ -175,14 +201,17 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
     return state
 
   _claim(workdir, config)  # only now: a config that cannot run must not occupy the workdir
-  report.write_atomically(workdir / "classes.json", json.dumps(dataclasses.asdict(data.classes)))
-  _write_lists(workdir / "lists", data)
+  save_classes(workdir, data.classes, {name: other.classes for name, other in others.items()})
+  for domain in domains:
+    _write_lists(workdir / "lists" / domain.name, domain.data)
   mesh = meshes.make_mesh()
   records = Records(workdir)
   checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.keep_last_checkpoints)
   try:
     log.info("%s on %s (%s), %d devices, workdir %s", config.method.name, config.data.name, data.split, mesh.size, workdir)
-    scoring = _Scoring(config, source, data, method, spec, workdir, records, mesh)
+    for name, other in others.items():
+      log.info("and on %s (%s)", name, other.split)
+    scoring = _Scoring(config, source, domains, method, specs, workdir, records, mesh)
     streams = 1 + method.needs.unlabeled + method.needs.partner
     sizes = config.batch_size_global
     outcome = loop.fit(
@@ -190,8 +219,8 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
       mesh=mesh,
       seed=config.seed,
       total_steps=config.total_steps,
-      batches=build.batches(spec),
-      images_per_step=sizes.labeled + (streams - 1) * sizes.unlabeled,
+      batches=build.batches(*specs),
+      images_per_step=len(domains) * (sizes.labeled + (streams - 1) * sizes.unlabeled),
       every=loop.Every(config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps),
       checkpoints=checkpoints,
       records=records,
@@ -213,8 +242,10 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
 
 def evaluate(
   workdir: str | pathlib.Path, *, checkpoint: str = "best", overrides: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+) -> dict[str, Scores]:
   """Scores a trained workdir (or an exported folder) again, {predictor: Scores}, and prints protocol, progress and table.
+
+  Every predictor is scored on the data of its own domain.
 
   A workdir keeps results.json, scores.csv and pictures below evaluations/PROTOCOL/CHECKPOINT; those of training stay as they are.
   `overrides` may change evaluation or data.root; the latter is needed with an exported folder, which knows no place.
@@ -222,28 +253,37 @@ def evaluate(
   mesh, workdir = meshes.make_mesh(), pathlib.Path(workdir)
   trained = open_trained(workdir, mesh, checkpoint, overrides)
   config = trained.config
-  data = build.build_data(config.data)
-  if len(data.classes) != len(trained.classes):
-    problems = checks.Problems(f"cannot score {workdir} on these data")
-    problems.add("config.data.classes", got=f"{len(data.classes)} classes", allowed=f"the {len(trained.classes)} of the network")
-    problems.raise_if_any()
-  evaluator = build.build_evaluator(config, data, trained.method, mesh)
-  step = int(trained.state.step)
+  domains = build.build_domains(config)
+  problems = checks.Problems(f"cannot score {workdir} on these data")
+  for (name, _, data), classes in zip(domains, [trained.classes, *trained.other_classes.values()], strict=True):
+    if len(data.classes) != len(classes):
+      where = f"config.other_data.{name}.classes" if name else "config.data.classes"
+      problems.add(where, got=f"{len(data.classes)} classes", allowed=f"the {len(classes)} of the network")
+  problems.raise_if_any()
+  evaluators = _evaluators(domains, trained.method, mesh)
+  step, data = int(trained.state.step), domains[0].data
   with _on_console():
     which = "exported network" if is_exported(workdir) else f"{checkpoint} checkpoint"
-    log.info("%s, step %d, %d images, %s", which, step, len(data.evaluated), build.describe_protocol(config))
-    scores = evaluator(trained.state)
-    log.info("%s", report.table(data.classes, scores))
+    images = sum(len(domain.data.evaluated) for domain in domains)
+    log.info("%s, step %d, %d images, %s", which, step, images, build.describe_protocol(config))
+    scores, *other_scores = (evaluator(trained.state) for evaluator in evaluators)
+    for (name, _, of_domain), found in zip(domains, [scores, *other_scores], strict=True):
+      log.info("%s%s", name and f"{name}:\n", report.table(of_domain.classes, found))
     if jax.process_index() == 0 and (workdir / "checkpoints").is_dir():
       folder = workdir / "evaluations" / (config.evaluation.preset or _file_name(build.describe_protocol(config))) / checkpoint
       of_training = workdir / "results.json"
       source = report.read_results(of_training)["config"] if of_training.exists() else {"path": "", "argument": ""}
       results = _about(config, source, data) | {checkpoint: report.entry(data.classes, step, scores)}
+      if other_scores:
+        results["domains"] = {
+          name: {"split": other.split, checkpoint: report.entry(other.classes, step, found)}
+          for (name, _, other), found in zip(domains[1:], other_scores, strict=True)
+        }
       report.write_results(folder / "results.json", results)
       report.write_atomically(folder / "scores.csv", report.csv(data.classes, scores))
       pictures.scores(data.classes, scores, folder / "pictures")
       log.info("scores and pictures: %s", folder)
-  return scores
+  return {name: score for found in [scores, *other_scores] for name, score in found.items()}
 
 
 def _about(config: configs.ConfigDict, source: dict[str, str], data: build.Data) -> dict[str, Any]:
@@ -282,7 +322,8 @@ def load(workdir: str | pathlib.Path, predictor: str | None = None, checkpoint: 
   """A trained workdir (or an exported folder) as a predictor: any image in, class ids out. It needs no data set.
 
   Args:
-    predictor: one of the method's predictors ("student", "teacher", "a", ...); default the method's headline.
+    predictor: one of the method's predictors ("student", "teacher", "a", ...), which also says the domain whose classes come out;
+      default the method's headline.
     checkpoint: "best" or "last"; an exported folder has but one.
   """
   trained = open_trained(pathlib.Path(workdir), meshes.make_mesh(jax.devices()[:1]), checkpoint)
@@ -290,8 +331,9 @@ def load(workdir: str | pathlib.Path, predictor: str | None = None, checkpoint: 
   name = predictor or next(iter(method.predictors))
   checks.check_name("predictor", name, method.predictors)
   predict = method.predictors[name]
+  classes = [trained.classes, *trained.other_classes.values()][method.predictor_domains.get(name, 0)]
   return Predictor(
-    lambda images: predict(state, images), trained.classes, name=name, protocol=build.build_protocol(config),
+    lambda images: predict(state, images), classes, name=name, protocol=build.build_protocol(config),
     mean=config.data.mean, std=config.data.std,
   )  # fmt: skip
 
@@ -360,6 +402,8 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], o
     chosen = f" (best by {entry['selected_by']})" if series == "best" else ""
     lines.append(f"  {series:5} step {entry['step']:>6}  mIoU %: {mious}{chosen}")
   lines += ["", report.table(classes, scoring.scores), ""]
+  for domain, scores in zip(scoring.domains[1:], scoring.other_scores, strict=True):
+    lines += [f"  {domain.name}, {domain.data.split}:", report.table(domain.data.classes, scores), ""]
   drawn = ",".join(sorted(path.stem for path in (workdir / "pictures").glob("*.png")))
   lines += [
     f"  pictures     {workdir}/pictures/{{{drawn}}}.png",
@@ -381,7 +425,7 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], o
 
 def _baseline(source: dict[str, str], config: configs.ConfigDict, flags: Mapping[str, Any]) -> str | None:
   """The supervised method in a run that is otherwise the same, as config file with argument; None where the file knows none."""
-  if not source["path"] or config.method.name == "supervised":
+  if not source["path"] or config.method.name == "supervised" or config.get("other_data"):
     return None
   of_the_method = ("method", "convention", "image_labels")
   kept = [part for part in source["argument"].split(",") if part and part.partition("=")[0] not in of_the_method]

@@ -425,7 +425,8 @@ def build_pipelines(domains: Sequence[Domain], method: Method) -> tuple[Pipeline
       problems.add("config.other_data", got=", ".join(others), allowed="nothing: the method learns one domain", remedy=remedy)
     else:
       remedy = "e.g. --config=configs/domains.py:first=camvid,second=quickstart"
-      problems.add("config.other_data", got="nothing", allowed="at least one further domain: the method learns several", remedy=remedy)
+      allowed = "at least one further domain: the method learns several"
+      problems.add("config.other_data", got="nothing", allowed=allowed, remedy=remedy)
     problems.raise_if_any()
   specs = []
   for name, config, data in domains:
@@ -520,7 +521,7 @@ def build_evaluator(
 
 def batches(*specs: PipelineSpec):
   """start_step -> this process's share of every global batch of all domains from that step on."""
-  share = dict(process_index=jax.process_index(), process_count=jax.process_count())
+  share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
   return lambda start_step: map(_joined, *(pipeline.train_batches(spec, start_step=start_step, **share) for spec in specs))
 
 

@@ -117,9 +117,9 @@ def base(method_config: ConfigDict) -> ConfigDict:
     "views": {
       "crop_size": (64, 64),  # height, width in pixels
       "scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0),
-      "continuous": False,  # True: any factor between the least and the greatest of scales
+      "continuous": False,  # True: any factor between the least and the greatest of scales, as always with "pillow", "cct" and "ael"
       "flip": True,
-      "convention": "opencv",  # of resizing, padding and colour jitter (CPS, UniMatch); or "tensorflow" (PseudoSeg)
+      "convention": "opencv",  # of resizing, padding and colour jitter: CPS; "tensorflow": PseudoSeg; "pillow": UniMatch; "cct"; "ael"; "cutmix_seg"
       # Photometric strong views, for methods that ask for them.
       "jitter_probability": 0.8,
       "brightness": 0.5,

@@ -30,6 +30,7 @@ class Trained(NamedTuple):
   classes: Classes
   method: Method
   state: State
+  other_classes: Mapping[str, Classes] = {}  # by further domain, in the order of their numbers
 
 
 def open_trained(folder: pathlib.Path, mesh, checkpoint: str, overrides: Mapping[str, Any] | None = None) -> Trained:
@@ -38,9 +39,9 @@ def open_trained(folder: pathlib.Path, mesh, checkpoint: str, overrides: Mapping
     return _open_exported(folder, mesh, overrides)
   config = saved_config(folder)
   configs.override(config, overrides or {})
-  classes = _saved_classes(folder)
-  method = build.build_method(config, len(classes))
-  return Trained(config, classes, method, restore(folder, method, mesh, checkpoint))
+  classes, other_classes = _saved_classes(folder)
+  method = build.build_method(config, len(classes), other_classes=list(map(len, other_classes.values())))
+  return Trained(config, classes, method, restore(folder, method, mesh, checkpoint), other_classes)
 
 
 def is_exported(folder: pathlib.Path) -> bool:
@@ -73,8 +74,9 @@ def network_shapes(network: Network) -> dict[str, tuple[int, ...]]:
 
 
 def weights_of(trained: Trained, predictor: str) -> dict[str, np.ndarray]:
-  """The leaves of one network, without what its method added to it."""
-  checks.check_name("predictor", predictor, [name for name in trained.method.predictors if name in trained.state.nets])
+  """The leaves of one network that predicts the first domain's classes, without what its method added to it."""
+  first_domain = [name for name in trained.method.predictors if not trained.method.predictor_domains.get(name)]
+  checks.check_name("predictor", predictor, [name for name in first_domain if name in trained.state.nets])
   net = trained.state.nets[predictor]
   leaves = pretrained.flat(net.params, net.batch_stats)
   network = build.build_network(trained.config, len(trained.classes))
@@ -91,9 +93,16 @@ def saved_config(workdir: pathlib.Path) -> configs.ConfigDict:
   return configs.from_json(path.read_text())
 
 
-def _saved_classes(workdir: pathlib.Path) -> Classes:
-  """The classes as they were at training time, so that a workdir is usable where its data are not."""
-  return _classes(json.loads((workdir / "classes.json").read_text()))
+def save_classes(workdir: pathlib.Path, classes: Classes, other_classes: Mapping[str, Classes]) -> None:
+  """Keeps the classes of the first and of further domains, so that a workdir is usable where its data are not."""
+  others = {name: dataclasses.asdict(other) for name, other in other_classes.items()}
+  report.write_atomically(workdir / "classes.json", json.dumps(dataclasses.asdict(classes) | {"domains": others}))
+
+
+def _saved_classes(workdir: pathlib.Path) -> tuple[Classes, dict[str, Classes]]:
+  """The classes as they were at training time: of the first domain, and of further ones by name."""
+  saved = json.loads((workdir / "classes.json").read_text())
+  return _classes(saved), {name: _classes(other) for name, other in saved.get("domains", {}).items()}
 
 
 def _classes(saved: Mapping[str, Any]) -> Classes:
@@ -159,6 +168,7 @@ def write_export(
   options = json.loads(configs.to_json(config))
   if "root" in options["data"]:
     options["data"]["root"] = ""  # a place on this machine
+  options["other_data"] = {}  # the network is one of the first domain
   about = {
     "format": "pseudoseg_jax exported network, version 1",
     "predictor": predictor,
