@@ -11,6 +11,21 @@ import re
 from pseudoseg_jax import config as configs
 
 
+_OPTIONS = {
+  "pseudoseg": {"background": False},  # class 0 is sky
+  "cct": {"background": False},
+  "cutmix_seg": {"strong_views": 1},
+  "ict": {"strong_views": 1},
+  "vat": {"strong_views": 1},
+  "classmix": {"color_jitter": True, "blur": True},
+  # As on Cityscapes: no threshold, small regions, and all classes but sky, building, road, pavement and tree are pasted. A shorter
+  # memory, for a shorter run.
+  "ael": {
+    "min_confidence": 0.0, "region_area": 0.005, "presence_area": 0.01, "paste_classes": (2, 6, 7, 8, 9, 10), "bank_momentum": 0.99,
+  },
+}  # fmt: skip
+
+
 def get_config(argument=""):
   chosen = configs.arguments(argument, method="cps", convention="", split="1_8", network="tiny", backbone="")
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
@@ -25,8 +40,7 @@ def get_config(argument=""):
     eval_image_pattern="images/test/{id}.jpg",
     eval_label_pattern="labels/test/{id}.png",
   ))  # fmt: skip
-  if chosen["method"] == "pseudoseg":
-    config.method.background = False  # class 0 is sky
+  config.method.update(_OPTIONS.get(chosen["method"], {}))
   config.network = configs.network_on(chosen["network"], chosen["backbone"])
   config.total_steps = 1500
   config.batch_size_global = {"labeled": 4, "unlabeled": 4}

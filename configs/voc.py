@@ -25,8 +25,8 @@ def get_config(argument=""):
   split = chosen["split"] or {"pseudoseg": "92", "unimatch": "92", "cct": "1464"}.get(recipe, "1_8")
   clean = splits.published(f"voc2012/pseudoseg/{split}") is not None
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
-  # PseudoSeg's unlabeled images are all training images, the labeled ones among them.
-  unlabeled = chosen["train"] if recipe == "pseudoseg" else ""
+  # The unlabeled images of these codes are all training images, the labeled ones among them.
+  unlabeled = chosen["train"] if recipe in ("pseudoseg", "cutmix_seg") else ""
   named = splits.published_or_own("voc2012", "pseudoseg" if clean else chosen["lists"], split, default="cps")
   lists = "VOCdevkit/VOC2012/ImageSets/Segmentation"
   config.data.update(configs.tfds_data(

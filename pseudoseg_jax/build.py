@@ -344,7 +344,7 @@ def build_optimizer(config: configs.ConfigDict) -> Optimizer:
   common = dict(
     weight_decay=options.weight_decay,
     decay_scope=options.decay_scope,
-    factors=({"bn/(scale|bias)$": 0.0} if options.freeze_batch_norm else {})
+    factors=({"^backbone/.*bn/(scale|bias)$": 0.0} if options.freeze_batch_norm else {})
     | {
       "classifier/bias$": options.head_multiplier * options.bias_multiplier,
       "^(?!backbone(?!/psp/))": options.head_multiplier,  # PSPNet's pyramid ends its backbone, but starts as fresh as its head

@@ -97,7 +97,7 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "decay_scope": "kernels",  # or "all": batch norm and biases too
       "head_multiplier": 1.0,  # learning rate of everything but the backbone, relative to it
       "bias_multiplier": 1.0,  # learning rate of the classifiers' biases, relative to the rest (TensorFlow DeepLab: 2)
-      "freeze_batch_norm": False,  # True: batch norm's scales and offsets stay as pretrained (ClassMix, CutMix-Seg)
+      "freeze_batch_norm": False,  # True: scales and offsets of the backbone's batch norms stay as pretrained (ClassMix, CutMix-Seg)
     },
     "criterion": {
       "name": "cross_entropy",  # or "ohem"

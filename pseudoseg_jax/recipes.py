@@ -7,6 +7,9 @@ code's, and the options of its method where the data set changes them.
 
 from __future__ import annotations
 
+import math
+import re
+
 from pseudoseg_jax import config as configs
 
 TRAIN_IMAGES = {"voc": 10582, "cityscapes": 2975}
@@ -68,7 +71,169 @@ def pseudoseg(config: configs.ConfigDict, dataset: str, split: str) -> None:
   config.evaluation.update({"style": "pad_to_crop", "window_pixels": (side, side), "batch_size": 16})
 
 
-RECIPES = {"cps": cps, "pseudoseg": pseudoseg}
+def classmix(config: configs.ConfigDict, dataset: str, split: str) -> None:
+  """ClassMix's official runs (WilhelmT/ClassMix), for every split: trainSSL.py with configVOC.json or configCityscapes.json.
+
+  The official network is DeepLab v2 on a ResNet-101 trained on COCO, head included.
+  """
+  config.network = configs.network("deeplabv3plus", backbone="resnet101")
+  config.total_steps = 40_000
+  size = {"voc": 10, "cityscapes": 2}[dataset]
+  config.batch_size_global = {"labeled": size, "unlabeled": size}
+  # The configs say 2.5e-4, and the code 10 times that for the head. But it lists the convolutions of stages 1-4 three times, so that
+  # the optimiser moves them three times a step (the stem once, shortcuts four times): 7.5e-4 and 2.5e-3 are what was trained.
+  # [classmix, optimisation]
+  config.optimizer.update({
+    "learning_rate": 7.5e-4, "head_multiplier": 10 / 3, "power": 0.9, "momentum": 0.9, "weight_decay": 5e-4, "decay_scope": "all",
+    "freeze_batch_norm": True,
+  })  # fmt: skip
+  if dataset == "voc":
+    # 0.5 + k/10, k up to 11; padding there is below and on the right. The mirror flag is off. [classmix, data]
+    config.views.update({"crop_size": (321, 321), "scales": tuple(round(0.5 + k / 10, 1) for k in range(12)), "flip": False})
+    config.evaluation.update({"style": "pad_to_crop", "window_pixels": (505, 505), "batch_size": 8})
+    return
+  # Whole images at half their size, as PIL resizes them.
+  config.views.update({"convention": "pillow", "crop_size": (512, 1024), "scales": (0.5,), "flip": False})
+  # Evaluated at half their size; there with masks of that size, here the scores are enlarged.
+  config.evaluation.update({"style": "whole", "scales": (0.5,), "batch_size": 1})
+  if config.method.name == "classmix":
+    config.method.update({"color_jitter": True, "blur": True})
+
+
+def cutmix_seg(config: configs.ConfigDict, dataset: str, split: str) -> None:
+  """CutMix-Seg's official runs (Britefury/cutmix-semisup-seg), for every split: the scripts of DeepLab v3+ with colour augmentation.
+
+  On Cityscapes only DeepLab v2 was run (Adam, 3e-5, a tenth of it for pretrained parameters): there data and batch are the
+  script's, and network and optimiser those of v3+ on VOC. Network and frozen batch norm are for ImageNet's weights in
+  `config.network.pretrained`.
+  """
+  # torchvision's ResNet-101 and ASPP with rates 12, 24, 36; there with dropout 0.5 after the ASPP. [cutmix, networks]
+  config.network = configs.network("deeplabv3plus_unimatch", backbone="resnet101", stem="plain", output_stride=8)
+  config.total_steps = 40_000
+  size = {"voc": 10, "cityscapes": 4}[dataset]
+  config.batch_size_global = {"labeled": size, "unlabeled": size}
+  # Adam at a constant rate, the same for all: the group of pretrained parameters is empty by accident. [cutmix, discrepancies]
+  config.optimizer.update({"name": "adamw", "learning_rate": 1e-5, "power": 0.0, "weight_decay": 0.0})
+  config.views.update({
+    "convention": "cutmix_seg",
+    "jitter_probability": 0.8,
+    "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1,
+    "grayscale_probability": 0.2,
+    "blur_probability": 0.0,
+  })  # fmt: skip
+  if dataset == "voc":
+    config.views.update({"crop_size": (321, 321), "scales": tuple(round(0.5 + k / 10, 1) for k in range(11))})
+    config.evaluation.update({"style": "whole", "absent_classes": "zero", "batch_size": 8})
+  else:
+    # Trained and evaluated at half the size; there with masks of that size, by majority, here scores are enlarged.
+    config.views.update({"crop_size": (256, 512), "scales": (0.5,)})
+    config.evaluation.update({"style": "whole", "scales": (0.5,), "absent_classes": "zero", "batch_size": 1})
+  if config.method.name in ("cutmix_seg", "ict", "vat"):
+    config.method.update({"strong_views": 1, "frozen_batch_norm": "backbone"})
+
+
+def unimatch(config: configs.ConfigDict, dataset: str, split: str) -> None:
+  """UniMatch's official runs (LiheYoung/UniMatch, version 1), FixMatch's among them: 4 GPUs with 2 + 2 images each.
+
+  Batch norm is over all GPUs there, as here; losses are means over the images of a GPU, here over the global batch. The tables'
+  networks are on resnet101 and resnet50. The official baseline (method=supervised) has 16 images and counts its epochs by
+  labeled images, 400 steps in all for 92.
+  """
+  config.network = configs.network("deeplabv3plus_unimatch")
+  config.batch_size_global = {"labeled": 8, "unlabeled": 8}
+  # Epochs over the unlabeled images, whatever the split. [unimatch, schedule]
+  images, epochs = TRAIN_IMAGES[dataset], {"voc": 80, "cityscapes": 240}[dataset]
+  share = split if re.fullmatch(r"\d+|1_\d+", split) else "1_8"
+  labeled = int(share) if share.isdigit() else math.ceil(images / int(share[2:]))
+  config.total_steps = epochs * (math.ceil((images - labeled) / 4) // 2)
+  # The rate is set after each step, so it lags by one. [unimatch, schedule]
+  config.optimizer.update({"power": 0.9, "shift_steps": -1, "momentum": 0.9, "weight_decay": 1e-4, "decay_scope": "all"})
+  config.views.update({
+    "convention": "pillow",
+    "scales": (0.5, 2.0), "continuous": True,
+    "jitter_probability": 0.8,
+    "brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.25,
+    "grayscale_probability": 0.2,
+    "blur_probability": 0.5, "blur_sigma_pixels": (0.1, 2.0),
+  })  # fmt: skip
+  if dataset == "voc":
+    config.optimizer.update({"learning_rate": 0.001, "head_multiplier": 10.0})
+    side = 513 if "/u2pl/" in config.data.get("split", "") else 321  # [unimatch, configs of the u2pl lists]
+    config.views.crop_size = (side, side)
+    config.evaluation.update({"style": "whole", "absent_classes": "zero", "batch_size": 8})  # the protocol "unimatch_voc"
+    return
+  config.optimizer.update({"learning_rate": 0.005, "head_multiplier": 1.0})
+  # There 200000 pixels are kept of the 2 images of a GPU together.
+  config.criterion.update({"name": "ohem", "min_confidence": 0.7, "min_kept": 100_000, "scope": "image"})
+  config.views.crop_size = (801, 801)
+  # The protocol "unimatch_cityscapes".
+  config.evaluation.update({
+    "style": "slide", "window_pixels": (801, 801), "edges": "cut", "summed": "probabilities", "absent_classes": "zero",
+    "batch_size": 1,
+  })  # fmt: skip
+  if config.method.name in ("unimatch", "fixmatch"):
+    config.method.min_confidence = 0.0  # [unimatch, schedule]; VOC has 0.95
+
+
+def ael(config: configs.ConfigDict, dataset: str, split: str) -> None:
+  """AEL's official runs (hzhupku/SemiSeg-AEL): 8 GPUs, on each 2 labeled images and one mixed of two unlabeled ones a step.
+
+  Batch norm is over all GPUs there, as here; the bank of confidences and all losses are of one GPU, here of the global batch. The
+  official decoder keeps 256 channels of the first map (here 48), concatenates the pooled branch and has channel dropout 0.1; its
+  last stage has dilations 4, 8, 8 (here 4, 8, 16).
+  """
+  config.network = configs.network("deeplabv3plus", backbone="resnet101", stem="deep", output_stride=8)
+  config.batch_size_global = {"labeled": 16, "unlabeled": 8}
+  # The paper's, whatever the split. The two shipped configs come to 39680 (VOC, 1/4) and 18600 (Cityscapes, 1/2). [ael, optimisation]
+  config.total_steps = {"voc": 30_000, "cityscapes": 18_000}[dataset]
+  # The official 0.01 and 1e-4: losses are divided by the number of GPUs, then gradients are averaged once more, while weight decay is
+  # not. An eighth of the rate and eight times the decay are what was trained. [ael, effective lr]
+  config.optimizer.update({
+    "learning_rate": 0.00125, "power": 0.9, "momentum": 0.9, "weight_decay": 8e-4, "decay_scope": "all", "head_multiplier": 10.0,
+  })  # fmt: skip
+  # There 100000 pixels are kept of the 2 images of a GPU together.
+  config.criterion.update({"name": "ohem", "min_confidence": 0.7, "min_kept": 50_000, "scope": "image"})
+  side = {"voc": 513, "cityscapes": 769}[dataset]
+  config.views.update({"convention": "ael", "crop_size": (side, side), "scales": (0.5, 2.0)})
+  config.evaluation.update({"style": "whole", "absent_classes": "zero", "batch_size": 8})
+  options = {"min_confidence": 0.7, "region_area": 0.03, "presence_area": 0.03, "paste_draws": 1}
+  if dataset == "cityscapes":
+    config.evaluation.update({"style": "slide", "window_pixels": (side, side), "summed": "probabilities", "batch_size": 1})
+    options = {"min_confidence": 0.0, "region_area": 0.005, "presence_area": 0.01, "paste_draws": 3}
+    # Without road, sidewalk, building, vegetation, sky. The code leaves out the same numbers on VOC, by accident. [ael, copy-paste]
+    options["paste_classes"] = tuple(index for index in range(19) if index not in (0, 1, 2, 8, 10))
+  if config.method.name == "ael":
+    config.method.update(options)
+
+
+def cct(config: configs.ConfigDict, dataset: str, split: str) -> None:
+  """CCT's official run on VOC (yassouali/CCT): the shipped configuration, with a working VAT.
+
+  There an epoch's first pass over the labeled images is repeated until the epoch ends, crops and all; here they are drawn anew. For
+  Cityscapes neither code nor settings were published: there they are those of VOC, which is what the author says was done.
+  """
+  config.network = configs.network("pspnet")
+  config.batch_size_global = {"labeled": 10, "unlabeled": 10}
+  # 80 epochs over the unlabeled images, last partial batches among them: 72960 steps for 1464. [cct, data; the paper's runs have 50]
+  images = TRAIN_IMAGES[dataset]
+  share = split if re.fullmatch(r"\d+|1_\d+", split) else "1_8"
+  labeled = int(share) if share.isdigit() else math.ceil(images / int(share[2:]))
+  config.total_steps = 80 * math.ceil((images - labeled) / 10)
+  # 0.01 for pyramid and decoders, 0.001 for the ResNet; decay on everything. [cct, optimisation]
+  config.optimizer.update({
+    "learning_rate": 0.001, "head_multiplier": 10.0, "power": 0.9, "momentum": 0.9, "weight_decay": 1e-4, "decay_scope": "all",
+  })  # fmt: skip
+  # Longer sides of 200 to 800, of VOC's 500; without colour jitter. [cct, data]
+  scales = {"voc": (0.4, 1.6), "cityscapes": (0.5, 2.0)}[dataset]
+  config.views.update({"convention": "cct", "crop_size": (320, 320), "scales": scales})
+  # Padded to multiples of 8: there by reflection, here with the mean colour. [cct, evaluation]
+  config.evaluation.update({"style": "whole", "pad_multiple": 8, "absent_classes": "zero"})
+  config.evaluation.batch_size = {"voc": 8, "cityscapes": 1}[dataset]
+
+
+RECIPES = {
+  "ael": ael, "cct": cct, "classmix": classmix, "cps": cps, "cutmix_seg": cutmix_seg, "pseudoseg": pseudoseg, "unimatch": unimatch,
+}  # fmt: skip
 
 
 def of_method(method: str) -> str:

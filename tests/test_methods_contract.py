@@ -25,6 +25,13 @@ CASES = {name: {} for name in METHODS} | {
   f"mean_teacher:{convention}": options for convention, options in mean_teacher.CONVENTIONS.items() if convention != "torchsemiseg"
 }
 CASES["pseudoseg:image_labels"] = {"image_labels": True}
+CASES["ael:paper"] = {"on_labeled": False, "min_confidence": 0.0, "paste_power": 1.0}
+CASES["cct:image_labels"] = {"image_labels": True, "decoders": {"vat": 1, "context": 1, "object": 2}, "distance": "kl", "bootstrapped": True}
+CASES["classmix:cow"] = {"mask": "cow", "loss": "mse", "color_jitter": True, "blur": True}
+CASES["pi_model:weak_and_strong"] = {"strong_views": 1}
+CASES["temporal_ensembling:weak"] = {"strong_views": 0, "grid": (16, 24)}
+CASES["cutmix_seg:cutout"] = {"mask": "cutout", "area_range": (0.0, 1.0), "strong_views": 1, "frozen_batch_norm": "backbone"}
+CASES["cross_prob:kl"] = {"distance": "kl"}
 
 
 @functools.cache

@@ -8,7 +8,8 @@ results.json:
    "preset": str | null,                          the protocol's name, where it has one
    "last": {"step": int, "predictors": {NAME: {"miou": number | null, "pixel_accuracy": number | null,
                                                "iou": {CLASS: number | null}}}},
-   "best": the same of the best step so far, and "selected_by": str, what it is best by}
+   "best": the same of the best step so far, and "selected_by": str, what it is best by,
+   "domains": {name: {"split": str, "last": ..., "best": the same of the first data set's best step}}, where there are further ones}
 
 Scores are fractions; null is a class (or a set) of which nothing was seen. `best` was chosen by looking at the very images it is
 scored on, so it flatters; `last` does not. An evaluation of one checkpoint (evaluations/) has but that one of the two.

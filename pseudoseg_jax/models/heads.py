@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
+from pseudoseg_jax import rng
 from pseudoseg_jax.contract import Array, Head, PyTree
-from pseudoseg_jax.models.layers import BatchNorm
+from pseudoseg_jax.models.initial import initial_values
+from pseudoseg_jax.models.layers import BatchNorm, Conv, ConvBN
+from pseudoseg_jax.models.pspnet import pixel_shuffle
 from pseudoseg_jax.ops import attention, cam as cams
 
 _glorot = jax.nn.initializers.glorot_uniform()
@@ -54,3 +60,74 @@ def self_attention(channels: int, num_classes: int, *, attention_dim: int = 128,
     return logits, {"bn": moved["batch_stats"]} if train else batch_stats
 
   return Head(init, apply)
+
+
+class _Auxiliary(nn.Module):
+  num_classes: int
+  features: int
+  dropout: float
+
+  @nn.compact
+  def __call__(self, x: Array, *, train: bool) -> Array:
+    x = ConvBN(self.features, 3, name="unit")(x, train=train)
+    if train and self.has_rng("dropout"):
+      x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=False)(x)
+    return Conv(self.num_classes, use_bias=True, name="classifier")(x)
+
+
+def auxiliary(channels: int, num_classes: int, *, features: int = 256, dropout: float = 0.1) -> Head:
+  """A second segmentation head for a map f32[B, h, w, channels] in the midst of a backbone: scores f32[B, h, w, num_classes].
+
+  A 3x3 convolution to `features`, batch norm, ReLU, dropout of whole channels, a linear layer. [Zhao et al. 2017, auxiliary loss]
+  `apply` also takes dropout=key; without a key no channel is dropped.
+  """
+  module = _Auxiliary(num_classes, features, dropout)
+
+  def init(key: Array) -> tuple[PyTree, PyTree]:
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 8, 8, channels)), train=False))
+    values = initial_values(key, shapes)
+    return values["params"], values["batch_stats"]
+
+  def apply(params, batch_stats, features, *, train, dropout=None):
+    variables = {"params": params, "batch_stats": batch_stats}
+    if not train:
+      return module.apply(variables, features, train=False), batch_stats
+    rngs = {} if dropout is None else {"dropout": dropout}
+    scores, moved = module.apply(variables, features, train=True, mutable=["batch_stats"], rngs=rngs)
+    return scores, moved["batch_stats"]
+
+  return Head(init, apply)
+
+
+def subpixel_decoder(channels: int, num_classes: int, *, doublings: int) -> Head:
+  """CCT's decoder: a map f32[B, h, w, channels] -> scores f32[B, h 2^doublings, w 2^doublings, num_classes], none below 0.
+
+  A linear layer, then `doublings` times a linear layer, a ReLU and four channels that become four pixels. [CCT, decoders.py]
+  """
+  steps = [f"subpixel{step + 1}" for step in range(doublings)]
+
+  def init(key: Array) -> tuple[PyTree, PyTree]:
+    leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    shapes = {name: {"kernel": leaf(num_classes, 4 * num_classes), "bias": leaf(4 * num_classes)} for name in steps}
+    return initial_values(key, shapes | {"classifier": {"kernel": leaf(channels, num_classes)}}), {}
+
+  def apply(params, batch_stats, features, *, train):
+    x = features @ params["classifier"]["kernel"]
+    for name in steps:
+      x = pixel_shuffle(jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"]))
+    return x, batch_stats
+
+  return Head(init, apply)
+
+
+def many(head: Head, counts: Mapping[str, int]) -> Head:
+  """Groups of copies of a head without statistics, each born apart: {"name": parameters with a leading axis of counts["name"]}.
+
+  `apply` is that of one copy, on its part of the parameters.
+  """
+
+  def init(key: Array) -> tuple[PyTree, PyTree]:
+    keys = {name: jax.random.split(rng.stream(key, name), count) for name, count in counts.items()}
+    return {name: jax.vmap(lambda key: head.init(key)[0])(keys) for name, keys in keys.items()}, {}
+
+  return Head(init, head.apply)

@@ -21,13 +21,16 @@ def connected(mask: jax.Array) -> jax.Array:
   index = jnp.arange(height * width, dtype=jnp.int32).reshape(height, width)
 
   def spread(names):
-    near = jax.lax.reduce_window(names, jnp.int32(-1), jax.lax.max, (1, 3, 3), (1, 1, 1), "SAME")
-    names = jnp.where(mask, near, -1)
-    # A pixel takes over what the pixel that names it is called by now: names travel far in few rounds.
+    """A round; rounds grow with the logarithm of a region's length, however it winds."""
+    near = jax.lax.reduce_window(names, jnp.int32(-1), jax.lax.max, (1, 3, 3), (1, 1, 1), "SAME").reshape(batch, -1)
+    flat = names.reshape(batch, -1)
+    # The pixel that a name stands for learns of the greatest name that any pixel of that name touches ...
+    told = jnp.where((flat >= 0) & (near > flat), flat, height * width)  # out of range: dropped
+    flat = jax.vmap(lambda names, told, near: names.at[told].max(near, mode="drop"))(flat, told, near)
+    # ... and every pixel takes over what the pixel that names it is called by now.
     for _ in range(2):
-      named = jnp.take_along_axis(names.reshape(batch, -1), jnp.maximum(names, 0).reshape(batch, -1), axis=1)
-      names = jnp.where(mask, named.reshape(names.shape), -1)
-    return names
+      flat = jnp.where(flat < 0, -1, jnp.take_along_axis(flat, jnp.maximum(flat, 0), axis=1))
+    return flat.reshape(names.shape)
 
   def more(carry):
     return carry[1]

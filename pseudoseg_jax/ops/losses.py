@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from pseudoseg_jax.contract import IGNORE_LABEL
 
@@ -38,6 +39,39 @@ def kl_divergence(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.A
   """KL(softmax(teacher) || softmax(student)) per pixel, in nats. [Mean Teacher, official softmax_kl_loss]"""
   teacher = jax.nn.log_softmax(teacher_logits)
   return jnp.sum(jnp.exp(teacher) * (teacher - jax.nn.log_softmax(student_logits)), axis=-1)
+
+
+def kl_from_target(logits: jax.Array, target: jax.Array) -> jax.Array:
+  """KL(target || softmax(logits)) per pixel, in nats: [..., K] x probabilities [..., K] -> [...]."""
+  return soft_cross_entropy(logits, target) + jnp.sum(jax.scipy.special.xlogy(target, target), axis=-1)
+
+
+def js_divergence(logits: jax.Array, target: jax.Array, *, tiny: float = 1e-5) -> jax.Array:
+  """Jensen-Shannon divergence of softmax(logits) and target probabilities per pixel, in nats. [CCT, official softmax_js_loss]
+
+  Half of KL(M || softmax(logits)) + KL(M || target + tiny), M their mean: the textbook has the arguments of each KL swapped.
+  """
+  middle = (jax.nn.softmax(logits) + target) / 2
+  log_product = jax.nn.log_softmax(logits) + jnp.log(target + tiny)
+  return jnp.sum(jax.scipy.special.xlogy(middle, middle) - middle * log_product / 2, axis=-1)
+
+
+def disagreement(probabilities: jax.Array) -> jax.Array:
+  """Variance over N predictions, summed over classes, per pixel: [N, ..., K] -> [...]. [CCT, pair-wise loss]"""
+  return jnp.sum(jnp.var(probabilities, axis=0), axis=-1)
+
+
+def smooth_l1_distance(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Mean over classes of d^2 / 2 where d = |a - b| < 1, else d - 1/2: [..., K] x [..., K] -> [...]. [French et al. 2020, code]"""
+  return jnp.mean(optax.huber_loss(a, b), axis=-1)
+
+
+def binary_cross_entropy(probability: jax.Array, target: jax.Array, *, tiny: float = 1e-6) -> jax.Array:
+  """Cross entropy of each class against all others, summed over classes: [..., K] x [..., K] -> [...], in nats.
+
+  `tiny` is added in both logarithms, so the least value may be below 0. [French et al. 2020, code: robust_binary_crossentropy]
+  """
+  return -jnp.sum(target * jnp.log(probability + tiny) + (1 - target) * jnp.log(1 - probability + tiny), axis=-1)
 
 
 def mean_over(values: jax.Array, weight: jax.Array) -> jax.Array:
@@ -103,3 +137,22 @@ def ohem_cross_entropy(
     return mean_over(cross_entropy(logits, label), kept)
 
   return jnp.mean(jax.vmap(mined)(logits, label)) if scope == "image" else mined(logits, label)
+
+
+def bootstrapped_cross_entropy(
+  logits: jax.Array, label: jax.Array, *, threshold: jax.Array | float, min_kept: int = 1
+) -> jax.Array:
+  """Mean cross entropy over the pixels whose true class has a probability below a threshold. [CCT, ab-CE, official abCE_loss]
+
+  The threshold is raised to the (min_kept B + 1)-th smallest probability if that is larger (to the largest if there are fewer).
+  Nothing kept, or no pixel with a label: 0. No gradient flows into the selection.
+
+  Args:
+    logits: f32[B, H, W, K]; label: i32[B, H, W].
+    min_kept: pixels kept at least, times the number of images.
+  """
+  valid = label != IGNORE_LABEL
+  confidence = jnp.where(valid, jnp.exp(-cross_entropy(jax.lax.stop_gradient(logits), label)), jnp.inf)
+  ranked = jnp.sort(confidence.reshape(-1))
+  rank = jnp.clip(jnp.sum(valid) - 1, 0, min_kept * len(label))
+  return mean_over(cross_entropy(logits, label), valid & (confidence < jnp.maximum(threshold, ranked[rank])))

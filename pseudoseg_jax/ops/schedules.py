@@ -23,6 +23,34 @@ def linear_rampup(step, length_steps):
   return t if length_steps else jnp.ones_like(t)
 
 
+def cosine_rampup(step, length_steps):
+  """(1 - cos(pi t)) / 2 with t = step / length clipped to [0, 1]; 1 for length 0. [CCT ramps.py, likewise the next two]"""
+  return (1 - jnp.cos(jnp.pi * linear_rampup(step, length_steps))) / 2
+
+
+def log_rampup(step, length_steps):
+  """1 - exp(-5 t), from 0 to 0.9933; 1 for length 0."""
+  return 1 - jnp.exp(-5 * linear_rampup(step, length_steps)) if length_steps else linear_rampup(step, length_steps)
+
+
+def exp_rampup(step, length_steps):
+  """exp(5 (t - 1)), from 0.0067 to 1."""
+  return jnp.exp(5 * (linear_rampup(step, length_steps) - 1))
+
+
+RAMPUPS = {"sigmoid": sigmoid_rampup, "linear": linear_rampup, "cosine": cosine_rampup, "log": log_rampup, "exp": exp_rampup}
+
+
+def rampup(step, *, shape, start_steps, length_steps):
+  """0 before step `start_steps`, then the ramp of that shape in RAMPUPS. [CCT, official consistency_weight]"""
+  return jnp.where(jnp.asarray(step) < start_steps, 0.0, RAMPUPS[shape](jnp.asarray(step) - start_steps, length_steps))
+
+
+def annealed_threshold(step, *, start, end, length_steps):
+  """From `start` towards `end` by `log_rampup`, which stops short of it by e^-5 of the way. [CCT, ab-CE]"""
+  return start + (end - start) * log_rampup(step, length_steps)
+
+
 def cosine_rampdown(step, length_steps):
   """(cos(pi step / length) + 1) / 2, from 1 to 0. [Mean Teacher ramps.py]"""
   return 0.5 * (jnp.cos(jnp.pi * jnp.asarray(step, float) / length_steps) + 1)
