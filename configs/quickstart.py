@@ -12,9 +12,9 @@ from pseudoseg_jax import config as configs
 _OPTIONS = {
   # On 64 images from scratch the classifier learns them by heart and takes the features along: at weight 1 below supervised.
   "pseudoseg": {"classification_weight": 0.1},
-  # 100 and 30 times the labeled share, 64 of 800, as in the official code.
-  "pi_model": {"weight": 8.0},
-  "temporal_ensembling": {"weight": 2.4, "grid": (32, 32)},
+  # 100 and 30 times the labeled share, 64 of 800, as in the official code. Batch statistics as for mean_teacher.
+  "pi_model": {"weight": 8.0, "shared_batch_norm": False},
+  "temporal_ensembling": {"weight": 2.4, "grid": (32, 32), "shared_batch_norm": False},
   # The strong views that mean_teacher has too.
   "cutmix_seg": {"strong_views": 1},
   "ict": {"strong_views": 1},

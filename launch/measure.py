@@ -7,8 +7,7 @@ Columns: time of a step relative to supervised on the same network and as many i
 it (all three: small network, 16 images of 128x128); mIoU in % on 200 synthetic scenes that nothing was learnt from, mean and
 spread over the seeds, and what that is above supervised; mIoU on CamVid's test set. Scores are those of the headline predictor
 after the last step. Costs are measured first, one method after the other; leave the machine alone meanwhile. Everything measured
-stays in WORKDIR, so the command can be stopped and repeated; the table is WORKDIR/table.md. Other arguments (--config.KEY=VALUE)
-go to every run.
+stays in WORKDIR, so the command can be stopped and repeated; the table is WORKDIR/table.md.
 """
 
 from __future__ import annotations
@@ -34,8 +33,15 @@ def _parse():
   parser.add_argument("--workdir", required=True, type=pathlib.Path)
   parser.add_argument("--methods", default=",".join(_METHODS), help="comma-separated (default: all)")
   parser.add_argument("--seeds", default="0,1,2", help="of the synthetic runs (default: 0,1,2)")
+  parser.add_argument("--steps", default=1000, type=int, help="of a synthetic run (default: 1000)")
   parser.add_argument("--camvid", default="", help="folder of CamVid; without it that column is left out")
-  return parser.parse_known_args()
+  parser.add_argument("--camvid_steps", default=500, type=int, help="of a run on CamVid (default: 500)")
+  return parser.parse_args()
+
+
+def _options(steps: int) -> list[str]:
+  """One evaluation, at the end."""
+  return [f"--config.total_steps={steps}", f"--config.eval_every_steps={steps}", "--config.evaluation.pictures=0"]
 
 
 def _cost(method: str, workdir: pathlib.Path) -> step_time.Measured:
@@ -49,7 +55,7 @@ def _cost(method: str, workdir: pathlib.Path) -> step_time.Measured:
 
 
 def main() -> None:
-  known, rest = _parse()
+  known = _parse()
   methods, seeds = known.methods.split(","), [int(seed) for seed in known.seeds.split(",")]
   everything = ["supervised", *(method for method in methods if method != "supervised")]
   costs = {method: _cost(method, known.workdir) for method in everything}
@@ -57,14 +63,15 @@ def main() -> None:
   for method in everything:
     runs = known.workdir / "scenes" / method
     scenes[method] = [
-      compare.headline_miou(compare.run(f"{_CONFIGS}/quickstart.py", method, seed, runs / str(seed), rest)) for seed in seeds
+      compare.headline_miou(compare.run(f"{_CONFIGS}/quickstart.py", method, seed, runs / str(seed), _options(known.steps)))
+      for seed in seeds
     ]
     if known.camvid:
-      run = known.workdir / "camvid" / method
-      options = [f"--config.data.root={known.camvid}", *rest]
+      run = known.workdir / "camvid" / method / "0"
+      options = [f"--config.data.root={known.camvid}", *_options(known.camvid_steps)]
       camvid[method] = compare.headline_miou(compare.run(f"{_CONFIGS}/camvid.py:split=1_8", method, 0, run, options))
   lines = [
-    f"{jax.device_count()} x {jax.devices()[0].device_kind} {' '.join(rest)}", "",
+    f"{jax.device_count()} x {jax.devices()[0].device_kind}, {known.steps} steps on scenes, {known.camvid_steps} on CamVid", "",
     "| method | step, relative | compile s | MiB | synthetic mIoU | above supervised |" + " CamVid 1/8 mIoU |" * bool(camvid),
     "|---|---|---|---|---|---|" + "---|" * bool(camvid),
   ]  # fmt: skip

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from pseudoseg_jax import optim, rng
-from pseudoseg_jax.contract import Array, Head, Metrics, Network, NetState, Optimizer, PyTree, State, Task
+from pseudoseg_jax.contract import Array, Head, Metrics, Network, NetState, Optimizer, Panels, PyTree, State, Task
 
 
 def create(task: Task, key: Array, **heads: Head) -> NetState:
@@ -29,6 +29,31 @@ def teacher_of(student: NetState) -> NetState:
   """A teacher born as a copy of the student; copies of the arrays, since the engine donates both."""
   params, batch_stats = jax.tree.map(jnp.copy, (student.params, student.batch_stats))
   return student.replace(params=params, batch_stats=batch_stats, tx=_NO_DESCENT, opt_state=_NO_DESCENT.init(params))
+
+
+def init_student(task: Task, **heads: Head) -> Callable[[Array], State]:
+  """key -> State of one network, "student"; `heads` as in `create`."""
+  return lambda key: State(step=jnp.zeros([], jnp.int32), nets={"student": create(task, key, **heads)})
+
+
+def init_student_and_teacher(task: Task, **heads: Head) -> Callable[[Array], State]:
+  """key -> State of a "student" and its exact copy, the "teacher"."""
+
+  def init(key):
+    student = create(task, key, **heads)
+    return State(step=jnp.zeros([], jnp.int32), nets={"student": student, "teacher": teacher_of(student)})
+
+  return init
+
+
+def init_two(task: Task) -> Callable[[Array], State]:
+  """key -> State of "a" and "b", the same architecture initialised independently: the only difference between the two."""
+
+  def init(key):
+    key_a, key_b = jax.random.split(key)
+    return State(step=jnp.zeros([], jnp.int32), nets={"a": create(task, key_a), "b": create(task, key_b)})
+
+  return init
 
 
 def forward(network: Network, net: NetState, *batches: Array, dropout: Array | None = None) -> tuple[tuple[Array, ...], NetState]:
@@ -101,6 +126,17 @@ def infer_maps(network: Network, net: NetState, images: Array) -> tuple[Array, .
 def predictors(network: Network, *roles: str) -> dict[str, Callable[[State, Array], Array]]:
   """One predictor per role in `State.nets`; the first is the headline."""
   return {role: lambda state, images, role=role: infer(network, state.nets[role], images) for role in roles}
+
+
+def prediction_panels(network: Network, *roles: str) -> Panels:
+  """The weak view, and what each network says of it; the last is the pseudo label."""
+
+  def show(state, batch, draws):
+    weak = batch["unlabeled"]["weak"]
+    said = (jax.nn.softmax(infer(network, state.nets[role], weak)) for role in roles)
+    return (weak, *said), batch["unlabeled"]["valid"]
+
+  return Panels(("weak view", *roles), ("image", *["classes"] * len(roles)), show)
 
 
 Objective = Callable[[dict[str, NetState]], tuple[Array, tuple[dict[str, NetState], Metrics]]]

@@ -39,7 +39,9 @@ def cps(config: configs.ConfigDict, dataset: str, split: str) -> None:
   if dataset == "cityscapes":
     # Hard pixels, of the labeled images only: 50000 kept of an image, as each GPU had one. [cps, OHEM]
     config.criterion.update({"name": "ohem", "min_confidence": 0.7, "min_kept": 50_000, "scope": "image"})
-    config.method.update({"cps": {"weight": 6.0}, "cps_cutmix": {"weight": 5.0}}.get(config.method.name, {}))  # [cps, method]
+    # [cps, method]; of the other three, which its paper compares with, none is known.
+    weights = {"cps": 6.0, "single_pseudo": 6.0, "cross_prob": 6.0, "cps_cutmix": 5.0, "single_pseudo_cutmix": 5.0}
+    config.method.update({"weight": weights[config.method.name]} if config.method.name in weights else {})
     config.evaluation.batch_size = 1  # the protocol "cps_cityscapes"; for the memory of 19 scores on 2048x1024 pixels
 
 

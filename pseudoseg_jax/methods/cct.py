@@ -328,8 +328,8 @@ def _check(settings: _Settings) -> None:
 def _method(task: Task, settings: _Settings, needs: Needs) -> Method:
   """The sum of all domains' losses, on one network whose backbone they share."""
   _check(settings)
-  numbers = [task.num_classes, *(task.other_classes if needs.domains else ())]
-  domains = [_domain(task, settings, number, num_classes) for number, num_classes in enumerate(numbers)]
+  class_counts = [task.num_classes, *(task.other_classes if needs.domains else ())]
+  domains = [_domain(task, settings, number, num_classes) for number, num_classes in enumerate(class_counts)]
 
   def init(key):
     parts = {name: head for domain in domains for name, head in domain.heads.items()}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pseudoseg_jax import checks, nets, rng
-from pseudoseg_jax.contract import Method, Needs, Panels, State, Task
+from pseudoseg_jax.contract import Method, Needs, Panels, Task
 from pseudoseg_jax.ops import color, gaussian, losses, mixing, schedules, targets
 
 # As the official code changes colours and blurs: all images of a batch, or none of them.
@@ -91,10 +91,6 @@ def classmix(
   if color_jitter and task.network.in_channels != 3:
     problems.add("color_jitter", got=f"images of {task.network.in_channels} channels", allowed="3, RGB", remedy="switch it off")
   problems.raise_if_any()
-
-  def init(key):
-    student = nets.create(task, key)
-    return State(step=jnp.zeros([], jnp.int32), nets={"student": student, "teacher": nets.teacher_of(student)})
 
   def draw(key, batch):
     num_images, *size, _ = batch["unlabeled"]["weak"].shape
@@ -181,4 +177,5 @@ def classmix(
 
   # The pseudo label as it is before mixing: it is compared with the truth of the weak image.
   panels = Panels(("weak view", "pseudo label", "pasted", "mixed image"), ("image", "classes", "heat", "image"), show)
-  return Method(Needs(), init, draw, update, nets.predictors(task.network, "student", "teacher"), panels)
+  predictors = nets.predictors(task.network, "student", "teacher")
+  return Method(Needs(), nets.init_student_and_teacher(task), draw, update, predictors, panels)

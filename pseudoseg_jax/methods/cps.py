@@ -7,19 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from pseudoseg_jax import nets
-from pseudoseg_jax.contract import Method, Needs, State, Task
+from pseudoseg_jax.contract import Method, Needs, Panels, Task
 from pseudoseg_jax.ops import losses, mixing
-
-
-def _two_nets(task):
-  """The same architecture twice, initialised independently: the only difference between the two."""
-
-  def init(key):
-    key_a, key_b = jax.random.split(key)
-    pair = {"a": nets.create(task, key_a), "b": nets.create(task, key_b)}
-    return State(step=jnp.zeros([], jnp.int32), nets=pair)
-
-  return init
 
 
 def cross_supervision(*views):
@@ -76,7 +65,8 @@ def cps(task: Task, *, weight: float = 1.5, on_labeled: bool = True) -> Method:
     after, metrics = nets.descend(task.optimizer, state.nets, state.step, objective)
     return state.replace(step=state.step + 1, nets=after), metrics
 
-  return Method(Needs(), _two_nets(task), draw, update, nets.predictors(task.network, "a", "b"))
+  panels = nets.prediction_panels(task.network, "a", "b")
+  return Method(Needs(), nets.init_two(task), draw, update, nets.predictors(task.network, "a", "b"), panels)
 
 
 def cps_cutmix(
@@ -135,4 +125,13 @@ def cps_cutmix(
     after, metrics = nets.descend(task.optimizer, {"a": net_a, "b": net_b}, state.step, objective)
     return state.replace(step=state.step + 1, nets=after), metrics
 
-  return Method(Needs(partner=True), _two_nets(task), draw, update, nets.predictors(task.network, "a", "b"))
+  def show(state, batch, draws):
+    first, second = batch["unlabeled"]["weak"], batch["partner"]["weak"]
+    said = (jax.nn.softmax(nets.infer(task.network, state.nets[role], first)) for role in ("a", "b"))
+    mask = draws["mask"]
+    return (first, second, mask.astype(first.dtype), mixing.mix(mask, first, second), *said), batch["unlabeled"]["valid"]
+
+  # The pseudo label as it is before mixing: it is compared with the truth of the first image.
+  names = ("first image", "second image", "mask", "mixed", "a on the first", "b on the first")
+  panels = Panels(names, ("image", "image", "heat", "image", "classes", "classes"), show)
+  return Method(Needs(partner=True), nets.init_two(task), draw, update, nets.predictors(task.network, "a", "b"), panels)

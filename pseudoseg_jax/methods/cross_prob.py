@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pseudoseg_jax import checks, nets
-from pseudoseg_jax.contract import Method, Needs, State, Task
+from pseudoseg_jax.contract import Method, Needs, Task
 from pseudoseg_jax.ops import losses
 
 
@@ -44,10 +44,6 @@ def cross_prob(task: Task, *, weight: float = 1.5, distance: str = "l2", on_labe
   """
   checks.check_name("option distance", distance, ("l2", "kl"))
 
-  def init(key):
-    key_a, key_b = jax.random.split(key)
-    return State(step=jnp.zeros([], jnp.int32), nets={"a": nets.create(task, key_a), "b": nets.create(task, key_b)})
-
   def draw(key, batch):
     return nets.dropout_keys(key, "a", "b")
 
@@ -73,4 +69,5 @@ def cross_prob(task: Task, *, weight: float = 1.5, distance: str = "l2", on_labe
     after, metrics = nets.descend(task.optimizer, state.nets, state.step, objective)
     return state.replace(step=state.step + 1, nets=after), metrics
 
-  return Method(Needs(), init, draw, update, nets.predictors(task.network, "a", "b"))
+  panels = nets.prediction_panels(task.network, "a", "b")
+  return Method(Needs(), nets.init_two(task), draw, update, nets.predictors(task.network, "a", "b"), panels)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pseudoseg_jax import checks, nets, rng
-from pseudoseg_jax.contract import Method, Needs, Panels, State, Task
+from pseudoseg_jax.contract import Method, Needs, Panels, Task
 from pseudoseg_jax.ops import losses, mixing, schedules, targets
 
 DISTANCES = ("var", "logits_var", "logits_smoothl1", "bce", "kld")
@@ -49,16 +49,6 @@ def confident_mean(values, confidence, valid, *, min_confidence, per="batch"):
   # The share of confident pixels takes padding in, and the mean divides by it too, as in the official code.
   weight = targets.confidence_weight(confidence, threshold=min_confidence, per=per)
   return jnp.mean(values * valid * weight), jnp.mean(weight)
-
-
-def student_and_teacher(task):
-  """A student, and its exact copy as the teacher."""
-
-  def init(key):
-    student = nets.create(task, key)
-    return State(step=jnp.zeros([], jnp.int32), nets={"student": student, "teacher": nets.teacher_of(student)})
-
-  return init
 
 
 def forward_with(network, frozen_batch_norm):
@@ -186,16 +176,18 @@ def cutmix_seg(
     return state.replace(step=state.step + 1, nets=after | {"teacher": teacher}), metrics
 
   def show(state, batch, draws):
-    (seen, taught, valid), _ = teach(state.nets["teacher"], batch, draws)
-    sources = [batch[stream]["weak"] for stream in ("unlabeled", "partner")[: 1 + mixes]]
-    opinion = jax.nn.softmax(taught)
-    kept = valid > 0
+    (seen, _, _), _ = teach(state.nets["teacher"], batch, draws)
+    first, sources = batch["unlabeled"], [batch[stream]["weak"] for stream in ("unlabeled", "partner")[: 1 + mixes]]
+    (taught,), _ = forward(state.nets["teacher"], first["weak"], dropout=draws["teacher"])
+    opinion, kept = jax.nn.softmax(taught), first["valid"]
     if confidence == "pixel":
       kept &= jnp.max(opinion, axis=-1) >= min_confidence
     return (*sources, draws["mask"].astype(opinion.dtype), seen, opinion), kept
 
-  names = ("first image", "second image", "mask", "mixed", "teacher") if mixes else ("image", "mask", "cut", "teacher")
+  # The teacher's prediction as it is before mixing: it is compared with the truth of the first image.
+  names = ("first image", "second image", "mask", "mixed", "teacher on the first")
+  names = names if mixes else ("image", "mask", "cut", "teacher")
   kinds = ("image",) * (1 + mixes) + ("heat", "image", "classes")
   needs = Needs(partner=mixes, strong_views=strong_views)
   predictors = nets.predictors(task.network, "teacher", "student")
-  return Method(needs, student_and_teacher(task), draw, update, predictors, Panels(names, kinds, show))
+  return Method(needs, nets.init_student_and_teacher(task), draw, update, predictors, Panels(names, kinds, show))

@@ -86,10 +86,14 @@ def ict(
     return state.replace(step=state.step + 1, nets=after | {"teacher": teacher}), metrics
 
   def show(state, batch, draws):
-    (seen, target, _, valid), _ = teach(state.nets["teacher"], batch, draws)
-    return (batch["unlabeled"]["weak"], batch["partner"]["weak"], seen, target), valid > 0
+    (seen, *_), _ = teach(state.nets["teacher"], batch, draws)
+    first, second = batch["unlabeled"], batch["partner"]
+    (taught,), _ = forward(state.nets["teacher"], first["weak"], dropout=draws["teacher"])
+    return (first["weak"], second["weak"], seen, jax.nn.softmax(taught)), first["valid"]
 
-  panels = Panels(("first image", "second image", "blend", "teacher"), ("image", "image", "image", "classes"), show)
+  # The teacher's prediction as it is before blending: it is compared with the truth of the first image.
+  names = ("first image", "second image", "blend", "teacher on the first")
+  panels = Panels(names, ("image", "image", "image", "classes"), show)
   needs = Needs(partner=True, strong_views=strong_views)
   predictors = nets.predictors(task.network, "teacher", "student")
-  return Method(needs, cutmix_seg.student_and_teacher(task), draw, update, predictors, panels)
+  return Method(needs, nets.init_student_and_teacher(task), draw, update, predictors, panels)

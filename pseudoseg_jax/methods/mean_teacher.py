@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pseudoseg_jax import checks, nets
-from pseudoseg_jax.contract import Method, Needs, State, Task
+from pseudoseg_jax.contract import Method, Needs, Task
 from pseudoseg_jax.ops import losses, schedules
 
 # Options by published code. "torchsemiseg" made the Mean Teacher rows of the CPS paper; "official" is CuriousAI/mean-teacher taken
@@ -76,10 +76,6 @@ def mean_teacher(
   checks.check_name("option headline", headline, ("student", "teacher"))
   from_the_student = average_when == "between_passes"
 
-  def init(key):
-    student = nets.create(task, key)
-    return State(step=jnp.zeros([], jnp.int32), nets={"student": student, "teacher": nets.teacher_of(student)})
-
   def draw(key, batch):
     return nets.dropout_keys(key, "teacher_labeled", "teacher", "student")
 
@@ -124,4 +120,6 @@ def mean_teacher(
     return state.replace(step=state.step + 1, nets=after | {"teacher": teacher}), metrics
 
   roles = ("student", "teacher") if headline == "student" else ("teacher", "student")
-  return Method(Needs(strong_views=strong_views), init, draw, update, nets.predictors(task.network, *roles))
+  init, predictors = nets.init_student_and_teacher(task), nets.predictors(task.network, *roles)
+  panels = nets.prediction_panels(task.network, "student", "teacher")
+  return Method(Needs(strong_views=strong_views), init, draw, update, predictors, panels)

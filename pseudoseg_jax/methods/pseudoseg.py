@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from pseudoseg_jax import checks, nets, rng
-from pseudoseg_jax.contract import Method, Needs, Panels, State, Task
+from pseudoseg_jax.contract import Method, Needs, Panels, Task
 from pseudoseg_jax.models import heads
 from pseudoseg_jax.ops import cam as cams, fusion, losses, mixing, resize
 
@@ -92,10 +92,6 @@ def pseudoseg(
   attention = heads.self_attention(
     sum(channels[index] for index in attention_maps), num_classes, attention_dim=attention_dim, background=background
   )
-
-  def init(key):
-    student = nets.create(task, key, classifier=classifier, attention=attention)
-    return State(step=jnp.zeros([], jnp.int32), nets={"student": student})
 
   def draw(key, batch):
     num_images, height, width, _ = batch["unlabeled"]["weak"].shape
@@ -184,4 +180,5 @@ def pseudoseg(
   names = ("weak view", "strong view", "decoder", "CAM", "SGC", "pseudo label")
   panels = Panels(names, ("image", "image", "classes", "classes", "classes", "classes"), show)
   needs = Needs(strong_views=1, weak_label="image" if image_labels else None)
+  init = nets.init_student(task, classifier=classifier, attention=attention)
   return Method(needs, init, draw, update, nets.predictors(network, "student"), panels)

@@ -9,12 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from pseudoseg_jax import nets
-from pseudoseg_jax.contract import Method, Needs, Panels, State, Task
+from pseudoseg_jax.contract import Method, Needs, Panels, Task
 from pseudoseg_jax.ops import losses, mixing
-
-
-def _init(task):
-  return lambda key: State(step=jnp.zeros([], jnp.int32), nets={"student": nets.create(task, key)})
 
 
 def self_supervision(*logits):
@@ -49,7 +45,8 @@ def single_pseudo(task: Task, *, weight: float = 1.5, on_labeled: bool = True) -
     after, metrics = nets.descend(task.optimizer, state.nets, state.step, objective)
     return state.replace(step=state.step + 1, nets=after), metrics
 
-  return Method(Needs(), _init(task), draw, update, nets.predictors(task.network, "student"))
+  panels = nets.prediction_panels(task.network, "student")
+  return Method(Needs(), nets.init_student(task), draw, update, nets.predictors(task.network, "student"), panels)
 
 
 def single_pseudo_cutmix(
@@ -100,9 +97,12 @@ def single_pseudo_cutmix(
     return state.replace(step=state.step + 1, nets=after), metrics
 
   def show(state, batch, draws):
-    mixed, taught, _ = teach(state.nets["student"], batch, draws)
-    everywhere = jnp.ones(taught.shape[:3], bool)
-    return (batch["unlabeled"]["weak"], batch["partner"]["weak"], mixed, jax.nn.softmax(taught)), everywhere
+    mixed, _, _ = teach(state.nets["student"], batch, draws)
+    first, second = batch["unlabeled"]["weak"], batch["partner"]["weak"]
+    said = jax.nn.softmax(nets.infer(task.network, state.nets["student"], first))
+    return (first, second, draws["mask"].astype(first.dtype), mixed, said), batch["unlabeled"]["valid"]
 
-  panels = Panels(("image", "partner", "mixed", "pseudo label"), ("image", "image", "image", "classes"), show)
-  return Method(Needs(partner=True), _init(task), draw, update, nets.predictors(task.network, "student"), panels)
+  # The pseudo label as it is before mixing: it is compared with the truth of the first image.
+  names = ("first image", "second image", "mask", "mixed", "student on the first")
+  panels = Panels(names, ("image", "image", "heat", "image", "classes"), show)
+  return Method(Needs(partner=True), nets.init_student(task), draw, update, nets.predictors(task.network, "student"), panels)

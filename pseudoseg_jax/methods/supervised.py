@@ -1,16 +1,11 @@
 """The baseline: one network on the labeled images alone."""
 
-import jax.numpy as jnp
-
 from pseudoseg_jax import nets
-from pseudoseg_jax.contract import Method, Needs, State, Task
+from pseudoseg_jax.contract import Method, Needs, Task
 
 
 def supervised(task: Task) -> Method:
   """Minimises the task's criterion (cross entropy, or OHEM where the config says so) on labeled images."""
-
-  def init(key):
-    return State(step=jnp.zeros([], jnp.int32), nets={"student": nets.create(task, key)})
 
   def draw(key, batch):
     return nets.dropout_keys(key, "student")
@@ -26,4 +21,4 @@ def supervised(task: Task) -> Method:
     after, metrics = nets.descend(task.optimizer, state.nets, state.step, objective)
     return state.replace(step=state.step + 1, nets=after), metrics
 
-  return Method(Needs(unlabeled=False), init, draw, update, nets.predictors(task.network, "student"))
+  return Method(Needs(unlabeled=False), nets.init_student(task), draw, update, nets.predictors(task.network, "student"))

@@ -20,16 +20,17 @@ def temporal_ensembling(
   decay: float = 0.6,
   grid: tuple[int, int] = (64, 64),
   strong_views: int = 1,
+  shared_batch_norm: bool = True,
 ) -> Method:
   """One pass; squared difference to the remembered predictions of earlier visits. [Laine & Aila, section 2.2]
 
   The paper remembers labeled items too; here unlabeled images alone have a place in the memory (a list of unlabeled images may
-  hold the labeled ones again). Labeled and unlabeled images pass as one batch, as in Mean Teacher's official code. What is
-  remembered is the training pass itself, with its view and dropout. The code updates after each epoch, here after each visit,
-  which is the same where an epoch visits every image once; its weight is 0 in the first epoch, here where nothing is remembered.
+  hold the labeled ones again). What is remembered is the training pass itself, with its view and dropout. The code updates after
+  each epoch, here after each visit, which is the same where an epoch visits every image once; its weight is 0 in the first epoch,
+  here where nothing is remembered.
 
   The memory takes 2 gh gw N K bytes (`ops.memory.num_bytes`), over all devices together and in every checkpoint: at the default
-  grid 1.7 GiB for VOC (10 582 images, 21 classes), 0.44 GiB for Cityscapes (2 975, 19).
+  grid 1.7 GiB for VOC (10 582 images, 21 classes), 0.43 GiB for Cityscapes (2 975, 19).
 
   Args:
     weight: of the consistency term. The code's is 30 times the labeled share of the images, that is 3.75 for one eighth (CIFAR-10
@@ -38,6 +39,8 @@ def temporal_ensembling(
     decay: of the remembered average, alpha in the paper.
     grid: rows and columns of cells over a whole image; the rows a multiple of the devices. Cells finer than the pixels of a view
       gain nothing, and lose the image's outermost half pixel.
+    shared_batch_norm: labeled and unlabeled images pass as one batch, as in Mean Teacher's official code; False: each with batch
+      statistics of its own.
     strong_views: 1 trains and remembers on a photometric view of the unlabeled images; 0 on the weak one.
   """
   problems = checks.Problems("temporal_ensembling cannot be run with these options")
@@ -63,9 +66,11 @@ def temporal_ensembling(
 
   def run(net, batch, draws):
     """Logits on labeled and on unlabeled images, and the net with its statistics moved."""
-    labeled = batch["labeled"]["image"]
-    joint = jnp.concatenate([labeled, view(batch["unlabeled"])])
-    (logits,), net = nets.forward(task.network, net, joint, dropout=draws["student"])
+    labeled, unlabeled = batch["labeled"]["image"], view(batch["unlabeled"])
+    if not shared_batch_norm:
+      logits, net = nets.forward(task.network, net, labeled, unlabeled, dropout=draws["student"])
+      return *logits, net
+    (logits,), net = nets.forward(task.network, net, jnp.concatenate([labeled, unlabeled]), dropout=draws["student"])
     return logits[: len(labeled)], logits[len(labeled) :], net
 
   def recall(state, unlabeled):

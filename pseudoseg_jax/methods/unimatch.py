@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pseudoseg_jax import checks, nets, rng
-from pseudoseg_jax.contract import Method, Needs, Panels, State, Task
+from pseudoseg_jax.contract import Method, Needs, Panels, Task
 from pseudoseg_jax.ops import losses, mixing, perturb, targets
 
 
@@ -57,10 +57,6 @@ def _check(name, *, min_confidence, box_probability, drop_rate=0.0):
   if not 0 <= drop_rate < 1:
     problems.add("drop_rate", got=drop_rate, allowed="0 (all channels are kept) up to below 1")
   problems.raise_if_any()
-
-
-def _init(task):
-  return lambda key: State(step=jnp.zeros([], jnp.int32), nets={"student": nets.create(task, key)})
 
 
 def _draw_boxes(key, batch, probability):
@@ -151,7 +147,7 @@ def unimatch(
   names = ("weak view", "strong view 1", "strong view 2", "perturbed features", "confidence", "pseudo label")
   panels = Panels(names, ("image", "image", "image", "classes", "heat", "classes"), show)
   needs = Needs(partner=True, strong_views=2)
-  return Method(needs, _init(task), draw, update, nets.predictors(network, "student"), panels)
+  return Method(needs, nets.init_student(task), draw, update, nets.predictors(network, "student"), panels)
 
 
 def fixmatch(task: Task, *, weight: float = 1.0, min_confidence: float = 0.95, box_probability: float = 0.5) -> Method:
@@ -204,4 +200,4 @@ def fixmatch(task: Task, *, weight: float = 1.0, min_confidence: float = 0.95, b
 
   panels = Panels(("weak view", "strong view", "confidence", "pseudo label"), ("image", "image", "heat", "classes"), show)
   needs = Needs(partner=True, strong_views=1)
-  return Method(needs, _init(task), draw, update, nets.predictors(network, "student"), panels)
+  return Method(needs, nets.init_student(task), draw, update, nets.predictors(network, "student"), panels)

@@ -103,4 +103,4 @@ def vat(
 
   panels = Panels(("image", "adversarial image", "student on it", "teacher"), ("image", "image", "classes", "classes"), show)
   predictors = nets.predictors(network, "teacher", "student")
-  return Method(Needs(strong_views=strong_views), cutmix_seg.student_and_teacher(task), draw, update, predictors, panels)
+  return Method(Needs(strong_views=strong_views), nets.init_student_and_teacher(task), draw, update, predictors, panels)
