@@ -8,7 +8,7 @@ A small network at 240x180, so that a run takes minutes on a CPU; network=deepla
 
 import re
 
-from pseudoseg_jax import config as configs
+from pseudoseg_jax import config as configs, recipes
 
 
 _OPTIONS = {
@@ -44,10 +44,11 @@ def get_config(argument=""):
     eval_label_pattern="labels/test/{id}.png",
   ))  # fmt: skip
   config.method.update(_OPTIONS.get(chosen["method"], {}))
+  recipes.by_labeled_share(config, recipes.labeled_images(chosen["split"], 367) / 367)
   config.network = configs.network_on(chosen["network"], chosen["backbone"])
   config.total_steps = 1500
   config.batch_size_global = {"labeled": 4, "unlabeled": 4}
-  config.optimizer.learning_rate = 0.05
+  config.optimizer.learning_rate = 0.1 if chosen["method"] in ("unimatch", "fixmatch") else 0.05  # as in quickstart.py
   config.views.crop_size = (128, 128)
   config.views.scales = (0.75, 1.0, 1.25, 1.5)
   config.log_every_steps = 50

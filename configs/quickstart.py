@@ -5,16 +5,16 @@
   --config=configs/quickstart.py:method=pseudoseg,image_labels=1    the unlabeled scenes come with the classes they show
 """
 
-from pseudoseg_jax import config as configs
+from pseudoseg_jax import config as configs, recipes
 
 
 # Where published settings presume other data or a pretrained network.
 _OPTIONS = {
   # On 64 images from scratch the classifier learns them by heart and takes the features along: at weight 1 below supervised.
   "pseudoseg": {"classification_weight": 0.1},
-  # 100 and 30 times the labeled share, 64 of 800, as in the official code. Batch statistics as for mean_teacher.
-  "pi_model": {"weight": 8.0, "shared_batch_norm": False},
-  "temporal_ensembling": {"weight": 2.4, "grid": (32, 32), "shared_batch_norm": False},
+  # Batch statistics as for mean_teacher.
+  "pi_model": {"shared_batch_norm": False},
+  "temporal_ensembling": {"grid": (32, 32), "shared_batch_norm": False},
   # The strong views that mean_teacher has too.
   "cutmix_seg": {"strong_views": 1},
   "ict": {"strong_views": 1},
@@ -36,6 +36,7 @@ def get_config(argument=""):
   else:
     method = configs.method(chosen["method"], chosen["convention"], **_OPTIONS.get(chosen["method"], {}))
   config = configs.base(method)
+  recipes.by_labeled_share(config, chosen["labels"] / 800)
   config.data.update({
     "name": "synthetic",
     "num_scenes": 800,
@@ -46,7 +47,8 @@ def get_config(argument=""):
   })
   config.total_steps = 3000
   config.batch_size_global = {"labeled": 8, "unlabeled": 8}
-  config.optimizer.learning_rate = 0.1
+  # UniMatch halves the sum of its losses, so that the labeled images need twice the rate to be learnt from as by others.
+  config.optimizer.learning_rate = 0.2 if chosen["method"] in ("unimatch", "fixmatch") else 0.1
   config.views.crop_size = (64, 64)
   config.views.scales = (0.75, 1.0, 1.25)
   config.log_every_steps = 100

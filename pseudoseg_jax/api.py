@@ -342,6 +342,8 @@ def _starting_weights(config: configs.ConfigDict, num_classes: int) -> tuple[dic
   """What a run of this config starts from, as pretrained.put takes it, and its description; ({}, "") for nothing."""
   source = config.network.pretrained or config.init_from
   if not source:
+    if config.method.get("frozen_batch_norm", "none") != "none" or config.optimizer.freeze_batch_norm:
+      log.warning("batch norm is frozen, but no weights are loaded: set config.network.pretrained, or do not freeze it")
     return {}, ""
   if config.network.pretrained:
     tensors = pretrained.read(source)

@@ -22,10 +22,25 @@ _CPS_EPOCHS = {
 }
 
 
+def labeled_images(split: str, num_images: int) -> int:
+  """How many of the training images a split labels: "1_8" of them, or the number, "92"; of another list, an eighth is presumed."""
+  if split.isdigit():
+    return int(split)
+  return math.ceil(num_images / (int(split[2:]) if re.fullmatch(r"1_\d+", split) else 8))
+
+
+def by_labeled_share(config: configs.ConfigDict, share: float) -> None:
+  """The weights of Laine & Aila's two methods, 100 and 30 times the labeled share. [their official code, smlaine2/tempens]"""
+  greatest = {"pi_model": 100.0, "temporal_ensembling": 30.0}
+  if config.method.name in greatest:
+    config.method.weight = share * greatest[config.method.name]
+
+
 def cps(config: configs.ConfigDict, dataset: str, split: str) -> None:
   """CPS's official runs (TorchSemiSeg), and of what it compares with: any method without a recipe of its own."""
   config.network = configs.network("deeplabv3plus")
   config.batch_size_global = {"labeled": 8, "unlabeled": 8}
+  by_labeled_share(config, labeled_images(split, TRAIN_IMAGES[dataset]) / TRAIN_IMAGES[dataset])
   split = split if split in _CPS_EPOCHS[dataset] else "1_8"
   longer = TRAIN_IMAGES[dataset] - TRAIN_IMAGES[dataset] // int(split[2:])
   config.total_steps = _CPS_EPOCHS[dataset][split] * (longer // 8)
@@ -42,6 +57,8 @@ def cps(config: configs.ConfigDict, dataset: str, split: str) -> None:
     # [cps, method]; of the other three, which its paper compares with, none is known.
     weights = {"cps": 6.0, "single_pseudo": 6.0, "cross_prob": 6.0, "cps_cutmix": 5.0, "single_pseudo_cutmix": 5.0}
     config.method.update({"weight": weights[config.method.name]} if config.method.name in weights else {})
+    if config.method.name == "temporal_ensembling":
+      config.method.grid = (64, 128)  # images are twice as wide as high
     config.evaluation.batch_size = 1  # the protocol "cps_cityscapes"; for the memory of 19 scores on 2048x1024 pixels
 
 
@@ -145,8 +162,7 @@ def unimatch(config: configs.ConfigDict, dataset: str, split: str) -> None:
   config.batch_size_global = {"labeled": 8, "unlabeled": 8}
   # Epochs over the unlabeled images, whatever the split. [unimatch, schedule]
   images, epochs = TRAIN_IMAGES[dataset], {"voc": 80, "cityscapes": 240}[dataset]
-  share = split if re.fullmatch(r"\d+|1_\d+", split) else "1_8"
-  labeled = int(share) if share.isdigit() else math.ceil(images / int(share[2:]))
+  labeled = labeled_images(split, images)
   config.total_steps = epochs * (math.ceil((images - labeled) / 4) // 2)
   # The rate is set after each step, so it lags by one. [unimatch, schedule]
   config.optimizer.update({"power": 0.9, "shift_steps": -1, "momentum": 0.9, "weight_decay": 1e-4, "decay_scope": "all"})
@@ -218,8 +234,7 @@ def cct(config: configs.ConfigDict, dataset: str, split: str) -> None:
   config.batch_size_global = {"labeled": 10, "unlabeled": 10}
   # 80 epochs over the unlabeled images, last partial batches among them: 72960 steps for 1464. [cct, data; the paper's runs have 50]
   images = TRAIN_IMAGES[dataset]
-  share = split if re.fullmatch(r"\d+|1_\d+", split) else "1_8"
-  labeled = int(share) if share.isdigit() else math.ceil(images / int(share[2:]))
+  labeled = labeled_images(split, images)
   config.total_steps = 80 * math.ceil((images - labeled) / 10)
   # 0.01 for pyramid and decoders, 0.001 for the ResNet; decay on everything. [cct, optimisation]
   config.optimizer.update({

@@ -5,7 +5,7 @@ import pathlib
 import jax
 import pytest
 
-from pseudoseg_jax import build, checks
+from pseudoseg_jax import api, build, checks
 from pseudoseg_jax import config as configs
 from pseudoseg_jax.data import splits
 from pseudoseg_jax.methods import mean_teacher
@@ -43,6 +43,24 @@ def test_the_published_pseudoseg_settings():
   coco = configs.load("configs/coco.py:split=1_512")
   assert (coco.total_steps, coco.evaluation.window_pixels, coco.method.name) == (200_000, (641, 641), "pseudoseg")
   assert len(splits.read_list(splits.published(coco.data.split))) == 232
+
+
+@pytest.mark.parametrize("recipe", ["cutmix_seg", "classmix", "ael", "cct", "unimatch"])
+def test_a_method_trains_on_cityscapes_as_its_code_does_and_on_request_as_cps(recipe):
+  own, cps = (configs.load(f"configs/cityscapes.py:method={recipe}{argument}") for argument in ("", ",recipe=cps"))
+  assert own.method.name == cps.method.name == recipe
+  assert cps.views.crop_size == (800, 800) and own.views.crop_size != (800, 800)
+  # Published code crops to these. [cutmix, classmix, ael, cct, unimatch]
+  sides = {"cutmix_seg": (256, 512), "classmix": (512, 1024), "ael": (769, 769), "cct": (320, 320), "unimatch": (801, 801)}
+  assert own.views.crop_size == sides[recipe]
+
+
+def test_frozen_batch_norm_without_weights_is_told(caplog):
+  frozen = {"method.frozen_batch_norm": "all"}
+  api._starting_weights(configs.load("configs/quickstart.py:method=cutmix_seg"), 7)
+  assert "frozen" not in caplog.text
+  api._starting_weights(configs.load("configs/quickstart.py:method=cutmix_seg", frozen), 7)
+  assert "batch norm is frozen" in caplog.text
 
 
 def test_pseudoseg_runs_on_the_network_of_cps_and_supervised_on_its_own():
