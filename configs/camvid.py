@@ -14,8 +14,7 @@ from pseudoseg_jax import config as configs, recipes
 _OPTIONS = {
   "pseudoseg": {"background": False},  # class 0 is sky
   "cct": {"background": False},
-  # Strong and labeled images pass with batch statistics of their own, as in quickstart.py.
-  "pi_model": {"shared_batch_norm": False},
+  # As in quickstart.py.
   "temporal_ensembling": {"shared_batch_norm": False},
   "cutmix_seg": {"strong_views": 1},
   "ict": {"strong_views": 1},

@@ -12,8 +12,10 @@ from pseudoseg_jax import config as configs, recipes
 _OPTIONS = {
   # On 64 images from scratch the classifier learns them by heart and takes the features along: at weight 1 below supervised.
   "pseudoseg": {"classification_weight": 0.1},
+  # Hard labels of networks that know little yet; CPS has 1.5 on pretrained ones.
+  "cps": {"weight": 0.3},
+  "single_pseudo": {"weight": 0.3},
   # Batch statistics as for mean_teacher.
-  "pi_model": {"shared_batch_norm": False},
   "temporal_ensembling": {"grid": (32, 32), "shared_batch_norm": False},
   # The strong views that mean_teacher has too.
   "cutmix_seg": {"strong_views": 1},

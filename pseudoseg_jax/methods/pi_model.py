@@ -12,24 +12,16 @@ from pseudoseg_jax.contract import Method, Needs, Panels, Task
 from pseudoseg_jax.ops import losses, schedules
 
 
-def pi_model(
-  task: Task,
-  *,
-  weight: float = 100 / 8,
-  rampup_fraction: float = 80 / 300,
-  strong_views: int = 2,
-  shared_batch_norm: bool = True,
-) -> Method:
+def pi_model(task: Task, *, weight: float = 100 / 8, rampup_fraction: float = 80 / 300, strong_views: int = 2) -> Method:
   """Squared difference of two stochastic passes, with a gradient through both. [Laine & Aila, section 2.1]
 
-  The two passes have batch statistics of their own. The supervised loss is of the first.
+  A pass is labeled and unlabeled images as one batch with common batch statistics, as in Mean Teacher's official code; the two
+  passes have statistics of their own. The supervised loss is of the first.
 
   Args:
     weight: of the consistency term. The code's is 100 times the labeled share of the images, that is 12.5 for one eighth.
     rampup_fraction: part of the training over which the weight rises as exp(-5 (1 - t)^2); the code's 80 of 300 epochs.
     strong_views: 2 shows two independent photometric views of the unlabeled images, as the paper; 1 the weak one and a photometric.
-    shared_batch_norm: labeled images are part of both passes, with common statistics, as in Mean Teacher's official code, and of the
-      consistency. False: they pass apart, once, and the consistency is of the unlabeled images.
   """
   problems = checks.Problems("pi_model cannot be run with these options")
   if strong_views not in (1, 2):
@@ -46,23 +38,21 @@ def pi_model(
     return (strong[:, 0], strong[:, 1]) if strong_views == 2 else (weak, strong[:, 0])
 
   def passes(net, batch, draws):
-    """Logits on the labeled images; logits of both passes on the images that shall agree, and valid; the net, statistics moved."""
-    labeled, valid = batch["labeled"]["image"], batch["unlabeled"]["valid"]
-    if not shared_batch_norm:
-      (on_labeled, *pair), net = nets.forward(task.network, net, labeled, *views(batch), dropout=draws["passes"])
-      return on_labeled, pair, valid, net
+    """Logits f32[Bl + Bu, H, W, K] of the first and of the second pass, and the net with its statistics moved."""
     # Labeled images come in one view: their two passes differ by dropout and batch statistics alone. They take part all the same,
     # as in the paper, and keep the statistics of both passes alike.
+    labeled = batch["labeled"]["image"]
     joint = (jnp.concatenate([labeled, view]) for view in views(batch))
-    pair, net = nets.forward(task.network, net, *joint, dropout=draws["passes"])
-    return pair[0][: len(labeled)], pair, jnp.concatenate([batch["labeled"]["valid"], valid]), net
+    return nets.forward(task.network, net, *joint, dropout=draws["passes"])
 
   def update(state, batch, draws):
+    label = batch["labeled"]["label"]
+    valid = jnp.concatenate([batch["labeled"]["valid"], batch["unlabeled"]["valid"]])
     ramp = schedules.sigmoid_rampup(state.step, rampup_fraction * task.total_steps)
 
     def objective(live):
-      on_labeled, (first, second), valid, net = passes(live["student"], batch, draws)
-      supervised = task.criterion(on_labeled, batch["labeled"]["label"])
+      (first, second), net = passes(live["student"], batch, draws)
+      supervised = task.criterion(first[: len(label)], label)
       distance = losses.squared_distance(jax.nn.softmax(first), jax.nn.softmax(second))
       consistency = ramp * weight * losses.mean_over(distance, valid)
       loss = supervised + consistency
@@ -77,8 +67,8 @@ def pi_model(
     return state.replace(step=state.step + 1, nets=after), metrics
 
   def show(state, batch, draws):
-    _, pair, _, _ = passes(state.nets["student"], batch, draws)
-    first, second = (jax.nn.softmax(logits[-len(batch["unlabeled"]["weak"]) :]) for logits in pair)
+    (first, second), _ = passes(state.nets["student"], batch, draws)
+    first, second = (jax.nn.softmax(logits[len(batch["labeled"]["image"]) :]) for logits in (first, second))
     difference = jnp.sum(jnp.abs(first - second), axis=-1) / 2
     return (*views(batch), first, difference, second), batch["unlabeled"]["valid"]
 
