@@ -60,14 +60,15 @@ class _Scoring:
     """Headline mIoU of a state; reports it as `last`, and as `best` where it is."""
     step = int(state.step)
     log.info("step %d: evaluating %d images ...", step, sum(len(domain.data.evaluated) for domain in self.domains))
-    scores = self.scores = self._evaluator(state)
-    self.other_scores = [evaluator(state) for evaluator in self._other_evaluators]
+    networks = state.replace(memory={})  # a memory may be large, and split over the devices
+    scores = self.scores = self._evaluator(networks)
+    self.other_scores = [evaluator(networks) for evaluator in self._other_evaluators]
     headline = next(iter(self.method.predictors))
     miou = scores[headline].miou
     # The same few images at every evaluation; every process takes part in the prediction, one writes.
     count = min(self.config.evaluation.pictures, len(self.data.evaluated))
     rows = np.unique(np.linspace(0, len(self.data.evaluated) - 1, count).astype(int)).tolist()
-    predictions = self._evaluator.predictions(state, rows) if rows else {}
+    predictions = self._evaluator.predictions(networks, rows) if rows else {}
     if self._panels is not None:
       self._show(step, *self._panels(state))
     if jax.process_index() == 0:

@@ -137,7 +137,6 @@ class Evaluator:
 
   def _run(self, state, batches, *, with_labels: bool) -> Iterator[tuple[_Batch, PyTree]]:
     """Reads ahead in threads, feeds the device without waiting for it, and yields results a few batches later."""
-    state = state.replace(memory={})  # which may be large, and split over the devices
     threads = concurrent.futures.ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 1))
     reading: collections.deque = collections.deque()
     computing: collections.deque = collections.deque()

@@ -179,7 +179,8 @@ def cutmix_seg(
     (seen, _, _), _ = teach(state.nets["teacher"], batch, draws)
     first, sources = batch["unlabeled"], [batch[stream]["weak"] for stream in ("unlabeled", "partner")[: 1 + mixes]]
     (taught,), _ = forward(state.nets["teacher"], first["weak"], dropout=draws["teacher"])
-    opinion, kept = jax.nn.softmax(taught), first["valid"]
+    opinion = jax.nn.softmax(taught)
+    kept = first["valid"] if mixes else first["valid"] & draws["mask"]
     if confidence == "pixel":
       kept &= jnp.max(opinion, axis=-1) >= min_confidence
     return (*sources, draws["mask"].astype(opinion.dtype), seen, opinion), kept
