@@ -15,6 +15,7 @@ _OPTIONS = {
   "pseudoseg": {"background": False},  # class 0 is sky
   "cct": {"background": False},
   # As in quickstart.py.
+  "pi_model": {"strong_views": 1},
   "temporal_ensembling": {"shared_batch_norm": False},
   "cutmix_seg": {"strong_views": 1},
   "ict": {"strong_views": 1},
