@@ -126,7 +126,7 @@ def test_a_step_keeps_the_state_and_compiles_once(case, four_steps):
     assert jax.eval_shape(predict, state, jnp.zeros([2, SIZE, SIZE, 3])).shape == (2, SIZE, SIZE, num_classes), name
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", METHODS)
 def test_eight_devices_say_what_one_says(case, four_steps):
   eight, one = four_steps(case), run(case, 1, range(4))
   assert_equal_trees(eight[1], one[1], functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4))
@@ -135,7 +135,7 @@ def test_eight_devices_say_what_one_says(case, four_steps):
   assert_equal_trees(*parameters, functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-3))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", METHODS)
 def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(case, four_steps, tmp_path):
   whole, told = four_steps(case)
   half, _ = run(case, 8, range(2))
