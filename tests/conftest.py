@@ -1,5 +1,8 @@
+import gc
 import os
 import pathlib
+
+import pytest
 
 # Eight simulated devices for the whole suite: "one device = eight" is then a mesh of the first one against a mesh of all.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -9,3 +12,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 def pytest_addoption(parser):
   default = pathlib.Path(__file__).parent / "golden" / "data"
   parser.addoption("--golden-dir", default=str(default), help="folder of golden .npz files (default: our copy)")
+
+
+@pytest.fixture(autouse=True)
+def few_mappings():
+  """Lets go of compiled code in time: it takes memory mappings, a thousand for a step, and Linux kills at 65530 of them."""
+  yield
+  mappings = pathlib.Path("/proc/self/maps")
+  if mappings.exists() and mappings.read_bytes().count(b"\n") > 30_000:
+    import jax
+
+    jax.clear_caches()
+    gc.collect()

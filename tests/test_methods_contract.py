@@ -22,6 +22,7 @@ from pseudoseg_jax.ops import losses, schedules
 
 K, SIZE, BATCH, SEED, NUM_UNLABELED = len(synthetic.CLASSES), 33, 8, 3, 32
 OTHER_CLASSES = (4,)  # of a second domain, for methods that learn several
+# Their parameters have the scope of the module, so that all tests of a case follow each other and what it compiled can be let go of.
 CASES = {name: {} for name in METHODS} | {
   f"mean_teacher:{convention}": options for convention, options in mean_teacher.CONVENTIONS.items() if convention != "torchsemiseg"
 }
@@ -109,7 +110,7 @@ def four_steps():
   return functools.cache(lambda case: run(case, 8, range(4)))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES, scope="module")
 def test_a_step_keeps_the_state_and_compiles_once(case, four_steps):
   method = make_method(case)
   before = loop.abstract_state(method, make_mesh(8))
@@ -126,7 +127,7 @@ def test_a_step_keeps_the_state_and_compiles_once(case, four_steps):
     assert jax.eval_shape(predict, state, jnp.zeros([2, SIZE, SIZE, 3])).shape == (2, SIZE, SIZE, num_classes), name
 
 
-@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("case", METHODS, scope="module")
 def test_eight_devices_say_what_one_says(case, four_steps):
   eight, one = four_steps(case), run(case, 1, range(4))
   assert_equal_trees(eight[1], one[1], functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4))
@@ -135,7 +136,7 @@ def test_eight_devices_say_what_one_says(case, four_steps):
   assert_equal_trees(*parameters, functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-3))
 
 
-@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("case", METHODS, scope="module")
 def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(case, four_steps, tmp_path):
   whole, told = four_steps(case)
   half, _ = run(case, 8, range(2))
@@ -150,7 +151,7 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(case, four_steps, 
   assert_equal_trees(told[2:], told_after)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES, scope="module")
 def test_panels_are_what_their_kinds_say(case):
   method = make_method(case)
   if not method.needs.unlabeled:
@@ -198,7 +199,7 @@ def make_batches(needs, scenes, unlabeled, image_labels, batch_size=BATCH):
   )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES, scope="module")
 def test_masks_of_unlabeled_images_are_never_opened(case):
   needs = make_method(case).needs
   scenes = synthetic.SyntheticScenes(16, (48, 48))
@@ -210,7 +211,7 @@ def test_masks_of_unlabeled_images_are_never_opened(case):
       assert "label" not in batch[stream]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES, scope="module")
 def test_a_step_is_a_function_of_state_batch_and_key(case):
   method = make_method(case)
   batch = make_batch(0, method.needs)
@@ -223,7 +224,7 @@ def test_a_step_is_a_function_of_state_batch_and_key(case):
   assert all(np.any(a != b) for a, b in zip(numbers(1), numbers(2), strict=True))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES, scope="module")
 def test_every_training_pass_has_a_key_for_dropout(case):
   passes = []
 
