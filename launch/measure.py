@@ -25,7 +25,7 @@ from pseudoseg_jax.methods.table import METHODS
 
 _METHODS = [name for name in METHODS if name != "cct_domains"]  # which learns two data sets at once
 _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-_IMAGES, _STEPS = 16, 20
+_IMAGES, _STEPS = 16, 10
 
 
 def _parse():
