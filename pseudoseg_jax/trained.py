@@ -116,6 +116,7 @@ def restore(workdir: pathlib.Path, method: Method, mesh, checkpoint: str) -> Sta
     raise checks.InputError(f"no checkpoint in {workdir}: train first")
   checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
   try:
+    method = method._replace(split_memory=())  # the mesh need not be one that the memory could be split over
     return checkpoints.restore(loop.abstract_state(method, mesh), series=checkpoint, memory=False)
   finally:
     checkpoints.close()
