@@ -14,6 +14,10 @@ from pseudoseg_jax import config as configs, recipes
 _OPTIONS = {
   "pseudoseg": {"background": False},  # class 0 is sky
   "cct": {"background": False},
+  "gct": {"detector_stages": 3, "detector_width": 32, "detector_learning_rate": 1e-3},  # for crops of 128, in short runs
+  "learn_pseudo": {"background": False, "score_power": 2.0},
+  "ancillary": {"background": False},
+  "self_correcting": {"background": False},
   # As in quickstart.py.
   "pi_model": {"strong_views": 1},
   "temporal_ensembling": {"shared_batch_norm": False},

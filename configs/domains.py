@@ -33,5 +33,5 @@ def _apart(argument):
 
 def _load(where, name, arguments):
   folder = pathlib.Path(__file__).parent
-  checks.check_name(where, name, [path.stem for path in folder.glob("*.py") if path.stem != "domains"])
+  checks.check_name(where, name, [path.stem for path in folder.glob("*.py") if path.stem not in ("domains", "pipelines")])
   return configs.load(f"{folder / name}.py:{','.join(arguments)}")

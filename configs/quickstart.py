@@ -23,6 +23,10 @@ _OPTIONS = {
   "ict": {"strong_views": 1},
   "vat": {"strong_views": 1},
   "classmix": {"color_jitter": True, "blur": True},
+  # A detector for small crops, that learns in a short run.
+  "gct": {"detector_stages": 2, "detector_width": 16, "detector_learning_rate": 1e-3, "rampup_fraction": 0.4},
+  # IoUs of a small network from scratch, to the power of 8, are no weights at all.
+  "learn_pseudo": {"score_power": 2.0},
   "ael": {"bank_momentum": 0.99},  # 0.999 takes longer than this run to forget the random start
 }
 

@@ -7,12 +7,15 @@
 
 split: 92, 183, 366, 732 or 1464 (the lists of PseudoSeg, clean masks); 1_16, 1_8, 1_4 or 1_2 (the lists of CPS, or those of U2PL
 with lists=u2pl; with lists=random our own draw, of config.data.split_seed); full; or the path of a list of labeled images.
-recipe: cps, pseudoseg, cutmix_seg, classmix, ael, cct or unimatch, whose network and training settings; by default those of the
-method, where it has its own, else CPS's.
+recipe: cps, pseudoseg, cutmix_seg, classmix, ael, cct, unimatch, gct, learn_pseudo or self_correcting, whose network and training
+settings; by default those of the method, where it has its own, else CPS's. Methods of several stages are run by pipelines.py.
 """
 
 from pseudoseg_jax import checks, config as configs, recipes
 from pseudoseg_jax.data import splits
+
+# Of published runs with a split of their own kind.
+_SPLITS = {"pseudoseg": "92", "unimatch": "92", "learn_pseudo": "92", "cct": "1464", "self_correcting": "1464"}
 
 
 def get_config(argument=""):
@@ -22,7 +25,7 @@ def get_config(argument=""):
   checks.check_name("form", chosen["form"], ("folder", "tfds"))
   recipe = chosen["recipe"] or recipes.of_method(chosen["method"])
   checks.check_name("recipe", recipe, recipes.RECIPES)
-  split = chosen["split"] or {"pseudoseg": "92", "unimatch": "92", "cct": "1464"}.get(recipe, "1_8")
+  split = chosen["split"] or _SPLITS.get(recipe, "1_8")
   clean = splits.published(f"voc2012/pseudoseg/{split}") is not None
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
   # The unlabeled images of these codes are all training images, the labeled ones among them.
@@ -39,6 +42,8 @@ def get_config(argument=""):
     split=named,
     unlabeled_list=f"{lists}/{unlabeled}.txt" if unlabeled else "",
     image_labels="VOCdevkit/VOC2012/Annotations",
+    boxes="VOCdevkit/VOC2012/Annotations",
+    eval_boxes="VOCdevkit/VOC2012/Annotations",
     eval_label_pattern="VOCdevkit/VOC2012/SegmentationClass/{id}.png",
     eval_list=f"{lists}/val.txt",
   ))  # fmt: skip

@@ -34,7 +34,9 @@ from pseudoseg_jax.evaluation.evaluator import Evaluator
 from pseudoseg_jax.evaluation.predictor import Predictor
 from pseudoseg_jax.models import pretrained
 from pseudoseg_jax.ops.confusion import Scores
-from pseudoseg_jax.trained import is_exported, network_shapes, open_trained, save_classes, saved_config, weights_of
+from pseudoseg_jax.trained import (
+  check_plain, given_nets, is_exported, network_shapes, open_trained, put_nets, save_classes, saved_config, weights_of,
+)  # fmt: skip
 
 log = logging.getLogger("pseudoseg_jax")
 
@@ -193,12 +195,15 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
   method = build.build_method(config, len(data.classes), len(data.unlabeled), [len(other.classes) for other in others.values()])
   specs = build.build_pipelines(domains, method)
   weights = functools.cache(lambda: _starting_weights(config, len(data.classes)))
+  given = functools.cache(lambda: given_nets(config.nets_from, method))
   if not _has_checkpoint(workdir):
     weights()
+    given()
 
   def prepare(state: State) -> State:
-    state = _started(state, *weights())
+    state = put_nets(_started(state, *weights()), given())
     weights.cache_clear()  # some hundred megabytes that nothing needs again
+    given.cache_clear()
     return state
 
   _claim(workdir, config)  # only now: a config that cannot run must not occupy the workdir
@@ -324,13 +329,13 @@ def load(workdir: str | pathlib.Path, predictor: str | None = None, checkpoint: 
 
   Args:
     predictor: one of the method's predictors ("student", "teacher", "a", ...), which also says the domain whose classes come out;
-      default the method's headline.
+      default the method's headline. Those that want boxes or image-level labels beside the image are refused.
     checkpoint: "best" or "last"; an exported folder has but one.
   """
   trained = open_trained(pathlib.Path(workdir), meshes.make_mesh(jax.devices()[:1]), checkpoint)
   config, method, state = trained.config, trained.method, trained.state
   name = predictor or next(iter(method.predictors))
-  checks.check_name("predictor", name, method.predictors)
+  check_plain(method, name)
   predict = method.predictors[name]
   classes = [trained.classes, *trained.other_classes.values()][method.predictor_domains.get(name, 0)]
   return Predictor(
@@ -389,8 +394,10 @@ def _write_lists(folder: pathlib.Path, data: build.Data) -> None:
   """The images of each role, as lists that config.data reads."""
   if jax.process_index() == 0:
     folder.mkdir(exist_ok=True)
-    for role in ("labeled", "unlabeled", "evaluated"):
+    for role in ("labeled", "unlabeled", "evaluated", "pseudo_labeled"):
       source = getattr(data, role)
+      if source is None:
+        continue
       entries = getattr(source, "entries", None) or map(Entry, source.ids)
       report.write_atomically(folder / f"{role}.txt", splits.list_text(entries))
 
@@ -417,7 +424,7 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], o
     "Next:",
     f"  python -m pseudoseg_jax.predict --workdir={workdir} --images DIR --out OUT      segment your own images",
   ]
-  flags = {key: value for key, value in overrides.items() if not key.startswith("method.")}
+  flags = {key: value for key, value in overrides.items() if not key.startswith(("method.", "nets_from"))}
   baseline = _baseline(source, scoring.config, flags)
   if baseline is not None:
     options = [f"--config.{key}={value}" for key, value in flags.items()]

@@ -23,7 +23,7 @@ from pseudoseg_jax.data.photometry import Photometry
 from pseudoseg_jax.data.pipeline import PipelineSpec
 from pseudoseg_jax.data.sources import Source
 from pseudoseg_jax.data.splits import Entry
-from pseudoseg_jax.evaluation import inference
+from pseudoseg_jax.evaluation import hints, inference
 from pseudoseg_jax.evaluation.evaluator import Evaluator, make_evaluator
 from pseudoseg_jax.evaluation.inference import Protocol
 from pseudoseg_jax.methods import table as methods_table
@@ -35,6 +35,7 @@ class Data(NamedTuple):
   """labeled: images with masks; unlabeled: images alone; evaluated: images with masks that nothing is learnt from.
 
   truth_known: the unlabeled images have masks that may be shown, never learnt from.
+  pseudo_labeled: images that are learnt from as the labeled ones are, with labels that a network made; or None.
   """
 
   classes: Classes
@@ -43,6 +44,7 @@ class Data(NamedTuple):
   evaluated: Source
   truth_known: bool
   split: str  # in words, for reports
+  pseudo_labeled: Source | None = None
 
 
 class Domain(NamedTuple):
@@ -83,8 +85,12 @@ def build_data(data: configs.ConfigDict, *, check: bool = True) -> Data:
 
 
 def build_domains(config: configs.ConfigDict) -> tuple[Domain, ...]:
-  """The data of config.data and of each of config.other_data, in the order of the domains' numbers; raises as `build_data`."""
-  domains = [Domain("", config, build_data(config.data))]
+  """The data of config.data and of each of config.other_data, in the order of the domains' numbers; raises as `build_data`.
+
+  config.labeled_every and config.pseudo_labels are about the first one.
+  """
+  first = _with_pseudo_labels(config, _every_labeled(config.get("labeled_every", 1), build_data(config.data)))
+  domains = [Domain("", config, first)]
   for name, options in sorted(config.get("other_data", {}).items()):
     own = config.copy_and_resolve_references()
     own.data = {**options.to_dict(), "mean": config.data.mean, "std": config.data.std}  # one network sees all of them
@@ -92,6 +98,70 @@ def build_domains(config: configs.ConfigDict) -> tuple[Domain, ...]:
     with _told_of(name):
       domains.append(Domain(name, own, build_data(own.data)))
   return tuple(domains)
+
+
+def _every_labeled(every: int, data: Data) -> Data:
+  """Only every n-th of the labeled images; the others are not used at all."""
+  if every < 1:
+    problems = checks.Problems("the config cannot be run")
+    problems.add("config.labeled_every", got=every, allowed="1 or more; 2 takes every second of the labeled images")
+    problems.raise_if_any()
+  kept = data.labeled.ids[::every]
+  if len(kept) == len(data.labeled):
+    return data
+  left_out = {*data.labeled.ids} - {*kept}
+  unlabeled = [name for name in data.unlabeled.ids if name not in left_out]
+  return data._replace(
+    labeled=sources.Subset(data.labeled, kept),
+    unlabeled=data.unlabeled if len(unlabeled) == len(data.unlabeled) else sources.Subset(data.unlabeled, unlabeled),
+    split=f"{data.split}; labeled_every {every}: {len(kept)} labeled",
+  )
+
+
+def _with_pseudo_labels(config: configs.ConfigDict, data: Data) -> Data:
+  """The data with config.pseudo_labels; images that are labeled keep their true labels."""
+  options = config.get("pseudo_labels", {"folder": ""})
+  if not options["folder"]:
+    return data
+  sources.check_labels_folder(options["folder"], data.classes.names)
+  ids = _pseudo_labeled_ids(config, data)
+  pseudo_labeled = sources.PseudoLabels(data.unlabeled, options["folder"], data.classes.names, ids)
+  return data._replace(pseudo_labeled=pseudo_labeled, split=f"{data.split} + {len(ids)} pseudo labels")
+
+
+def _pseudo_labeled_ids(config: configs.ConfigDict, data: Data) -> list[str]:
+  """Those of the unlabeled images that the list of pseudo labels names."""
+  options = config.pseudo_labels
+  path, pattern = pathlib.Path(options.folder) / "list.txt", None
+  if options.list:
+    path = _list_file(config.data, options.list)
+    pattern = None if config.data.get("unlabeled_folder") else config.data.get("image_pattern") or None
+  listed = splits.read_entries(path, pattern)
+  unlabeled = {splits.without_suffix(name): name for name in data.unlabeled.ids} | {name: name for name in data.unlabeled.ids}
+  labeled = {*data.labeled.ids}
+  ids, strangers = [], []
+  for entry in listed:
+    # Ids of a bare folder of images end like files, and read as paths.
+    name = unlabeled.get(entry.image) or unlabeled.get(entry.id) or entry.id
+    if name in unlabeled and name not in labeled:
+      ids.append(name)
+    elif name not in labeled:
+      strangers.append(name)
+  problems = checks.Problems(f"cannot use pseudo labels {options.folder}")
+  if strangers:
+    got = f"{len(strangers)} of {len(listed)} images that are not among the training images: {splits.shorten(strangers)}"
+    remedy = f"one of them is '{data.unlabeled.ids[0]}'"
+    problems.add(f"list {path}", got=got, allowed="unlabeled images of config.data", remedy=remedy)
+  elif not ids:
+    problems.add(f"list {path}", got="only images that have true labels", allowed="at least one unlabeled image")
+  problems.raise_if_any()
+  return ids
+
+
+def _list_file(data: configs.ConfigDict, path: str) -> pathlib.Path:
+  """A list below the data's root, or anywhere."""
+  below = _below(data.get("root", ""), path)
+  return below if below.is_file() else pathlib.Path(path)
 
 
 @contextlib.contextmanager
@@ -346,7 +416,8 @@ def build_optimizer(config: configs.ConfigDict) -> Optimizer:
     decay_scope=options.decay_scope,
     factors=({"^backbone/.*bn/(scale|bias)$": 0.0} if options.freeze_batch_norm else {})
     | {
-      "classifier/bias$": options.head_multiplier * options.bias_multiplier,
+      "classifier/bias$": options.head_multiplier * options.classifier_multiplier * options.bias_multiplier,
+      "classifier/kernel$": options.head_multiplier * options.classifier_multiplier,
       "^(?!backbone(?!/psp/))": options.head_multiplier,  # PSPNet's pyramid ends its backbone, but starts as fresh as its head
     },
   )
@@ -397,22 +468,34 @@ def build_pipeline(config: configs.ConfigDict, data: Data, method: Method) -> Pi
   """What training batches are made of; raises InputError for whatever does not fit, together."""
   view = config.views.to_dict()
   weak = {name: view.pop(name) for name in ("crop_size", "scales", "continuous", "flip")}
+  of_labeled = {name: view.pop(name) for name in ("labeled_photometry", "labeled_operations")}
   geometry = Geometry(convention=view["convention"], **weak)
+  labeled, needs = _learnt_from(config, data), method.needs
   return PipelineSpec(
-    labeled=data.labeled,
-    unlabeled=data.unlabeled if method.needs.unlabeled else None,
+    labeled=labeled,
+    unlabeled=data.unlabeled if needs.unlabeled else None,
     batch_size_labeled_global=config.batch_size_global.labeled,
     batch_size_unlabeled_global=config.batch_size_global.unlabeled,
     geometry=geometry,
     photometry=Photometry(**view),
-    needs=method.needs,
-    unlabeled_image_labels=_image_labels(config.data, data) if method.needs.weak_label == "image" else None,
-    labeled_boxes=_boxes(config.data, data, data.labeled) if method.needs.weak_label == "boxes" else None,
-    unlabeled_boxes=_boxes(config.data, data, data.unlabeled) if method.needs.weak_label == "boxes" else None,
+    needs=needs,
+    unlabeled_image_labels=_image_labels(config.data, data) if needs.weak_label == "image" else None,
+    labeled_boxes=_boxes(config.data, data, labeled) if needs.weak_label == "boxes" else None,
+    unlabeled_boxes=_boxes(config.data, data, data.unlabeled) if needs.weak_label == "boxes" and needs.unlabeled else None,
     seed=config.seed,
     mean=config.data.mean,
     std=config.data.std,
+    **of_labeled,
   )
+
+
+def _learnt_from(config: configs.ConfigDict, data: Data) -> Source:
+  """The labeled images and, after them, those with pseudo labels."""
+  if data.pseudo_labeled is None:
+    return data.labeled
+  # As often as ST++ repeats them (Yang et al. 2022; dataset/semi.py).
+  times = -(-len(data.pseudo_labeled) // len(data.labeled)) if config.pseudo_labels.repeat_labeled else 1
+  return sources.Joined(sources.Subset(data.labeled, data.labeled.ids * times), data.pseudo_labeled)
 
 
 def build_pipelines(domains: Sequence[Domain], method: Method) -> tuple[PipelineSpec, ...]:
@@ -511,12 +594,86 @@ def describe_protocol(config: configs.ConfigDict) -> str:
 def build_evaluator(
   config: configs.ConfigDict, data: Data, method: Method, mesh: jax.sharding.Mesh, number: int = 0
 ) -> Evaluator:
-  """Of the predictors of domain `number`, on that domain's data."""
-  predictors = {name: predict for name, predict in method.predictors.items() if method.predictor_domains.get(name, 0) == number}
+  """Of the predictors of domain `number`, on that domain's data.
+
+  With config.evaluation.image_labels, those that are shown the image alone are scored a second time as NAME+image_labels, with
+  their answers kept to the classes in the image.
+  """
+  names = []
+  for name in method.predictors:
+    if method.predictor_domains.get(name, 0) == number:
+      names.append(name)
+      if config.evaluation.get("image_labels") and name not in method.predictor_hints:
+        names.append(name + hints.IMAGE_LABELS)
+  return _evaluator(config, data, method, mesh, names, "evaluated", protocol=build_protocol(config))
+
+
+def build_labeler(
+  config: configs.ConfigDict, data: Data, method: Method, mesh: jax.sharding.Mesh, name: str, role: str, protocol: Protocol
+) -> Evaluator:
+  """Predicts the images of a role (see `images_of`) with one predictor, or with NAME+image_labels; for `Evaluator.stream` alone.
+
+  Raises:
+    InputError: no weak labels where they are wanted.
+  """
+  return _evaluator(config, data, method, mesh, [name], role, protocol=protocol, with_labels=False)
+
+
+def images_of(data: Data, role: str) -> Source:
+  """The "labeled", "unlabeled" or "evaluated" images; or "train", the labeled ones and then those that are unlabeled alone."""
+  if role != "train":
+    return getattr(data, role)
+  others = [data.unlabeled.ids[row] for row in _rows_unlabeled_alone(data)]
+  return sources.Joined(data.labeled, sources.Subset(data.unlabeled, others)) if others else data.labeled
+
+
+def _rows_unlabeled_alone(data: Data) -> list[int]:
+  labeled = frozenset(data.labeled.ids)
+  return [row for row, name in enumerate(data.unlabeled.ids) if name not in labeled]
+
+
+def _evaluator(config, data, method, mesh, names, role, **options) -> Evaluator:
+  """Of predictors by name, with "+image_labels" or without, on the images of a role."""
+  source, num_classes = images_of(data, role), len(data.classes)
+  plain = {name: name.removesuffix(hints.IMAGE_LABELS) for name in names}
+  kinds = {method.predictor_hints[name] for name in plain.values() if name in method.predictor_hints}
+  kinds |= {"image"} if any(name != of for name, of in plain.items()) else set()
+  predictors = {name: method.predictors[of] for name, of in plain.items()}
+  if kinds:
+    source = hints.Hinted(source, num_classes, {kind: _weak_labels(config.data, data, role, kind) for kind in sorted(kinds)})
+    predictors = {
+      name: source.predictor(predict, method.predictor_hints.get(plain[name]), masked=name != plain[name])
+      for name, predict in predictors.items()
+    }
+  planes = len(kinds) * num_classes
   return make_evaluator(
-    predictors, data.evaluated, data.classes, protocol=build_protocol(config), mean=config.data.mean, std=config.data.std,
-    batch_size=config.evaluation.batch_size, mesh=mesh,
+    predictors, source, data.classes, mean=(*config.data.mean, *[0.0] * planes), std=(*config.data.std, *[1.0] * planes),
+    batch_size=config.evaluation.batch_size, mesh=mesh, **options,
   )  # fmt: skip
+
+
+def _weak_labels(data_config: configs.ConfigDict, data: Data, role: str, kind: str) -> hints.WeakLabel:
+  """The weak labels of the images of a role, by row: what the user's files say, else read off masks that are known.
+
+  Image-level labels of labeled and evaluated images are always those of their masks.
+  """
+  source, others = images_of(data, role), _rows_unlabeled_alone(data)
+  if role == "train" and others:
+    labeled, unlabeled = (_weak_labels(data_config, data, part, kind) for part in ("labeled", "unlabeled"))
+    count = len(data.labeled)
+    return lambda row: labeled(row) if row < count else unlabeled(others[row - count])
+  masks_known = role != "unlabeled" or data.truth_known
+  option = {"image": "image_labels", "boxes": "eval_boxes" if role == "evaluated" else "boxes"}[kind]
+  path = data_config.get(option)
+  if path and not (kind == "image" and masks_known):
+    read = {"image": tags.read_tags, "boxes": boxes.read_boxes}[kind]
+    return read(_below(data_config.root, path), source.ids, data.classes).__getitem__
+  if not masks_known:
+    problems = checks.Problems(f"the {role} images cannot be predicted with weak labels")
+    allowed = {"image": "a CSV or JSON of image-level labels, or a folder of VOC XML", "boxes": "a folder of VOC XML, or a COCO JSON"}
+    problems.add(f"config.data.{option}", got="nothing", allowed=allowed[kind], remedy=f"--config.data.{option}=PATH")
+    problems.raise_if_any()
+  return hints.image_labels_of_masks(source, len(data.classes)) if kind == "image" else hints.boxes_of_masks(source, data.classes)
 
 
 def batches(*specs: PipelineSpec):

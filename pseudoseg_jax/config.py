@@ -86,6 +86,14 @@ def base(method_config: ConfigDict) -> ConfigDict:
     "method": method_config,
     "network": network("tiny"),
     "init_from": "",  # an exported folder or a workdir, whose network to start from
+    "nets_from": "",  # networks of earlier runs' last states, by role: "ancillary=WORKDIR,primary=WORKDIR"
+    # Labels that a network made (export_labels), learnt from as if they were true ones.
+    "pseudo_labels": {
+      "folder": "",  # of export_labels; "" = none
+      "list": "",  # a list file of those images that count; "" = all of the folder's
+      "repeat_labeled": False,  # True: the labeled images as often as it takes to be half of those learnt from
+    },
+    "labeled_every": 1,  # 2: only every second of the labeled images, and so on
     "optimizer": {
       "name": "sgd",  # or "adamw"
       "learning_rate": 0.01,
@@ -96,6 +104,7 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "weight_decay": 1e-4,
       "decay_scope": "kernels",  # or "all": batch norm and biases too
       "head_multiplier": 1.0,  # learning rate of everything but the backbone, relative to it
+      "classifier_multiplier": 1.0,  # of the classifiers, relative to the rest of their heads (Learning Pseudo Labels: 10)
       "bias_multiplier": 1.0,  # learning rate of the classifiers' biases, relative to the rest (TensorFlow DeepLab: 2)
       "freeze_batch_norm": False,  # True: scales and offsets of the backbone's batch norms stay as pretrained (ClassMix, CutMix-Seg)
     },
@@ -119,7 +128,7 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0),
       "continuous": False,  # True: any factor between the least and the greatest of scales, as always with "pillow", "cct" and "ael"
       "flip": True,
-      "convention": "opencv",  # of resizing, padding and colour jitter: CPS; "tensorflow": PseudoSeg; "pillow": UniMatch; "cct"; "ael"; "cutmix_seg"
+      "convention": "opencv",  # of resizing, padding and colour jitter: CPS; "tensorflow": PseudoSeg; "pillow": UniMatch; "cct"; "ael"; "cutmix_seg"; "lpl"
       # Photometric strong views, for methods that ask for them.
       "jitter_probability": 0.8,
       "brightness": 0.5,
@@ -129,6 +138,9 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "grayscale_probability": 0.2,
       "blur_probability": 0.5,
       "blur_sigma_pixels": (0.1, 2.0),
+      # Of labeled images, which else have the geometry alone.
+      "labeled_photometry": False,  # True: they too get a strong view's colours
+      "labeled_operations": 0,  # colour or geometric operations on each, drawn as Learning Pseudo Labels does; 2 there
     },
     "evaluation": {
       "preset": "",  # "cps_voc", "unimatch_cityscapes", ...: a published protocol, in place of the options down to absent_classes
@@ -141,6 +153,7 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "flip": False,
       "multiple_pixels": 1,  # whole: images resized to multiples of this, for networks of patches
       "pad_multiple": 1,  # whole: images padded to a multiple of this, so that few sizes compile; 1 leaves them as they are
+      "image_labels": False,  # True: also score each predictor among the classes that are in the image
       "absent_classes": "skip",  # what classes in neither truth nor prediction do to the mIoU; "zero": count as 0
       "batch_size": 8,
       "pictures": 6,  # images shown in pictures/
@@ -172,6 +185,7 @@ def folder_data(**options) -> dict[str, Any]:
     "eval_list": "",  # "" = every file that fits eval_image_pattern
     "image_labels": "",  # image-level labels of the unlabeled images: a CSV or JSON file, or a folder of VOC XML
     "boxes": "",  # boxes of labeled and unlabeled images: a folder of VOC XML, or a COCO JSON file
+    "eval_boxes": "",  # likewise of the evaluated images; "" = made from their masks
   } | options
 
 
@@ -194,6 +208,7 @@ def tfds_data(**options) -> dict[str, Any]:
     "eval_split": "val",
     "image_labels": "",
     "boxes": "",
+    "eval_boxes": "",
   } | options
 
 

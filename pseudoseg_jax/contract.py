@@ -30,18 +30,21 @@ PyTree = Any
 #                 "id":     i32[Bu],               row of the image in its list         (needs.ids, likewise the next two)
 #                 "flip":   bool[Bu],
 #                 "window": f32[Bu, 4],            crop in the image's own frame: top, left, height, width as fractions
-#                 "image_label": f32[Bu, K]}       1 for every class that the user says is in the image, whole
-#                                                  (needs.weak_label == "image")
+#                 "label":  i32[Bu, H, W]}         (needs.labeled_too) the masks of labeled images that are drawn among the
+#                                                  unlabeled ones; IGNORE_LABEL throughout for all other images
 #   "partner":   like "unlabeled"; a second, independent draw of unlabeled images        (needs.partner)
 #
-# All three also hold, where needs.weak_label == "boxes",
+# All three also hold, where needs.weak_label == "image",
+#                 "image_label": f32[B, K]         1 for every class that is in the image, whole: of labeled images by their masks,
+#                                                  of the others because the user says so
+# and, where needs.weak_label == "boxes",
 #                 "boxes":  f32[B, M, 5]           class index, then top, left, bottom, right as fractions of the view,
 #                                                  clipped to it; class -1 in rows without a box, M the same in all steps
 #
 # "labeled_1", "unlabeled_1", "labeled_2", ... are those of further domains                (needs.domains)
 #
 # Images of a source with C channels have C in the place of 3.
-# "unlabeled" and "partner" never hold a mask: it is not even opened.
+# "unlabeled" and "partner" never hold the mask of an image that is not labeled: it is not even opened.
 Batch = Mapping[str, Mapping[str, Array]]
 
 
@@ -54,6 +57,7 @@ class Needs(NamedTuple):
   ids: bool = False
   weak_label: str | None = None  # None, "image" or "boxes"
   domains: bool = False  # further data sets with classes of their own
+  labeled_too: bool = False  # "unlabeled" draws the labeled images as well, with their masks
 
 
 class NetState(train_state.TrainState):
@@ -171,6 +175,9 @@ class Method(NamedTuple):
   panels: pictures of what the unlabeled images teach, or None.
   predictor_domains: predictor -> number of the domain whose classes it predicts; 0, the first, where it is not named.
   split_memory: entries of `State.memory` that are split over the devices along their leading axis; all else is on every device.
+  predictor_hints: predictor -> "boxes" or "image", the weak labels that it is shown beside the image, as K more channels of
+    `images`: 1 inside the boxes of a class, or everywhere if the class is in the image, else 0 (and 0 on padding).
+  given_nets: networks that an earlier run made; training starts from theirs (config.nets_from).
   """
 
   needs: Needs
@@ -181,6 +188,8 @@ class Method(NamedTuple):
   panels: Panels | None = None
   predictor_domains: Mapping[str, int] = {}
   split_memory: tuple[str, ...] = ()
+  predictor_hints: Mapping[str, str] = {}
+  given_nets: tuple[str, ...] = ()
 
   def step(self, state: State, batch: Batch, key: Array) -> tuple[State, Metrics]:
     return self.update(state, batch, self.draw(key, batch))

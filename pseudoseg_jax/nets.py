@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,16 @@ def create(task: Task, key: Array, **heads: Head) -> NetState:
   params, batch_stats = task.network.init(key)
   for name, head in heads.items():
     params[name], batch_stats[name] = head.init(rng.stream(key, name))
-  net = NetState.create(apply_fn=task.network.apply, params=params, batch_stats=batch_stats, tx=task.optimizer.transform)
+  return _born(task.network.apply, params, batch_stats, task.optimizer)
+
+
+def create_of(head: Head, key: Array, optimizer: Optimizer) -> NetState:
+  """A head as a network of its own, with an optimiser of its own."""
+  return _born(head.apply, *head.init(key), optimizer)
+
+
+def _born(apply: Callable, params: PyTree, batch_stats: PyTree, optimizer: Optimizer) -> NetState:
+  net = NetState.create(apply_fn=apply, params=params, batch_stats=batch_stats, tx=optimizer.transform)
   return net.replace(step=jnp.zeros([], jnp.int32))  # a Python int would make the second step retrace
 
 
@@ -25,10 +34,15 @@ def create(task: Task, key: Array, **heads: Head) -> NetState:
 _NO_DESCENT = optax.set_to_zero()
 
 
+def frozen(net: NetState) -> NetState:
+  """The network as one that no gradient moves, without optimiser state."""
+  return net.replace(tx=_NO_DESCENT, opt_state=_NO_DESCENT.init(net.params))
+
+
 def teacher_of(student: NetState) -> NetState:
   """A teacher born as a copy of the student; copies of the arrays, since the engine donates both."""
   params, batch_stats = jax.tree.map(jnp.copy, (student.params, student.batch_stats))
-  return student.replace(params=params, batch_stats=batch_stats, tx=_NO_DESCENT, opt_state=_NO_DESCENT.init(params))
+  return frozen(student.replace(params=params, batch_stats=batch_stats))
 
 
 def init_student(task: Task, **heads: Head) -> Callable[[Array], State]:
@@ -142,15 +156,18 @@ def prediction_panels(network: Network, *roles: str) -> Panels:
 Objective = Callable[[dict[str, NetState]], tuple[Array, tuple[dict[str, NetState], Metrics]]]
 
 
-def descend(optimizer: Optimizer, nets: dict[str, NetState], step: Array, objective: Objective) -> tuple[dict[str, NetState], Metrics]:
+def descend(
+  optimizer: Optimizer | Mapping[str, Optimizer], nets: dict[str, NetState], step: Array, objective: Objective
+) -> tuple[dict[str, NetState], Metrics]:
   """One optimiser step of every net in `nets` on one objective.
 
   Args:
+    optimizer: of all nets, or one for each by its name.
     step: i32[], the clock that the learning rate follows.
     objective: nets -> (loss f32[], (nets with moved statistics, metrics)); differentiated by the parameters of all nets.
 
   Returns:
-    The nets after the step, and the metrics with `learning_rate` added.
+    The nets after the step, and the metrics with `learning_rate` added, that of the first net.
   """
 
   def loss(params: dict[str, PyTree]):
@@ -158,16 +175,17 @@ def descend(optimizer: Optimizer, nets: dict[str, NetState], step: Array, object
 
   params = {name: net.params for name, net in nets.items()}
   gradients, (moved, metrics) = jax.grad(loss, has_aux=True)(params)
-  learning_rate = optimizer.learning_rate(step)
+  optimizers = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(nets, optimizer)
 
-  def stepped(net: NetState, gradient: PyTree, batch_stats: PyTree) -> NetState:
+  def stepped(optimizer: Optimizer, net: NetState, gradient: PyTree, batch_stats: PyTree) -> NetState:
     direction, opt_state = net.tx.update(gradient, net.opt_state, net.params)
+    learning_rate = optimizer.learning_rate(step)
     rates = optim.by_path(optimizer.multiplier, net.params)
     params = jax.tree.map(lambda value, way, rate: value - learning_rate * rate * way, net.params, direction, rates)
     return net.replace(step=net.step + 1, params=params, opt_state=opt_state, batch_stats=batch_stats)
 
-  after = {name: stepped(net, gradients[name], moved[name].batch_stats) for name, net in nets.items()}
-  return after, metrics | {"learning_rate": learning_rate}
+  after = {name: stepped(optimizers[name], net, gradients[name], moved[name].batch_stats) for name, net in nets.items()}
+  return after, metrics | {"learning_rate": optimizers[next(iter(nets))].learning_rate(step)}
 
 
 def ema(teacher: NetState, student: NetState, decay: Array | float, *, statistics: str = "own") -> NetState:

@@ -8,7 +8,6 @@ import concurrent.futures
 import functools
 import io
 import json
-import math
 import os
 import pathlib
 import sys
@@ -26,7 +25,6 @@ from pseudoseg_jax.evaluation.progress import Progress
 
 FOLDERS = ("ids", "color", "overlay")
 
-_FEW_CANVASES = 8  # sizes that one network is compiled for without further ado
 _AHEAD = 8  # images read, or being written, at a time
 
 DESCRIPTION = """\
@@ -137,22 +135,11 @@ def _header_size(path: pathlib.Path) -> tuple[int, int] | Exception:
 
 
 def bounded(predictor: Predictor, sizes: list[tuple[int, int]]) -> Predictor:
-  """The predictor, made to compile for few sizes: where images come in many, it pads them to multiples of 32 pixels or more."""
-  canvases = lambda protocol: len({inference.canvas_size(size, protocol) for size in sizes})
-  original = protocol = predictor.protocol
-  padding = 32
-  while canvases(protocol) > _FEW_CANVASES and padding <= 128:
-    # A multiple of the original one, which the network may need.
-    protocol = protocol._replace(pad_multiple=math.lcm(original.pad_multiple, padding))
-    padding *= 2
-  if protocol == original:
+  """The predictor, made to compile for few sizes (see `inference.bounded`)."""
+  protocol, changed = inference.bounded(predictor.protocol, sizes)
+  if not changed:
     return predictor
-  same = protocol.style == "slide" and protocol.edges == "shift"
-  effect = "scores stay the same" if same else "scores near the padded borders may change a little"
-  print(
-    f"{len(set(sizes))} image sizes: padded to multiples of {protocol.pad_multiple} pixels, to compile for {canvases(protocol)} "
-    f"sizes instead of {canvases(original)}; {effect}"
-  )
+  print(changed)
   return predictor.with_protocol(protocol)
 
 

@@ -248,13 +248,89 @@ def cct(config: configs.ConfigDict, dataset: str, split: str) -> None:
   config.evaluation.batch_size = {"voc": 8, "cityscapes": 1}[dataset]
 
 
+def gct(config: configs.ConfigDict, dataset: str, split: str) -> None:
+  """GCT's official runs on VOC (ZHKKKe/PixelSSL, the PSPNet script): 4 GPUs with 2 + 2 images each; rates there are per GPU.
+
+  The published backbone was trained on COCO as well. Padding is of class 0 there, and trained; here it has no label. Nothing was
+  published for Cityscapes: there CPS's recipe is used.
+  """
+  if dataset == "cityscapes":
+    cps(config, dataset, split)
+    return
+  config.network = configs.network("pspnet_pixelssl", backbone="resnet101")
+  config.batch_size_global = {"labeled": 8, "unlabeled": 8}
+  # An epoch is a pass over the unlabeled images; the consistency rises for 5 of them. [gct, optimisers]
+  epochs = {"1_16": 45, "1_8": 45, "1_4": 55, "1_2": 80}.get(split, 45)
+  images = TRAIN_IMAGES[dataset]
+  config.total_steps = epochs * ((images - labeled_images(split, images)) // 8)
+  # The rate of every step is that of the next one, as its loops set it. [gct, golden training steps]
+  config.optimizer.update({
+    "learning_rate": 1e-3, "head_multiplier": 10.0, "power": 0.9, "shift_steps": 1, "momentum": 0.9, "weight_decay": 5e-4,
+    "decay_scope": "all",
+  })  # fmt: skip
+  config.criterion.denominator = "all"  # [gct, one training iteration]
+  # Shorter sides of 256 to 1026, of VOC's 375. [gct, data]
+  config.views.update({"convention": "pillow", "crop_size": (513, 513), "scales": (0.7, 2.7)})
+  config.evaluation.update({"style": "whole", "batch_size": 8})
+  if config.method.name == "gct":
+    config.method.update({"detector_learning_rate": 4e-4, "rampup_fraction": 5 / epochs})
+
+
+def learn_pseudo(config: configs.ConfigDict, dataset: str, split: str) -> None:
+  """Learning Pseudo Labels' official runs on VOC (YudeWang/Learning-Pseudo-Label): stage one, and stage two for any other method.
+
+  The official decoder takes the first map through a 3x3 convolution (here 1x1) and its last stage has no multi-grid. Stage two
+  walks its list in order there; here it is shuffled. Without its dense CRF. For Cityscapes, whose images hold nearly all classes,
+  nothing was published: there CPS's recipe is used.
+  """
+  if dataset == "cityscapes":
+    cps(config, dataset, split)
+    config.method.update({"background": False} if "background" in config.method else {})  # class 0 is road
+    return
+  config.network = configs.network("deeplabv3plus", backbone="resnet101", stem="deep", output_stride=8)
+  config.optimizer.update({
+    "classifier_multiplier": 10.0, "power": 0.9, "momentum": 0.9, "weight_decay": 4e-5, "decay_scope": "all",
+  })  # fmt: skip
+  if config.method.name == "learn_pseudo":
+    config.total_steps, config.optimizer.learning_rate = 20_000, 0.001
+    config.batch_size_global = {"labeled": 5, "unlabeled": 5}
+  else:
+    config.total_steps, config.optimizer.learning_rate = 30_000, 0.007
+    config.batch_size_global = {"labeled": 16, "unlabeled": 16}
+  # Unlabeled images are only cropped. [learning_pseudo_labels, data]
+  config.views.update({
+    "convention": "lpl", "crop_size": (384, 384), "scales": (1.0,), "flip": False, "labeled_operations": 2,
+  })  # fmt: skip
+  config.evaluation.update({
+    "style": "whole", "scales": (0.5, 0.75, 1.0, 1.25, 1.5), "flip": True, "absent_classes": "zero", "batch_size": 4,
+  })  # fmt: skip
+
+
+def self_correcting(config: configs.ConfigDict, dataset: str, split: str) -> None:
+  """Self-correcting networks, whose code and settings were not published: the TensorFlow DeepLab's, with 16 images a step.
+
+  That library's DeepLabv3+ on Xception-65 is what the author names; learning rate, crop and steps are its defaults for VOC.
+  """
+  pseudoseg(config, "voc", split)
+  config.network = configs.network("deeplabv3plus_tf", backbone="xception65")
+  labeled = 16 if config.method.name in ("ancillary", "supervised") else 8  # [self_correcting, primary objective: batches hold both]
+  config.batch_size_global = {"labeled": labeled, "unlabeled": 8}
+  if dataset == "cityscapes":
+    config.views.crop_size = (769, 769)
+    config.evaluation.update({"style": "whole", "batch_size": 1})
+    config.method.update({"background": False} if "background" in config.method else {})  # class 0 is road
+
+
 RECIPES = {
-  "ael": ael, "cct": cct, "classmix": classmix, "cps": cps, "cutmix_seg": cutmix_seg, "pseudoseg": pseudoseg, "unimatch": unimatch,
+  "ael": ael, "cct": cct, "classmix": classmix, "cps": cps, "cutmix_seg": cutmix_seg, "gct": gct, "learn_pseudo": learn_pseudo,
+  "pseudoseg": pseudoseg, "self_correcting": self_correcting, "unimatch": unimatch,
 }  # fmt: skip
 
 
 def of_method(method: str) -> str:
   """The recipe of a method's own code; CPS's where there is none."""
-  of_family = {"ict": "cutmix_seg", "vat": "cutmix_seg", "fixmatch": "unimatch", "cct_domains": "cct"}
+  of_family = {
+    "ancillary": "self_correcting", "cct_domains": "cct", "fixmatch": "unimatch", "ict": "cutmix_seg", "vat": "cutmix_seg",
+  }  # fmt: skip
   name = of_family.get(method, method)
   return name if name in RECIPES else "cps"

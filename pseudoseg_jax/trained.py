@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from pseudoseg_jax import build, checks, config as configs, nets
-from pseudoseg_jax.contract import Method, Needs, Network, NetState, State
+from pseudoseg_jax.contract import Method, Needs, Network, NetState, PyTree, State
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
-from pseudoseg_jax.evaluation import report
+from pseudoseg_jax.evaluation import hints, report
 from pseudoseg_jax.models import checkpoint_files, pretrained
 
 _WEIGHTS = "model.safetensors"  # an exported folder is known by it
@@ -33,15 +35,17 @@ class Trained(NamedTuple):
   other_classes: Mapping[str, Classes] = {}  # by further domain, in the order of their numbers
 
 
-def open_trained(folder: pathlib.Path, mesh, checkpoint: str, overrides: Mapping[str, Any] | None = None) -> Trained:
-  """A workdir at one of its checkpoints, or an exported folder."""
+def open_trained(
+  folder: pathlib.Path, mesh, checkpoint: str, overrides: Mapping[str, Any] | None = None, *, step: int | None = None
+) -> Trained:
+  """A workdir at one of its checkpoints, or an exported folder; `step` is that of an earlier checkpoint of the series."""
   if is_exported(folder):
     return _open_exported(folder, mesh, overrides)
   config = saved_config(folder)
   configs.override(config, overrides or {})
   classes, other_classes = _saved_classes(folder)
   method = build.build_method(config, len(classes), other_classes=list(map(len, other_classes.values())))
-  return Trained(config, classes, method, restore(folder, method, mesh, checkpoint), other_classes)
+  return Trained(config, classes, method, restore(folder, method, mesh, checkpoint, step), other_classes)
 
 
 def is_exported(folder: pathlib.Path) -> bool:
@@ -109,17 +113,94 @@ def _classes(saved: Mapping[str, Any]) -> Classes:
   return Classes(tuple(saved["names"]), tuple(map(tuple, saved["palette"])), tuple(map(tuple, saved.get("void", ()))))
 
 
-def restore(workdir: pathlib.Path, method: Method, mesh, checkpoint: str) -> State:
-  """The networks of a workdir's "best" or "last" checkpoint, on every device of the mesh; no memory comes with them."""
+def restore(workdir: pathlib.Path, method: Method, mesh, checkpoint: str, step: int | None = None) -> State:
+  """The networks of a workdir's "best" or "last" checkpoint, the newest or that of `step`, on every device; without memory."""
   checks.check_name("checkpoint", checkpoint, ("best", "last"))
   if not (workdir / "checkpoints").is_dir():
     raise checks.InputError(f"no checkpoint in {workdir}: train first")
+  kept = [int(path.name) for path in (workdir / "checkpoints" / checkpoint).glob("*") if path.name.isdigit()]
+  if step is not None and step not in kept:
+    problems = checks.Problems(f"cannot use workdir {workdir}")
+    remedy = "train with a larger config.keep_last_checkpoints to keep more"
+    problems.add(f"{checkpoint} checkpoint of step", got=step, allowed=", ".join(map(str, sorted(kept))) or "none", remedy=remedy)
+    problems.raise_if_any()
   checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
   try:
     method = method._replace(split_memory=())  # the mesh need not be one that the memory could be split over
-    return checkpoints.restore(loop.abstract_state(method, mesh), series=checkpoint, memory=False)
+    return checkpoints.restore(loop.abstract_state(method, mesh), series=checkpoint, step=step, memory=False)
   finally:
     checkpoints.close()
+
+
+def check_plain(method: Method, predictor: str) -> None:
+  """Raises InputError for what is no predictor of a method, or for one that an image alone is not enough for."""
+  of = predictor.removesuffix(hints.IMAGE_LABELS)
+  kind = method.predictor_hints.get(of, "image" if of != predictor else None)
+  checks.check_name("predictor", of, method.predictors)
+  if kind:
+    problems = checks.Problems(f"predictor '{predictor}' needs more than an image")
+    plain = [name for name in method.predictors if name not in method.predictor_hints]
+    what = {"boxes": "boxes", "image": "image-level labels"}[kind]
+    problems.add(
+      "predictor", got=f"{what} are shown to it beside the image", allowed=checks.choices(plain) or "none of this method",
+      remedy="python -m pseudoseg_jax.export_labels predicts the images of a data set with their weak labels",
+    )  # fmt: skip
+    problems.raise_if_any()
+
+
+def given_nets(named: str, method: Method) -> dict[str, PyTree]:
+  """The networks of earlier runs that a run starts with: role -> {"params", "batch_stats"} of the last checkpoint.
+
+  Args:
+    named: config.nets_from, "role=WORKDIR,role=WORKDIR".
+
+  Raises:
+    InputError: roles that the method lacks, or wants and does not get, workdirs that hold no such network; all at once.
+  """
+  if not (named or method.given_nets):
+    return {}
+  ours = jax.eval_shape(method.init, jax.random.key(0)).nets
+  folders = dict(part.partition("=")[::2] for part in filter(None, named.split(",")))
+  problems = checks.Problems("config.nets_from cannot be used")
+  for role in method.given_nets:
+    if not folders.get(role):
+      problems.add(f"network '{role}'", got="nothing", remedy=f"say which run made it: --config.nets_from={role}=WORKDIR,...")
+  given = {}
+  for role, folder in folders.items():
+    if role not in ours:
+      problems.add(f"network '{role}'", got="none in this method", allowed=checks.choices(ours), remedy=checks.nearest(role, ours))
+      continue
+    try:
+      theirs = open_trained(pathlib.Path(folder), meshes.make_mesh(jax.devices()[:1]), "last").state.nets
+    except checks.InputError as error:
+      problems.add(f"network '{role}'", got=str(error).replace("\n", "\n  "))
+      continue
+    if role not in theirs:
+      problems.add(f"network '{role}'", got=f"none in {folder}", allowed=f"a run that has one; there are {', '.join(theirs)}")
+      continue
+    wanted, found = (pretrained.shapes_of(nets[role].params, nets[role].batch_stats) for nets in (ours, theirs))
+    if wanted != found:
+      different = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+      got = f"another one in {folder}: {len(different)} arrays differ, such as {different[0]}"
+      problems.add(f"network '{role}'", got=got, remedy="train both with the same config.network, method options and classes")
+    given[role] = jax.device_get(_values(theirs[role]))
+  problems.raise_if_any()
+  return given
+
+
+def put_nets(state: State, given: Mapping[str, PyTree]) -> State:
+  """A fresh state with the networks of `given_nets`, each with arrays of its own."""
+  nets = dict(state.nets)
+  for role, values in given.items():
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, _values(nets[role]))
+    # Copies, since the engine donates the state. On a CPU device_put makes none.
+    copied = jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=shardings)(values)
+    nets[role] = nets[role].replace(**copied)
+  return state.replace(nets=nets)
+
+
+def _values(net: NetState) -> PyTree:
+  return {"params": net.params, "batch_stats": net.batch_stats}
 
 
 def export(
@@ -138,6 +219,7 @@ def export(
   workdir = pathlib.Path(workdir)
   trained = open_trained(workdir, meshes.make_mesh(jax.devices()[:1]), checkpoint)
   name = predictor or next(iter(trained.method.predictors))
+  check_plain(trained.method, name)
   step = int(trained.state.step)
   provenance = {"method": trained.config.method.name, "checkpoint": checkpoint, "step": step, "seed": trained.config.seed}
   results_path = workdir / "results.json"
@@ -170,6 +252,7 @@ def write_export(
   if "root" in options["data"]:
     options["data"]["root"] = ""  # a place on this machine
   options["other_data"] = {}  # the network is one of the first domain
+  options["nets_from"] = options["pseudo_labels"]["folder"] = options["pseudo_labels"]["list"] = ""  # what it was learnt from
   about = {
     "format": "pseudoseg_jax exported network, version 1",
     "predictor": predictor,

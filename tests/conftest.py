@@ -1,11 +1,16 @@
 import gc
 import os
 import pathlib
+from importlib import metadata
 
 import pytest
 
 # Eight simulated devices for the whole suite: "one device = eight" is then a mesh of the first one against a mesh of all.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+_FLAGS = "--xla_force_host_platform_device_count=8"
+if int(metadata.version("jaxlib").split(".")[1]) >= 8:  # older ones abort at a flag that they do not know
+  # On a busy machine a device may wait long for the others; XLA aborts the process after 40 s of that unless told otherwise.
+  _FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
+os.environ.setdefault("XLA_FLAGS", _FLAGS)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 

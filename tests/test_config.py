@@ -11,7 +11,7 @@ from pseudoseg_jax.data import splits
 from pseudoseg_jax.methods import mean_teacher
 from pseudoseg_jax.methods.table import METHODS
 
-CONFIGS = sorted(path.name for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+CONFIGS = sorted(path.name for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "pipelines")
 ARGUMENTS = [f"method={name}" for name in METHODS] + [f"method=mean_teacher,convention={name}" for name in mean_teacher.CONVENTIONS]
 
 

@@ -1,4 +1,6 @@
+import importlib.util
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -150,3 +152,86 @@ def test_boxes_of_synthetic_scenes_cover_their_classes():
 def test_sources_without_masks_are_refused(tmp_path):
   Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
   assert "label_pattern" in message(lambda: boxes.boxes_of_masks(sources.image_folder(tmp_path), CLASSES))
+
+
+def test_boxes_of_instances_have_the_class_of_most_of_their_pixels():
+  instances = np.zeros((10, 20), np.uint8)
+  label = np.zeros((10, 20), np.uint8)
+  instances[0:5, 4:10] = 7
+  label[0:5, 4:10] = 2
+  label[0, 4:8] = 1  # four of thirty pixels
+  instances[5, 4:10] = 255  # the border between objects
+  label[5, 4:10] = 2
+  instances[9, 19], label[9, 19] = 1, 1
+  instances[8, 0:2], label[8, 0:2] = 3, 255  # an object of no known class
+  assert_boxes([boxes.boxes_of_instances(instances, label, CLASSES)], [[WANTED[0][1], WANTED[0][0]]])
+  # 16-bit numbers of Cityscapes: 255 is one like any other, and two objects that touch have a box each.
+  pair = np.uint16([[26000, 26001], [0, 255]])
+  assert boxes.boxes_of_instances(pair, np.uint8([[1, 1], [0, 2]]), CLASSES)[:, 0].tolist() == [2, 1, 1]
+
+
+def test_written_boxes_are_read_again(tmp_path):
+  written = [np.float32(wanted).reshape(-1, 5) for wanted in WANTED]
+  boxes.write_boxes(tmp_path / "boxes.json", ("x/a.jpg", "b", "c"), [(10, 20)] * 3, written, CLASSES)
+  assert_boxes(boxes.read_boxes(tmp_path / "boxes.json", ("x/a.jpg", "b", "c"), CLASSES))
+
+
+CONFIG = """
+from pseudoseg_jax import config as configs
+
+def get_config(argument=""):
+  config = configs.base(configs.method("supervised"))
+  config.data.update(configs.folder_data(
+    root="ROOT", classes="classes.txt", split="labeled.txt", train_list="train.txt", eval_list="eval.txt",
+    image_pattern="{id}.jpg", label_pattern="{id}.png",
+  ))
+  return config
+"""
+
+
+def make_tree(root):
+  """Images 0 (labeled), 1 and 2 (not), and 3 (evaluated); each has one cat, of two pixels more than its number in width."""
+  masks = [np.zeros((10, 20), np.uint8) for _ in range(4)]
+  for row, mask in enumerate(masks):
+    mask[2:4, 5 : 7 + row] = 1
+  masks_source(root, *masks)
+  for name, text in {
+    "classes.txt": "background\ncat\ndog\n", "labeled.txt": "0\n", "train.txt": "0\n1\n2\n", "eval.txt": "3\n",
+    "config.py": CONFIG.replace("ROOT", str(root)),
+  }.items():  # fmt: skip
+    (root / name).write_text(text)
+  return root
+
+
+@pytest.fixture
+def launcher():
+  path = pathlib.Path(__file__).parents[1] / "launch" / "boxes_from_masks.py"
+  spec = importlib.util.spec_from_file_location("boxes_from_masks", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_launcher_writes_the_boxes_of_labeled_and_unlabeled_images(tmp_path, launcher):
+  command = [f"--config={make_tree(tmp_path)}/config.py", f"--out={tmp_path / 'boxes.json'}"]
+  assert launcher.main(command) == 0
+  wanted = [[[1, 0.2, 0.25, 0.4, (7 + row) / 20]] for row in range(3)]
+  assert_boxes(boxes.read_boxes(tmp_path / "boxes.json", ("0", "1", "2"), CLASSES), wanted)
+
+  for row in range(3):  # two objects where the classes show one region
+    numbers = np.zeros((10, 20), np.uint8)
+    numbers[2, 5:7], numbers[3, 5:7] = 1, 2
+    Image.fromarray(numbers).save(tmp_path / f"objects_{row}.png")
+  assert launcher.main([*command, "--instances=objects_{id}.png"]) == 0
+  wanted = [[[1, 0.2, 0.25, 0.3, 0.35], [1, 0.3, 0.25, 0.4, 0.35]]] * 3
+  assert_boxes(boxes.read_boxes(tmp_path / "boxes.json", ("0", "1", "2"), CLASSES), wanted)
+
+
+def test_launcher_says_what_is_wrong(tmp_path, launcher, capsys):
+  command = [f"--config={make_tree(tmp_path)}/config.py", f"--out={tmp_path / 'boxes.json'}", "--instances=objects_{id}.png"]
+  Image.new("L", (20, 10)).save(tmp_path / "objects_0.png")
+  assert launcher.main(command) == 2 and "2 of 3 files absent" in capsys.readouterr().err
+  for row in (1, 2):
+    Image.new("L", (10, 20)).save(tmp_path / f"objects_{row}.png")
+  assert launcher.main(command) == 2 and "got 20 x 10; allowed: 10 x 20, as its class mask" in capsys.readouterr().err
+  assert not (tmp_path / "boxes.json").exists()

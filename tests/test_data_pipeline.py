@@ -212,14 +212,22 @@ def test_settings_that_do_not_fit_are_told_together():
     assert part in text
 
 
-def test_image_labels_follow_their_images_into_both_streams():
+def test_image_labels_follow_their_images_into_all_streams():
   labels = np.eye(11, 7, dtype=np.float32) + np.arange(11, dtype=np.float32)[:, None]  # each row tells its image
   needs = Needs(partner=True, ids=True, weak_label="image")
   for batch in take(3, spec(needs=needs, unlabeled_image_labels=labels)):
     for stream in ("unlabeled", "partner"):
       assert batch[stream]["image_label"].dtype == np.float32
       np.testing.assert_array_equal(batch[stream]["image_label"], labels[batch[stream]["id"]])
-    assert "image_label" not in batch["labeled"]
+    assert batch["labeled"]["image_label"].shape == (2, 7) and batch["labeled"]["image_label"].dtype == np.float32
+
+
+def test_image_labels_of_labeled_images_are_those_of_their_whole_masks():
+  labels, far = np.zeros((11, 7), np.float32), Geometry((8, 8), scales=(2.0,))  # crops that show a part
+  whole = {tuple(np.isin(np.arange(7), SCENES.label(row)).astype(float)) for row in range(11)}
+  batch = take(1, spec(needs=Needs(weak_label="image"), unlabeled_image_labels=labels, geometry=far))[0]["labeled"]
+  for found, label in zip(batch["image_label"], batch["label"], strict=True):
+    assert tuple(found) in whole and set(np.unique(label)) - {255} < set(np.flatnonzero(found))
 
 
 def test_lacking_image_labels_are_asked_for_by_their_option():
@@ -247,6 +255,8 @@ def test_lacking_boxes_are_asked_for_by_their_option():
   text = message(lambda: spec(needs=Needs(weak_label="boxes"), labeled_boxes=np.zeros((10, 2, 5), np.float32)))
   assert "boxes of the unlabeled images: got none" in text and "config.data.boxes=FILE (folder of VOC XML, or COCO JSON)" in text
   assert "labeled_boxes: got shape (10, 2, 5)" in text
+  of_labeled = take(1, spec(needs=Needs(unlabeled=False, weak_label="boxes"), labeled_boxes=np.zeros((11, 2, 5), np.float32)))
+  assert of_labeled[0]["labeled"]["boxes"].shape == (2, 2, 5)  # which asks for no others
 
 
 class _Deep:

@@ -17,6 +17,7 @@ import numpy as np
 import scipy.ndimage
 
 from pseudoseg_jax import checks
+from pseudoseg_jax.contract import IGNORE_LABEL
 from pseudoseg_jax.data import tags
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.sources import Source
@@ -68,6 +69,45 @@ def boxes_of_masks(source: Source, classes: Classes, min_area_fraction: float = 
     raise checks.InputError("cannot read boxes off masks: the source has none; give it a label_pattern")
   first = int(classes.names[0] == "background")
   return [_boxes_of_mask(source.label(row), range(first, len(classes)), min_area_fraction) for row in range(len(source))]
+
+
+def boxes_of_instances(instances: np.ndarray, label: np.ndarray, classes: Classes) -> np.ndarray:
+  """Boxes around the objects of one image, f32 [M, 5].
+
+  Args:
+    instances: integers [h, w], a number for each object, as in VOC's SegmentationObject and Cityscapes' instanceIds; where they
+      are of 8 bits, IGNORE_LABEL is none.
+    label: uint8 [h, w]. An object's class is the one that most of its pixels have; without one, or with "background" as class 0,
+      it has no box. So what is no object, but numbered, has a box as well (Cityscapes: road).
+  """
+  height, width = label.shape
+  first = int(classes.names[0] == "background")
+  numbers, places = np.unique(instances, return_inverse=True)
+  places = places.reshape(instances.shape)
+  boxes = []
+  for index, (rows, columns) in enumerate(scipy.ndimage.find_objects(places + 1)):
+    if instances.dtype == np.uint8 and numbers[index] == IGNORE_LABEL:
+      continue
+    inside = places[rows, columns] == index
+    counts = np.bincount(label[rows, columns][inside], minlength=256)[: len(classes)]
+    if counts.any() and counts.argmax() >= first:
+      boxes.append((counts.argmax(), rows.start / height, columns.start / width, rows.stop / height, columns.stop / width))
+  return np.array(boxes, np.float32).reshape(-1, 5)
+
+
+def write_boxes(
+  path: str | pathlib.Path, ids: Sequence[str], sizes: Sequence[tuple[int, int]], boxes: Sequence[np.ndarray], classes: Classes
+) -> None:
+  """Writes boxes [M_i, 5] of images of (height, width) pixels as a COCO JSON for `read_boxes`; edges become whole pixels."""
+  images, annotations = [], []
+  for row, (name, (height, width), of_image) in enumerate(zip(ids, sizes, boxes, strict=True)):
+    images.append({"id": row, "file_name": name, "height": height, "width": width})
+    for kind, *edges in np.rint(of_image * [1, height, width, height, width]).astype(int).tolist():
+      top, left, bottom, right = edges
+      bbox = [left, top, right - left, bottom - top]
+      annotations.append({"id": len(annotations), "image_id": row, "category_id": kind, "bbox": bbox, "iscrowd": 0})
+  categories = [{"id": index, "name": name} for index, name in enumerate(classes.names)]
+  pathlib.Path(path).write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
 
 
 def pad_boxes(boxes: Sequence[np.ndarray]) -> np.ndarray:

@@ -24,7 +24,8 @@ class Convention(NamedTuple):
   kernel: of resizing, between pixel centres, edges repeated: "linear" without antialiasing; "triangle" (bilinear) or "keyscubic"
     (bicubic) with antialiasing where it shrinks.
   nearest: the stored pixel that pixel i of a scaled mask shows, as `crop_label` says: "corner", "corner_f32", "center", "ends".
-  padding: of small images, all "after" (below and on the right), or half before and half after, the odd pixel after ("around").
+  padding: of small images, all "after" (below and on the right), or half before and half after, the odd pixel after ("around"),
+    or with the image anywhere in the crop ("random").
   whole_levels: images of uint8 are rounded to whole levels, as an 8-bit resize does.
   black: padding is black before normalisation and takes part in photometry; else it is the mean colour, 0 after normalisation.
   long_side: the longer side is an integer drawn uniformly, the other follows, rounded; else both are the size * scale, cut off.
@@ -52,6 +53,8 @@ CONVENTIONS = {
   # CutMix-Seg (French et al. 2020; `SegCVTransformRandomCropScaleHung`). The one that cuts first: crop_size / factor, rounded,
   # out of the stored image, padded if need be; this is scaled to crop_size. The cut's edges are repeated, those of padding blend.
   "cutmix_seg": Convention("linear", "corner", "around"),
+  # Learning Pseudo Labels (Wang et al. 2022; lib/datasets/transform.py, `RandomCrop`). It only crops: scales are (1.0,) there.
+  "lpl": Convention("linear", "corner", "random"),
 }
 
 # XLA makes one vectorised loop of a chain of operations on pixels: several times faster than TensorFlow's kernels one by one.
@@ -121,7 +124,8 @@ def from_uniform(geometry: Geometry, size: tf.Tensor, uniform: tf.Tensor) -> Dra
 
   Offsets are uniform in 0 .. scaled - crop inclusive; with "opencv" in 0 .. scaled - crop + 1, one more than fits, as in the
   released code, so that the last one leaves the crop a pixel short; with "cutmix_seg" the number times the room, rounded, so that
-  the first and the last come half as often. An axis that is not larger than the crop starts at 0.
+  the first and the last come half as often. An axis that is not larger than the crop starts at 0; with "lpl", a smaller one is
+  at one of scaled - crop .. 0.
   """
   scale = _scale(geometry, size, uniform[1])
   if geometry.convention == "cutmix_seg":
@@ -129,8 +133,10 @@ def from_uniform(geometry: Geometry, size: tf.Tensor, uniform: tf.Tensor) -> Dra
     offset = tf.cast(tf.round(tf.cast(room, tf.float64) * tf.cast(uniform[2:], tf.float64)), tf.int32)
   else:
     room = scaled_size(size, scale, geometry.convention) - tf.constant(geometry.crop_size)
-    num_offsets = tf.where(room > 0, room + (2 if geometry.convention == "opencv" else 1), 1)
+    anywhere = CONVENTIONS[geometry.convention].padding == "random"
+    num_offsets = tf.where(room > 0, room + (2 if geometry.convention == "opencv" else 1), 1 - room if anywhere else 1)
     offset = tf.minimum(tf.cast(uniform[2:] * tf.cast(num_offsets, uniform.dtype), tf.int32), num_offsets - 1)
+    offset = tf.where(room < 0, -offset, offset)
   flip = uniform[0] < 0.5 if geometry.flip else tf.constant(False)
   return Draws(flip, scale, offset)
 
@@ -235,7 +241,7 @@ def _cut_and_scale(image, label, draws, crop_size):
 
 def crop_origin(scaled: tf.Tensor, offset: tf.Tensor, crop_size: tuple[int, int], convention: str = "opencv") -> tf.Tensor:
   """Where the crop's corner lies in the scaled image, i32[2], padded as `Convention.padding` says."""
-  if CONVENTIONS[convention].padding == "after":
+  if CONVENTIONS[convention].padding != "around":
     return offset
   missing = tf.constant(crop_size) - tf.minimum(scaled - offset, crop_size)
   return offset - missing // 2

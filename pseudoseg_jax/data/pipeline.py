@@ -12,19 +12,20 @@ import dataclasses
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from pseudoseg_jax import checks
-from pseudoseg_jax.contract import Needs
+from pseudoseg_jax.contract import IGNORE_LABEL, Needs
+from pseudoseg_jax.data import boxes, operations, views
 from pseudoseg_jax.data import geometry as geometry_ops
 from pseudoseg_jax.data import photometry as photometry_ops
-from pseudoseg_jax.data import views
 from pseudoseg_jax.data.geometry import Geometry
 from pseudoseg_jax.data.photometry import IMAGENET_MEAN, IMAGENET_STD, Photometry
-from pseudoseg_jax.data.sources import Source
+from pseudoseg_jax.data.sources import Joined, Source, Subset
 
 # TensorFlow only feeds; on an accelerator it would take the memory that JAX needs.
 tf.config.set_visible_devices([], "GPU")
@@ -45,6 +46,8 @@ class PipelineSpec:
     one has, rows without a box of class -1; None for no boxes.
   with_truth: "unlabeled" also carries "truth", i32[B, H, W], the image's own mask under the same geometry: for pictures of data
     whose masks are known, never for training. Without it, masks of unlabeled images are not opened.
+  labeled_photometry: labeled images also get a strong view's photometry.
+  labeled_operations: how many of `operations.augment` each labeled image gets before it is cropped; RGB of 8 bits only.
 
   Raises:
     InputError: all settings that do not fit together, at once.
@@ -64,6 +67,8 @@ class PipelineSpec:
   labeled_boxes: np.ndarray | None = None
   unlabeled_boxes: np.ndarray | None = None
   with_truth: bool = False
+  labeled_photometry: bool = False
+  labeled_operations: int = 0
 
   def __post_init__(self):
     problems = checks.Problems("the input pipeline cannot be built")
@@ -82,9 +87,14 @@ class PipelineSpec:
       problems.add("needs.weak_label", got=repr(self.needs.weak_label), allowed="None, 'image' or 'boxes'")
     if self.with_truth and not (self.unlabeled is not None and self.unlabeled.has_labels):
       problems.add("with_truth", got="unlabeled images without masks", allowed="a source with masks", remedy="leave it out")
+    if self.needs.labeled_too and self.needs.ids:
+      problems.add(
+        "needs.labeled_too", got="needs.ids as well", allowed="one of them: ids are rows of the unlabeled images alone"
+      )
     self._check_channels(problems)
     self._check_image_labels(problems)
     self._check_boxes(problems)
+    self._check_operations(problems)
     problems.raise_if_any()
 
   def _check_channels(self, problems: checks.Problems) -> None:
@@ -113,19 +123,31 @@ class PipelineSpec:
       )
 
   def _check_boxes(self, problems: checks.Problems) -> None:
-    for role, boxes, source in (
+    for role, given, source in (
       ("labeled", self.labeled_boxes, self.labeled), ("unlabeled", self.unlabeled_boxes, self.unlabeled)
     ):  # fmt: skip
-      if boxes is None:
-        if self.needs.weak_label == "boxes":
+      if given is None:
+        if self.needs.weak_label == "boxes" and (role == "labeled" or self.needs.unlabeled):
           problems.add(
             f"boxes of the {role} images",
             got="none",
             allowed="a list of boxes an image; the method learns from them",
             remedy="config.data.boxes=FILE (folder of VOC XML, or COCO JSON)",
           )
-      elif source is not None and (boxes.ndim != 3 or boxes.shape[2] != 5 or len(boxes) != len(source)):
-        problems.add(f"{role}_boxes", got=f"shape {boxes.shape}", allowed=f"[{len(source)}, M, 5], a row for each image")
+      elif source is not None and (given.ndim != 3 or given.shape[2] != 5 or len(given) != len(source)):
+        problems.add(f"{role}_boxes", got=f"shape {given.shape}", allowed=f"[{len(source)}, M, 5], a row for each image")
+
+  def _check_operations(self, problems: checks.Problems) -> None:
+    where = "labeled_operations (config.views)"
+    if self.labeled_operations < 0:
+      problems.add(where, got=self.labeled_operations, allowed="0 or more")
+    if self.labeled_operations <= 0:
+      return
+    if self.labeled.dtype != np.uint8 or self.labeled.channels != 3:
+      got = f"images of {self.labeled.channels} channels, {np.dtype(self.labeled.dtype)}"
+      problems.add(where, got=got, allowed="RGB of 8 bits", remedy="set it to 0")
+    if self.needs.weak_label == "boxes":
+      problems.add(where, got="a method that needs boxes, which would not turn with the images", remedy="set it to 0")
 
 
 def train_batches(
@@ -179,36 +201,31 @@ def example_row(position: tf.Tensor, num_examples: int, seed: int, stream: str) 
 
 
 def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: int) -> Iterator[dict[str, np.ndarray]]:
-  source = spec.labeled if stream == "labeled" else spec.unlabeled
-  with_truth = spec.with_truth and stream == "unlabeled"
-  loader = _Loader(source, with_label=stream == "labeled" or with_truth)
+  examples = _labeled_examples(spec) if stream == "labeled" else _unlabeled_examples(spec, stream)
+  loader = _Loader(examples)
   geometry_seed = tf.constant(stream_seed(spec.seed, f"{stream}/geometry"), tf.int64)
   photometry_seed = tf.constant(stream_seed(spec.seed, f"{stream}/photometry"), tf.int64)
+  num_photometries = int(spec.labeled_photometry) if stream == "labeled" else spec.needs.strong_views
   crop = dict(crop_size=spec.geometry.crop_size, mean=spec.mean, std=spec.std, convention=spec.geometry.convention)
-  wanted = {"weak", "valid", "strong", "truth", "boxes"} | ({"id", "flip", "window"} if spec.needs.ids else set())
-  all_image_labels = all_boxes = None
-  if spec.needs.weak_label == "image":
-    all_image_labels = tf.constant(spec.unlabeled_image_labels, tf.float32)
-  if spec.needs.weak_label == "boxes":
-    all_boxes = tf.constant(spec.labeled_boxes if stream == "labeled" else spec.unlabeled_boxes, tf.float32)
+  wanted = {"weak", "valid", "strong", "label", "truth", "boxes"} | ({"id", "flip", "window"} if spec.needs.ids else set())
+  all_boxes = None if examples.boxes is None else tf.constant(examples.boxes, tf.float32)
 
   def example(position: tf.Tensor) -> dict[str, tf.Tensor]:
-    row = example_row(position, len(source), spec.seed, stream)
+    row = example_row(position, len(examples.source), spec.seed, stream)
     loaded = loader(position, row)
-    draws = geometry_ops.draw(spec.geometry, tf.shape(loaded[0])[:2], tf.stack([geometry_seed, position]))
-    boxes = None if all_boxes is None else all_boxes[row]
-    if stream == "labeled":
-      image, label = loaded
-      return views.labeled_view(image, label, boxes=boxes, draws=draws, **crop)
+    image, image_label = loaded.pop("image"), loaded.pop("image_label", None)
+    draws = geometry_ops.draw(spec.geometry, tf.shape(image)[:2], tf.stack([geometry_seed, position]))
     photometry_draws = []
-    if spec.needs.strong_views:
-      photometry_draws = photometry_ops.draw(spec.photometry, spec.needs.strong_views, tf.stack([photometry_seed, position]))
-    truth = loaded[1] if with_truth else None
-    photometric = dict(photometry=spec.photometry, photometry_draws=photometry_draws)
-    made = views.unlabeled_views(loaded[0], truth=truth, boxes=boxes, draws=draws, **photometric, **crop)
-    made["id"] = tf.cast(row, tf.int32)
-    made = {name: value for name, value in made.items() if name in wanted}
-    return made if all_image_labels is None else made | {"image_label": all_image_labels[row]}
+    if num_photometries:
+      photometry_draws = photometry_ops.draw(spec.photometry, num_photometries, tf.stack([photometry_seed, position]))
+    options = crop | dict(draws=draws, boxes=None if all_boxes is None else all_boxes[row], photometry=spec.photometry)
+    if stream == "labeled":
+      made = views.labeled_view(image, loaded["label"], photometry_draws=next(iter(photometry_draws), None), **options)
+    else:
+      made = views.unlabeled_views(image, photometry_draws=photometry_draws, **loaded, **options)
+      made["id"] = tf.cast(row, tf.int32)
+      made = {name: value for name, value in made.items() if name in wanted}
+    return made if image_label is None else made | {"image_label": image_label}
 
   options = tf.data.Options()
   options.deterministic = True
@@ -238,22 +255,97 @@ def _zip(streams: dict[str, Iterator[dict[str, np.ndarray]]]) -> Iterator[dict[s
     yield {name: next(stream) for name, stream in streams.items()}
 
 
+class _Examples(NamedTuple):
+  """What a stream draws from.
+
+  read: (position, row) -> arrays by name: "image" [h, w, C], "label" and "truth" uint8 [h, w], "image_label" f32[K].
+  specs: of the arrays that are read, by name.
+  boxes: f32[N, M, 5] of the images by row, or None.
+  """
+
+  source: Source
+  read: Callable[[int, int], dict[str, np.ndarray]]
+  specs: dict[str, tf.TensorSpec]
+  boxes: np.ndarray | None
+
+
+def _specs(spec: PipelineSpec, source: Source, *masks: str) -> dict[str, tf.TensorSpec]:
+  specs = {"image": tf.TensorSpec([None, None, source.channels], source.dtype)}
+  specs |= {name: tf.TensorSpec([None, None], tf.uint8) for name in masks}
+  if spec.needs.weak_label == "image":
+    specs["image_label"] = tf.TensorSpec([spec.unlabeled_image_labels.shape[1]], tf.float32)
+  return specs
+
+
+def _labeled_examples(spec: PipelineSpec) -> _Examples:
+  source = spec.labeled
+  seed = stream_seed(spec.seed, "labeled/operations")
+  border = tuple(int(255 * value) for value in spec.mean)
+
+  def read(position, row):
+    image, label = source.image(row), source.label(row)
+    found = {}
+    if spec.needs.weak_label == "image":
+      found["image_label"] = _classes_in(label, spec)  # before anything is moved out of the image
+    if spec.labeled_operations:
+      rng = np.random.default_rng([seed, position])
+      image, label = operations.augment(image, label, spec.labeled_operations, rng, border)
+    return found | {"image": image, "label": label}
+
+  boxes_of_rows = spec.labeled_boxes if spec.needs.weak_label == "boxes" else None
+  return _Examples(source, read, _specs(spec, source, "label"), boxes_of_rows)
+
+
+def _unlabeled_examples(spec: PipelineSpec, stream: str) -> _Examples:
+  labeled, unlabeled = spec.labeled, spec.unlabeled
+  source, num_labeled, rest = unlabeled, 0, np.arange(len(unlabeled))
+  if spec.needs.labeled_too:
+    named = set(labeled.ids)
+    rest = np.array([row for row in rest if unlabeled.ids[row] not in named], int)
+    source, num_labeled = labeled, len(labeled)
+    if len(rest):
+      source = Joined(labeled, Subset(unlabeled, [unlabeled.ids[row] for row in rest]))
+  image_labels = spec.unlabeled_image_labels
+  with_truth = spec.with_truth and stream == "unlabeled"
+
+  def read(position, row):
+    found = {"image": source.image(row)}
+    if spec.needs.labeled_too:
+      unknown = np.full(found["image"].shape[:2], IGNORE_LABEL, np.uint8)
+      found["label"] = labeled.label(row) if row < num_labeled else unknown
+    if with_truth:
+      found["truth"] = source.label(row)
+    if spec.needs.weak_label == "image":
+      given = row >= num_labeled
+      found["image_label"] = np.float32(image_labels[rest[row - num_labeled]]) if given else _classes_in(found["label"], spec)
+    return found
+
+  boxes_of_rows = None
+  if spec.needs.weak_label == "boxes":
+    boxes_of_rows = boxes.pad_boxes([*spec.labeled_boxes[:num_labeled], *spec.unlabeled_boxes[rest]])
+  masks = [name for name, wanted in {"label": spec.needs.labeled_too, "truth": with_truth}.items() if wanted]
+  return _Examples(source, read, _specs(spec, source, *masks), boxes_of_rows)
+
+
+def _classes_in(label: np.ndarray, spec: PipelineSpec) -> np.ndarray:
+  """f32[K]: 1 for every class of which the mask holds a pixel."""
+  counts = np.bincount(label.ravel(), minlength=256)[: spec.unlabeled_image_labels.shape[1]]
+  return (counts > 0).astype(np.float32)
+
+
 class _Loader:
   """Reads examples inside a tf.data graph, and remembers what a source raised, which TensorFlow would turn into text."""
 
-  def __init__(self, source: Source, *, with_label: bool):
-    self._source = source
-    self._with_label = with_label
+  def __init__(self, examples: _Examples):
+    self._examples = examples
     self._failures: dict[int, Exception] = {}
     self._lock = threading.Lock()
 
-  def __call__(self, position: tf.Tensor, row: tf.Tensor) -> list[tf.Tensor]:
-    """(position, row) -> [image [h, w, C]] or [image, label uint8 [h, w]]; the label is read only where wanted."""
-    dtypes = [tf.as_dtype(self._source.dtype), tf.uint8]
-    loaded = tf.numpy_function(self._load, (position, row), dtypes[: 1 + self._with_label])
-    for tensor, shape in zip(loaded, ((None, None, self._source.channels), (None, None))):
-      tensor.set_shape(shape)
-    return loaded
+  def __call__(self, position: tf.Tensor, row: tf.Tensor) -> dict[str, tf.Tensor]:
+    """The arrays of `_Examples.read`, by name."""
+    specs = self._examples.specs
+    loaded = tf.numpy_function(self._load, (position, row), [spec.dtype for spec in specs.values()])
+    return {name: tf.ensure_shape(tensor, spec.shape) for (name, spec), tensor in zip(specs.items(), loaded, strict=True)}
 
   def first_failure(self) -> Exception | None:
     with self._lock:
@@ -261,8 +353,8 @@ class _Loader:
 
   def _load(self, position: np.int64, row: np.int64) -> list[np.ndarray]:
     try:
-      row = int(row)
-      return [self._source.image(row), self._source.label(row)] if self._with_label else [self._source.image(row)]
+      found = self._examples.read(int(position), int(row))
+      return [found[name] for name in self._examples.specs]
     except Exception as error:
       with self._lock:
         self._failures[int(position)] = error

@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import difflib
 import glob
+import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -162,18 +163,8 @@ class FolderSource:
     path = self.label_path(row)
     if self._colors is not None:
       return self._label_of_colors(path)
-    label = _decode(path, "mask", np.asarray)
+    label = read_mask(path)
     problems = checks.Problems(f"cannot use mask {path}")
-    if label.dtype.kind not in "bui":
-      problems.add("pixels", got=f"values of type {label.dtype}", allowed="integers")
-    if label.ndim != 2:
-      problems.add(
-        "pixels",
-        got=f"{label.shape[-1]} channels",
-        allowed="one channel of class indices (grey or palette PNG)",
-        remedy="masks drawn in colours need mask_colors (config.data.mask_colors=True and a file of classes with colours)",
-      )
-    problems.raise_if_any()
     table, known = self._table
     if label.dtype == np.uint8 and known[label].all():
       return table[label]
@@ -344,6 +335,27 @@ def read_image(path: str | pathlib.Path, channels: int = 3) -> np.ndarray:
   return pixels.astype(np.float32) / np.float32(257)
 
 
+def read_mask(path: str | pathlib.Path) -> np.ndarray:
+  """The numbers that a mask file stores, [h, w] of bool or integers, whatever its palette.
+
+  Raises:
+    InputError: a file that cannot be decoded, or one of colours or fractions.
+  """
+  mask = _decode(pathlib.Path(path), "mask", np.asarray)
+  problems = checks.Problems(f"cannot use mask {path}")
+  if mask.dtype.kind not in "bui":
+    problems.add("pixels", got=f"values of type {mask.dtype}", allowed="integers")
+  if mask.ndim != 2:
+    problems.add(
+      "pixels",
+      got=f"{mask.shape[-1]} channels",
+      allowed="one channel of class indices (grey or palette PNG)",
+      remedy="masks drawn in colours need mask_colors (config.data.mask_colors=True and a file of classes with colours)",
+    )
+  problems.raise_if_any()
+  return mask
+
+
 def read_entries(
   root: str | pathlib.Path, path: str | pathlib.Path, image_pattern: str | None = None, label_pattern: str | None = None
 ) -> tuple[Entry, ...]:
@@ -427,6 +439,8 @@ class Subset:
     self.dtype = source.dtype
     self._source = source
     self._rows = [row_of[name] for name in ids]
+    if hasattr(source, "entries"):
+      self.entries = tuple(source.entries[row] for row in self._rows)
 
   def __len__(self) -> int:
     return len(self.ids)
@@ -439,6 +453,116 @@ class Subset:
 
   def size(self, row: int) -> tuple[int, int]:
     return self._source.size(self._rows[row])
+
+
+class Joined:
+  """The images of one source, then those of another; it has labels if both have. Ids may stand there twice.
+
+  Raises:
+    InputError: sources of unlike channels.
+  """
+
+  def __init__(self, first: Source, second: Source):
+    if first.channels != second.channels:
+      problems = checks.Problems("cannot join two sources")
+      problems.add("channels", got=f"{first.channels} and {second.channels}", allowed="the same number")
+      problems.raise_if_any()
+    self.ids = (*first.ids, *second.ids)
+    self.has_labels = first.has_labels and second.has_labels
+    self.channels = first.channels
+    self.dtype = np.uint8 if first.dtype == second.dtype == np.uint8 else np.float32
+    self._first, self._second = first, second
+
+  def __len__(self) -> int:
+    return len(self.ids)
+
+  def image(self, row: int) -> np.ndarray:
+    source, row = self._at(row)
+    return source.image(row).astype(self.dtype, copy=False)
+
+  def label(self, row: int) -> np.ndarray:
+    source, row = self._at(row)
+    return source.label(row)
+
+  def size(self, row: int) -> tuple[int, int]:
+    source, row = self._at(row)
+    return source.size(row)
+
+  def _at(self, row: int) -> tuple[Source, int]:
+    return (self._first, row) if row < len(self._first) else (self._second, row - len(self._first))
+
+
+class PseudoLabels:
+  """Images of a source with the labels that `export_labels` wrote for them, FOLDER/labels/ID.png.
+
+  The source's own masks, if it has any, are never opened.
+
+  Args:
+    folder: of export_labels, which has finished (manifest.json says so).
+    class_names: the K classes that the labels must be of.
+    ids: those of the source that count; None = all.
+
+  Raises:
+    InputError: at construction, all at once: no such folder, an export that is unfinished or of other classes, absent or
+      unreadable labels, labels of another size than their images. At reading: values that are neither a class nor IGNORE_LABEL.
+  """
+
+  has_labels = True
+
+  def __init__(self, source: Source, folder: str | pathlib.Path, class_names: Sequence[str], ids: Sequence[str] | None = None):
+    self._images = source if ids is None else Subset(source, ids)
+    self.ids, self.channels, self.dtype = self._images.ids, self._images.channels, self._images.dtype
+    self.image, self.size = self._images.image, self._images.size
+    check_labels_folder(folder, class_names)
+    problems = checks.Problems(f"cannot use pseudo labels {folder}")
+    labels = "labels/{id}.png"
+    stems = [splits.without_suffix(name) for name in self.ids]
+    try:
+      self._labels = FolderSource(folder, stems, image_pattern=labels, label_pattern=labels, num_classes=len(class_names))
+    except checks.InputError as error:
+      problems.add(
+        "labels", got=str(error).replace("\n", "\n  "), remedy="export the labels of these images, or list fewer images"
+      )
+      problems.raise_if_any()
+    self.label = self._labels.label
+    self._check_sizes(problems)
+    problems.raise_if_any()
+
+  def __len__(self) -> int:
+    return len(self.ids)
+
+  def _check_sizes(self, problems: checks.Problems) -> None:
+    with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
+      sizes = pool.map(self.size, range(len(self)))
+      for row, size in enumerate(sizes):
+        found = self._labels.size(row)
+        if found != size:
+          got, allowed = (f"{height} x {width}" for height, width in (found, size))
+          problems.add(f"label {self._labels.label_path(row)}", got=f"height x width {got}", allowed=f"{allowed}, as its image")
+
+
+def check_labels_folder(folder: str | pathlib.Path, class_names: Sequence[str]) -> None:
+  """Raises InputError unless an export of labels of these classes has finished in the folder."""
+  folder = pathlib.Path(folder)
+  problems = checks.Problems(f"cannot use pseudo labels {folder}")
+  begin = "make it with: python -m pseudoseg_jax.export_labels --workdir=WORKDIR --out=FOLDER"
+  go_on = "the command that began it goes on from there"
+  try:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    finished, named = manifest["finished"], list(manifest["classes"])
+  except FileNotFoundError:
+    is_begun = (folder / "labels").is_dir()
+    got = "no manifest.json: an export that did not finish" if is_begun else "no such folder of labels"
+    problems.add("folder", got=got, remedy=go_on if is_begun else begin)
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    problems.add("manifest.json", got=f"{type(error).__name__}: {error}", remedy=begin)
+  else:
+    if finished is not True:
+      problems.add("manifest.json", got="an export that did not finish", remedy=go_on)
+    if sorted(named) != sorted(class_names):
+      got, allowed = (splits.shorten(names) for names in (named, class_names))
+      problems.add("manifest.json", got=f"labels of the classes {got}", allowed=f"those of the data: {allowed}")
+  problems.raise_if_any()
 
 
 def _label_table(

@@ -17,9 +17,11 @@ def labeled_view(
   crop_size: tuple[int, int],
   mean: tuple,
   std: tuple,
+  photometry: photometry_ops.Photometry | None = None,
+  photometry_draws: photometry_ops.Draws | None = None,
   convention: str = "opencv",
 ) -> dict[str, tf.Tensor]:
-  """The geometry alone, normalised.
+  """The geometry and, where `photometry_draws` are given, one strong view's photometry; normalised.
 
   Args:
     image: [h, w, C] of levels 0..255, uint8 or f32.
@@ -34,6 +36,8 @@ def labeled_view(
     "boxes" f32 [M, 5] of the view where some were given.
   """
   rgb, label, valid, window, opacity = geometry_ops.crop(image, label, draws, crop_size, convention)
+  if photometry_draws is not None:
+    rgb = _strong(_filled(rgb, opacity, mean), valid, photometry, photometry_draws)
   views = {"image": normalized(rgb, opacity, mean, std), "label": label, "valid": valid}
   if boxes is not None:
     views["boxes"] = geometry_ops.crop_boxes(boxes, window, draws.flip, crop_size)
@@ -43,6 +47,7 @@ def labeled_view(
 def unlabeled_views(
   image: tf.Tensor,
   *,
+  label: tf.Tensor | None = None,
   truth: tf.Tensor | None = None,
   boxes: tf.Tensor | None = None,
   draws: geometry_ops.Draws,
@@ -60,6 +65,7 @@ def unlabeled_views(
 
   Args:
     image: [h, w, C] of levels 0..255, uint8 or f32.
+    label: uint8 [h, w], what may be learnt of the image's mask; or None.
     truth: uint8 [h, w], the image's own mask, for pictures; or None.
     boxes: f32 [M, 5] of the stored image, as `geometry.crop_boxes` says; or None.
     mean, std: C values each.
@@ -67,21 +73,26 @@ def unlabeled_views(
 
   Returns:
     "weak" f32 [H, W, C], "strong" f32 [S, H, W, C] where S > 0, "valid" bool [H, W], "flip" bool [], "window" f32 [4];
-    where they were given, "truth" i32 [H, W], IGNORE_LABEL on padding, and "boxes" f32 [M, 5] of the view.
+    where they were given, "label" and "truth" i32 [H, W], IGNORE_LABEL on padding, and "boxes" f32 [M, 5] of the view.
   """
   rgb, truth, valid, window, opacity = geometry_ops.crop(image, truth, draws, crop_size, convention)
   views = {"weak": normalized(rgb, opacity, mean, std), "valid": valid, "flip": draws.flip, "window": window}
   if truth is not None:
     views["truth"] = truth
+  if label is not None:  # in a graph, nothing but the mask is cropped a second time
+    views["label"] = geometry_ops.crop(image, label, draws, crop_size, convention).label
   if boxes is not None:
     views["boxes"] = geometry_ops.crop_boxes(boxes, window, draws.flip, crop_size)
   if photometry_draws:
     rgb = _filled(rgb, opacity, mean)
-    options = dict(convention=photometry.convention, valid=valid)
-    max_sigma = photometry.blur_sigma_pixels[1]
-    strong = [photometry_ops.strong_view(rgb, view_draws, max_sigma, **options) for view_draws in photometry_draws]
+    strong = [_strong(rgb, valid, photometry, view_draws) for view_draws in photometry_draws]
     views["strong"] = tf.stack([normalized(view, opacity, mean, std) for view in strong])
   return views
+
+
+def _strong(rgb, valid, photometry, draws):
+  max_sigma = photometry.blur_sigma_pixels[1]
+  return photometry_ops.strong_view(rgb, draws, max_sigma, convention=photometry.convention, valid=valid)
 
 
 @geometry_ops.compiled

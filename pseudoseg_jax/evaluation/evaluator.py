@@ -44,6 +44,7 @@ def make_evaluator(
   std: Sequence[float],
   batch_size: int,
   mesh: Mesh | None = None,
+  with_labels: bool = True,
 ) -> Evaluator:
   """An evaluator of named predictors over a source; it compiles once per canvas (see `inference`) and keeps that for every call.
 
@@ -54,6 +55,7 @@ def make_evaluator(
     mean, std: of the source's C channels in [0, 1].
     batch_size: images of all devices and processes together; rounded up to a multiple of the mesh's devices.
     mesh: with an axis "data"; the state handed in must be replicated over it. None: wherever the state is.
+    with_labels: False: nothing will be scored, only predicted, and the source need have no labels.
 
   Raises:
     InputError: no images, no labels, an unusable protocol, mean or std of other channels.
@@ -61,7 +63,7 @@ def make_evaluator(
   problems = checks.Problems("the predictors cannot be evaluated")
   if not len(source):
     problems.add("evaluated images", got="none", allowed="at least one")
-  if not source.has_labels:
+  if with_labels and not source.has_labels:
     problems.add("evaluated images", got="no labels", allowed="images with labels", remedy="give the source a label pattern")
   if batch_size < 1:
     problems.add("batch_size", got=batch_size, allowed="1 or more")
@@ -74,8 +76,8 @@ def make_evaluator(
   if mesh is not None:
     batch_size += -batch_size % mesh.shape["data"]
   batches = _plan([source.size(row) for row in range(len(source))], protocol, batch_size)
-  count = _counter(predictors, len(classes.names), protocol, mean, std, mesh)
-  return Evaluator(count=count, names=tuple(predictors), source=source, protocol=protocol, batches=batches, mesh=mesh)
+  count, label = _compiled(predictors, len(classes.names), protocol, mean, std, mesh)
+  return Evaluator(count, label, names=tuple(predictors), source=source, protocol=protocol, batches=batches, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Evaluator:
   """
 
   count: Callable  # (state, images, labels, sizes) -> {predictor: (confusion matrix, ids)}
+  label: Callable  # likewise -> {predictor: (ids, confidence)}; looks at no labels
   names: tuple[str, ...]  # of the predictors, in their order: the jitted function returns them sorted
   source: Source
   protocol: Protocol
@@ -112,7 +115,7 @@ class Evaluator:
     # Added up in int64 on the host: a large set has more pixels than an int32 can count.
     totals: dict[str, np.ndarray] = {}
     progress = Progress(len(self.source), log.info)
-    for batch, results in self._run(state, self.batches, with_labels=True):
+    for batch, results in self._run(self.count, state, self.batches, with_labels=True):
       for name, (matrix, _) in results.items():
         totals[name] = totals.get(name, 0) + np.asarray(matrix, np.int64)
       progress.more(sum(row is not None for row in batch.rows))
@@ -127,7 +130,7 @@ class Evaluator:
     wanted: dict[str, dict[int, np.ndarray]] = {}
     sizes = {row: self.source.size(row) for row in rows}
     batches = _plan(list(sizes.values()), self.protocol, len(self.batches[0].rows), rows=list(sizes))
-    for batch, results in self._run(state, batches, with_labels=False):
+    for batch, results in self._run(self.count, state, batches, with_labels=False):
       for name, (_, ids) in results.items():
         for row, image_ids in zip(batch.rows, np.asarray(ids), strict=True):
           if row is not None:
@@ -135,7 +138,21 @@ class Evaluator:
             wanted.setdefault(name, {})[row] = image_ids[:height, :width]
     return {name: [wanted[name][row] for row in rows] for name in self.names}
 
-  def _run(self, state, batches, *, with_labels: bool) -> Iterator[tuple[_Batch, PyTree]]:
+  def stream(self, state: State, rows: Sequence[int]) -> Iterator[tuple[int, dict[str, tuple[np.ndarray, np.ndarray]]]]:
+    """Each of the rows with {predictor: (class ids uint8[h, w], confidence uint8[h, w])}, in an order of its own.
+
+    Labels are not read. Confidence is 255 times the greatest class probability, rounded: of the mean probabilities over windows,
+    flips and scales, or the softmax of the mean logits. Where the protocol does not look, ids are IGNORE_LABEL and confidence 0.
+    """
+    batches = _plan([self.source.size(row) for row in rows], self.protocol, len(self.batches[0].rows), rows=rows)
+    for batch, results in self._run(self.label, state, batches, with_labels=False):
+      results = {name: tuple(map(np.asarray, results[name])) for name in self.names}
+      for index, row in enumerate(batch.rows):
+        if row is not None:
+          height, width = self.source.size(row)
+          yield row, {name: tuple(plane[index, :height, :width] for plane in planes) for name, planes in results.items()}
+
+  def _run(self, compute, state, batches, *, with_labels: bool) -> Iterator[tuple[_Batch, PyTree]]:
     """Reads ahead in threads, feeds the device without waiting for it, and yields results a few batches later."""
     threads = concurrent.futures.ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 1))
     reading: collections.deque = collections.deque()
@@ -147,7 +164,7 @@ class Evaluator:
           reading.append((batch, loads))
         if reading and (batch is None or len(reading) > _BATCHES_AHEAD):
           ready, loads = reading.popleft()
-          computing.append((ready, self.count(state, *self._to_devices(ready, [load.result() for load in loads]))))
+          computing.append((ready, compute(state, *self._to_devices(ready, [load.result() for load in loads]))))
         if len(computing) > _RESULTS_BEHIND:
           yield computing.popleft()
       yield from computing
@@ -203,34 +220,50 @@ def _plan(sizes, protocol, batch_size, rows=None) -> tuple[_Batch, ...]:
   return tuple(batches)
 
 
-def _counter(predictors, num_classes, protocol, mean, std, mesh):
-  """Jitted (state, images, labels, sizes) -> {predictor: (i32[K, K] of the whole batch, uint8 ids [B, H, W])}."""
+def _compiled(predictors, num_classes, protocol, mean, std, mesh):
+  """Two jitted functions of (state, images, labels, sizes): {predictor: (i32[K, K] of the whole batch, uint8 ids [B, H, W])}, and
+  {predictor: (uint8 ids [B, H, W], uint8 confidence [B, H, W])}."""
   if not 1 <= num_classes <= IGNORE_LABEL:
     raise checks.InputError(f"classes: got {num_classes}; allowed: 1..{IGNORE_LABEL}")
 
-  def count(state, images, labels, sizes):
-    results = {}
+  def predicted(state, images, sizes):
     for name, predict in predictors.items():
       scores, passes = inference.infer(lambda x, p=predict: p(state, x), images, sizes, protocol=protocol, mean=mean, std=std)
       if scores.shape[-1] != num_classes:
         raise checks.InputError(f"predictor '{name}': got {scores.shape[-1]} classes; allowed: the data's {num_classes}")
       looked_at = passes[..., 0] > 0
       ids = jnp.where(looked_at, jnp.argmax(scores, axis=-1), IGNORE_LABEL).astype(jnp.uint8)
-      results[name] = confusion.confusion_matrix(jnp.where(looked_at, labels, IGNORE_LABEL), ids, num_classes), ids
+      yield name, ids, looked_at, scores / jnp.maximum(passes, 1)
+
+  def count(state, images, labels, sizes):
+    return {
+      name: (confusion.confusion_matrix(jnp.where(looked_at, labels, IGNORE_LABEL), ids, num_classes), ids)
+      for name, ids, looked_at, _ in predicted(state, images, sizes)
+    }
+
+  def label(state, images, labels, sizes):
+    results = {}
+    for name, ids, looked_at, means in predicted(state, images, sizes):
+      probabilities = means if protocol.summed == "probabilities" else jax.nn.softmax(means, axis=-1)
+      confidence = jnp.rint(255 * jnp.where(looked_at, jnp.max(probabilities, axis=-1), 0.0))
+      results[name] = ids, confidence.astype(jnp.uint8)
     return results
 
   if mesh is None:
-    return jax.jit(count)
+    return jax.jit(count), jax.jit(label)
 
   # Each device takes its own images through by itself: their windows stay apart, and only the counts are added up.
-  def on_each_device(state, images, labels, sizes):
+  def count_on_each_device(state, images, labels, sizes):
     results = count(state, images, labels, sizes)
     return {name: (jax.lax.psum(matrix, "data"), ids) for name, (matrix, ids) in results.items()}
 
   split, whole = PartitionSpec("data"), PartitionSpec()
-  mapped = jax.shard_map(
-    on_each_device, mesh=mesh, in_specs=(whole, split, split, split), out_specs={name: (whole, split) for name in predictors},
-    check_vma=False,
-  )  # fmt: skip
-  # Everything is told to everyone, so that any process can read any picture.
-  return jax.jit(mapped, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+  def over_devices(function, specs):
+    mapped = jax.shard_map(
+      function, mesh=mesh, in_specs=(whole, split, split, split), out_specs={name: specs for name in predictors}, check_vma=False
+    )  # fmt: skip
+    # Everything is told to everyone, so that any process can read any picture.
+    return jax.jit(mapped, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+  return over_devices(count_on_each_device, (whole, split)), over_devices(label, (split, split))

@@ -27,6 +27,8 @@ SUMMED = ("logits", "probabilities")
 _WINDOWS_PER_CALL = 8
 _PIXELS_PER_CALL = 1 << 20
 
+_FEW_CANVASES = 8  # sizes that one network is compiled for without further ado
+
 
 class Protocol(NamedTuple):
   """How an image is shown to the network, and how its scores are summed up; part of what an mIoU means.
@@ -126,6 +128,28 @@ def canvas_size(size: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
   """(height, width) of the canvas that an image of `size` (height, width) is laid on."""
   takes_any = protocol.style == "whole" or _cuts(protocol)
   return _round_up(size, protocol.pad_multiple, (1, 1) if takes_any else protocol.window_pixels)
+
+
+def bounded(protocol: Protocol, sizes: Sequence[tuple[int, int]]) -> tuple[Protocol, str]:
+  """The protocol, made to compile for few sizes: where images come in many, it pads them to multiples of 32 pixels or more.
+
+  Returns:
+    The protocol, and in words what was changed ("" for nothing).
+  """
+  canvases = lambda protocol: len({canvas_size(size, protocol) for size in sizes})
+  padded, padding = protocol, 32
+  while canvases(padded) > _FEW_CANVASES and padding <= 128:
+    # A multiple of the original one, which the network may need.
+    padded = protocol._replace(pad_multiple=math.lcm(protocol.pad_multiple, padding))
+    padding *= 2
+  if padded == protocol:
+    return protocol, ""
+  same = protocol.style == "slide" and protocol.edges == "shift"
+  effect = "scores stay the same" if same else "scores near the padded borders may change a little"
+  return padded, (
+    f"{len(set(sizes))} image sizes: padded to multiples of {padded.pad_multiple} pixels, to compile for {canvases(padded)} "
+    f"sizes instead of {canvases(protocol)}; {effect}"
+  )
 
 
 def _round_up(size, multiple, least):

@@ -11,6 +11,9 @@ results.json:
    "best": the same of the best step so far, and "selected_by": str, what it is best by,
    "domains": {name: {"split": str, "last": ..., "best": the same of the first data set's best step}}, where there are further ones}
 
+NAME+image_labels is the predictor NAME with its answers kept to the classes that are in each image, as the truth says: what it is
+worth where image-level labels are known (config.evaluation.image_labels). It never selects the best step.
+
 Scores are fractions; null is a class (or a set) of which nothing was seen. `best` was chosen by looking at the very images it is
 scored on, so it flatters; `last` does not. An evaluation of one checkpoint (evaluations/) has but that one of the two.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,11 @@ from flax import linen as nn
 
 from pseudoseg_jax import rng
 from pseudoseg_jax.contract import Array, Head, PyTree
+from pseudoseg_jax.models.detector import FlawDetector, least_side
 from pseudoseg_jax.models.initial import initial_values
-from pseudoseg_jax.models.layers import BatchNorm, Conv, ConvBN
+from pseudoseg_jax.models.layers import BatchNorm, Conv, ConvBN, convolve
 from pseudoseg_jax.models.pspnet import pixel_shuffle
-from pseudoseg_jax.ops import attention, cam as cams
+from pseudoseg_jax.ops import attention, cam as cams, resize
 
 _glorot = jax.nn.initializers.glorot_uniform()
 
@@ -131,3 +132,76 @@ def many(head: Head, counts: Mapping[str, int]) -> Head:
     return {name: jax.vmap(lambda key: head.init(key)[0])(keys) for name, keys in keys.items()}, {}
 
   return Head(init, head.apply)
+
+
+def _conv3x3(channels: int, features: int) -> PyTree:
+  leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  return {"kernel": leaf(3, 3, channels, features), "bias": leaf(features)}
+
+
+def _convolved(params: PyTree, x: Array) -> Array:
+  return convolve(x, params["kernel"]) + params["bias"]
+
+
+def box_encoder(num_planes: int, channels: Sequence[int]) -> Head:
+  """What maps are multiplied by where boxes are known: a 3x3 convolution and a sigmoid each. [self-correcting networks]
+
+  Inputs of `apply`: planes f32[B, H, W, num_planes] of 0 and 1, and the size (h, w) of each of the maps, to which the planes are
+  resized by nearest neighbour. Output: f32[B, h, w, C] in 0..1 for each, C one of `channels`.
+  """
+  scales = [f"scale{number}" for number in range(1, len(channels) + 1)]
+
+  def init(key: Array) -> tuple[PyTree, PyTree]:
+    return initial_values(key, {scale: _conv3x3(num_planes, count) for scale, count in zip(scales, channels, strict=True)}), {}
+
+  def apply(params, batch_stats, planes, sizes, *, train):
+    resized = (resize.nearest(planes, size) for size in sizes)
+    return tuple(jax.nn.sigmoid(_convolved(params[scale], x)) for scale, x in zip(scales, resized, strict=True)), batch_stats
+
+  return Head(init, apply)
+
+
+def correction_net(num_classes: int, *, hidden: int = 128) -> Head:
+  """Two opinions made one by two 3x3 convolutions with a ReLU between. [self-correcting networks, convolutional self-correction]
+
+  Inputs of `apply`: the primary and the ancillary logits, f32[B, H, W, K] each, K = num_classes. Output: logits f32[B, H, W, K].
+  Width and activation are not in the sources; 128 and ReLU are those of re-implementations.
+  """
+
+  def init(key: Array) -> tuple[PyTree, PyTree]:
+    return initial_values(key, {"conv1": _conv3x3(2 * num_classes, hidden), "conv2": _conv3x3(hidden, num_classes)}), {}
+
+  def apply(params, batch_stats, primary_logits, ancillary_logits, *, train):
+    both = jnp.concatenate([primary_logits, ancillary_logits], axis=-1)
+    return _convolved(params["conv2"], jax.nn.relu(_convolved(params["conv1"], both))), batch_stats
+
+  return Head(init, apply)
+
+
+def flaw_detector(in_channels: int, *, width: int = 64, stages: int = 4) -> Head:
+  """GCT's flaw detector, a network of its own (nets.create_of); see `detector.FlawDetector`.
+
+  Inputs of `apply`: images f32[B, H, W, C] and probabilities f32[B, H, W, K]. Output: flaw map f32[B, H, W].
+
+  Args:
+    in_channels: C + K.
+    width: channels of the first stage.
+    stages: how often sides halve before the classifier; 4 ask for images of 60 pixels or more a side, 3 for 28, 2 for 12.
+  """
+  module = FlawDetector(width, stages)
+
+  @jax.jit
+  def init(key: Array) -> tuple[PyTree, PyTree]:
+    side = least_side(stages)
+    images, nothing = jnp.zeros((1, side, side, in_channels)), jnp.zeros((1, side, side, 0))
+    values = module.init(key, images, nothing, train=False)
+    return values["params"], values["batch_stats"]
+
+  def apply(params, batch_stats, images, probabilities, *, train):
+    variables = {"params": params, "batch_stats": batch_stats}
+    if not train:
+      return module.apply(variables, images, probabilities, train=False), batch_stats
+    flaws, moved = module.apply(variables, images, probabilities, train=True, mutable=["batch_stats"])
+    return flaws, moved["batch_stats"]
+
+  return Head(init, apply)

@@ -33,3 +33,18 @@ def sharpen(probabilities: Array, temperature: float) -> Array:
   """p^(1/T) / sum over classes of p^(1/T), f32[..., K]; T = 1 changes nothing, below 1 the likely gains."""
   raised = probabilities ** (1 / temperature)
   return raised / jnp.sum(raised, axis=-1, keepdims=True)
+
+
+def self_corrected(primary_logits: Array, ancillary_logits: Array, alpha: Array | float) -> Array:
+  """Logits of the q that minimises KL(q || p) + alpha KL(q || p_anc). [self-correcting networks, linear self-correction]
+
+  (l + alpha l_anc) / (1 + alpha): softmax of it is the weighted geometric mean of p = softmax(l) and p_anc = softmax(l_anc).
+
+  Args:
+    primary_logits, ancillary_logits: f32[..., K].
+    alpha: 0 gives p, infinitely large p_anc.
+
+  Returns:
+    f32[..., K]. Gradients are not stopped here.
+  """
+  return (primary_logits + alpha * ancillary_logits) / (1 + alpha)

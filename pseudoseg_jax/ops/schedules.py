@@ -85,3 +85,8 @@ def ema_decay(step, decay, warmup):
   """
   offset = {"none": None, "from_half": 2, "from_copy": 1}[warmup]
   return decay if offset is None else jnp.minimum(1 - 1 / (step + offset), decay)
+
+
+def exp_decay(step, *, start, end, rate, total_steps):
+  """start * exp(-rate t) with t = step / total, but not below `end`. [self-correcting networks, alpha]"""
+  return jnp.maximum(end, start * jnp.exp(-rate * jnp.asarray(step, float) / total_steps))
