@@ -1,6 +1,8 @@
 """The launchers, as a user starts them."""
 
+import argparse
 import importlib.util
+import json
 import pathlib
 import re
 
@@ -82,3 +84,42 @@ def test_everything_measured_comes_as_one_table_and_is_measured_once(monkeypatch
   assert "| supervised | 1.00 | 3.0 | 100 | 31.0 ± 1.4 | +0.0 | 40.0 |" in table  # 30 and 32
   assert "| cps | 2.50 | 3.0 | 100 | 34.0 ± 1.4 | +3.0 | 40.0 |" in table
   assert asked.count("cps") == 1 and ("cps", 0, True) in asked and ("cps", 2, False) in asked
+
+
+def test_every_pipeline_measured_comes_as_one_table_and_is_run_once(monkeypatch, tmp_path, capsys):
+  monkeypatch.syspath_prepend(str(LAUNCH))
+  measure = load("measure_pipelines")
+  commands = []
+
+  def pretend(command, check):
+    commands.append(command := [str(part) for part in command])
+    if command[1].endswith("pipeline.py"):
+      workdir = pathlib.Path(next(part for part in command if part.startswith("--workdir=")).removeprefix("--workdir="))
+      seed = int(next(part for part in command if part.startswith("--config.seed=")).removeprefix("--config.seed="))
+      is_boxed = "self_correcting" in str(workdir)
+      stages = [{"name": "first", "kind": "train", "minutes": 2.0, "miou": {"a": 0.9}}]
+      stages += [] if is_boxed else [{"name": "labels", "kind": "export", "minutes": 0.5, "images": 7}]
+      stages += [{"name": "second", "kind": "train", "minutes": 1.0, "miou": {"student": 0.4 + 0.02 * seed, "other": 0.1}}]
+      workdir.mkdir(parents=True)
+      (workdir / "summary.json").write_text(json.dumps(stages))
+
+  def score(labels, config):
+    assert config.data.name == ("folder" if "camvid" in str(labels) else "synthetic")
+    return None, argparse.Namespace(miou={"labels": 0.5, "ancillary_labels": 0.7}[labels.name])
+
+  monkeypatch.setattr(measure.subprocess, "run", pretend)
+  monkeypatch.setattr(measure.label_quality, "score", score)
+  monkeypatch.setattr(measure.compare, "run", lambda *_: {"last": {"predictors": {"student": {"miou": 0.3}}}})
+  arguments = [f"--workdir={tmp_path}", "--pipelines=learn_pseudo self_correcting", "--seeds=0,2", "--camvid=DIR"]
+  monkeypatch.setattr("sys.argv", ["measure_pipelines.py", *arguments])
+  measure.main()
+  count = len(commands)
+  measure.main()
+  table = capsys.readouterr().out
+  assert "| learn_pseudo | first 2.0, labels 0.5, second 1.0 | labels 50.0 | 42.0 ± 2.8 | +12.0 | labels 50.0 | 40.0 | +10.0 |" in table
+  assert "| self_correcting | first 2.0, second 1.0 | ancillary_labels 70.0 | 42.0 ± 2.8 | +12.0 |" in table
+  assert len([command for command in commands if command[1].endswith("pipeline.py")]) == 6  # two pipelines, seeds 0, 2 and CamVid
+  # Weak labels are made anew only because nothing wrote their files.
+  assert {command[1].rpartition("/")[2] for command in commands[count:]} <= {"tags_from_masks.py", "boxes_from_masks.py"}
+  on_camvid = next(command for command in commands if command[1].endswith("pipeline.py") and "data=camvid" in command[2])
+  assert f"--config.data.image_labels={tmp_path / 'weak_labels' / 'tags.csv'}" in on_camvid
