@@ -3,7 +3,7 @@
   --config=configs/camvid.py:method=cps,split=1_8 --config.data.root=DIR
 
 split: 1_16, 1_8, 1_4, 1_2 or full (of the sorted frames every 16th, ...), or the path of a list of labeled images.
-A small network at 240x180, so that a run takes minutes on a CPU; network=deeplabv3plus for a GPU.
+batch: labeled images a step. A small network at 240x180, so that a run takes minutes on a CPU; network=deeplabv3plus for a GPU.
 """
 
 import re
@@ -32,7 +32,7 @@ _OPTIONS = {
 
 
 def get_config(argument=""):
-  chosen = configs.arguments(argument, method="cps", convention="", split="1_8", network="tiny", backbone="")
+  chosen = configs.arguments(argument, method="cps", convention="", split="1_8", network="tiny", backbone="", batch=4)
   config = configs.base(configs.method(chosen["method"], chosen["convention"]))
   config.data.update(configs.folder_data(
     classes="camvid",
@@ -49,7 +49,7 @@ def get_config(argument=""):
   recipes.by_labeled_share(config, recipes.labeled_images(chosen["split"], 367) / 367)
   config.network = configs.network_on(chosen["network"], chosen["backbone"])
   config.total_steps = 1500
-  config.batch_size_global = {"labeled": 4, "unlabeled": 4}
+  config.batch_size_global = {"labeled": chosen["batch"], "unlabeled": 4}
   config.optimizer.learning_rate = 0.1 if chosen["method"] in ("unimatch", "fixmatch") else 0.05  # as in quickstart.py
   config.views.crop_size = (128, 128)
   config.views.scales = (0.75, 1.0, 1.25, 1.5)

@@ -36,6 +36,8 @@ class Stage(NamedTuple):
 
 
 DATA = ("voc", "camvid", "quickstart")
+# Labeled images a step, once all have labels: as many as other methods see labeled and unlabeled ones. VOC has recipes for that.
+_LARGE_BATCH = {"camvid": {"batch": "8"}, "quickstart": {"batch": "16"}}
 _OF_DATA = ("split", "lists", "train", "form", "recipe", "network", "backbone", "labels")
 
 
@@ -78,10 +80,7 @@ def learn_pseudo(text):
       "labels", "hybrid", "--predictor=hybrid", "--image_labels",
       options={"evaluation.scales": scales, "evaluation.flip": "True"},
     ),
-    _train(
-      "retrained", _config(data, "supervised", passed),
-      {"pseudo_labels.folder": "{labels}", "views.labeled_operations": "2"},
-    ),
+    _train("retrained", _config(data, "supervised", passed | _LARGE_BATCH.get(data, {})), {"pseudo_labels.folder": "{labels}"}),
   )  # fmt: skip
 
 
@@ -99,11 +98,9 @@ def self_correcting(text):
   checks.check_name("correction", correction, CORRECTIONS)
   if data == "voc":
     passed = {"split": "1464"} | passed
-  annotations = "VOCdevkit/VOC2012/Annotations"
-  boxes = {"data.boxes": annotations, "data.eval_boxes": annotations} if data == "voc" and chosen["form"] != "tfds" else {}
 
   def primary(name, nets_from, learn_weak="True"):
-    options = {"method.correction": correction, "method.learn_weak": learn_weak, "nets_from": nets_from, **boxes}
+    options = {"method.correction": correction, "method.learn_weak": learn_weak, "nets_from": nets_from}
     return _train(name, _config(data, "self_correcting", passed), options)
 
   ancillary = _config(data, "ancillary", passed)
@@ -112,16 +109,16 @@ def self_correcting(text):
   if correction == "convolutional":
     return (
       # Half of the masks: on those it learnt from, its labels are too good for a correction to be learnt there.
-      _train("ancillary", ancillary, {"labeled_every": "2", **boxes}),
+      _train("ancillary", ancillary, {"labeled_every": "2"}),
       primary("correction", "ancillary={ancillary}", learn_weak="False"),
       primary("primary", "ancillary={ancillary},primary={correction},correction={correction}"),
     )
-  return (_train("ancillary", ancillary, boxes), primary("primary", "ancillary={ancillary}"))
+  return (_train("ancillary", ancillary, {}), primary("primary", "ancillary={ancillary}"))
 
 
 def self_training(text):
   """Self-training (ST and ST++; Yang et al., CVPR 2022): a teacher learns from the masks and labels the other images; a student
-  learns from masks and labels under strong views, and labels anew for the next; `rounds` students in all.
+  learns from masks and labels, on VOC under strong views, and labels anew for the next; `rounds` students in all.
 
   teacher: the method of the first stage. select: 1 = the first student learns from the half of the images whose labels changed
   least while the teacher learnt (ST++), 0 = from all (ST). ST++ is rounds=2,select=1, ST rounds=1,select=0.
@@ -141,6 +138,7 @@ def self_training(text):
   problems.raise_if_any()
 
   of_teacher, of_student, labeling = {}, {}, {"evaluation.flip": "True"}
+  larger = _LARGE_BATCH.get(data, {})
   if data == "voc":
     labeling |= {"evaluation.scales": "0.5,0.75,1.0,1.5,2.0", "evaluation.summed": "probabilities"}
     passed = {"recipe": "unimatch" if chosen["teacher"] == "supervised" else recipes.of_method(chosen["teacher"])} | passed
@@ -161,10 +159,11 @@ def self_training(text):
       labels = f"labels{number - 1}"
       stages.append(_export(labels, f"student{number - 1}", options=labeling))
     options = {"pseudo_labels.folder": f"{{{labels}}}", "pseudo_labels.repeat_labeled": "True"}
-    options["views.labeled_photometry"] = "True"
+    if data == "voc":  # a small network from scratch loses by strong views
+      options["views.labeled_photometry"] = "True"
     if select and number == 1:
       options["pseudo_labels.list"] = "{reliable}/list.txt"
-    stages.append(_train(f"student{number}", _config(data, "supervised", passed), options | of_student))
+    stages.append(_train(f"student{number}", _config(data, "supervised", passed | larger), options | of_student))
   return tuple(stages)
 
 

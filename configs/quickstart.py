@@ -3,6 +3,8 @@
   --config=configs/quickstart.py                      the semi-supervised method
   --config=configs/quickstart.py:method=supervised    the baseline: the same labels, the same steps
   --config=configs/quickstart.py:method=pseudoseg,image_labels=1    the unlabeled scenes come with the classes they show
+
+labels: how many of the 800 scenes are labeled; batch: labeled images a step.
 """
 
 from pseudoseg_jax import config as configs, recipes
@@ -24,7 +26,9 @@ _OPTIONS = {
   "vat": {"strong_views": 1},
   "classmix": {"color_jitter": True, "blur": True},
   # A detector for small crops, that learns in a short run.
-  "gct": {"detector_stages": 2, "detector_width": 16, "detector_learning_rate": 1e-3, "rampup_fraction": 0.4},
+  "gct": {
+    "detector_stages": 2, "detector_width": 16, "detector_learning_rate": 1e-3, "rampup_fraction": 0.4, "shared_batch_norm": False,
+  },
   # IoUs of a small network from scratch, to the power of 8, are no weights at all.
   "learn_pseudo": {"score_power": 2.0},
   "ael": {"bank_momentum": 0.99},  # 0.999 takes longer than this run to forget the random start
@@ -32,7 +36,7 @@ _OPTIONS = {
 
 
 def get_config(argument=""):
-  chosen = configs.arguments(argument, method="mean_teacher", convention="", labels=64, image_labels=0)
+  chosen = configs.arguments(argument, method="mean_teacher", convention="", labels=64, batch=8, image_labels=0)
   if chosen["image_labels"]:
     method = configs.method(chosen["method"], chosen["convention"], image_labels=True)
   elif chosen["method"] == "mean_teacher" and not chosen["convention"]:
@@ -55,7 +59,7 @@ def get_config(argument=""):
     "scenes_seed": 0,  # of the scenes themselves, apart from the run's seed: every run sees the same data
   })
   config.total_steps = 3000
-  config.batch_size_global = {"labeled": 8, "unlabeled": 8}
+  config.batch_size_global = {"labeled": chosen["batch"], "unlabeled": 8}
   # UniMatch halves the sum of its losses, so that the labeled images need twice the rate to be learnt from as by others.
   config.optimizer.learning_rate = 0.2 if chosen["method"] in ("unimatch", "fixmatch") else 0.1
   config.views.crop_size = (64, 64)

@@ -40,6 +40,7 @@ CASES["classmix:cow"] = {"mask": "cow", "loss": "mse", "color_jitter": True, "bl
 CASES["pi_model:weak_and_strong"] = {"strong_views": 1}
 CASES["temporal_ensembling:weak"] = {"strong_views": 0, "grid": (16, 24), "shared_batch_norm": False}
 CASES["cutmix_seg:cutout"] = {"mask": "cutout", "area_range": (0.0, 1.0), "strong_views": 1, "frozen_batch_norm": "backbone"}
+CASES["gct:separate"] = CASES["gct"] | {"shared_batch_norm": False}
 CASES["cross_prob:kl"] = {"distance": "kl"}
 
 

@@ -45,12 +45,12 @@ def gct(
   detector_width: int = 64,
   detector_stages: int = 4,
   kernel_base_pixels: int = 0,
+  shared_batch_norm: bool = True,
   relu_straight_through_flaw: bool = True,
 ) -> Method:
   """Two task models, "left" and "right", and the "detector" that learns from labeled images where they are wrong. [GCT, section 3]
 
-  Labeled and unlabeled images pass as one batch; both teach by consistency and by flaw correction, every pixel counts, padding
-  too. As officially each task model sees the batch twice with the same weights, and the detector sees each prediction twice:
+  Labeled and unlabeled images both teach by consistency and by flaw correction, every pixel counts, padding too. As officially each task model sees the batch twice with the same weights, and the detector sees each prediction twice:
   running statistics move twice and four times a step. Only one of them need be computed: for the same reason both passes have
   one key for dropout. All three learn from one objective in which each loss reaches its own network alone. Which of the two
   models was reported is not known; both are scored. A weight of 0 leaves that constraint out; the official mode with flaw
@@ -67,6 +67,8 @@ def gct(
     detector_width, detector_stages: see `heads.flaw_detector`. Four stages say one thing for about 32x32 pixels: 15x15 flaws for
       513 pixels a side, a single one below 92, which tells nothing; 128 pixels want 3 stages, 64 want 2.
     kernel_base_pixels: side that the sizes of blurs are derived from; 0 for the shorter side of the view. Officially the crop.
+    shared_batch_norm: labeled and unlabeled images pass the task models as one batch with common batch statistics (PixelSSL), or
+      separately (TorchSemiSeg's port, which made the rows of GCT in the CPS paper).
     relu_straight_through_flaw: the detector's own loss sees its negative flaws as 0, and its gradient does not.
   """
   problems = checks.Problems("gct cannot be run with these options")
@@ -100,9 +102,11 @@ def gct(
   def base_pixels(images):
     return kernel_base_pixels or min(images.shape[1:3])
 
-  def predict(live, role, images, draws):
-    """Logits, probabilities and the network with its statistics moved."""
-    (logits,), net = nets.forward(network, live[role], images, dropout=draws[role])
+  def predict(live, role, images, num_labeled, draws):
+    """Logits, probabilities and the network with its statistics moved; the first `num_labeled` of the images are labeled."""
+    batches = (images,) if shared_batch_norm or not num_labeled else (images[:num_labeled], images[num_labeled:])
+    logits, net = nets.forward(network, live[role], *batches, dropout=draws[role])
+    logits = jnp.concatenate(logits)
     return logits, jax.nn.softmax(logits), net
 
   def detect(net, params, images, probabilities):
@@ -110,11 +114,11 @@ def gct(
     flaw_map, batch_stats = detector.apply(params, net.batch_stats, images, probabilities, train=True)
     return flaw_map, net.replace(batch_stats=batch_stats)
 
-  def judge(live, images, draws):
+  def judge(live, images, num_labeled, draws):
     """Who is right where: of both models probabilities without gradient, flaw maps with the detector's, handled ones, targets."""
     live, said, seen, handled = dict(live), {}, {}, {}
     for role in PAIR:
-      _, probabilities, live[role] = predict(live, role, images, draws)
+      _, probabilities, live[role] = predict(live, role, images, num_labeled, draws)
       said[role] = jax.lax.stop_gradient(probabilities)
       seen[role], live["detector"] = detect(live["detector"], live["detector"].params, images, said[role])
       handled[role], clipped = flaws.handle_flaws(seen[role], base_pixels=base_pixels(images))
@@ -131,10 +135,10 @@ def gct(
     ramp = schedules.sigmoid_rampup(state.step, rampup_fraction * task.total_steps)
 
     def objective(live):
-      said, seen, _, targets, both_bad, moved = judge(live, images, draws)
+      said, seen, _, targets, both_bad, moved = judge(live, images, num_labeled, draws)
       terms = {}
       for role in PAIR:
-        logits, probabilities, moved[role] = predict(moved, role, images, draws)
+        logits, probabilities, moved[role] = predict(moved, role, images, num_labeled, draws)
         judged_by = jax.lax.stop_gradient(live["detector"].params)
         flaw_map, moved["detector"] = detect(moved["detector"], judged_by, images, probabilities)
         terms[f"loss_supervised_{role}"] = task.criterion(logits[:num_labeled], label)
@@ -153,7 +157,7 @@ def gct(
 
   def show(state, batch, draws):
     weak, valid = batch["unlabeled"]["weak"], batch["unlabeled"]["valid"]
-    said, _, handled, targets, both_bad, _ = judge(state.nets, weak, draws)
+    said, _, handled, targets, both_bad, _ = judge(state.nets, weak, 0, draws)
     heat = (jnp.clip(flaw_map, 0, 1) for flaw_map in handled.values())
     return (weak, *said.values(), *heat, targets["left"]), valid & ~both_bad
 
