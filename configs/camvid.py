@@ -14,7 +14,11 @@ from pseudoseg_jax import config as configs, recipes
 _OPTIONS = {
   "pseudoseg": {"background": False},  # class 0 is sky
   "cct": {"background": False},
-  "gct": {"detector_stages": 3, "detector_width": 32, "detector_learning_rate": 1e-3},  # for crops of 128, in short runs
+  # As in quickstart.py, for crops of 128.
+  "gct": {
+    "detector_stages": 3, "detector_width": 32, "detector_learning_rate": 1e-3, "rampup_fraction": 0.4, "shared_batch_norm": False,
+    "weight": 30.0, "flaw_correction_weight": 0.1,
+  },
   "learn_pseudo": {"background": False, "score_power": 2.0},
   "ancillary": {"background": False},
   "self_correcting": {"background": False},

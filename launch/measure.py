@@ -6,8 +6,9 @@
 Columns: time of a step relative to supervised on the same network and as many images, seconds of compilation, memory as XLA plans
 it (all three: small network, 16 images of 128x128); mIoU in % on 200 synthetic scenes that nothing was learnt from, mean and
 spread over the seeds, and what that is above supervised; mIoU on CamVid's test set. Scores are those of the headline predictor
-after the last step. Costs are measured first, one method after the other; leave the machine alone meanwhile. Everything measured
-stays in WORKDIR, so the command can be stopped and repeated; the table is WORKDIR/table.md.
+after the last step; of methods that are one stage of several, the cost alone (measure_pipelines.py measures the rest). Costs are
+measured first, one method after the other; leave the machine alone meanwhile. Everything measured stays in WORKDIR, so the command
+can be stopped and repeated; the table is WORKDIR/table.md.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import step_time
 from pseudoseg_jax.methods.table import METHODS
 
 _METHODS = [name for name in METHODS if name != "cct_domains"]  # which learns two data sets at once
+_STAGES = ("ancillary", "learn_pseudo", "self_correcting")
 _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 _IMAGES, _STEPS = 16, 10
 
@@ -61,7 +63,7 @@ def main() -> None:
   everything = ["supervised", *(method for method in methods if method != "supervised")]
   costs = {method: _cost(method, known.workdir) for method in everything}
   scenes, camvid = {}, {}
-  for method in everything:
+  for method in [method for method in everything if method not in _STAGES]:
     runs = known.workdir / "scenes" / method
     scenes[method] = [
       compare.headline_miou(compare.run(f"{_CONFIGS}/quickstart.py", method, seed, runs / str(seed), _options(known.steps)))
@@ -77,13 +79,16 @@ def main() -> None:
     "|---|---|---|---|---|---|" + "---|" * bool(camvid),
   ]  # fmt: skip
   for method in everything:
-    cost, mious = costs[method], scenes[method]
-    spread = f" ± {statistics.stdev(mious):.1f}" if len(mious) > 1 else ""
-    lines.append(
-      f"| {method} | {cost.step_seconds / costs['supervised'].step_seconds:.2f} | {cost.compile_seconds:.1f} | {cost.mebibytes:.0f} "
-      f"| {statistics.mean(mious):.1f}{spread} | {statistics.mean(mious) - statistics.mean(scenes['supervised']):+.1f} |"
-      + (f" {camvid[method]:.1f} |" if camvid else "")
-    )
+    cost, mious, on_camvid = costs[method], scenes.get(method), camvid.get(method)
+    scores = ["-", "-"]
+    if mious:
+      spread = f" ± {statistics.stdev(mious):.1f}" if len(mious) > 1 else ""
+      above = statistics.mean(mious) - statistics.mean(scenes["supervised"])
+      scores = [f"{statistics.mean(mious):.1f}{spread}", f"{above:+.1f}"]
+    scores += ["-" if on_camvid is None else f"{on_camvid:.1f}"] if known.camvid else []
+    relative = cost.step_seconds / costs["supervised"].step_seconds
+    cells = [method, f"{relative:.2f}", f"{cost.compile_seconds:.1f}", f"{cost.mebibytes:.0f}", *scores]
+    lines.append(f"| {' | '.join(cells)} |")
   text = "\n".join(lines)
   (known.workdir / "table.md").write_text(text + "\n")
   print("\n" + text)

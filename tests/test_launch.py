@@ -67,7 +67,7 @@ def test_everything_measured_comes_as_one_table_and_is_measured_once(monkeypatch
 
   def cost(path, method, **options):
     asked.append(method)
-    return measure.step_time.Measured({"supervised": 0.2, "cps": 0.5}[method], 3.0, 100.0)
+    return measure.step_time.Measured({"supervised": 0.2, "cps": 0.5, "ancillary": 0.3}[method], 3.0, 100.0)
 
   def run(config, method, seed, workdir, rest):
     camvid = "camvid" in config
@@ -77,12 +77,13 @@ def test_everything_measured_comes_as_one_table_and_is_measured_once(monkeypatch
 
   monkeypatch.setattr(measure.step_time, "measure", cost)
   monkeypatch.setattr(measure.compare, "run", run)
-  monkeypatch.setattr("sys.argv", ["measure.py", f"--workdir={tmp_path}", "--methods=cps", "--seeds=0,2", "--camvid=DIR"])
+  monkeypatch.setattr("sys.argv", ["measure.py", f"--workdir={tmp_path}", "--methods=cps,ancillary", "--seeds=0,2", "--camvid=DIR"])
   measure.main()
   measure.main()
   table = capsys.readouterr().out
   assert "| supervised | 1.00 | 3.0 | 100 | 31.0 ± 1.4 | +0.0 | 40.0 |" in table  # 30 and 32
   assert "| cps | 2.50 | 3.0 | 100 | 34.0 ± 1.4 | +3.0 | 40.0 |" in table
+  assert "| ancillary | 1.50 | 3.0 | 100 | - | - | - |" in table  # one stage of several: its cost alone
   assert asked.count("cps") == 1 and ("cps", 0, True) in asked and ("cps", 2, False) in asked
 
 

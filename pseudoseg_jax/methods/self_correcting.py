@@ -225,7 +225,7 @@ def self_correcting(
     ancillary_logits, attention = opinion(state, weak, planes)
     target = weak_target(state, primary_logits, ancillary_logits, planes)
     covered = jnp.max(planes[..., int(background) :], axis=-1)
-    guide = (jnp.mean(attention[0], axis=-1), jax.nn.softmax(ancillary_logits)) if guided else ()
+    guide = (_contrast(attention[0]), jax.nn.softmax(ancillary_logits)) if guided else ()
     shown = (weak, covered, *guide, jax.nn.softmax(primary_logits), target)
     return shown, batch["unlabeled"]["valid"] & jnp.any(target > 0, axis=-1)
 
@@ -235,6 +235,12 @@ def self_correcting(
   given = (("ancillary",) if guided else ()) + (("primary", "correction") if convolutional and learn_weak else ())
   needs = Needs(unlabeled=learn_weak, weak_label="boxes")
   return Method(needs, init, draw, update, nets.predictors(network, "primary"), panels, given_nets=given)
+
+
+def _contrast(attention):
+  """How far the attention at each place is from its mean over the image, scaled to 0..1: f32[B, h, w, C] -> f32[B, h, w]."""
+  distance = jnp.mean(jnp.abs(attention - jnp.mean(attention, axis=(1, 2), keepdims=True)), axis=-1)
+  return distance / jnp.maximum(jnp.max(distance, axis=(1, 2), keepdims=True), 1e-6)
 
 
 def _check(correction, learn_weak, alpha_start, alpha_end, alpha_decay, hidden):
