@@ -305,6 +305,26 @@ def from_json(text: str) -> ConfigDict:
   return ConfigDict(restored(json.loads(text)))
 
 
+def completed(saved: ConfigDict) -> ConfigDict:
+  """A saved config with the options that were added since, at their defaults, which change nothing."""
+  defaults = base(saved.method).to_dict()
+  defaults["data"] |= {"folder": folder_data, "tfds": tfds_data}.get(saved.data.name, dict)()
+  factories = {"method": methods_table.METHODS, "network": models_table.NETWORKS}
+  for part, table in factories.items():
+    defaults[part] = defaults_of(table[saved[part].name]) if saved[part].name in table else {}
+
+  def fill(config: ConfigDict, defaults: Mapping[str, Any]) -> None:
+    for key, value in defaults.items():
+      if key not in config:
+        config[key] = value
+      elif isinstance(value, dict) and isinstance(config[key], ConfigDict) and key != "other_data":
+        fill(config[key], value)
+
+  with saved.unlocked():
+    fill(saved, defaults)
+  return saved
+
+
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
   """One line for each option in which two configs differ: "total_steps: 100 here, 200 there"."""
 

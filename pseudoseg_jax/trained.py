@@ -55,7 +55,8 @@ def is_exported(folder: pathlib.Path) -> bool:
 def _open_exported(folder: pathlib.Path, mesh, overrides: Mapping[str, Any] | None) -> Trained:
   try:
     about = json.loads((folder / "config.json").read_text())
-    config, classes, name = configs.from_json(json.dumps(about["config"])), _classes(about["classes"]), about["predictor"]
+    config = configs.completed(configs.from_json(json.dumps(about["config"])))
+    classes, name = _classes(about["classes"]), about["predictor"]
     step = np.int32(about["provenance"].get("step", 0))  # a converted network has none
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise checks.InputError(f"cannot read {folder / 'config.json'}: {type(error).__name__}: {error}; export again") from error
@@ -94,7 +95,7 @@ def saved_config(workdir: pathlib.Path) -> configs.ConfigDict:
     problems = checks.Problems("cannot use workdir")
     problems.add("workdir", got=str(workdir), allowed="a folder that a training run made (it holds config.json)")
     problems.raise_if_any()
-  return configs.from_json(path.read_text())
+  return configs.completed(configs.from_json(path.read_text()))
 
 
 def save_classes(workdir: pathlib.Path, classes: Classes, other_classes: Mapping[str, Classes]) -> None:

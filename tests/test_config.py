@@ -11,6 +11,23 @@ from pseudoseg_jax.data import splits
 from pseudoseg_jax.methods import mean_teacher
 from pseudoseg_jax.methods.table import METHODS
 
+def without(options, absent):
+  """Nested options as an older release saved them."""
+  return {
+    name: without(value, absent) if isinstance(value, dict) else value for name, value in options.items() if name not in absent
+  }
+
+
+@pytest.mark.parametrize("path", ["quickstart.py:method=gct", "camvid.py:method=cps", "voc.py:method=learn_pseudo,form=tfds"])
+def test_a_config_of_an_older_release_is_completed_by_defaults(path):
+  new = configs.load(f"configs/{path}")
+  added = ("labeled_every", "nets_from", "pseudo_labels", "classifier_multiplier", "labeled_photometry", "eval_boxes", "dilations")
+  old = configs.ConfigDict(without(configs.load(f"configs/{path}").to_dict(), added))
+  assert configs.differences(new, old)
+  left = configs.differences(new, configs.completed(old))
+  assert all(line.startswith(("optimizer.classifier_multiplier: 10", "data.eval_boxes")) for line in left), left
+
+
 CONFIGS = sorted(path.name for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "pipelines")
 ARGUMENTS = [f"method={name}" for name in METHODS] + [f"method=mean_teacher,convention={name}" for name in mean_teacher.CONVENTIONS]
 
