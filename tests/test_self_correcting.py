@@ -157,7 +157,7 @@ def test_the_correction_net_learns_nothing_from_boxes_alone():
 
 def test_from_masks_the_correction_net_learns_without_moving_the_primary_model_otherwise():
   before, after, _ = step(make_batch(), correction="convolutional", hidden=4, learn_weak=False)
-  assert largest_change(before, after, "correction") > 1e-3
+  assert largest_change(before, after, "correction") > 5e-4
   alone = make_method(supervised)
   student = alone.init(jax.random.key(0)).nets["student"].replace(params=before.nets["primary"].params)
   state, _ = jax.jit(alone.step)(before.replace(nets={"student": student}), make_batch(), jax.random.key(1))

@@ -5,10 +5,12 @@ code was published: facts from the paper's opening and its author's slides, whos
 silent are named as such.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from pseudoseg_jax import checks, nets, rng
+from pseudoseg_jax import checks, nets, optim, rng
 from pseudoseg_jax.contract import IGNORE_LABEL, Method, Needs, Panels, State, Task
 from pseudoseg_jax.models import heads
 from pseudoseg_jax.ops import boxes, fusion, losses, schedules
@@ -115,6 +117,7 @@ def self_correcting(
   alpha_end: float = 0.5,
   alpha_decay: float = 6.0,
   hidden: int = 128,
+  correction_learning_rate: float = 1e-3,
   detach_primary: bool = True,
   foreground_bias: float = 5.0,
   background_bias: float = 3.0,
@@ -137,20 +140,24 @@ def self_correcting(
     alpha_start, alpha_end, alpha_decay: alpha = max(end, start exp(-decay step / total_steps)). [read off slide 22's curve]
     hidden, detach_primary: "convolutional" only: width of the correction net, and whether its loss stops short of the primary
       model. Not in the sources: re-implementations differ.
+    correction_learning_rate: "convolutional" only: of the correction net's Adam; falls to 0 as (1 - t)^0.9. Chosen here: logits have
+      no fixed scale, and a net on them diverges at the rates that suit a backbone.
     foreground_bias, background_bias: "em_fixed" only; those of Papandreou et al.
   """
-  _check(correction, learn_weak, alpha_start, alpha_end, alpha_decay, hidden)
+  _check(correction, learn_weak, alpha_start, alpha_end, alpha_decay, hidden, correction_learning_rate)
   network, num_classes = task.network, task.num_classes
   convolutional, guided = correction == "convolutional", correction != "em_fixed"
   encoder, run = box_network(task, background=background) if guided else (None, None)
   combine = heads.correction_net(num_classes, hidden=hidden)
+  rate = functools.partial(schedules.poly, base=correction_learning_rate, total_steps=task.total_steps)
+  optimizers = {"primary": task.optimizer, "correction": optim.adamw(rate)}
 
   def init(key):
     born = {"primary": nets.create(task, rng.stream(key, "primary"))}
     if guided:
       born["ancillary"] = nets.frozen(nets.create(task, rng.stream(key, "ancillary"), box_encoder=encoder))
     if convolutional:
-      born["correction"] = nets.create_of(combine, rng.stream(key, "correction"), task.optimizer)
+      born["correction"] = nets.create_of(combine, rng.stream(key, "correction"), optimizers["correction"])
     return State(step=jnp.zeros([], jnp.int32), nets=born)
 
   def draw(key, batch):
@@ -212,8 +219,8 @@ def self_correcting(
         told["corrected_fraction"] = losses.mean_over(other.astype(loss.dtype), valid)
       return loss, (live | {"primary": primary}, told)
 
-    learning = {role: net for role, net in state.nets.items() if role != "ancillary"}
-    after, metrics = nets.descend(task.optimizer, learning, state.step, objective)
+    learning = {role: state.nets[role] for role in optimizers if role in state.nets}
+    after, metrics = nets.descend(optimizers, learning, state.step, objective)
     if correction == "linear":
       metrics["alpha"] = alpha(state.step)
     return state.replace(step=state.step + 1, nets=state.nets | after), metrics
@@ -243,7 +250,7 @@ def _contrast(attention):
   return distance / jnp.maximum(jnp.max(distance, axis=(1, 2), keepdims=True), 1e-6)
 
 
-def _check(correction, learn_weak, alpha_start, alpha_end, alpha_decay, hidden):
+def _check(correction, learn_weak, alpha_start, alpha_end, alpha_decay, hidden, correction_learning_rate):
   problems = checks.Problems("self_correcting cannot be run with these options")
   if correction not in CORRECTIONS:
     remedy = checks.nearest(correction, CORRECTIONS)
@@ -255,6 +262,8 @@ def _check(correction, learn_weak, alpha_start, alpha_end, alpha_decay, hidden):
     problems.add("alpha_start, alpha_end", got=(alpha_start, alpha_end), allowed="start >= end >= 0")
   if alpha_decay < 0:
     problems.add("alpha_decay", got=alpha_decay, allowed="0 or more")
+  if not correction_learning_rate > 0:
+    problems.add("correction_learning_rate", got=correction_learning_rate, allowed="above 0")
   if hidden < 1:
     problems.add("hidden", got=hidden, allowed="1 or more")
   problems.raise_if_any()
