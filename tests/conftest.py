@@ -9,8 +9,10 @@ import pytest
 _FLAGS = "--xla_force_host_platform_device_count=8"
 if int(metadata.version("jaxlib").split(".")[1]) >= 8:  # older ones abort at a flag that they do not know
   # On a busy machine a device may wait long for the others; XLA aborts the process after 40 s of that unless told otherwise.
-  _FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
+  _FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=300"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
+# Threads of XLA's pools. With one a core (or one a device) those that wait for other devices can leave none for these.
+os.environ.setdefault("NPROC", "64")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
