@@ -116,7 +116,8 @@ def run(case, devices, steps, state=None):
   state = loop.jit_init(method, mesh, SEED) if state is None else state
   told = []
   for index in steps:
-    state, metrics = step(state, meshes.global_batch(mesh, make_batch(index, method.needs)))
+    # Waits for all devices: simulated ones share their threads, and a second step under way may leave the first without.
+    state, metrics = jax.block_until_ready(step(state, meshes.global_batch(mesh, make_batch(index, method.needs))))
     told.append(jax.device_get(metrics))
   return state, told
 
