@@ -18,7 +18,7 @@ import sys
 
 from pseudoseg_jax import build, checks, config as configs
 from pseudoseg_jax.command_line import parse_with_overrides
-from pseudoseg_jax.data import boxes, sources, splits
+from pseudoseg_jax.data import boxes, decode, sources, splits
 
 
 def _parse(arguments):
@@ -64,7 +64,7 @@ def _boxes(data: configs.ConfigDict, instances: str):
     problems.raise_if_any()
   found = []
   for row, path in enumerate(paths):
-    objects, label = sources.read_mask(path), masks.label(row)
+    objects, label = decode.read_mask(path), masks.label(row)
     if objects.shape == label.shape:
       found.append(boxes.boxes_of_instances(objects, label, opened.classes))
     else:

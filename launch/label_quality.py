@@ -17,7 +17,7 @@ import numpy as np
 
 from pseudoseg_jax import build, checks, config as configs, reliable
 from pseudoseg_jax.command_line import parse_with_overrides, run
-from pseudoseg_jax.data import sources, splits
+from pseudoseg_jax.data import decode, sources, splits
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.evaluation import report
 from pseudoseg_jax.ops import confusion
@@ -47,7 +47,7 @@ def score(labels: pathlib.Path, config: configs.ConfigDict) -> tuple[Classes, co
   masks, num_classes = _masks(config.data, opened, split, names), len(opened.classes)
   matrix = np.zeros((num_classes, num_classes), np.int64)
   for row, name in enumerate(names):
-    ids, label = sources.read_mask(labels / "labels" / f"{name}.png"), masks.label(row)
+    ids, label = decode.read_mask(labels / "labels" / f"{name}.png"), masks.label(row)
     if ids.shape != label.shape:
       raise checks.InputError(f"labels of {name}: got {ids.shape} pixels; allowed: {label.shape}, as its mask")
     matrix += reliable.matrix_of(label, ids, num_classes)

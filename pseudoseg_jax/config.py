@@ -147,6 +147,7 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "style": "whole",  # or "pad_to_crop", "center_crop", "slide"
       "window_pixels": (512, 512),  # height, width of the window that slides, or of the crop
       "stride_fraction": 2 / 3,  # slide: of the window
+      "stride_rounding": "up",  # slide: to whole pixels, "up" (CPS) or "down" (UniMatch)
       "edges": "shift",  # slide: the last window is shifted back inside, or "cut" off at the border
       "summed": "logits",  # or "probabilities": of windows, scales and flips
       "scales": (1.0,),
@@ -173,6 +174,9 @@ def folder_data(**options) -> dict[str, Any]:
     "label_map": "",  # stored mask value:class, "11:255,12:3", or "cityscapes" (of its labelIds); {"11": 255} in a config file
     "ignore_index": 255,  # stored mask value of pixels without a label
     "reduce_zero_label": False,  # stored 0 is no label, stored k is class k - 1 (ADE20K)
+    "exif_orientation": "apply",  # pictures as viewers and labeling tools show them; "ignore": as the pixels are stored
+    "max_value": 0.0,  # stored value of full brightness; 0 = 255 of 8 bits, 65535 of 16 bits, 255 of floats
+    "skip_unreadable": False,  # True: damaged training files are told and left out, instead of ending the run
     "mask_colors": False,  # masks are drawn in the colours of the classes
     # Lists: ids, or paths of images, or of images and masks, one a line.
     "train_list": "",  # what to train on; "" = every file that fits image_pattern and is not evaluated
@@ -183,6 +187,7 @@ def folder_data(**options) -> dict[str, Any]:
     "eval_image_pattern": "",  # "" = image_pattern, likewise the next
     "eval_label_pattern": "",
     "eval_list": "",  # "" = every file that fits eval_image_pattern
+    "background": "auto",  # is class 0 what is left beside things? "auto": by its name; or "yes", "no"
     "image_labels": "",  # image-level labels of the unlabeled images: a CSV or JSON file, or a folder of VOC XML
     "boxes": "",  # boxes of labeled and unlabeled images: a folder of VOC XML, or a COCO JSON file
     "eval_boxes": "",  # likewise of the evaluated images; "" = made from their masks
@@ -201,6 +206,7 @@ def tfds_data(**options) -> dict[str, Any]:
     "id_key": "id",
     "class_key": "",  # a class of whole images: the label 1 then becomes 1 + that class
     "label_map": "",
+    "background": "auto",  # as in folder_data
     "train_split": "train",
     "split": "full",
     "split_seed": 0,

@@ -22,7 +22,7 @@ from PIL import Image
 
 from pseudoseg_jax import build, checks, command_line
 from pseudoseg_jax.contract import State
-from pseudoseg_jax.data import sources, splits
+from pseudoseg_jax.data import decode, sources, splits
 from pseudoseg_jax.engine import mesh as meshes
 from pseudoseg_jax.evaluation import hints, inference, pictures, report
 from pseudoseg_jax.evaluation.evaluator import Evaluator
@@ -261,9 +261,9 @@ def _counted(out: pathlib.Path, names: Sequence[str], class_names: Sequence[str]
   """What the manifest says of the files as they lie there."""
 
   def read(name: str) -> tuple[bytes, np.ndarray, int]:
-    ids = sources.read_mask(_path(out, "labels", name))
+    ids = decode.read_mask(_path(out, "labels", name))
     digest = hashlib.sha256(f"{name} {ids.shape}".encode() + ids.tobytes()).digest()
-    of_ids = sources.read_mask(_path(out, "confidence", name)) if confidence else np.zeros(0)
+    of_ids = decode.read_mask(_path(out, "confidence", name)) if confidence else np.zeros(0)
     return digest, np.bincount(ids.ravel(), minlength=len(class_names)), int(of_ids.sum(dtype=np.int64))
 
   digest, pixels, total = hashlib.sha256(), np.zeros(len(class_names), np.int64), 0

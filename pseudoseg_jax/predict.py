@@ -18,7 +18,7 @@ from PIL import Image
 
 import pseudoseg_jax
 from pseudoseg_jax import checks, command_line
-from pseudoseg_jax.data.sources import IMAGE_SUFFIXES
+from pseudoseg_jax.data.listing import IMAGE_SUFFIXES
 from pseudoseg_jax.evaluation import inference, pictures, report
 from pseudoseg_jax.evaluation.predictor import Predictor, read_image
 from pseudoseg_jax.evaluation.progress import Progress

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pseudoseg_jax import checks, command_line
-from pseudoseg_jax.data import sources, splits
+from pseudoseg_jax.data import decode, splits
 from pseudoseg_jax.evaluation import report
 from pseudoseg_jax.ops import confusion
 
@@ -68,7 +68,7 @@ def stability(labels: pathlib.Path, earlier: Sequence[pathlib.Path]) -> dict[str
   names = splits.read_list(labels / "list.txt")
 
   def score(name: str) -> float:
-    last, *before = (sources.read_mask(folder / "labels" / f"{name}.png") for folder in (labels, *earlier))
+    last, *before = (decode.read_mask(folder / "labels" / f"{name}.png") for folder in (labels, *earlier))
     return float(np.mean([confusion.scores(matrix_of(last, ids, num_classes)).miou for ids in before]))
 
   with concurrent.futures.ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1)) as threads:

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from pseudoseg_jax import checks
-from pseudoseg_jax.data import classes, sources
+from pseudoseg_jax.data import classes, decode, sources
 
 
 def make_folder(root, ids=("a", "b", "c"), size=(6, 8)):
@@ -228,7 +228,7 @@ def test_sixteen_bit_images_keep_their_steps(tmp_path, suffix):
   source = sources.FolderSource(tmp_path, ["a"], image_pattern=f"{{id}}.{suffix}", channels=1)
   assert (source.dtype, source.channels, source.size(0)) == (np.float32, 1, (1, 5))
   np.testing.assert_allclose(source.image(0)[0, :, 0], [0, 1 / 257, 256 / 257, 1, 255], rtol=1e-6)
-  np.testing.assert_array_equal(sources.read_image(tmp_path / f"a.{suffix}"), np.repeat(source.image(0), 3, -1))
+  np.testing.assert_array_equal(decode.read_image(tmp_path / f"a.{suffix}"), np.repeat(source.image(0), 3, -1))
 
 
 def test_eight_and_sixteen_bits_together_are_float(tmp_path):
@@ -244,18 +244,18 @@ def test_eight_and_sixteen_bits_together_are_float(tmp_path):
 def test_images_of_other_channels_are_read_as_they_are(tmp_path):
   values = np.arange(4 * 5 * 6, dtype=np.uint8).reshape(4, 5, 6)
   np.save(tmp_path / "six.npy", values)
-  np.testing.assert_array_equal(sources.read_image(tmp_path / "six.npy", 6), values)
+  np.testing.assert_array_equal(decode.read_image(tmp_path / "six.npy", 6), values)
   Image.fromarray(values[..., :4], "RGBA").save(tmp_path / "four.png")
-  np.testing.assert_array_equal(sources.read_image(tmp_path / "four.png", 4), values[..., :4])
+  np.testing.assert_array_equal(decode.read_image(tmp_path / "four.png", 4), values[..., :4])
   Image.new("L", (5, 4), 9).save(tmp_path / "grey.png")
-  assert sources.read_image(tmp_path / "grey.png", 1).shape == (4, 5, 1)
+  assert decode.read_image(tmp_path / "grey.png", 1).shape == (4, 5, 1)
   for name, channels in (("six.npy", 3), ("four.png", 1)):
-    text = message(lambda name=name, channels=channels: sources.read_image(tmp_path / name, channels))
+    text = message(lambda name=name, channels=channels: decode.read_image(tmp_path / name, channels))
     assert name in text and f"allowed: {channels} channels" in text
   np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
-  assert "objects.npy" in message(lambda: sources.read_image(tmp_path / "objects.npy"))
+  assert "objects.npy" in message(lambda: decode.read_image(tmp_path / "objects.npy"))
   np.save(tmp_path / "signed.npy", np.full((2, 2, 3), -1, np.int16))
-  assert "-1..-1" in message(lambda: sources.read_image(tmp_path / "signed.npy"))
+  assert "-1..-1" in message(lambda: decode.read_image(tmp_path / "signed.npy"))
 
 
 def test_a_list_of_pairs_needs_no_patterns(tmp_path):

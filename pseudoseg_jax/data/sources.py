@@ -13,20 +13,15 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import IGNORE_LABEL
-from pseudoseg_jax.data import splits
+from pseudoseg_jax.data import decode, listing, splits
 from pseudoseg_jax.data.splits import Entry
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_DEEP_MODES = ("I;16", "I;16L", "I;16B", "I", "F")  # PIL's modes of more than 8 bits
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # how PIL and NumPy report bad files
-_STORED_VALUES = 2**16  # of masks, from 0 on
 _COLOR_CODE = np.array([1 << 16, 1 << 8, 1], np.int32)  # red, green, blue -> one number
 _NUM_THREADS = 16  # readers of headers: they wait for a disk or a network rather than for a core
 
@@ -128,8 +123,8 @@ class FolderSource:
         self._check_headers(problems)
       problems.raise_if_any()
     else:
-      header = _header(self.image_path(0))
-      self.dtype = header.dtype if isinstance(header, _Header) else np.uint8
+      header = decode.header(self.image_path(0))
+      self.dtype = header.dtype if isinstance(header, decode.Header) else np.uint8
 
   def __len__(self) -> int:
     return len(self.ids)
@@ -144,15 +139,15 @@ class FolderSource:
 
   def size(self, row: int) -> tuple[int, int]:
     if not self._sizes[row].any():
-      header = _header(self.image_path(row))
-      if not isinstance(header, _Header):
-        _raise_unreadable("image", self.image_path(row), header)
+      header = decode.header(self.image_path(row))
+      if not isinstance(header, decode.Header):
+        decode.raise_unreadable("image", self.image_path(row), header)
       self._sizes[row] = header.size
     height, width = self._sizes[row]
     return int(height), int(width)
 
   def image(self, row: int) -> np.ndarray:
-    image = read_image(self.image_path(row), self.channels)
+    image = decode.read_image(self.image_path(row), self.channels)
     if image.dtype != np.uint8 and self.dtype == np.uint8:
       problems = checks.Problems(f"cannot use image {self.image_path(row)}")
       problems.add("file", got="more than 8 bits", allowed="8 bits, as in the first image", remedy="store all images alike")
@@ -163,7 +158,7 @@ class FolderSource:
     path = self.label_path(row)
     if self._colors is not None:
       return self._label_of_colors(path)
-    label = read_mask(path)
+    label = decode.read_mask(path)
     problems = checks.Problems(f"cannot use mask {path}")
     table, known = self._table
     if label.dtype == np.uint8 and known[label].all():
@@ -181,7 +176,7 @@ class FolderSource:
     return table[label.astype(np.intp)]  # 1-bit and 16-bit masks
 
   def _label_of_colors(self, path: pathlib.Path) -> np.ndarray:
-    pixels = _decode(path, "mask", lambda image: np.asarray(image.convert("RGB"))).astype(np.int32)
+    pixels = decode.decode(path, "mask", lambda image: np.asarray(image.convert("RGB"))).astype(np.int32)
     codes, labels = self._colors
     stored = pixels @ _COLOR_CODE
     place = np.minimum(np.searchsorted(codes, stored), len(codes) - 1)
@@ -214,11 +209,11 @@ class FolderSource:
       return
     if has_colors and (label_map or reduce_zero_label):
       problems.add("mask_colors", got="label_map or reduce_zero_label as well", allowed="one of them: a colour names its class")
-    if not 0 <= ignore_index < _STORED_VALUES:
-      problems.add("ignore_index", got=ignore_index, allowed=f"0..{_STORED_VALUES - 1}")
+    if not 0 <= ignore_index < decode.STORED_VALUES:
+      problems.add("ignore_index", got=ignore_index, allowed=f"0..{decode.STORED_VALUES - 1}")
     for value, index in label_map.items():
-      if not 0 <= value < _STORED_VALUES or not (0 <= index < self.num_classes or index == IGNORE_LABEL):
-        allowed = f"0..{_STORED_VALUES - 1} -> 0..{self.num_classes - 1} or {IGNORE_LABEL}"
+      if not 0 <= value < decode.STORED_VALUES or not (0 <= index < self.num_classes or index == IGNORE_LABEL):
+        allowed = f"0..{decode.STORED_VALUES - 1} -> 0..{self.num_classes - 1} or {IGNORE_LABEL}"
         problems.add("label_map", got=f"{{{value}: {index}}}", allowed=allowed)
 
   def _check_entries(self, problems):
@@ -239,7 +234,7 @@ class FolderSource:
   def _check_present(self, problems) -> bool:
     """Adds what is missing; says whether all is there."""
     whole = True
-    files = _Files()
+    files = listing.Files()
     patterns = [("image", self.image_pattern, self.image_path), ("label", self.label_pattern, self.label_path)]
     for what, pattern, path_of in patterns[: 1 + self.has_labels]:
       absent = [row for row in range(len(self)) if path_of(row) not in files]
@@ -255,19 +250,19 @@ class FolderSource:
   def _check_headers(self, problems):
     rows = range(len(self))
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
-      images = list(pool.map(_header, map(self.image_path, rows)))
-      masks = list(pool.map(_header, map(self.label_path, rows))) if self.has_labels else [None] * len(self)
+      images = list(pool.map(decode.header, map(self.image_path, rows)))
+      masks = list(pool.map(decode.header, map(self.label_path, rows))) if self.has_labels else [None] * len(self)
     for row, (image, mask) in enumerate(zip(images, masks, strict=True)):
       for what, path_of, header in (("image", self.image_path, image), ("mask", self.label_path, mask)):
         if isinstance(header, Exception):
           remedy = "fetch it anew, or take its id off the list"
           problems.add(f"{what} {path_of(row)}", got=f"no readable image ({header})", remedy=remedy)
-      if not isinstance(image, _Header):
+      if not isinstance(image, decode.Header):
         continue
       self._sizes[row] = image.size
       if image.dtype == np.float32:
         self.dtype = np.float32
-      if isinstance(mask, _Header) and mask.size != image.size:
+      if isinstance(mask, decode.Header) and mask.size != image.size:
         problems.add(
           f"mask {self.label_path(row)}",
           got=f"height x width {mask.size[0]} x {mask.size[1]}",
@@ -300,62 +295,6 @@ class FolderSource:
     return f"{folder} holds e.g. {example}"
 
 
-def read_image(path: str | pathlib.Path, channels: int = 3) -> np.ndarray:
-  """An image file as [h, w, C]: uint8, or float32 where it holds more than 8 bits.
-
-  16-bit integers become float32 on the scale 0..255 (value / 257), not rounded; floats are taken to be on that scale. PIL gives
-  only the high bytes of 16-bit RGB files: store such images as .npy.
-
-  Args:
-    path: of one of PIL's formats, or a .npy array [h, w, C] or [h, w].
-    channels: C. 3: every PIL mode becomes RGB (alpha is dropped); another number: files must have as many.
-
-  Raises:
-    InputError: a file that cannot be decoded, or one of other channels.
-  """
-
-  def expanded(image: Image.Image) -> np.ndarray:
-    if image.mode not in _DEEP_MODES and (channels == 3 or image.mode in ("1", "P")):
-      image = image.convert("RGB" if channels == 3 else "L")
-    return np.asarray(image)
-
-  pixels = _decode(pathlib.Path(path), "image", expanded)
-  if pixels.ndim == 2:
-    pixels = np.repeat(pixels[..., None], channels if channels == 3 else 1, axis=-1)
-  problems = checks.Problems(f"cannot use image {path}")
-  if pixels.ndim != 3 or pixels.shape[-1] != channels:
-    got = f"{pixels.shape[-1]} channels" if pixels.ndim == 3 else f"an array of shape {pixels.shape}"
-    problems.add("pixels", got=got, allowed=f"{channels} channels", remedy="set the number of channels (config.data.channels)")
-  if pixels.dtype == np.uint8 or np.issubdtype(pixels.dtype, np.floating):
-    problems.raise_if_any()
-    return pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
-  if not np.issubdtype(pixels.dtype, np.integer) or pixels.size and not 0 <= pixels.min() <= pixels.max() < _STORED_VALUES:
-    problems.add("values", got=f"{pixels.dtype}, {pixels.min()}..{pixels.max()}", allowed="8 or 16 bits, or floats on 0..255")
-  problems.raise_if_any()
-  return pixels.astype(np.float32) / np.float32(257)
-
-
-def read_mask(path: str | pathlib.Path) -> np.ndarray:
-  """The numbers that a mask file stores, [h, w] of bool or integers, whatever its palette.
-
-  Raises:
-    InputError: a file that cannot be decoded, or one of colours or fractions.
-  """
-  mask = _decode(pathlib.Path(path), "mask", np.asarray)
-  problems = checks.Problems(f"cannot use mask {path}")
-  if mask.dtype.kind not in "bui":
-    problems.add("pixels", got=f"values of type {mask.dtype}", allowed="integers")
-  if mask.ndim != 2:
-    problems.add(
-      "pixels",
-      got=f"{mask.shape[-1]} channels",
-      allowed="one channel of class indices (grey or palette PNG)",
-      remedy="masks drawn in colours need mask_colors (config.data.mask_colors=True and a file of classes with colours)",
-    )
-  problems.raise_if_any()
-  return mask
-
-
 def read_entries(
   root: str | pathlib.Path, path: str | pathlib.Path, image_pattern: str | None = None, label_pattern: str | None = None
 ) -> tuple[Entry, ...]:
@@ -369,7 +308,7 @@ def read_entries(
     InputError: a list that cannot be read.
   """
   root = pathlib.Path(root)
-  files = _Files()
+  files = listing.Files()
 
   def fitting(listed: str | None, pattern: str | None) -> str | None:
     candidates = [] if listed is None else [listed.lstrip("/"), listed]
@@ -407,11 +346,11 @@ def image_folder(folder: str | pathlib.Path, *, channels: int = 3, check: bool =
     InputError: no such folder, or no image in it.
   """
   folder = pathlib.Path(folder)
-  files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+  files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in listing.IMAGE_SUFFIXES)
   if not files:
     problems = checks.Problems(f"data in {folder} cannot be used")
     found = "no image" if folder.is_dir() else "no such folder"
-    problems.add("folder", got=found, allowed=f"a folder of files ending in {', '.join(IMAGE_SUFFIXES)}")
+    problems.add("folder", got=found, allowed=f"a folder of files ending in {', '.join(listing.IMAGE_SUFFIXES)}")
     problems.raise_if_any()
   entries = [Entry(path.relative_to(folder).as_posix(), image=str(path.absolute())) for path in files]
   return FolderSource(folder, entries, channels=channels, check=check)
@@ -569,9 +508,9 @@ def _label_table(
   num_classes: int, label_map: Mapping[int, int], reduce_zero_label: bool, ignore_index: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Stored value -> label uint8, and stored value -> whether it is a label at all; [65536] each."""
-  labels = np.arange(_STORED_VALUES) - reduce_zero_label
+  labels = np.arange(decode.STORED_VALUES) - reduce_zero_label
   labels[labels < 0] = IGNORE_LABEL
-  known = (labels < num_classes) | (np.arange(_STORED_VALUES) < reduce_zero_label)
+  known = (labels < num_classes) | (np.arange(decode.STORED_VALUES) < reduce_zero_label)
   for value, index in [(ignore_index, IGNORE_LABEL), *label_map.items()]:
     labels[value], known[value] = index, True
   return labels.astype(np.uint8), known
@@ -582,49 +521,3 @@ def _color_table(mask_colors: Mapping[tuple[int, int, int], int]) -> tuple[np.nd
   entries = sorted((int(np.dot(color, _COLOR_CODE)), label) for color, label in mask_colors.items())
   codes, labels = zip(*entries, strict=True)
   return np.array(codes, np.int32), np.array(labels, np.uint8)
-
-
-class _Files:
-  """Which files there are: one listing a folder instead of one look a file."""
-
-  def __init__(self):
-    self._names: dict[str, frozenset[str]] = {}
-
-  def __contains__(self, path: pathlib.Path) -> bool:
-    folder, name = os.path.split(path)
-    if folder not in self._names:
-      self._names[folder] = frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
-    return name in self._names[folder]
-
-
-def _decode(path: pathlib.Path, what: str, convert) -> np.ndarray:
-  """The pixels of a file; `convert` makes an array of a PIL image."""
-  try:
-    if path.suffix.lower() == ".npy":
-      return np.load(path, allow_pickle=False)
-    with Image.open(path) as image:
-      return np.asarray(convert(image))
-  except _UNREADABLE as error:
-    _raise_unreadable(what, path, error)
-
-
-def _raise_unreadable(what: str, path: pathlib.Path, error: Exception):
-  problems = checks.Problems(f"cannot read {what} {path}")
-  problems.add("file", got=f"{type(error).__name__}: {error}", remedy="fetch the file anew, or take its id off the list")
-  problems.raise_if_any()
-
-
-class _Header(NamedTuple):
-  size: tuple[int, int]
-  dtype: type[np.generic]  # of images, see Source
-
-
-def _header(path: pathlib.Path) -> _Header | Exception:
-  try:
-    if path.suffix.lower() == ".npy":
-      array = np.load(path, mmap_mode="r", allow_pickle=False)
-      return _Header(array.shape[:2], np.uint8 if array.dtype == np.uint8 else np.float32)
-    with Image.open(path) as image:
-      return _Header((image.height, image.width), np.float32 if image.mode in _DEEP_MODES else np.uint8)
-  except _UNREADABLE as error:
-    return error

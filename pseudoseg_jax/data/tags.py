@@ -16,7 +16,8 @@ import numpy as np
 from pseudoseg_jax import checks
 from pseudoseg_jax.data import splits
 from pseudoseg_jax.data.classes import Classes
-from pseudoseg_jax.data.sources import IMAGE_SUFFIXES, Source
+from pseudoseg_jax.data.listing import IMAGE_SUFFIXES
+from pseudoseg_jax.data.sources import Source
 
 Tag = str | int  # a class's name or index
 

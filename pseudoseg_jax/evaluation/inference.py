@@ -62,6 +62,7 @@ class Protocol(NamedTuple):
   summed: str = "logits"
   multiple_pixels: int = 1
   absent_classes: str = "skip"
+  stride_rounding: str = "up"
 
 
 # What the published tables were measured with, from the official code of each.

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from pseudoseg_jax import checks
-from pseudoseg_jax.data import sources
+from pseudoseg_jax.data import decode
 from pseudoseg_jax.evaluation import inference, pictures
 from pseudoseg_jax.evaluation.inference import Protocol
 
@@ -113,7 +113,7 @@ def _jit_by_shape(fn: Callable) -> Callable:
 
 
 def read_image(image: ImageLike, channels: int = 3) -> np.ndarray:
-  """An image as [h, w, C], uint8 or, where it has more than 8 bits, float32 on the scale 0..255; see `data.sources.read_image`.
+  """An image as [h, w, C], uint8 or, where it has more than 8 bits, float32 on the scale 0..255; see `data.decode.read_image`.
 
   An EXIF orientation is not applied (ids lie on the stored pixels).
 
@@ -121,7 +121,7 @@ def read_image(image: ImageLike, channels: int = 3) -> np.ndarray:
     InputError: with the file's path where there is one.
   """
   if isinstance(image, (str, os.PathLike)):
-    return sources.read_image(image, channels)
+    return decode.read_image(image, channels)
   if isinstance(image, Image.Image) and channels == 3:
     image = image.convert("RGB")
   pixels = np.asarray(image)
