@@ -2,103 +2,481 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 import pathlib
-from typing import NamedTuple
+import struct
+import threading
+from collections.abc import Callable
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pseudoseg_jax import checks
 
+EXIF_ORIENTATIONS = ("apply", "ignore")  # pictures as viewers and labeling tools show them, or the pixels as stored
 STORED_VALUES = 2**16  # of masks, from 0 on
+MOST_PIXELS = 2**30  # of a file: 3 GiB of RGB
+
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I", "F")  # PIL's modes of more than 8 bits
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # how PIL and NumPy report bad files
+_ORIENTATION_TAG = 0x0112
+_ROUNDING = 1e-4  # of full brightness, by which floats may leave their range
+_USUAL_MAXIMA = (1, 255, 1023, 4095, 10000, 16383, 65535)  # of floats; 8, 10, 12 bits; reflectances; 14, 16 bits
+_LOSSY_FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "AVIF": "AVIF", "HEIF": "HEIF"}  # by PIL's names
+_LOSSY_COMPRESSIONS = {6: "JPEG", 7: "JPEG", 34892: "JPEG"}  # of TIFF
+_WEBP_COMPRESSION = 50001  # of TIFF
+_STAND_INS = (  # for files: how they begin, what they are, what to do
+  (b"version https://git-lfs.github.com/spec", "a Git LFS pointer in place of the file", "run `git lfs pull` in the data's folder"),
+  (b"/annex/objects/", "a git-annex pointer in place of the file", "run `git annex get .` in the data's folder"),
+  (b"<!doctype html", "an HTML page in place of the file", "download it anew: the server sent a page, maybe of a login"),
+  (b"<html", "an HTML page in place of the file", "download it anew: the server sent a page, maybe of a login"),
+)
 
 
-def read_image(path: str | pathlib.Path, channels: int = 3) -> np.ndarray:
-  """An image file as [h, w, C]: uint8, or float32 where it holds more than 8 bits.
+class Unusable(Exception):
+  """A file that cannot be decoded or used. problem: why, in the keywords of `checks.Problems.add`."""
 
-  16-bit integers become float32 on the scale 0..255 (value / 257), not rounded; floats are taken to be on that scale. PIL gives
-  only the high bytes of 16-bit RGB files: store such images as .npy.
+  def __init__(self, got: str, *, allowed: str | None = None, remedy: str = "fetch it anew, or leave it out"):
+    self.problem = {"got": got, "allowed": allowed, "remedy": remedy}
+    super().__init__("; ".join(filter(None, (got, allowed and f"allowed: {allowed}", remedy))))
+
+
+class Header(NamedTuple):
+  """size: (h, w) of the array that is read. dtype: of an image. orientation: 1..8, the file's own, applied or not."""
+
+  size: tuple[int, int]
+  dtype: type[np.generic]
+  orientation: int = 1
+
+
+def read_image(
+  path: str | os.PathLike, channels: int = 3, *, exif_orientation: str = "apply", max_value: float = 0.0
+) -> np.ndarray:
+  """An image file as [h, w, C] of levels 0..255: uint8, or float32 where it holds more than 8 bits or `max_value` is another.
+
+  PIL gives only the high bytes of 16-bit RGB files: store such images as .npy.
 
   Args:
     path: of one of PIL's formats, or a .npy array [h, w, C] or [h, w].
     channels: C. 3: every PIL mode becomes RGB (alpha is dropped); another number: files must have as many.
+    exif_orientation: "apply" turns a picture as viewers and labeling tools do, "ignore" leaves its pixels as they are stored.
+    max_value: the stored value that becomes 255; 0 = not said: 255 of 8 bits and of floats, 65535 of other integers.
 
   Raises:
-    InputError: a file that cannot be decoded, or one of other channels.
+    InputError: a file that cannot be decoded; another number of channels; values that are negative, not finite or above
+      max_value; where max_value is not said, values so small that the picture would be black.
   """
-
-  def expanded(image: Image.Image) -> np.ndarray:
-    if image.mode not in _DEEP_MODES and (channels == 3 or image.mode in ("1", "P")):
-      image = image.convert("RGB" if channels == 3 else "L")
-    return np.asarray(image)
-
-  pixels = decode(pathlib.Path(path), "image", expanded)
-  if pixels.ndim == 2:
-    pixels = np.repeat(pixels[..., None], channels if channels == 3 else 1, axis=-1)
+  path = pathlib.Path(path)
+  pixels = _read("image", path, lambda image: _channels_of(image, channels, max_value), exif_orientation)
   problems = checks.Problems(f"cannot use image {path}")
-  if pixels.ndim != 3 or pixels.shape[-1] != channels:
-    got = f"{pixels.shape[-1]} channels" if pixels.ndim == 3 else f"an array of shape {pixels.shape}"
-    problems.add("pixels", got=got, allowed=f"{channels} channels", remedy="set the number of channels (config.data.channels)")
-  if pixels.dtype == np.uint8 or np.issubdtype(pixels.dtype, np.floating):
-    problems.raise_if_any()
-    return pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
-  if not np.issubdtype(pixels.dtype, np.integer) or pixels.size and not 0 <= pixels.min() <= pixels.max() < STORED_VALUES:
-    problems.add("values", got=f"{pixels.dtype}, {pixels.min()}..{pixels.max()}", allowed="8 or 16 bits, or floats on 0..255")
+  levels = to_levels(pixels, channels, max_value, problems)
   problems.raise_if_any()
-  return pixels.astype(np.float32) / np.float32(257)
+  return levels
 
 
-def read_mask(path: str | pathlib.Path) -> np.ndarray:
+def read_picture(
+  image: Image.Image, channels: int = 3, *, exif_orientation: str = "apply", max_value: float = 0.0
+) -> np.ndarray:
+  """`read_image` of an image that PIL has opened."""
+  checks.check_name("exif_orientation", exif_orientation, EXIF_ORIENTATIONS)
+  problems = checks.Problems("cannot use the image")
+  try:
+    pixels = _upright(image, lambda image: _channels_of(image, channels, max_value), exif_orientation)
+  except Exception as error:  # as in `_read`
+    problems.add("image", **_explained(error).problem)
+    problems.raise_if_any()
+  levels = to_levels(pixels, channels, max_value, problems)
+  problems.raise_if_any()
+  return levels
+
+
+def read_mask(path: str | os.PathLike, *, exif_orientation: str = "apply") -> np.ndarray:
   """The numbers that a mask file stores, [h, w] of bool or integers, whatever its palette.
 
+  Of grey masks with alpha, the grey; alpha must be opaque.
+
   Raises:
-    InputError: a file that cannot be decoded, or one of colours or fractions.
+    InputError: a file that cannot be decoded, one of a lossy format, or one of colours or fractions.
   """
-  mask = decode(pathlib.Path(path), "mask", np.asarray)
+  path = pathlib.Path(path)
+  mask = _read("mask", path, _numbers_of, exif_orientation)
   problems = checks.Problems(f"cannot use mask {path}")
   if mask.dtype.kind not in "bui":
-    problems.add("pixels", got=f"values of type {mask.dtype}", allowed="integers")
+    problems.add("pixels", got=f"values of type {mask.dtype}", allowed="integers", remedy="store class indices, as integers")
   if mask.ndim != 2:
+    colors = "masks drawn in colours need mask_colors (config.data.mask_colors=True and a file of classes with colours)"
+    equal = mask.ndim == 3 and mask.shape[-1] == 3 and (mask == mask[..., :1]).all()
     problems.add(
       "pixels",
-      got=f"{mask.shape[-1]} channels",
+      got=f"{mask.shape[-1]} channels" if mask.ndim == 3 else f"an array of shape {mask.shape}",
       allowed="one channel of class indices (grey or palette PNG)",
-      remedy="masks drawn in colours need mask_colors (config.data.mask_colors=True and a file of classes with colours)",
+      remedy=f"store one of the channels, which are equal; {colors}" if equal else colors,
     )
   problems.raise_if_any()
   return mask
 
 
-def decode(path: pathlib.Path, what: str, convert) -> np.ndarray:
-  """The pixels of a file; `convert` makes an array of a PIL image."""
+def read_color_mask(path: str | os.PathLike, *, exif_orientation: str = "apply") -> np.ndarray:
+  """The colours of a mask file, uint8 [h, w, 3]; alpha is dropped.
+
+  Raises:
+    InputError: a file that cannot be decoded, one of a lossy format, or a .npy array of another form.
+  """
+  path = pathlib.Path(path)
+  mask = _read("mask", path, lambda image: np.asarray(image.convert("RGB")), exif_orientation)
+  if mask.ndim != 3 or mask.shape[-1] != 3 or mask.dtype != np.uint8:
+    problems = checks.Problems(f"cannot use mask {path}")
+    problems.add("pixels", got=f"{mask.dtype} of shape {mask.shape}", allowed="colours, uint8 [h, w, 3]")
+    problems.raise_if_any()
+  return mask
+
+
+def header(
+  path: str | os.PathLike, *, exif_orientation: str = "apply", max_value: float = 0.0, is_mask: bool = False
+) -> Header | Unusable:
+  """What `read_image` will give of a file, or why it will not; no pixel is decoded."""
+  path = pathlib.Path(path)
   try:
-    if path.suffix.lower() == ".npy":
-      return np.load(path, allow_pickle=False)
-    with Image.open(path) as image:
-      return np.asarray(convert(image))
-  except _UNREADABLE as error:
-    raise_unreadable(what, path, error)
+    with _opened(path) as opened:
+      if isinstance(opened, Image.Image):
+        return _picture_header(opened, exif_orientation, max_value, is_mask)
+      shape, dtype = opened.shape, opened.dtype
+  except Exception as error:  # as in `_read`
+    return _explained(error, path)
+  return Header(shape[:2], np.uint8 if dtype == np.uint8 and max_value in (0, 255) else np.float32)
 
 
-def raise_unreadable(what: str, path: pathlib.Path, error: Exception):
+def mask_header(path: str | os.PathLike, *, exif_orientation: str = "apply") -> Header | Unusable:
+  """What `read_mask` will give of a file, or why it will not: among it, that its format is lossy."""
+  return header(path, exif_orientation=exif_orientation, is_mask=True)
+
+
+def raise_unreadable(what: str, path: pathlib.Path, error: Unusable):
   problems = checks.Problems(f"cannot read {what} {path}")
-  problems.add("file", got=f"{type(error).__name__}: {error}", remedy="fetch the file anew, or take its id off the list")
+  problems.add("file", **error.problem)
   problems.raise_if_any()
 
 
-class Header(NamedTuple):
-  size: tuple[int, int]
-  dtype: type[np.generic]  # of images, see Source
+# Values
 
 
-def header(path: pathlib.Path) -> Header | Exception:
+def to_levels(pixels: np.ndarray, channels: int, max_value: float, problems: checks.Problems) -> np.ndarray:
+  """Stored values [h, w, C] or [h, w] as [h, w, C] of levels 0..255, uint8 or float32; adds what hinders to problems."""
+  if pixels.ndim == 2:
+    pixels = np.repeat(pixels[..., None], channels if channels == 3 else 1, axis=-1)
+  if pixels.ndim != 3 or pixels.shape[-1] != channels:
+    got = f"{pixels.shape[-1]} channels" if pixels.ndim == 3 else f"an array of shape {pixels.shape}"
+    problems.add("pixels", got=got, allowed=f"{channels} channels", remedy="set the number of channels (config.data.channels)")
+  elif not pixels.size:
+    problems.add("pixels", got=f"none: an array of shape {pixels.shape}", remedy="fetch it anew, or leave it out")
+  if pixels.dtype.kind not in "uif":
+    problems.add("values", got=f"type {pixels.dtype}", allowed="8 or 16 bits, or floats", remedy="store levels as numbers")
+  if problems.items or pixels.dtype == np.uint8 and max_value in (0, 255):
+    return pixels
+  _check_scale(pixels, max_value, problems)
+  return pixels.astype(np.float32) / np.float32((max_value or _assumed_maximum(pixels.dtype)) / 255)
+
+
+def _assumed_maximum(dtype: np.dtype) -> int:
+  return 255 if dtype == np.uint8 or dtype.kind == "f" else STORED_VALUES - 1
+
+
+def _check_scale(pixels: np.ndarray, max_value: float, problems: checks.Problems) -> None:
+  lowest, highest = pixels.min(), pixels.max()
+  if not np.isfinite(lowest) or not np.isfinite(highest):
+    count = np.count_nonzero(~np.isfinite(pixels))
+    remedy = "store a level where nothing was measured, e.g. 0, or leave the image out"
+    problems.add("values", got=f"NaN or infinite, {count} of {pixels.size}", allowed="finite numbers", remedy=remedy)
+    return
+  full = max_value or _assumed_maximum(pixels.dtype)
+  rounding = _ROUNDING * full if pixels.dtype.kind == "f" else 0
+  got, allowed = f"{pixels.dtype}, {lowest:g}..{highest:g}", f"0..{full:g}"
+  if pixels.dtype == np.uint8 and full > 255:
+    remedy = "store all images alike, or config.data.max_value=0, which takes every file at the full range of its type"
+    problems.add("values", got="8 bits", allowed=f"files that can hold config.data.max_value, {full:g}", remedy=remedy)
+  elif lowest < -rounding:
+    problems.add("values", got=got, allowed=allowed, remedy="store levels from 0 on (undo a normalization that is in the files)")
+  elif highest > full + rounding:
+    known = "8 or 16 bits, or floats on 0..255" if not max_value else allowed
+    remedy = f"say which stored value is full brightness, e.g. config.data.max_value={_next_maximum(highest):g}"
+    problems.add("values", got=got, allowed=known, remedy=remedy)
+  elif not max_value and 0 < highest <= full / 255 + rounding:
+    problems.add(
+      "values",
+      got=got,
+      allowed=f"{allowed}, of which that is all but black",
+      remedy=f"say which stored value is full brightness: config.data.max_value={_next_maximum(highest):g}, "
+      f"or config.data.max_value={full:g} if the picture is as dark as that",
+    )
+
+
+def _next_maximum(highest: float) -> float:
+  """A full brightness that holds a value: a usual one, or the value with three digits, rounded up."""
+  highest = float(highest)
+  usual = [maximum for maximum in _USUAL_MAXIMA if highest <= maximum + _ROUNDING * maximum]
+  if usual:
+    return usual[0]
+  step = 10.0 ** (math.floor(math.log10(highest)) - 2)
+  return math.ceil(highest / step) * step
+
+
+# Files
+
+
+def _read(what: str, path: pathlib.Path, convert: Callable[[Image.Image], np.ndarray], exif_orientation: str) -> np.ndarray:
+  """The array that `convert` makes of a file's PIL image, upright if asked for; or the one that a .npy file holds."""
+  checks.check_name("exif_orientation", exif_orientation, EXIF_ORIENTATIONS)
   try:
+    with _opened(path) as opened:
+      if not isinstance(opened, Image.Image):
+        return opened.read()
+      if what == "mask":
+        _check_lossless(opened)
+      return _upright(opened, convert, exif_orientation)
+  except Exception as error:  # Decoders raise everything at damaged files: KeyError, struct.error, zlib.error, ...
+    raise_unreadable(what, path, _explained(error, path))
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path):
+  """A file as PIL's image or as _Array, its pixels not read yet."""
+  with open(path, "rb") as file:
     if path.suffix.lower() == ".npy":
-      array = np.load(path, mmap_mode="r", allow_pickle=False)
-      return Header(array.shape[:2], np.uint8 if array.dtype == np.uint8 else np.float32)
-    with Image.open(path) as image:
-      return Header((image.height, image.width), np.float32 if image.mode in _DEEP_MODES else np.uint8)
-  except _UNREADABLE as error:
+      array = _Array(file)
+      _check_size(array.shape[:2])
+      yield array
+    else:
+      with _pillow_unlimited(), Image.open(file) as image:
+        _check_size((image.height, image.width))
+        yield image
+
+
+def _check_size(size: tuple[int, int]) -> None:
+  if math.prod(size) > MOST_PIXELS:
+    got = f"height x width {size[0]} x {size[1]}, {math.prod(size) / 1e6:.0f} megapixels"
+    raise Unusable(got, allowed=f"up to {MOST_PIXELS / 1e6:.0f} megapixels", remedy="cut it into tiles, or shrink it")
+
+
+_pillow_lock = threading.Lock()
+_pillow = {"readers": 0, "limit": None}
+
+
+@contextlib.contextmanager
+def _pillow_unlimited():
+  """Without Pillow's limit on pixels, above which it warns: the files of a data set are no attack, and have our own limit.
+
+  The limit is one of the whole process, which may have other uses of Pillow: it is there again when no file is being read.
+  """
+  with _pillow_lock:
+    if not _pillow["readers"]:
+      _pillow["limit"], Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    _pillow["readers"] += 1
+  try:
+    yield
+  finally:
+    with _pillow_lock:
+      _pillow["readers"] -= 1
+      if not _pillow["readers"]:
+        Image.MAX_IMAGE_PIXELS = _pillow["limit"]
+
+
+class _Array:
+  """A .npy file that holds what its header says, [h, w] or [h, w, C] of numbers; never pickled objects."""
+
+  def __init__(self, file: BinaryIO):
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    self.shape, _, self.dtype = read_header(file)
+    self._file = file
+    if self.dtype.kind not in "buif" or len(self.shape) not in (2, 3):
+      raise Unusable(f"an array of {self.dtype}, shape {self.shape}", allowed="numbers [h, w] or [h, w, C]")
+    wanted, there = math.prod(self.shape) * self.dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
+    if wanted > there:
+      raise Unusable(f"{there} bytes of pixels where its header says {wanted}: the file is cut off")
+
+  def read(self) -> np.ndarray:
+    self._file.seek(0)
+    return np.lib.format.read_array(self._file, allow_pickle=False)
+
+
+def _explained(error: Exception, path: pathlib.Path | None = None) -> Unusable:
+  """What is wrong with a file at which a decoder failed."""
+  if isinstance(error, Unusable):
     return error
+  beginning = b""
+  if path is not None and not isinstance(error, (FileNotFoundError, IsADirectoryError, PermissionError)):
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+      beginning = file.read(200)
+      if not beginning:
+        return Unusable("an empty file, 0 bytes")
+  for start, got, remedy in _STAND_INS:
+    if beginning.lstrip().lower().startswith(start):
+      return Unusable(got, remedy=remedy)
+  if isinstance(error, UnidentifiedImageError):
+    return Unusable("no readable image: of none of the formats known")
+  return Unusable(f"no readable image ({type(error).__name__}: {error})")
+
+
+# Pictures
+
+
+def _channels_of(image: Image.Image, channels: int, max_value: float) -> np.ndarray:
+  if max_value not in (0, 255) and _high_bytes_only(image):
+    if max_value != STORED_VALUES - 1:
+      got = f"16 bits in {len(image.getbands())} channels, of which Pillow gives the high bytes"
+      raise Unusable(got, allowed="config.data.max_value=0", remedy="store such images as .npy")
+    return np.asarray(image).astype(np.uint16) * 257
+  if image.mode not in _DEEP_MODES and (channels == 3 or image.mode in ("1", "P")):
+    image = image.convert("RGB" if channels == 3 else "L")
+  return np.asarray(image)
+
+
+def _numbers_of(image: Image.Image) -> np.ndarray:
+  numbers = np.asarray(image)
+  if image.mode not in ("LA", "PA", "RGBA") or not (numbers[..., :-1] == numbers[..., :1]).all():
+    return numbers
+  if _high_bytes_only(image):
+    remedy = "save the masks without the alpha channel, as grey PNG"
+    raise Unusable("16 bits and an alpha channel, of which Pillow gives the high bytes", remedy=remedy)
+  if not (numbers[..., -1] == 255).all():
+    raise Unusable(
+      "an alpha channel that is not opaque everywhere",
+      allowed="one channel of class indices (grey or palette PNG)",
+      remedy="save the masks without the alpha channel, with the value of config.data.ignore_index where nothing is labeled",
+    )
+  return numbers[..., 0]
+
+
+def _high_bytes_only(image: Image.Image) -> bool:
+  """Whether an image that is not decoded yet has more than the 8 bits that PIL gives of it."""
+  arguments = image.tile[0][3] if getattr(image, "tile", None) else ""
+  stored = arguments if isinstance(arguments, str) else arguments[0] if arguments else ""
+  return image.mode not in _DEEP_MODES and ";16" in str(stored)
+
+
+def _upright(image: Image.Image, convert: Callable[[Image.Image], np.ndarray], exif_orientation: str) -> np.ndarray:
+  # Of TIFF files PIL applies the orientation while it decodes, and then takes it off.
+  before = _orientation(image) if image.format == "TIFF" else 1
+  pixels = convert(image)
+  left = _orientation(image)
+  if exif_orientation == "apply":
+    return _turned(pixels, left)
+  applied = 1 if left != 1 else before
+  return _turned(pixels, {6: 8, 8: 6}.get(applied, applied))  # the others undo themselves
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+  """Stored pixels [h, w, ...] of an EXIF orientation, 1..8, as they are to be shown."""
+  turn = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: x[::-1].swapaxes(0, 1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: x.swapaxes(0, 1)[::-1],
+  }[orientation]
+  return np.ascontiguousarray(turn(pixels))
+
+
+def _orientation(image: Image.Image) -> int:
+  """The EXIF (or TIFF, or XMP) orientation of an image, 1..8; 1 where it has none that can be read."""
+  getexif = Image.Image.getexif  # the method of PNG would decode the image
+  try:
+    value = getexif(image).get(_ORIENTATION_TAG)
+  except Exception:  # PIL raises everything at malformed EXIF, which is no reason to refuse a good picture
+    return 1
+  return int(value) if value in range(1, 9) else 1
+
+
+def _picture_header(image: Image.Image, exif_orientation: str, max_value: float, is_mask: bool) -> Header:
+  if is_mask:
+    _check_lossless(image)
+  if image.format == "PNG" and _has_late_metadata(image.fp):
+    image.load()
+  orientation = _orientation(image)
+  height, width = image.height, image.width
+  if image.format == "TIFF":  # PIL's size may have the orientation applied
+    width, height = image.tag_v2[256], image.tag_v2[257]
+  if exif_orientation == "apply" and orientation >= 5:
+    height, width = width, height
+  is_8_bit = image.mode not in _DEEP_MODES and max_value in (0, 255)
+  return Header((height, width), np.uint8 if is_8_bit else np.float32, orientation)
+
+
+def _has_late_metadata(file: BinaryIO, tail: int = 2**18) -> bool:
+  """Whether a PNG file may have an orientation behind its pixels, where some tools write it."""
+  place = file.tell()
+  file.seek(max(0, file.seek(0, os.SEEK_END) - tail))
+  end = file.read()
+  file.seek(place)
+  return any(chunk in end for chunk in (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif"))
+
+
+def _check_lossless(image: Image.Image) -> None:
+  lossy = _lossy_format(image)
+  if lossy:
+    raise Unusable(
+      f"{lossy}, a lossy format",
+      allowed="PNG, BMP, GIF, .npy, or lossless TIFF and WebP",
+      remedy="it changes the numbers, so that about a tenth of the pixels get another class: export the masks as PNG from the "
+      "labeling tool; converting these files does not bring the classes back",
+    )
+
+
+def _lossy_format(image: Image.Image) -> str:
+  """The name of the format that has changed the values of a file that PIL has opened, "" if none has."""
+  if image.format in _LOSSY_FORMATS:
+    return _LOSSY_FORMATS[image.format]
+  place = image.fp.tell()
+  try:
+    if image.format == "WEBP" and _is_lossy_webp(image.fp, 0):
+      return "lossy WebP"
+    if image.format == "JPEG2000" and _is_lossy_jpeg_2000(image.fp):
+      return "JPEG 2000 of the irreversible wavelet"
+    if image.format == "TIFF":
+      compression = image.tag_v2.get(259)
+      if compression in _LOSSY_COMPRESSIONS:
+        return f"TIFF with {_LOSSY_COMPRESSIONS[compression]} compression"
+      starts = image.tag_v2.get(273) or image.tag_v2.get(324)  # of strips or tiles
+      if compression == _WEBP_COMPRESSION and _is_lossy_webp(image.fp, starts[0]):
+        return "TIFF with lossy WebP compression"
+  finally:
+    image.fp.seek(place)
+  return ""
+
+
+def _is_lossy_webp(file: BinaryIO, start: int) -> bool:
+  """Whether the first picture of a WebP container is coded in VP8, rather than in the lossless VP8L."""
+  file.seek(start + 12)  # "RIFF", size, "WEBP"
+  while len(chunk := file.read(8)) == 8:
+    name, size = struct.unpack("<4sI", chunk)
+    if name in (b"VP8 ", b"VP8L"):
+      return name == b"VP8 "
+    file.seek(16 if name == b"ANMF" else size + size % 2, os.SEEK_CUR)  # a frame has a head of its own, then chunks
+  return False
+
+
+def _is_lossy_jpeg_2000(file: BinaryIO) -> bool:
+  """Whether a JPEG 2000 file uses the irreversible 9-7 wavelet, by the default coding style in its main header."""
+  file.seek(0)
+  if file.read(2) != b"\xff\x4f":  # boxes, of which one holds the codestream
+    file.seek(0)
+    while len(box := file.read(8)) == 8:
+      size, name = struct.unpack(">I4s", box)
+      size = struct.unpack(">Q", file.read(8))[0] - 8 if size == 1 else size
+      if name == b"jp2c":
+        file.seek(2, os.SEEK_CUR)
+        break
+      if size < 8:
+        return False
+      file.seek(size - 8, os.SEEK_CUR)
+  while len(segment := file.read(4)) == 4:
+    marker, size = struct.unpack(">HH", segment)
+    if marker == 0xFF52:  # COD: style, progression, layers (2), color transform, levels, code block (3), wavelet
+      return file.read(10)[9:] == b"\x00"
+    file.seek(size - 2, os.SEEK_CUR)
+  return False
