@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +17,10 @@ import numpy as np
 
 from pseudoseg_jax import checks, config as configs, optim
 from pseudoseg_jax.contract import IGNORE_LABEL, Method, Network, Optimizer, Task
-from pseudoseg_jax.data import boxes, classes as classes_lib, pipeline, sources, splits, synthetic, tags
+from pseudoseg_jax.data import boxes, classes as classes_lib, decode, listing, pipeline, sources, splits, synthetic, tags
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.geometry import Geometry
+from pseudoseg_jax.data.listing import LeftOut
 from pseudoseg_jax.data.photometry import Photometry
 from pseudoseg_jax.data.pipeline import PipelineSpec
 from pseudoseg_jax.data.sources import Source
@@ -29,6 +31,8 @@ from pseudoseg_jax.evaluation.inference import Protocol
 from pseudoseg_jax.methods import table as methods_table
 from pseudoseg_jax.models import table as models_table
 from pseudoseg_jax.ops import losses, schedules
+
+log = logging.getLogger("pseudoseg_jax")
 
 
 class Data(NamedTuple):
@@ -60,17 +64,33 @@ class Domain(NamedTuple):
 
 
 def build_classes(data: configs.ConfigDict) -> Classes:
-  """The classes alone: what a trained network needs to be used without its data."""
+  """The classes alone: what a trained network needs to be used without its data.
+
+  Raises:
+    InputError: no classes, or a single one, of which nothing can be learnt.
+  """
+  background = data.get("background", "auto")
+  checks.check_name("config.data.background", background, ("auto", "yes", "no"))
+  problems = checks.Problems("config.data cannot be used")
   if data.name == "synthetic":
-    return synthetic.CLASSES
-  if data.classes in classes_lib.BUILTIN:
-    return classes_lib.BUILTIN[data.classes]
-  if not data.classes:
-    problems = checks.Problems("config.data cannot be used")
+    classes = synthetic.CLASSES
+  elif data.classes in classes_lib.BUILTIN:
+    classes = classes_lib.BUILTIN[data.classes]
+  elif not data.classes:
     allowed = f"a file of class names, one a line, or of lines `index name r g b`; or {checks.choices(classes_lib.BUILTIN)}"
     problems.add("config.data.classes", got="nothing", allowed=allowed)
     problems.raise_if_any()
-  return classes_lib.read_classes(_below(data.root, data.classes))
+  else:
+    classes = classes_lib.read_classes(_below(data.root, data.classes))
+  if len(classes) == 1:
+    lines = " and ".join(f"`{line}`" for line in classes_lib.with_background(classes))
+    problems.add(
+      f"config.data.classes {data.classes}", got=f"one class, '{classes.names[0]}'",
+      allowed="at least two: a network that knows one answer is right everywhere and learns nothing",
+      remedy=f"write what is left beside it as class 0: a file of the lines {lines} fits masks of 0 and 1 as they are",
+    )  # fmt: skip
+    problems.raise_if_any()
+  return classes if background == "auto" else dataclasses.replace(classes, background=background == "yes")
 
 
 def build_data(data: configs.ConfigDict, *, check: bool = True) -> Data:
@@ -192,8 +212,8 @@ def _synthetic(data: configs.ConfigDict) -> Data:
 
 
 def _below(root: str, path: str) -> pathlib.Path:
-  """A path that is absolute, or relative to the data's root."""
-  return pathlib.Path(root) / path
+  """A path that is absolute, or relative to the data's root; "~" is the user's home."""
+  return pathlib.Path(os.path.expanduser(root)) / os.path.expanduser(path)
 
 
 def mask_options(data: configs.ConfigDict, classes: Classes) -> dict:
@@ -213,28 +233,34 @@ class _Lists(NamedTuple):
   labeled: Sequence[Entry]
   unlabeled: Sequence[Entry]  # unless there is an unlabeled_folder
   evaluated: Sequence[Entry]
+  left_out: Sequence[LeftOut]  # beside them, where no list says which images are meant
 
 
 def _folder(data: configs.ConfigDict, check: bool) -> Data:
   problems = checks.Problems("config.data cannot be used")
+  root = _below(data.root, "")
   if not data.root:
     problems.add("config.data.root", got="nothing", remedy="say where the data lie: --config.data.root=DIR")
-  elif not pathlib.Path(data.root).is_dir():
-    problems.add("config.data.root", got=repr(data.root), allowed="an existing folder")
+  elif not root.is_dir():
+    problems.add("config.data.root", got=repr(str(root)), allowed="an existing folder")
   for name in ("image_pattern", "eval_image_pattern"):
     if data[name] and data[name].count("{id}") != 1:
       problems.add(f"config.data.{name}", got=repr(data[name]), allowed="a path with one {id} in it, e.g. 'images/{id}.jpg'")
   problems.raise_if_any()
+  # Further domains of runs of older releases lack these options.
+  options = {"channels": data.channels, "exif_orientation": data.get("exif_orientation", "apply")}
+  checks.check_name("config.data.exif_orientation", options["exif_orientation"], decode.EXIF_ORIENTATIONS)
+  options |= {"max_value": data.get("max_value", 0.0), "check": check}
 
   classes = build_classes(data)
   lists = _lists(data, check)
-  images = functools.partial(sources.FolderSource, data.root, channels=data.channels, check=check)
+  images = functools.partial(sources.FolderSource, root, **options)
   with_masks = functools.partial(images, **mask_options(data, classes))
   patterns, eval_patterns = _patterns(data)
 
   def unlabeled_source():
     if data.unlabeled_folder:
-      return sources.image_folder(_below(data.root, data.unlabeled_folder), channels=data.channels, check=check)
+      return sources.image_folder(_below(root, data.unlabeled_folder), **options)
     return images(lists.unlabeled, image_pattern=patterns["image_pattern"])
 
   opened = {}
@@ -249,21 +275,33 @@ def _folder(data: configs.ConfigDict, check: bool) -> Data:
       problems.add(f"{role} images" + (f" ({listed})" if listed else ""), got=str(error).replace("\n", "\n  "))
   problems.raise_if_any()
   if check:
-    _check_some(opened["labeled"], data)
-  return Data(classes=classes, truth_known=False, split=_split_in_words(data, opened), **opened)
+    _check_some({role: opened[role] for role in ("labeled", "evaluated")}, data)
+    if lists.left_out:
+      shown = splits.shorten([f"{path} ({why})" for path, why in lists.left_out], most=10)
+      log.warning("%d files beside the images are not used: %s", len(lists.left_out), shown)
+  return Data(classes=classes, truth_known=False, split=_split_in_words(data, opened, len(lists.left_out)), **opened)
 
 
-def _split_in_words(data: configs.ConfigDict, opened: Mapping[str, Source]) -> str:
+def left_out(data: configs.ConfigDict) -> Sequence[LeftOut]:
+  """What lies among the images of a folder and is not used: other formats, links that lead nowhere, unreadable folders."""
+  return _lists(data, check=False).left_out if data.name == "folder" else ()
+
+
+def _split_in_words(data: configs.ConfigDict, opened: Mapping[str, Source], num_left_out: int = 0) -> str:
   drawn = f" (random, split_seed {data.split_seed})" if data.split.startswith("1_") and splits.is_part(data.split) else ""
-  return f"{data.split}{drawn}: {len(opened['labeled'])} labeled, {len(opened['unlabeled'])} unlabeled"
+  not_used = f"; {num_left_out} files not used" if num_left_out else ""
+  return f"{data.split}{drawn}: {len(opened['labeled'])} labeled, {len(opened['unlabeled'])} unlabeled{not_used}"
 
 
 def _patterns(data: configs.ConfigDict) -> tuple[dict, dict]:
   """Of training and of evaluated images; None where lists give the paths."""
-  image, label = data.image_pattern or None, data.label_pattern or None
+  image, label, eval_image, eval_label = (
+    os.path.expanduser(data[name]) or None
+    for name in ("image_pattern", "label_pattern", "eval_image_pattern", "eval_label_pattern")
+  )
   return (
     {"image_pattern": image, "label_pattern": label},
-    {"image_pattern": data.eval_image_pattern or image, "label_pattern": data.eval_label_pattern or label},
+    {"image_pattern": eval_image or image, "label_pattern": eval_label or label},
   )
 
 
@@ -282,14 +320,16 @@ def _lists(data: configs.ConfigDict, check: bool) -> _Lists:
   problems.raise_if_any()
 
   def read(path: str | pathlib.Path, patterns=patterns):
-    return sources.read_entries(data.root, path, **patterns)
+    return sources.read_entries(_below(data.root, ""), path, **patterns)
 
-  evaluated = read(_below(data.root, data.eval_list), eval_patterns) if data.eval_list else _all(data, eval_patterns)
+  left_out: list[LeftOut] = []
+  evaluated = read(_below(data.root, data.eval_list), eval_patterns) if data.eval_list else _all(data, eval_patterns, left_out)
   if data.train_list:
     train = read(_below(data.root, data.train_list))
   else:
     evaluated_ids = {entry.id for entry in evaluated} if same_images else ()
-    train = [entry for entry in _all(data, patterns) if entry.id not in evaluated_ids] if patterns["image_pattern"] else ()
+    found = _all(data, patterns, left_out) if patterns["image_pattern"] else ()
+    train = [entry for entry in found if entry.id not in evaluated_ids]
   by_id = {entry.id: entry for entry in train}
   if is_part:
     labeled = [by_id[name] for name in splits.part(by_id, data.split, seed=data.split_seed)]
@@ -302,8 +342,11 @@ def _lists(data: configs.ConfigDict, check: bool) -> _Lists:
   _check_known(labeled, by_id, data)
   rest = [entry for entry in train if entry.id not in labeled_ids]
   unlabeled = read(_below(data.root, data.unlabeled_list)) if data.unlabeled_list else rest
+  if data.unlabeled_folder:
+    listing.image_files(_below(data.root, data.unlabeled_folder), left_out)
+  named = {_below(data.root, path) for entry in (*labeled, *unlabeled, *evaluated) for path in (entry.image, entry.mask) if path}
   # No images are left over at split=full: methods then see the labeled images as unlabeled ones too.
-  return _Lists(labeled, unlabeled or labeled, evaluated)
+  return _Lists(labeled, unlabeled or labeled, evaluated, [item for item in dict.fromkeys(left_out) if item.path not in named])
 
 
 def _with_paths(entry: Entry, trained: Entry) -> Entry:
@@ -325,35 +368,48 @@ def _check_known(labeled: Sequence[Entry], by_id: Mapping[str, Entry], data: con
     problems.raise_if_any()
 
 
-def _all(data: configs.ConfigDict, patterns: dict) -> list[Entry]:
-  """Every image that fits a pattern."""
-  ids = sources.find_ids(data.root, patterns["image_pattern"])
-  if not ids:
+def _all(data: configs.ConfigDict, patterns: dict, left_out: list[LeftOut]) -> list[Entry]:
+  """Every image that fits a pattern; `left_out` gains what lies among them and does not."""
+  pattern, root = patterns["image_pattern"], _below(data.root, "")
+  others = [other for role in _patterns(data) for other in role.values() if other]
+  if data.unlabeled_folder and splits.is_part(data.split):  # a list may name images of that folder
+    others.append(str(_below(root, data.unlabeled_folder) / "{id}"))
+  found = listing.fitting(root, pattern, others)
+  left_out += found.left_out
+  if not found.ids:
     problems = checks.Problems("config.data cannot be used")
-    folder = (pathlib.Path(data.root) / patterns["image_pattern"]).parent
-    folder = folder if folder.is_dir() else pathlib.Path(data.root)
+    folder = (root / pattern).parent
+    folder = folder if folder.is_dir() else root
     held = splits.shorten(sorted(os.listdir(folder))) or "nothing"
     remedy = f"{folder} holds {held}; is it the right root, and the right pattern?"
-    problems.add(f"pattern {patterns['image_pattern']}", got=f"no file below {data.root}", remedy=remedy)
+    unusable = [f"; {path}: {why}" for path, why in found.left_out[:3]]
+    problems.add(f"pattern {pattern}", got=f"no file below {root}{''.join(unusable)}", remedy=remedy)
     problems.raise_if_any()
-  return [Entry(name) for name in ids]
+  return [Entry(name) for name in found.ids]
 
 
-def _check_some(labeled: Source, data: configs.ConfigDict, most: int = 8) -> None:
+def _check_some(with_masks: Mapping[str, Source], data: configs.ConfigDict, most: int = 8) -> None:
   """Reads a few images and masks: a wrong coding shows in all of them, and training should not be what finds it out."""
-  rows = np.unique(np.linspace(0, len(labeled) - 1, most).astype(int)).tolist()
-  labeled.image(rows[0])
-  values = {value for row in rows for value in np.unique(labeled.label(row)).tolist()}
   as_stored = data.ignore_index == IGNORE_LABEL and not (data.label_map or data.mask_colors or data.reduce_zero_label)
-  if not as_stored or IGNORE_LABEL not in values or not values <= {0, IGNORE_LABEL}:
-    return
   problems = checks.Problems("config.data cannot be used")
-  problems.add(
-    "masks of the labeled images",
-    got=f"only {splits.shorten(sorted(values))} in {len(rows)} of them, where 255 means no label",
-    allowed="at least one class besides 0",
-    remedy="if 255 stands for class 1: config.data.label_map=255:1; if all is as it should be: config.data.label_map=255:255",
-  )
+  for role, source in with_masks.items():
+    rows = np.unique(np.linspace(0, len(source) - 1, most).astype(int)).tolist()
+    source.image(rows[0])
+    values = {value for row in rows for value in np.unique(source.label(row)).tolist()}
+    if values == {IGNORE_LABEL} and all(np.all(source.label(row) == IGNORE_LABEL) for row in range(len(source))):
+      problems.add(
+        f"masks of the {role} images",
+        got=f"no label in all {len(source)} of them: every pixel is 255" + ("" if as_stored else ", as config.data maps them"),
+        allowed="pixels of the classes: else there is nothing to learn, or to score",
+        remedy="list images whose masks have labels" + ("" if as_stored else ", or correct how stored values are mapped"),
+      )
+    elif as_stored and IGNORE_LABEL in values and values <= {0, IGNORE_LABEL}:
+      problems.add(
+        f"masks of the {role} images",
+        got=f"only {splits.shorten(sorted(values))} in {len(rows)} of them, where 255 means no label",
+        allowed="at least one class besides 0",
+        remedy="if 255 stands for class 1: config.data.label_map=255:1; if all is as it should be: config.data.label_map=255:255",
+      )
   problems.raise_if_any()
 
 
@@ -564,15 +620,27 @@ def check_run(config: configs.ConfigDict) -> None:
     if other.get("channels", 3) != channels:
       problems.add(f"config.other_data.{name}.channels", got=other.get("channels", 3), allowed=f"{channels}, as config.data has")
   for name in ("mean", "std"):
-    if len(config.data[name]) != channels:
-      got = f"{len(config.data[name])} values"
-      problems.add(f"config.data.{name}", got=got, allowed=f"one for each of the {channels} channels", remedy="on the scale 0..1")
+    _check_normalization(f"config.data.{name}", config.data[name], channels, problems, least_excluded=name == "std")
   if config.network.pretrained and config.init_from:
     problems.add("config.init_from", got="a second start beside config.network.pretrained", remedy="keep one of the two")
   if not config.optimizer.learning_rate > 0:
     problems.add("config.optimizer.learning_rate", got=config.optimizer.learning_rate, allowed="above 0")
   problems.raise_if_any()
   build_protocol(config)
+
+
+def _check_normalization(where: str, values, channels: int, problems: checks.Problems, *, least_excluded: bool) -> None:
+  """A mean or a standard deviation: one number a channel, on the scale 0..1 of brightness."""
+  if len(values) != channels:
+    problems.add(where, got=f"{len(values)} values", allowed=f"one for each of the {channels} channels", remedy="on the scale 0..1")
+    return
+  allowed = "above 0, up to 1" if least_excluded else "0..1"
+  if not all(isinstance(value, (int, float)) for value in values):
+    problems.add(where, got=f"{tuple(values)}", allowed=f"{channels} numbers, {allowed}")
+  elif not all((0 < value if least_excluded else 0 <= value) and value <= 1 for value in values):
+    scaled = ",".join(f"{value / 255:.3f}" for value in values)
+    remedy = f"on the scale of levels 0..255? --{where}={scaled}" if max(values) > 1 and min(values) > 0 else None
+    problems.add(where, got=",".join(f"{value:g}" for value in values), allowed=f"{allowed}: of brightness, where white is 1", remedy=remedy)
 
 
 def build_protocol(config: configs.ConfigDict) -> Protocol:

@@ -31,6 +31,12 @@ def open_folder(root, ids=("a", "b", "c"), **changes):
   return sources.FolderSource(root, ids, **{**options, **changes})
 
 
+def turned(orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation  # 6: "rotate by 90 degrees to view"
+  return exif
+
+
 def message(call):
   with pytest.raises(checks.InputError) as error:
     call()
@@ -59,12 +65,23 @@ def test_images_of_any_mode_become_rgb(tmp_path, mode):
   np.testing.assert_array_equal(source.image(0), np.full((4, 5, 3), 102))
 
 
-def test_exif_orientation_is_not_applied(tmp_path):
-  exif = Image.Exif()
-  exif[0x0112] = 6  # "rotate by 90 degrees to view"
-  Image.new("RGB", (5, 4)).save(tmp_path / "x.jpg", exif=exif)
-  source = sources.image_folder(tmp_path)
-  assert source.image(0).shape[:2] == source.size(0) == (4, 5)
+@pytest.mark.parametrize(("setting", "shape"), [("apply", (5, 4)), ("ignore", (4, 5))])
+def test_exif_orientations_are_treated_as_told(tmp_path, setting, shape):
+  Image.new("RGB", (5, 4)).save(tmp_path / "x.jpg", exif=turned(6))
+  source = sources.image_folder(tmp_path, exif_orientation=setting)
+  assert source.image(0).shape[:2] == source.size(0) == shape
+  assert source.orientation(0) == 6
+
+
+@pytest.mark.parametrize(("setting", "size", "other"), [("apply", (6, 8), "ignore"), ("ignore", (8, 6), "apply")])
+def test_masks_that_the_other_treatment_of_orientations_would_fit_are_told_so(tmp_path, setting, size, other):
+  make_folder(tmp_path)
+  Image.new("RGB", (8, 6)).save(tmp_path / "images/train/b.jpg", exif=turned(6))
+  save_palette(tmp_path / "labels/train/b.png", np.zeros(size, np.uint8))
+  text = message(lambda: open_folder(tmp_path, exif_orientation=setting))
+  assert "labels/train/b.png" in text and text.endswith(f"config.data.exif_orientation={other}")
+  source = open_folder(tmp_path, exif_orientation=other)  # the remedy
+  assert source.image(1).shape[:2] == source.label(1).shape == source.size(1) == size
 
 
 def test_bare_folder_finds_images_below_it(tmp_path):
@@ -321,6 +338,8 @@ def test_ids_are_found_in_the_folder_or_in_those_below_it(tmp_path):
   make_folder(tmp_path / "flat")
   assert sources.find_ids(tmp_path / "flat", "images/train/{id}.jpg") == ("a", "b", "c")
   assert sources.find_ids(tmp_path / "flat", "images/{id}.jpg") == ("train/a", "train/b", "train/c")
+  Image.new("RGB", (8, 6)).save(tmp_path / "flat/images/d.jpg")  # one above the others hides none of them
+  assert sources.find_ids(tmp_path / "flat", "images/{id}.jpg") == ("d", "train/a", "train/b", "train/c")
   assert sources.find_ids(tmp_path, "nothing/{id}.jpg") == ()
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import difflib
-import glob
+import itertools
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -52,8 +51,8 @@ class Source(Protocol):
 class FolderSource:
   """Images and masks in folders, found by id or by the paths that a list gives.
 
-  Masks are read as stored indices, of which a palette is ignored, or by colour. An EXIF orientation is not applied: masks are
-  drawn on the stored pixels. Files are of PIL's formats or .npy arrays (never pickled).
+  Masks are read as stored indices, of which a palette is ignored, or by colour. Files are of PIL's formats or .npy arrays (never
+  pickled), and named in any spelling that `listing.Files.find` knows: "a.jpg" may be a.JPG or a.jpeg.
 
   Args:
     root: the data set's folder.
@@ -65,7 +64,8 @@ class FolderSource:
     mask_colors: (red, green, blue) -> class index or IGNORE_LABEL, for masks drawn in colours; see `Classes.by_color`.
     reduce_zero_label: stored 0 has no label, stored k is class k - 1 (ADE20K). label_map, where it names a value, comes first.
     ignore_index: the stored value of pixels without a label.
-    channels: of images, see `read_image`.
+    channels, max_value: of images, see `decode.read_image`.
+    exif_orientation: of images and masks, "apply" or "ignore"; see `decode.read_image`.
     check: False opens without looking at any file; whatever is wrong then shows when it is read.
 
   Raises:
@@ -87,6 +87,8 @@ class FolderSource:
     reduce_zero_label: bool = False,
     ignore_index: int = IGNORE_LABEL,
     channels: int = 3,
+    max_value: float = 0.0,
+    exif_orientation: str = "apply",
     check: bool = True,
   ):
     self.root = pathlib.Path(root)
@@ -95,6 +97,7 @@ class FolderSource:
     self.has_labels = label_pattern is not None or num_classes is not None
     self.num_classes = num_classes
     self.channels = channels
+    self.max_value, self.exif_orientation = max_value, exif_orientation
     problems = checks.Problems(f"data in {self.root} cannot be used")
     self._check_options(label_map or {}, bool(mask_colors), reduce_zero_label, ignore_index, problems)
     if not self.root.is_dir():
@@ -113,33 +116,36 @@ class FolderSource:
     self._check_entries(problems)
     problems.raise_if_any()
 
+    files = listing.Files()
+    self._image_paths = self._found(files, self.image_pattern, [entry.image for entry in self.entries])
+    self._label_paths = self._found(files, self.label_pattern, [entry.mask for entry in self.entries]) if self.has_labels else []
     self._colors = _color_table(mask_colors) if mask_colors else None
     if self.has_labels:
       self._table = _label_table(num_classes, label_map or {}, reduce_zero_label, ignore_index)
     self._sizes = np.zeros((len(self.ids), 2), np.int32)  # 0: not looked up yet
     self.dtype = np.uint8
     if check:
-      if self._check_present(problems):  # headers of absent files would only say the same again
+      if self._check_present(files, problems):  # headers of absent files would only say the same again
         self._check_headers(problems)
       problems.raise_if_any()
     else:
-      header = decode.header(self.image_path(0))
+      header = self._header(self.image_path(0))
       self.dtype = header.dtype if isinstance(header, decode.Header) else np.uint8
 
   def __len__(self) -> int:
     return len(self.ids)
 
   def image_path(self, row: int) -> pathlib.Path:
-    return self.root / (self.entries[row].image or self.image_pattern.replace("{id}", self.ids[row]))
+    return self._image_paths[row]
 
   def label_path(self, row: int) -> pathlib.Path:
     if not self.has_labels:
       raise ValueError(f"{self.root} was opened without label_pattern: it has no masks")
-    return self.root / (self.entries[row].mask or self.label_pattern.replace("{id}", self.ids[row]))
+    return self._label_paths[row]
 
   def size(self, row: int) -> tuple[int, int]:
     if not self._sizes[row].any():
-      header = decode.header(self.image_path(row))
+      header = self._header(self.image_path(row))
       if not isinstance(header, decode.Header):
         decode.raise_unreadable("image", self.image_path(row), header)
       self._sizes[row] = header.size
@@ -147,7 +153,9 @@ class FolderSource:
     return int(height), int(width)
 
   def image(self, row: int) -> np.ndarray:
-    image = decode.read_image(self.image_path(row), self.channels)
+    image = decode.read_image(
+      self.image_path(row), self.channels, exif_orientation=self.exif_orientation, max_value=self.max_value
+    )
     if image.dtype != np.uint8 and self.dtype == np.uint8:
       problems = checks.Problems(f"cannot use image {self.image_path(row)}")
       problems.add("file", got="more than 8 bits", allowed="8 bits, as in the first image", remedy="store all images alike")
@@ -158,7 +166,7 @@ class FolderSource:
     path = self.label_path(row)
     if self._colors is not None:
       return self._label_of_colors(path)
-    label = decode.read_mask(path)
+    label = decode.read_mask(path, exif_orientation=self.exif_orientation)
     problems = checks.Problems(f"cannot use mask {path}")
     table, known = self._table
     if label.dtype == np.uint8 and known[label].all():
@@ -176,7 +184,7 @@ class FolderSource:
     return table[label.astype(np.intp)]  # 1-bit and 16-bit masks
 
   def _label_of_colors(self, path: pathlib.Path) -> np.ndarray:
-    pixels = decode.decode(path, "mask", lambda image: np.asarray(image.convert("RGB"))).astype(np.int32)
+    pixels = decode.read_color_mask(path, exif_orientation=self.exif_orientation).astype(np.int32)
     codes, labels = self._colors
     stored = pixels @ _COLOR_CODE
     place = np.minimum(np.searchsorted(codes, stored), len(codes) - 1)
@@ -231,32 +239,50 @@ class FolderSource:
         remedy = f"give {what}_pattern, or a list of lines `image mask`"
         problems.add(self._list_name, got=f"no {what} file for {splits.shorten(without)}", remedy=remedy)
 
-  def _check_present(self, problems) -> bool:
+  def _found(self, files: listing.Files, pattern: str | None, listed: Sequence[str | None]) -> list[pathlib.Path]:
+    """Where the files of one kind are; where they should be if they are not there."""
+    paths = []
+    for name, path in zip(self.ids, listed, strict=True):
+      wanted = self.root / (path or pattern.replace("{id}", name))
+      found = files.find(wanted)
+      paths.append(found[0] if len(found) == 1 else wanted)
+    return paths
+
+  def _header(self, path: pathlib.Path) -> decode.Header | Exception:
+    return decode.header(path, exif_orientation=self.exif_orientation, max_value=self.max_value)
+
+  def _mask_header(self, path: pathlib.Path) -> decode.Header | Exception:
+    return decode.mask_header(path, exif_orientation=self.exif_orientation)
+
+  def _check_present(self, files: listing.Files, problems: checks.Problems) -> bool:
     """Adds what is missing; says whether all is there."""
     whole = True
-    files = listing.Files()
-    patterns = [("image", self.image_pattern, self.image_path), ("label", self.label_pattern, self.label_path)]
-    for what, pattern, path_of in patterns[: 1 + self.has_labels]:
-      absent = [row for row in range(len(self)) if path_of(row) not in files]
+    kinds = [("image", self.image_pattern, self._image_paths), ("label", self.label_pattern, self._label_paths)]
+    for what, pattern, paths in kinds[: 1 + self.has_labels]:
+      missing = [(row, files.why_absent(path)) for row, path in enumerate(paths) if path not in files]
+      whole = whole and not missing
+      for row, why in missing:
+        if why:
+          problems.add(f"{what} file {paths[row]}", got=why, allowed="one file")
+      absent = [row for row, why in missing if not why]
       if absent:
-        whole = False
         problems.add(
           self._list_name,
-          got=f"{len(absent)} of {len(self)} {what} files absent: {splits.shorten([path_of(row) for row in absent])}",
+          got=f"{len(absent)} of {len(self)} {what} files absent: {splits.shorten([paths[row] for row in absent])}",
           remedy=self._pattern_remedy(what, pattern, self.ids[absent[0]]) if pattern else "paths are those below root",
         )
+        listing.check_locale([self.ids[row] for row in absent], problems)
     return whole
 
   def _check_headers(self, problems):
     rows = range(len(self))
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
-      images = list(pool.map(decode.header, map(self.image_path, rows)))
-      masks = list(pool.map(decode.header, map(self.label_path, rows))) if self.has_labels else [None] * len(self)
-    for row, (image, mask) in enumerate(zip(images, masks, strict=True)):
+      images = list(pool.map(self._header, self._image_paths))
+      masks = list(pool.map(self._mask_header, self._label_paths)) if self.has_labels else [None] * len(self)
+    for row, image, mask in zip(rows, images, masks, strict=True):
       for what, path_of, header in (("image", self.image_path, image), ("mask", self.label_path, mask)):
         if isinstance(header, Exception):
-          remedy = "fetch it anew, or take its id off the list"
-          problems.add(f"{what} {path_of(row)}", got=f"no readable image ({header})", remedy=remedy)
+          problems.add(f"{what} {path_of(row)}", **header.problem)
       if not isinstance(image, decode.Header):
         continue
       self._sizes[row] = image.size
@@ -267,32 +293,42 @@ class FolderSource:
           f"mask {self.label_path(row)}",
           got=f"height x width {mask.size[0]} x {mask.size[1]}",
           allowed=f"{image.size[0]} x {image.size[1]}, as its image {self.image_path(row)}",
+          remedy=self.orientation_remedy(row),
         )
+
+  def orientation(self, row: int) -> int:
+    """The EXIF orientation that an image's file tells, 1..8; 1 is none."""
+    header = self._header(self.image_path(row))
+    return header.orientation if isinstance(header, decode.Header) else 1
+
+  def orientation_remedy(self, row: int) -> str | None:
+    """What to say of an image and a mask of unlike sizes that the other treatment of EXIF orientations would make equal."""
+    other = {"apply": "ignore", "ignore": "apply"}[self.exif_orientation]
+    image, mask = (decode.header(path, exif_orientation=other) for path in (self.image_path(row), self.label_path(row)))
+    if not (isinstance(image, decode.Header) and isinstance(mask, decode.Header)) or image.size != mask.size:
+      return None
+    drawn = {"apply": "turned as", "ignore": "not turned as"}[self.exif_orientation]
+    return f"the image is {drawn} its EXIF orientation says, the mask otherwise: config.data.exif_orientation={other}"
 
   def _pattern_remedy(self, what: str, pattern: str, name: str, most_files: int = 100_000) -> str:
     """Where a file of this id does lie, as a pattern; else what the pattern's own folder holds."""
     found = []
     stem = name.rsplit("/", 1)[-1]
-    seen = 0
-    for folder, _, files in os.walk(self.root):
-      seen += len(files)
-      for file in files:
-        if stem in file:
-          path = (pathlib.Path(folder) / file).relative_to(self.root).as_posix()
-          before, _, after = path.rpartition(name if name in path else stem)
-          found += {f"{before}{{id}}{after}"} - {self.image_pattern}  # an image is no mask
-      if seen > most_files:
-        break
+    for file in itertools.islice(listing.walk(self.root), most_files):
+      if stem in listing.normalized(file.name):
+        path = listing.normalized(file.relative_to(self.root).as_posix())
+        before, _, after = path.rpartition(name if name in path else stem)
+        found += {f"{before}{{id}}{after}"} - {self.image_pattern}  # an image is no mask
     near = difflib.get_close_matches(pattern, found, n=1, cutoff=0.0)
     if near:
       return f"for '{name}' there is {what}_pattern '{near[0]}'"
     folder = (self.root / pattern.replace("{id}", name)).parent
     if not folder.is_dir():
       return f"there is no folder {folder}"
-    example = next((entry.name for entry in sorted(folder.iterdir())), None)
+    example = next(listing.walk(folder), None)
     if example is None:
-      return f"{folder} is empty"
-    return f"{folder} holds e.g. {example}"
+      return f"{folder} holds no file"
+    return f"{folder} holds e.g. {example.relative_to(folder)}"
 
 
 def read_entries(
@@ -310,50 +346,47 @@ def read_entries(
   root = pathlib.Path(root)
   files = listing.Files()
 
-  def fitting(listed: str | None, pattern: str | None) -> str | None:
+  def existing(listed: str | None, pattern: str | None) -> str | None:
     candidates = [] if listed is None else [listed.lstrip("/"), listed]
-    found = next((candidate for candidate in candidates if root / candidate in files), None)
+    found = next((candidate for candidate in candidates if files.find(root / candidate)), None)
     return found or (candidates[0] if candidates and pattern is None else None)
 
   entries = []
   for entry in splits.read_entries(path, image_pattern):
     other_coding = label_pattern is not None and not (entry.mask or "").endswith(label_pattern.rpartition("{id}")[2])
-    mask = None if other_coding else fitting(entry.mask, label_pattern)
-    entries.append(Entry(entry.id, fitting(entry.image, image_pattern), mask))
+    mask = None if other_coding else existing(entry.mask, label_pattern)
+    entries.append(Entry(listing.normalized(entry.id), existing(entry.image, image_pattern), mask))
   if image_pattern is None:
     return tuple(entries)
-  if any(entry.image is None and root / image_pattern.replace("{id}", entry.id) not in files for entry in entries):
-    entries = splits.completed(entries, find_ids(root, image_pattern))
+  if any(entry.image is None and not files.find(root / image_pattern.replace("{id}", entry.id)) for entry in entries):
+    entries = splits.completed(entries, find_ids(root, image_pattern, [label_pattern] if label_pattern else []))
   return tuple(entries)
 
 
-def find_ids(root: str | pathlib.Path, image_pattern: str) -> tuple[str, ...]:
-  """The ids of all files that fit a pattern, sorted; where its folder itself holds none, those of the folders below it."""
-  root = pathlib.Path(root)
-  before, after = image_pattern.split("{id}")
-  folder, _, prefix = before.rpartition("/")
-  found = []
-  for below in ("", "**/"):
-    paths = (root / folder).glob(f"{below}{glob.escape(prefix)}*{glob.escape(after)}")
-    found = found or sorted(path.relative_to(root).as_posix() for path in paths)
-  return tuple(path[len(before) : len(path) - len(after)] for path in found if path.startswith(before))
+def find_ids(root: str | pathlib.Path, image_pattern: str, others: Sequence[str] = ()) -> tuple[str, ...]:
+  """The ids of all files that fit a pattern, see `listing.fitting`."""
+  return listing.fitting(root, image_pattern, others).ids
 
 
-def image_folder(folder: str | pathlib.Path, *, channels: int = 3, check: bool = True) -> FolderSource:
+def image_folder(folder: str | pathlib.Path, **options: Any) -> FolderSource:
   """All images of a folder and of those below it, without masks; an image's id is its path below the folder.
+
+  Args:
+    options: of FolderSource.
 
   Raises:
     InputError: no such folder, or no image in it.
   """
   folder = pathlib.Path(folder)
-  files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in listing.IMAGE_SUFFIXES)
+  left_out = []
+  files = listing.image_files(folder, left_out)
   if not files:
     problems = checks.Problems(f"data in {folder} cannot be used")
-    found = "no image" if folder.is_dir() else "no such folder"
+    found = ", ".join(["no image", *(f"{path} ({why})" for path, why in left_out[:3])]) if folder.is_dir() else "no such folder"
     problems.add("folder", got=found, allowed=f"a folder of files ending in {', '.join(listing.IMAGE_SUFFIXES)}")
     problems.raise_if_any()
-  entries = [Entry(path.relative_to(folder).as_posix(), image=str(path.absolute())) for path in files]
-  return FolderSource(folder, entries, channels=channels, check=check)
+  entries = [Entry(listing.normalized(path.relative_to(folder).as_posix()), image=str(path.absolute())) for path in files]
+  return FolderSource(folder, entries, **options)
 
 
 class Subset:
@@ -498,7 +531,7 @@ def check_labels_folder(folder: str | pathlib.Path, class_names: Sequence[str]) 
   else:
     if finished is not True:
       problems.add("manifest.json", got="an export that did not finish", remedy=go_on)
-    if sorted(named) != sorted(class_names):
+    if named != list(class_names):
       got, allowed = (splits.shorten(names) for names in (named, class_names))
       problems.add("manifest.json", got=f"labels of the classes {got}", allowed=f"those of the data: {allowed}")
   problems.raise_if_any()
