@@ -153,6 +153,16 @@ def mask_header(path: str | os.PathLike, *, exif_orientation: str = "apply") -> 
   return header(path, exif_orientation=exif_orientation, is_mask=True)
 
 
+def check_options(exif_orientation: str, max_value: float, where: str = "") -> None:
+  """Raises InputError for options of `read_image` that are none. where: their group, "config.data."."""
+  checks.check_name(f"{where}exif_orientation", exif_orientation, EXIF_ORIENTATIONS)
+  if not 0 <= max_value < math.inf:
+    problems = checks.Problems("unknown scale of images")
+    allowed = "the stored value of full brightness, above 0; or 0, by the type of a file"
+    problems.add(f"{where}max_value", got=max_value, allowed=allowed)
+    problems.raise_if_any()
+
+
 def raise_unreadable(what: str, path: pathlib.Path, error: Unusable):
   problems = checks.Problems(f"cannot read {what} {path}")
   problems.add("file", **error.problem)
@@ -184,32 +194,45 @@ def _assumed_maximum(dtype: np.dtype) -> int:
 
 
 def _check_scale(pixels: np.ndarray, max_value: float, problems: checks.Problems) -> None:
-  lowest, highest = pixels.min(), pixels.max()
-  if not np.isfinite(lowest) or not np.isfinite(highest):
-    count = np.count_nonzero(~np.isfinite(pixels))
-    remedy = "store a level where nothing was measured, e.g. 0, or leave the image out"
-    problems.add("values", got=f"NaN or infinite, {count} of {pixels.size}", allowed="finite numbers", remedy=remedy)
-    return
   full = max_value or _assumed_maximum(pixels.dtype)
-  rounding = _ROUNDING * full if pixels.dtype.kind == "f" else 0
-  got, allowed = f"{pixels.dtype}, {lowest:g}..{highest:g}", f"0..{full:g}"
+  allowed = f"0..{full:g}"
   if pixels.dtype == np.uint8 and full > 255:
     remedy = "store all images alike, or config.data.max_value=0, which takes every file at the full range of its type"
     problems.add("values", got="8 bits", allowed=f"files that can hold config.data.max_value, {full:g}", remedy=remedy)
-  elif lowest < -rounding:
-    problems.add("values", got=got, allowed=allowed, remedy="store levels from 0 on (undo a normalization that is in the files)")
-  elif highest > full + rounding:
-    known = "8 or 16 bits, or floats on 0..255" if not max_value else allowed
-    remedy = f"say which stored value is full brightness, e.g. config.data.max_value={_next_maximum(highest):g}"
-    problems.add("values", got=got, allowed=known, remedy=remedy)
-  elif not max_value and 0 < highest <= full / 255 + rounding:
-    problems.add(
-      "values",
-      got=got,
-      allowed=f"{allowed}, of which that is all but black",
-      remedy=f"say which stored value is full brightness: config.data.max_value={_next_maximum(highest):g}, "
-      f"or config.data.max_value={full:g} if the picture is as dark as that",
-    )
+    return
+  flaw, found = scale_flaw(pixels, full)
+  if flaw == "not finite":
+    remedy = "store a level where nothing was measured, such as 0, or leave the image out"
+    problems.add("values", got=found, allowed="finite numbers", remedy=remedy)
+  elif flaw == "negative":
+    remedy = "store levels from 0 on (if they were normalized, undo that)"
+    problems.add("values", got=found, allowed=allowed, remedy=remedy)
+  elif flaw == "above":
+    allowed = allowed if max_value else "8 or 16 bits, or floats on 0..255"
+    remedy = f"say which stored value is full brightness, e.g. config.data.max_value={_next_maximum(pixels.max()):g}"
+    problems.add("values", got=found, allowed=allowed, remedy=remedy)
+  elif flaw == "black" and not max_value and pixels.dtype != np.uint8:
+    remedy = f"say which stored value is full brightness: config.data.max_value={_next_maximum(pixels.max()):g}, "
+    remedy += f"or config.data.max_value={full:g} if the picture is as dark as that"
+    problems.add("values", got=found, allowed=f"{allowed}, of which that is all but black", remedy=remedy)
+
+
+def scale_flaw(pixels: np.ndarray, full: float) -> tuple[str, str]:
+  """What shows that numbers are not on the scale 0..full, and what was found, in words; ("", "") if nothing does.
+
+  "not finite", "negative", "above", or "black": nothing reaches more than the 255th part of full brightness, as when 0..1 is taken
+  for 0..255, or 8 bits for 16; all 0 is no flaw. Floats may be off by rounding.
+  """
+  lowest, highest = pixels.min(), pixels.max()
+  if not (np.isfinite(lowest) and np.isfinite(highest)):
+    return "not finite", f"NaN or infinite values, {np.count_nonzero(~np.isfinite(pixels))} of {pixels.size}"
+  rounding = _ROUNDING * full if pixels.dtype.kind == "f" else 0
+  found = f"{pixels.dtype}, {lowest:g}..{highest:g}"
+  if lowest < -rounding:
+    return "negative", found
+  if highest > full + rounding:
+    return "above", found
+  return ("black", found) if 0 < highest <= full / 255 + rounding else ("", "")
 
 
 def _next_maximum(highest: float) -> float:

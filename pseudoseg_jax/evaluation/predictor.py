@@ -20,6 +20,13 @@ from pseudoseg_jax.evaluation.inference import Protocol
 if TYPE_CHECKING:
   from pseudoseg_jax.data.classes import Classes
 
+_SCALE_REMEDIES = {
+  "not finite": "put a level in their place, such as 0",
+  "negative": "undo the normalization: the predictor has its own",
+  "above": "give 255 * image / m, where m is the value of full brightness",
+  "black": "levels in 0..1 want 255 * image; a picture as dark as that, np.rint(image).astype(np.uint8)",
+}  # by decode.scale_flaw
+
 ImageLike = np.ndarray | Image.Image | str | os.PathLike
 
 
@@ -32,6 +39,8 @@ class Predictor:
     protocol: how an image is shown to the network; of "center_crop", which leaves the rest of an image out, the whole image.
     mean, std: of C channels in [0, 1].
     name: which predictor this is, for people ("teacher").
+    exif_orientation, max_value: how files and PIL images are read, see `data.decode.read_image`.
+    checkpoint, step: where the network is from, for people: "best" or "last" of a run, and its step.
   """
 
   def __init__(
@@ -43,15 +52,26 @@ class Predictor:
     mean: Sequence[float],
     std: Sequence[float],
     name: str = "",
+    exif_orientation: str = "apply",
+    max_value: float = 0.0,
+    checkpoint: str = "",
+    step: int = 0,
   ):
     inference.check_protocol(protocol)
+    decode.check_options(exif_orientation, max_value)
+    self._options = {
+      "protocol": protocol, "mean": mean, "std": std, "name": name,
+      "exif_orientation": exif_orientation, "max_value": max_value, "checkpoint": checkpoint, "step": step,
+    }  # fmt: skip
     if protocol.style == "center_crop":
       protocol = protocol._replace(style="whole")
     self.classes = classes
     self.protocol = protocol
     self.channels = len(mean)
     self.name = name
-    self._predict, self._mean, self._std = predict, mean, std
+    self.exif_orientation, self.max_value = exif_orientation, max_value
+    self.checkpoint, self.step = checkpoint, step
+    self._predict = predict
     infer = functools.partial(inference.infer, predict, protocol=protocol, mean=mean, std=std)
 
     def ids(image, size):
@@ -65,26 +85,36 @@ class Predictor:
     # Apart: few want the K planes of probabilities, which dwarf the ids.
     self._ids, self._probabilities = _jit_by_shape(ids), _jit_by_shape(probabilities)
 
-  def with_protocol(self, protocol: Protocol) -> Predictor:
-    """The same network, shown images in another way."""
-    return Predictor(self._predict, self.classes, protocol=protocol, mean=self._mean, std=self._std, name=self.name)
+  def with_options(self, **options) -> Predictor:
+    """The same network with other keywords of the constructor, such as another `protocol`."""
+    return Predictor(self._predict, self.classes, **self._options | options)
 
   def predict(self, image: ImageLike) -> np.ndarray:
     """Class ids uint8[h, w] of an image: uint8 or float32 [h, w, C] of levels 0..255, a PIL image, or a file's path.
 
+    Ids of files and PIL images that carry an EXIF orientation lie on the upright picture, as viewers show it; see the class.
+
     Raises:
-      InputError: no such file, no readable image, or an array of another shape or type.
+      InputError: no such file, no readable image, or an array of another shape, type or scale.
     """
-    return self._run(self._ids, read_image(image, self.channels))
+    return self.ids(self.read(image))
 
   def probabilities(self, image: ImageLike) -> np.ndarray:
     """Class probabilities f32[h, w, K]: their mean over windows, flips and scales, or the softmax of the mean logits."""
-    return self._run(self._probabilities, read_image(image, self.channels))
+    return self._run(self._probabilities, self.read(image))
 
   def overlay(self, image: ImageLike) -> np.ndarray:
     """The image with every pixel tinted by its class, uint8[h, w, 3]."""
-    pixels = read_image(image, self.channels)
-    return pictures.overlay(pixels, self.predict(pixels), self.classes)
+    levels = self.read(image)
+    return pictures.overlay(levels, self.ids(levels), self.classes)
+
+  def read(self, image: ImageLike) -> np.ndarray:
+    """The levels [h, w, C] of an image, uint8 or float32 on the scale 0..255, as `predict` shows them to the network."""
+    return read_image(image, self.channels, exif_orientation=self.exif_orientation, max_value=self.max_value)
+
+  def ids(self, levels: np.ndarray) -> np.ndarray:
+    """Class ids uint8[h, w] of what `read` gives."""
+    return self._run(self._ids, levels)
 
   def _run(self, compiled, pixels):
     height, width = pixels.shape[:2]
@@ -112,27 +142,33 @@ def _jit_by_shape(fn: Callable) -> Callable:
   return call
 
 
-def read_image(image: ImageLike, channels: int = 3) -> np.ndarray:
-  """An image as [h, w, C], uint8 or, where it has more than 8 bits, float32 on the scale 0..255; see `data.decode.read_image`.
+def read_image(
+  image: ImageLike, channels: int = 3, *, exif_orientation: str = "apply", max_value: float = 0.0
+) -> np.ndarray:
+  """An image as [h, w, C], uint8 or, where it has more than 8 bits, float32 on the scale 0..255.
 
-  An EXIF orientation is not applied (ids lie on the stored pixels).
+  Args:
+    image: see `Predictor.predict`; arrays are levels already.
+    channels, exif_orientation, max_value: of files and PIL images, see `data.decode.read_image`.
 
   Raises:
     InputError: with the file's path where there is one.
   """
   if isinstance(image, (str, os.PathLike)):
-    return decode.read_image(image, channels)
-  if isinstance(image, Image.Image) and channels == 3:
-    image = image.convert("RGB")
-  pixels = np.asarray(image)
-  if isinstance(image, Image.Image) and pixels.ndim == 2:
-    pixels = pixels[..., None]
-  if pixels.dtype not in (np.uint8, np.float32) or pixels.ndim != 3 or pixels.shape[-1] != channels or not pixels.size:
-    problems = checks.Problems("cannot segment the image")
+    return decode.read_image(image, channels, exif_orientation=exif_orientation, max_value=max_value)
+  if isinstance(image, Image.Image):
+    return decode.read_picture(image, channels, exif_orientation=exif_orientation, max_value=max_value)
+  levels = np.asarray(image)
+  problems = checks.Problems("cannot segment the image")
+  if levels.dtype not in (np.uint8, np.float32) or levels.ndim != 3 or levels.shape[-1] != channels or not levels.size:
     problems.add(
-      "image", got=f"{pixels.dtype} of shape {pixels.shape}",
+      "image", got=f"{levels.dtype} of shape {levels.shape}",
       allowed=f"uint8 [height, width, {channels}] of levels 0..255, or float32 on that scale",
       remedy="levels in 0..1 want 255 * image",
     )  # fmt: skip
-    problems.raise_if_any()
-  return pixels
+  elif levels.dtype == np.float32:
+    flaw, found = decode.scale_flaw(levels, 255)
+    if flaw:
+      problems.add("image", got=found, allowed="float32 of levels 0..255", remedy=_SCALE_REMEDIES[flaw])
+  problems.raise_if_any()
+  return levels
