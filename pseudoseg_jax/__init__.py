@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 
 # TensorFlow only feeds images here: without its oneDNN kernels, whose rounding differs between machines, and its start-up notes.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -17,3 +18,16 @@ def __getattr__(name):
     module = "trained" if name == "export" else "api"
     return getattr(importlib.import_module(f"pseudoseg_jax.{module}"), name)
   raise AttributeError(f"module 'pseudoseg_jax' has no attribute '{name}'")
+
+
+def _without_traceback(kind, error, traceback):
+  if issubclass(kind, KeyboardInterrupt):
+    print("\nstopped", file=sys.stderr)
+  else:
+    sys.__excepthook__(kind, error, traceback)
+
+
+# Python calls a module so while it looks for the one to run with -m, one of our commands: Ctrl-C during its imports, which take
+# seconds, is no error of ours to show. Python itself ends the process with what shells expect (130).
+if sys.argv[:1] == ["-m"]:
+  sys.excepthook = _without_traceback

@@ -11,31 +11,35 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import pathlib
 import re
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 
-from pseudoseg_jax import build, checks, config as configs, rng
+from pseudoseg_jax import build, checks, config as configs, rng, workdir as workdirs
 from pseudoseg_jax.contract import Method, State
-from pseudoseg_jax.data import splits
-from pseudoseg_jax.data.splits import Entry
-from pseudoseg_jax.engine import loop, mesh as meshes
+from pseudoseg_jax.data.pipeline import PipelineSpec
+from pseudoseg_jax.engine import agreement, loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
+from pseudoseg_jax.engine.loop import Scored
 from pseudoseg_jax.engine.records import Records
+from pseudoseg_jax.engine.stopping import StopRequest
 from pseudoseg_jax.evaluation import panels, pictures, report
 from pseudoseg_jax.evaluation.evaluator import Evaluator
 from pseudoseg_jax.evaluation.predictor import Predictor
 from pseudoseg_jax.models import pretrained
 from pseudoseg_jax.ops.confusion import Scores
 from pseudoseg_jax.trained import (
-  check_plain, given_nets, is_exported, network_shapes, open_trained, put_nets, save_classes, saved_config, weights_of,
+  check_plain, given_nets, is_exported, network_shapes, open_trained, put_nets, weights_of,
 )  # fmt: skip
 
 log = logging.getLogger("pseudoseg_jax")
@@ -55,47 +59,87 @@ class _Scoring:
     if method.panels is not None and config.evaluation.pictures:
       self._panels = _PanelScoring(config, data, method, specs, mesh)
     self._results_path = workdir / "results.json"
-    self.results = report.read_results(self._results_path) if self._results_path.exists() else None
+    self.results = self._read_results()
     self._about = _about(config, source, data)
+    self._last: dict[str, Any] = {}  # what results.json is to say of the newest evaluation
+    self.failed = ""  # what the newest attempt to write died of
 
-  def __call__(self, state: State) -> float:
-    """Headline mIoU of a state; reports it as `last`, and as `best` where it is."""
+  def _read_results(self) -> report.Results | None:
+    """Those of the run so far; a damaged file is told and written anew at the next evaluation."""
+    if not self._results_path.exists():
+      return None
+    try:
+      return report.read_results(self._results_path)
+    except checks.InputError as error:
+      log.warning("%s\n  it is written anew", error)
+      return None
+
+  @property
+  def evaluated_step(self) -> int | None:
+    """The newest step whose scores by this protocol are in results.json."""
+    same = self.results is not None and self.results["protocol"] == self._about["protocol"]
+    return self.results["last"].get("step") if same else None
+
+  def __call__(self, state: State) -> Scored:
+    """Headline mIoU of a state, and what results.json says of it; reports scores and pictures."""
     step = int(state.step)
     log.info("step %d: evaluating %d images ...", step, sum(len(domain.data.evaluated) for domain in self.domains))
     networks = state.replace(memory={})  # a memory may be large, and split over the devices
     scores = self.scores = self._evaluator(networks)
-    self.other_scores = [evaluator(networks) for evaluator in self._other_evaluators]
+    other_scores = [evaluator(networks) for evaluator in self._other_evaluators]
     headline = next(iter(self.method.predictors))
-    miou = scores[headline].miou
     # The same few images at every evaluation; every process takes part in the prediction, one writes.
     count = min(self.config.evaluation.pictures, len(self.data.evaluated))
     rows = np.unique(np.linspace(0, len(self.data.evaluated) - 1, count).astype(int)).tolist()
     predictions = self._evaluator.predictions(networks, rows) if rows else {}
-    if self._panels is not None:
-      self._show(step, *self._panels(state))
+    sheet = self._panels(state) if self._panels is not None else None
+    self._last = report.entry(self.data.classes, step, scores)
+    if other_scores:
+      of_domains = zip(self.domains[1:], other_scores, strict=True)
+      self._last["domains"] = {name: report.entry(data.classes, step, found) for (name, _, data), found in of_domains}
     if jax.process_index() == 0:
-      self._report(step, scores, headline)
-      self._draw(step, rows, predictions)
-    return -np.inf if np.isnan(miou) else float(miou)
+      for domain, of_domain in zip(self.domains, [scores, *other_scores], strict=True):
+        self._record(step, domain, of_domain)
+      with self._unless_failed():
+        report.write_atomically(self.workdir / "scores.csv", report.csv(self.data.classes, scores))
+        if sheet is not None:
+          self._show(step, *sheet)
+        self._draw(step, rows, predictions)
+    selected_by = f"mIoU of '{headline}' on the evaluated images"
+    note = {"protocol": self._about["protocol"], "entry": self._last | {"selected_by": selected_by}}
+    return Scored(float(scores[headline].miou), note)
 
-  def _report(self, step, scores, headline):
-    for domain, of_domain in zip(self.domains, [scores, *self.other_scores], strict=True):
-      self._record(step, domain, of_domain)
-    before = (self.results or {}).get("domains", {})
-    self.results = report.update_results(self.results, self._about, self.data.classes, step, scores, headline)
-    if self.other_scores:
-      self.results["domains"] = self._domain_results(step, before)
-    report.write_results(self._results_path, self.results)
-    report.write_atomically(self.workdir / "scores.csv", report.csv(self.data.classes, scores))
+  def is_comparable(self, note: Mapping[str, Any]) -> bool:
+    """Whether a state was chosen as the best by the scores that this run goes by."""
+    return note.get("protocol", self._about["protocol"]) == self._about["protocol"]
 
-  def _domain_results(self, step, before) -> dict[str, Any]:
-    """What results.json says of each further domain; best is the step that is best on the first domain, as the checkpoint."""
-    results = {}
-    for (name, _, data), scores in zip(self.domains[1:], self.other_scores, strict=True):
-      last = report.entry(data.classes, step, scores)
-      best = last if self.results["best"]["step"] == step else before[name]["best"]
-      results[name] = {"split": data.split, "last": last, "best": best}
-    return results
+  def publish(self, best: Mapping[str, Any]) -> None:
+    """Writes results.json: the newest evaluation, and that of the best state, which is on disk by now."""
+    before = (self.results or {}).get("best")
+    best_entry = best.get("entry") or (before if before and before["step"] == best.get("step") else None)
+    if not best_entry:  # a state kept by an older release, or none
+      best_entry = before or self._last | {"selected_by": "nothing else was kept"}
+    last, best_entry = dict(self._last), dict(best_entry)
+    of_domains = [entry.pop("domains", {}) for entry in (last, best_entry)]
+    self.results = {**self._about, "last": last, "best": best_entry}
+    if self.domains[1:]:
+      self.results["domains"] = {
+        name: {"split": data.split, "last": of_domains[0][name], "best": of_domains[1].get(name, of_domains[0][name])}
+        for name, _, data in self.domains[1:]
+      }
+    if jax.process_index() == 0:
+      with self._unless_failed():
+        report.write_results(self._results_path, self.results)
+
+  @contextlib.contextmanager
+  def _unless_failed(self):
+    """Tells what cannot be written, and goes on: the networks are worth more than what is said of them."""
+    try:
+      yield
+      self.failed = ""
+    except OSError as error:
+      self.failed = f"{type(error).__name__}: {error}"
+      log.error("could not write what the evaluation found: %s", self.failed)
 
   def _record(self, step, domain: build.Domain, scores):
     """A domain's table in the log, its numbers for TensorBoard."""
@@ -170,17 +214,27 @@ def _evaluators(domains: Sequence[build.Domain], method: Method, mesh) -> list[E
   return [build.build_evaluator(config, data, method, mesh, number) for number, (_, config, data) in enumerate(domains)]
 
 
-def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrides: Mapping[str, Any] | None = None) -> dict:
-  """Trains (or goes on training) in `workdir` and returns its results (the content of results.json).
+def train(
+  config: configs.ConfigDict | str,
+  workdir: str | pathlib.Path,
+  overrides: Mapping[str, Any] | None = None,
+  *,
+  owns_process: bool = False,
+) -> dict:
+  """Trains (or goes on training) in `workdir` and returns its results: the content of results.json, `finished` and `stopped_by`.
+
+  SIGTERM and Ctrl-C (in a notebook: interrupting the cell) save and leave; the same call resumes. Where nothing is lost by it, at
+  set-up or while compiling, they leave at once, by KeyboardInterrupt.
 
   Args:
     config: a config, or the path of a config file with its argument, "configs/camvid.py:method=cps".
     overrides: dotted options, {"data.root": "/data/camvid"}.
+    owns_process: a signal may end the process itself where Python does not get to act on it; for commands.
 
   Raises:
     InputError: the config, the data or the workdir cannot be used; everything that can be known at once.
     NonFiniteLoss: a loss became NaN or infinite; names step and term.
-    OSError: the newest state could not be saved.
+    OSError: the newest state, the best one or the results could not be saved.
   """
   source = {"path": "", "argument": ""}
   if isinstance(config, str):
@@ -188,17 +242,88 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
     source = {"path": path, "argument": argument}
     config = configs.load(config)
   configs.override(config, overrides or {})
-  workdir = pathlib.Path(workdir)
+  workdir = pathlib.Path(workdir).expanduser()
+  with contextlib.ExitStack() as resources:
+    stop = resources.enter_context(StopRequest(owns_process=owns_process))
+    with stop.nothing_to_lose():
+      with _together():  # the other processes wait for the lock, which shows them whether they see the same workdir
+        if jax.process_index() == 0:
+          resources.enter_context(workdirs.locked(workdir))
+      run = _agreed(config, workdir)
+      mesh = meshes.make_mesh()
+      records = Records(workdir)
+      resources.callback(records.close)
+    with _ending_told(records):
+      return _fit(config, source, overrides or {}, workdir, run, mesh, records, stop)
+
+
+class _Run(NamedTuple):
+  """What a run is made of, opened and checked."""
+
+  domains: tuple[build.Domain, ...]
+  method: Method
+  specs: tuple[PipelineSpec, ...]
+  checkpoints: Checkpoints
+  prepare: Callable[[State], State]
+
+
+@contextlib.contextmanager
+def _together(compared: Mapping[str, str] | None = None):
+  """What every process must get through, and with the same values in `compared` (filled meanwhile), or none goes on."""
+  failure = None
+  try:
+    yield
+  except checks.InputError as error:
+    failure = error
+  agreement.check(compared or {}, failure=str(failure or ""))
+  if failure:
+    raise failure
+
+
+def _agreed(config: configs.ConfigDict, workdir: pathlib.Path) -> _Run:
+  """Opens everything, and makes the workdir this run's, unless another process cannot or would run something else."""
+  compared = {"config": configs.to_json(config), "images": "", "newest checkpoint": "", "workdir": ""}
+  with contextlib.ExitStack() as unless_agreed:
+    with _together(compared):
+      run = _opened(config, workdir)
+      unless_agreed.callback(run.checkpoints.close)
+      data = {
+        name: workdirs.fingerprint(
+          of_domain,
+          (spec.unlabeled_image_labels, spec.labeled_boxes, spec.unlabeled_boxes),
+          "" if name else config.get("pseudo_labels", {"folder": ""})["folder"],
+        )
+        for (name, _, of_domain), spec in zip(run.domains, run.specs, strict=True)
+      }
+      classes = {domain.name: domain.data.classes for domain in run.domains}
+      step = run.checkpoints.step()
+      workdirs.check_claim(workdir, config, classes, data, step=step)
+      compared |= {"images": json.dumps(data), "newest checkpoint": str(step), "workdir": workdirs.token(workdir)}
+    unless_agreed.pop_all()
+  # Only now: a run that cannot begin must not occupy the workdir.
+  workdirs.claim(workdir, config, classes, data, step=step)
+  if jax.process_index() == 0:
+    for domain in run.domains:
+      workdirs.write_lists(workdir / "lists" / domain.name, domain.data)
+  return run
+
+
+def _opened(config: configs.ConfigDict, workdir: pathlib.Path) -> _Run:
   build.check_run(config)
   domains = build.build_domains(config)
-  data, others = domains[0].data, {domain.name: domain.data for domain in domains[1:]}
-  method = build.build_method(config, len(data.classes), len(data.unlabeled), [len(other.classes) for other in others.values()])
+  data, others = domains[0].data, [domain.data for domain in domains[1:]]
+  method = build.build_method(config, len(data.classes), len(data.unlabeled), [len(other.classes) for other in others])
   specs = build.build_pipelines(domains, method)
   weights = functools.cache(lambda: _starting_weights(config, len(data.classes)))
   given = functools.cache(lambda: given_nets(config.nets_from, method))
-  if not _has_checkpoint(workdir):
-    weights()
-    given()
+  checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.keep_last_checkpoints)
+  if checkpoints.step() is None:
+    try:
+      weights()
+      given()
+    except BaseException:
+      checkpoints.close()
+      raise
 
   def prepare(state: State) -> State:
     state = put_nets(_started(state, *weights()), given())
@@ -206,18 +331,15 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
     given.cache_clear()
     return state
 
-  _claim(workdir, config)  # only now: a config that cannot run must not occupy the workdir
-  save_classes(workdir, data.classes, {name: other.classes for name, other in others.items()})
-  for domain in domains:
-    _write_lists(workdir / "lists" / domain.name, domain.data)
-  mesh = meshes.make_mesh()
-  records = Records(workdir)
-  checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.keep_last_checkpoints)
+  return _Run(domains, method, specs, checkpoints, prepare)
+
+
+def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, records: Records, stop: StopRequest) -> dict:
+  domains, method, checkpoints = run.domains, run.method, run.checkpoints
   try:
-    log.info("%s on %s (%s), %d devices, workdir %s", config.method.name, config.data.name, data.split, mesh.size, workdir)
-    for name, other in others.items():
-      log.info("and on %s (%s)", name, other.split)
-    scoring = _Scoring(config, source, domains, method, specs, workdir, records, mesh)
+    with stop.nothing_to_lose():
+      _tell_start(config, domains, mesh, workdir)
+      scoring = _Scoring(config, source, domains, method, run.specs, workdir, records, mesh)
     streams = 1 + method.needs.unlabeled + method.needs.partner
     sizes = config.batch_size_global
     outcome = loop.fit(
@@ -225,25 +347,54 @@ def train(config: configs.ConfigDict | str, workdir: str | pathlib.Path, overrid
       mesh=mesh,
       seed=config.seed,
       total_steps=config.total_steps,
-      batches=build.batches(*specs),
+      batches=build.batches(*run.specs),
       images_per_step=len(domains) * (sizes.labeled + (streams - 1) * sizes.unlabeled),
       every=loop.Every(config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps),
       checkpoints=checkpoints,
       records=records,
       evaluate=scoring,
-      prepare=prepare,
+      publish=scoring.publish,
+      evaluated_step=scoring.evaluated_step,
+      is_comparable=scoring.is_comparable,
+      prepare=run.prepare,
+      stop=stop,
     )
     if outcome.finished and jax.process_index() == 0:
-      log.info("%s", _summary(scoring, workdir, source, overrides or {}))
-    if "last" in checkpoints.failed:
-      raise OSError(
-        f"the newest state could not be saved ({checkpoints.failed['last']}); free some space and run the same command again: "
-        f"it goes on from step {checkpoints.step()}"
-      )
-    return (scoring.results or {}) | {"finished": outcome.finished}
+      log.info("%s", _summary(scoring, workdir, source, overrides))
+    failed = checkpoints.failed | ({"results": scoring.failed} if scoring.failed else {})
+    if failed:
+      what = "; ".join(f"{name}: {cause}" for name, cause in failed.items())
+      step = checkpoints.step()
+      resumes = "starts anew" if step is None else f"resumes at step {step}"
+      raise OSError(f"not all of the run could be saved in {workdir} ({what}); free some space: the same command {resumes}")
+    return (scoring.results or {}) | {"finished": outcome.finished, "stopped_by": outcome.stopped_by}
   finally:
     checkpoints.close()
-    records.close()
+
+
+def _tell_start(config, domains: Sequence[build.Domain], mesh, workdir: pathlib.Path) -> None:
+  devices = f"{mesh.size} device{'s' * (mesh.size > 1)} ({jax.devices()[0].device_kind})"
+  if jax.process_count() > 1:
+    devices += f" of {jax.process_count()} processes"
+  log.info("%s on %s (%s), %s, workdir %s", config.method.name, config.data.name, domains[0].data.split, devices, workdir)
+  for name, _, other in domains[1:]:
+    log.info("and on %s (%s)", name, other.split)
+
+
+@contextlib.contextmanager
+def _ending_told(records: Records) -> Iterator[None]:
+  """Leaves in log.txt what ended a run."""
+  try:
+    yield
+  except (checks.InputError, OSError, FloatingPointError) as error:
+    records.error(str(error))
+    raise
+  except KeyboardInterrupt:
+    records.error("stopped by a signal")
+    raise
+  except Exception:
+    records.error(traceback.format_exc())
+    raise
 
 
 def evaluate(
@@ -256,15 +407,14 @@ def evaluate(
   A workdir keeps results.json, scores.csv and pictures below evaluations/PROTOCOL/CHECKPOINT; those of training stay as they are.
   `overrides` may change evaluation or data.root; the latter is needed with an exported folder, which knows no place.
   """
-  mesh, workdir = meshes.make_mesh(), pathlib.Path(workdir)
+  mesh, workdir = meshes.make_mesh(), pathlib.Path(workdir).expanduser()
   trained = open_trained(workdir, mesh, checkpoint, overrides)
-  config = trained.config
+  config, checkpoint = trained.config, trained.checkpoint or checkpoint
   domains = build.build_domains(config)
   problems = checks.Problems(f"cannot score {workdir} on these data")
   for (name, _, data), classes in zip(domains, [trained.classes, *trained.other_classes.values()], strict=True):
-    if len(data.classes) != len(classes):
-      where = f"config.other_data.{name}.classes" if name else "config.data.classes"
-      problems.add(where, got=f"{len(data.classes)} classes", allowed=f"the {len(classes)} of the network")
+    where = f"config.other_data.{name}.classes" if name else "config.data.classes"
+    problems.extend(workdirs.same_classes(data.classes, classes, where=where, allowed="of the network"))
   problems.raise_if_any()
   evaluators = _evaluators(domains, trained.method, mesh)
   step, data = int(trained.state.step), domains[0].data
@@ -278,7 +428,7 @@ def evaluate(
     if jax.process_index() == 0 and (workdir / "checkpoints").is_dir():
       folder = workdir / "evaluations" / (config.evaluation.preset or _file_name(build.describe_protocol(config))) / checkpoint
       of_training = workdir / "results.json"
-      source = report.read_results(of_training)["config"] if of_training.exists() else {"path": "", "argument": ""}
+      source = _config_of(of_training)
       results = _about(config, source, data) | {checkpoint: report.entry(data.classes, step, scores)}
       if other_scores:
         results["domains"] = {
@@ -304,6 +454,14 @@ def _about(config: configs.ConfigDict, source: dict[str, str], data: build.Data)
   }
 
 
+def _config_of(results: pathlib.Path) -> dict[str, str]:
+  """The config file that results.json names, if it can be read: scores can be told without."""
+  try:
+    return report.read_results(results)["config"]
+  except checks.InputError:
+    return {"path": "", "argument": ""}
+
+
 def _file_name(words: str) -> str:
   return re.sub(r"[^a-z0-9.]+", "_", words.lower())
 
@@ -324,15 +482,21 @@ def _on_console():
     log.propagate = before[1]
 
 
-def load(workdir: str | pathlib.Path, predictor: str | None = None, checkpoint: str = "best") -> Predictor:
+def load(
+  workdir: str | pathlib.Path,
+  predictor: str | None = None,
+  checkpoint: str = "best",
+  overrides: Mapping[str, Any] | None = None,
+) -> Predictor:
   """A trained workdir (or an exported folder) as a predictor: any image in, class ids out. It needs no data set.
 
   Args:
     predictor: one of the method's predictors ("student", "teacher", "a", ...), which also says the domain whose classes come out;
       default the method's headline. Those that want boxes or image-level labels beside the image are refused.
-    checkpoint: "best" or "last"; an exported folder has but one.
+    checkpoint: "best" or "last"; an exported folder has but one. Where a run was stopped before it had a best one, the last.
+    overrides: dotted options of evaluation, {"evaluation.flip": True}, or of how files are read, {"data.max_value": 255}.
   """
-  trained = open_trained(pathlib.Path(workdir), meshes.make_mesh(jax.devices()[:1]), checkpoint)
+  trained = open_trained(pathlib.Path(workdir).expanduser(), meshes.make_mesh(jax.devices()[:1]), checkpoint, overrides)
   config, method, state = trained.config, trained.method, trained.state
   name = predictor or next(iter(method.predictors))
   check_plain(method, name)
@@ -340,7 +504,8 @@ def load(workdir: str | pathlib.Path, predictor: str | None = None, checkpoint: 
   classes = [trained.classes, *trained.other_classes.values()][method.predictor_domains.get(name, 0)]
   return Predictor(
     lambda images: predict(state, images), classes, name=name, protocol=build.build_protocol(config),
-    mean=config.data.mean, std=config.data.std,
+    mean=config.data.mean, std=config.data.std, exif_orientation=config.data.get("exif_orientation", "apply"),
+    max_value=config.data.get("max_value", 0.0), checkpoint=trained.checkpoint, step=int(state.step),
   )  # fmt: skip
 
 
@@ -369,68 +534,38 @@ def _started(state: State, values: Mapping[str, np.ndarray], described: str) -> 
   return state
 
 
-def _has_checkpoint(workdir: pathlib.Path) -> bool:
-  folder = workdir / "checkpoints" / "last"
-  return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
-
-
-def _claim(workdir: pathlib.Path, config: configs.ConfigDict) -> None:
-  """Writes the config into a new workdir; refuses one that another config made."""
-  saved = workdir / "config.json"
-  if saved.exists():
-    different = configs.differences(config, saved_config(workdir))
-    if different:
-      problems = checks.Problems(f"workdir {workdir} belongs to another config")
-      problems.extend(different)
-      problems.add("remedy: another --workdir, or the config it was made with", allowed=None)
-      problems.raise_if_any()
-    return
-  if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    report.write_atomically(saved, configs.to_json(config))
-
-
-def _write_lists(folder: pathlib.Path, data: build.Data) -> None:
-  """The images of each role, as lists that config.data reads."""
-  if jax.process_index() == 0:
-    folder.mkdir(exist_ok=True)
-    for role in ("labeled", "unlabeled", "evaluated", "pseudo_labeled"):
-      source = getattr(data, role)
-      if source is None:
-        continue
-      entries = getattr(source, "entries", None) or map(Entry, source.ids)
-      report.write_atomically(folder / f"{role}.txt", splits.list_text(entries))
-
-
 def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], overrides: Mapping[str, Any]) -> str:
   """What a person wants to know at the end."""
-  results, classes = scoring.results, scoring.data.classes
+  results = scoring.results
   lines = ["", f"Done: {results['method']} on {results['split']}, seed {results['seed']}", ""]
   for series in ("last", "best"):
     entry = results[series]
     mious = ", ".join(f"{name} {100 * (score['miou'] or 0):.2f}" for name, score in entry["predictors"].items())
     chosen = f" (best by {entry['selected_by']})" if series == "best" else ""
     lines.append(f"  {series:5} step {entry['step']:>6}  mIoU %: {mious}{chosen}")
-  lines += ["", report.table(classes, scoring.scores), ""]
-  for domain, scores in zip(scoring.domains[1:], scoring.other_scores, strict=True):
-    lines += [f"  {domain.name}, {domain.data.split}:", report.table(domain.data.classes, scores), ""]
   drawn = ",".join(sorted(path.stem for path in (workdir / "pictures").glob("*.png")))
   lines += [
+    "",
     f"  pictures     {workdir}/pictures/{{{drawn}}}.png",
     f"  scores       {workdir}/results.json, {workdir}/scores.csv",
     f"  checkpoints  {workdir}/checkpoints/{{last,best}}",
     f"  TensorBoard  tensorboard --logdir {workdir}/tensorboard",
     "",
     "Next:",
-    f"  python -m pseudoseg_jax.predict --workdir={workdir} --images DIR --out OUT      segment your own images",
+    f"  python -m pseudoseg_jax.predict {shlex.quote(f'--workdir={workdir}')} --images DIR --out OUT      segment your own images",
   ]
   flags = {key: value for key, value in overrides.items() if not key.startswith(("method.", "nets_from"))}
   baseline = _baseline(source, scoring.config, flags)
   if baseline is not None:
-    options = [f"--config.{key}={value}" for key, value in flags.items()]
+    options = [f"--config.{key}={_as_flag(value)}" for key, value in flags.items()]
     command = [f"--config={baseline}", f"--workdir={workdir}_supervised", *options]
-    lines.append(f"  python -m pseudoseg_jax.main {' '.join(command)}      the baseline to compare with")
+    lines.append(f"  python -m pseudoseg_jax.main {shlex.join(command)}      the baseline to compare with")
   return "\n".join(lines)
+
+
+def _as_flag(value: Any) -> str:
+  """A value of an override as the command line reads it: tuples and lists without brackets."""
+  return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def _baseline(source: dict[str, str], config: configs.ConfigDict, flags: Mapping[str, Any]) -> str | None:

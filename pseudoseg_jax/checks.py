@@ -54,6 +54,11 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
   return f"did you mean '{near[0]}'?" if near else "no known name is near"
 
 
+def closest(name: str, allowed: Iterable[str]) -> str:
+  """The known name that is nearest, however far; of one at least."""
+  return difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.0)[0]
+
+
 def check_name(where: str, name: str, allowed: Iterable[str]) -> None:
   allowed = list(allowed)
   if name not in allowed:

@@ -1,12 +1,16 @@
-"""What the commands share: overrides of a config, and exit codes."""
+"""What the commands share: overrides of a config, exit codes, and how a process ends."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from pseudoseg_jax import checks
+
+_INTERRUPTED = 130  # 128 + SIGINT
 
 
 def parse_with_overrides(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -28,9 +32,10 @@ def parse_with_overrides(parser: argparse.ArgumentParser, arguments: list[str]) 
 
 def run(command: Callable[[], int | None], *, again: str = "") -> int:
   """Runs a command and returns its exit code, errors told in a line on stderr: 0 (or what the command returns), 2 for input that
-  cannot be used, 1 for what the machine or the numbers did (a full disk, a loss that is not finite), 130 for Ctrl-C.
+  cannot be used, 1 for what the machine or the numbers did (a full disk, a loss that is not finite), 130 for Ctrl-C and 143 for
+  SIGTERM.
 
-  again: what the same command would do after a failure that is not the input's, e.g. "the same command goes on from here".
+  again: what the same command would do after a failure that is not the input's, e.g. "the same command resumes there".
   """
   remedy = f"; {again}" if again else ""
   try:
@@ -41,6 +46,41 @@ def run(command: Callable[[], int | None], *, again: str = "") -> int:
   except (OSError, FloatingPointError) as error:
     print(f"error: {error}{remedy}", file=sys.stderr)
     return 1
-  except KeyboardInterrupt:
+  except KeyboardInterrupt as interrupt:
     print(f"\nstopped{remedy}", file=sys.stderr)
-    return 130
+    return getattr(interrupt, "exit_code", _INTERRUPTED)
+
+
+def run_distributed(command: Callable[[], int | None], *, again: str = "the same command resumes at the newest checkpoint") -> int:
+  """`run`, of a command that may be one of several processes: a lost peer is told in a line, and ends this process too."""
+
+  def guarded() -> int | None:
+    import jax  # not earlier: parsers and --help answer at once
+
+    try:
+      code = command()
+    except jax.errors.JaxRuntimeError as error:
+      if jax.process_count() == 1:
+        raise
+      first = str(error).splitlines()[0]
+      print(f"error: another process of this run was lost ({first}); {again}, with as many processes or fewer", file=sys.stderr)
+      return 1
+    if jax.process_count() > 1:
+      jax.distributed.shutdown()  # all of them are done: nobody takes the end of this one for a loss
+    return code
+
+  return run(guarded)
+
+
+def leave(code: int) -> NoReturn:
+  """Ends the process of a command whose work is done or given up, with everything it printed written out.
+
+  Not by sys.exit: that waits for threads and runs destructors of other libraries, and a command that has said its last word must
+  not be kept alive by them.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      stream.flush()
+    except (OSError, ValueError):  # nobody reads it any more
+      code = code or 1
+  os._exit(code)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -283,9 +284,24 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
         problems.add(f"config.{key}", got=repr(value), allowed=f"{type(known[key]).__name__}, such as {known[key]!r}")
       else:
         group = any(name.startswith(f"{key}.") for name in known)
-        remedy = f"set one of its options, config.{key}.NAME" if group else checks.nearest(key, known)
+        remedy = f"set one of its options, config.{key}.NAME" if group else _nearest_option(key, known)
         problems.add(f"config.{key}", got="a group of options" if group else "no such option", remedy=remedy)
   problems.raise_if_any()
+
+
+# What other tools call our options.
+_SYNONYMS = {
+  "lr": "learning_rate", "wd": "weight_decay", "epochs": "total_steps", "steps": "total_steps", "max_steps": "total_steps",
+  "iterations": "total_steps", "batch_size": "labeled", "bs": "labeled", "crop": "crop_size", "image_size": "crop_size",
+  "data_root": "root", "data_dir": "root", "checkpoint": "init_from", "num_classes": "classes", "ignore_label": "ignore_index",
+}  # fmt: skip
+
+
+def _nearest_option(key: str, known: Mapping[str, Any]) -> str:
+  """A remedy for an option that is none: one of that name in another group, or by another tool's name, or the nearest."""
+  group, _, name = key.rpartition(".")
+  named = [other for other in known if other.rpartition(".")[2] in (name, _SYNONYMS.get(name.lower()))]
+  return f"did you mean '{checks.closest(key, named)}'?" if named else checks.nearest(key, known)
 
 
 def all_options(config: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -311,6 +327,39 @@ def from_json(text: str) -> ConfigDict:
   return ConfigDict(restored(json.loads(text)))
 
 
+def from_saved(content: Any) -> ConfigDict:
+  """The config of a parsed config.json of any release, with what is missing at its defaults.
+
+  Raises:
+    InputError, or any error of a wrong type or key: a content that no release wrote.
+  """
+  if not isinstance(content, dict):
+    raise TypeError(f"a {type(content).__name__}, not the options of a run")
+  saved = from_json(json.dumps(content))
+  groups = {key: value for key, value in all_options(base(saved.method)).items() if not key.startswith("method.")}
+  config = completed(saved)
+  known = {**groups, **all_options({"data": {"folder": folder_data, "tfds": tfds_data}.get(config.data.name, dict)()})}
+  known |= all_options({"method": method(config.method.name), "network": network(config.network.name)})
+  problems = checks.Problems("options that no run has")
+  options = all_options(config)
+  for key, default in known.items():
+    if default is not None and not key.startswith("other_data") and not _fits(options.get(key), default):
+      problems.add(f"config.{key}", got=repr(options.get(key)), allowed=f"{type(default).__name__}, such as {default!r}")
+  problems.raise_if_any()
+  return config
+
+
+def _fits(value: Any, default: Any) -> bool:
+  """Whether a value is of the kind that the default of its option is of."""
+  if isinstance(default, bool) or isinstance(value, bool):
+    return isinstance(value, bool) and isinstance(default, bool)
+  if isinstance(default, (int, float)):
+    return isinstance(value, (int, float)) and math.isfinite(value)
+  if isinstance(default, str) and isinstance(value, Mapping):
+    return True  # label_map may be given as a mapping
+  return isinstance(value, type(default)) or (isinstance(default, Mapping) and isinstance(value, (Mapping, ConfigDict)))
+
+
 def completed(saved: ConfigDict) -> ConfigDict:
   """A saved config with the options that were added since, at their defaults, which change nothing."""
   defaults = base(saved.method).to_dict()
@@ -326,18 +375,20 @@ def completed(saved: ConfigDict) -> ConfigDict:
       elif isinstance(value, dict) and isinstance(config[key], ConfigDict) and key != "other_data":
         fill(config[key], value)
 
+  if saved.data.name == "folder":
+    defaults["data"]["exif_orientation"] = "ignore"  # runs whose config lacks the option read pictures as they are stored
   with saved.unlocked():
     fill(saved, defaults)
   return saved
 
 
-def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
-  """One line for each option in which two configs differ: "total_steps: 100 here, 200 there"."""
-
+def changes(ours: ConfigDict, theirs: ConfigDict) -> dict[str, tuple[Any, Any]]:
+  """The options in which two configs differ, by dotted key: (ours, theirs), "absent" where one lacks it."""
   mine, other = (all_options(json.loads(to_json(config))) for config in (ours, theirs))
-  return [
-    f"{key}: {json.dumps(mine.get(key, 'absent'))} now, {json.dumps(other.get(key, 'absent'))} there"
-    for key in sorted(mine.keys() | other.keys())
-    if mine.get(key) != other.get(key)
-  ]
+  pairs = {key: (mine.get(key, "absent"), other.get(key, "absent")) for key in sorted(mine.keys() | other.keys())}
+  return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
+
+def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
+  """One line for each option in which two configs differ: "total_steps: 100 now, 200 there"."""
+  return [f"{key}: {json.dumps(mine)} now, {json.dumps(other)} there" for key, (mine, other) in changes(ours, theirs).items()]

@@ -6,6 +6,7 @@ import argparse
 import os
 import pathlib
 import sys
+import tempfile
 
 from pseudoseg_jax import command_line
 
@@ -18,7 +19,7 @@ examples:
   python -m pseudoseg_jax.main --mode=eval --workdir=W --config.evaluation.preset=cps_voc
   python -m pseudoseg_jax.main --mode=eval --workdir=W --config.evaluation.scales=0.5,1,1.5 --config.evaluation.flip=True
 
-Running the same command again goes on from the newest checkpoint. Ctrl-C or SIGTERM saves and leaves.
+Running the same command again resumes at the newest checkpoint. Ctrl-C or SIGTERM saves and leaves, with exit code 130 or 143.
 --config.KEY=VALUE overrides any option of the config; --print_config shows them all.
 """
 
@@ -51,25 +52,38 @@ def _parse(arguments):
 
 def main(arguments=None) -> int:
   known, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
-  import jax  # here, so that --help answers at once
 
-  if known.distributed or known.coordinator:
-    jax.distributed.initialize(known.coordinator, known.process_count, known.process_index)
-  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "pseudoseg_jax" / "compiled"))
-  jax.config.update("jax_compilation_cache_dir", cache)
+  def command() -> int:
+    import jax  # here, so that --help answers at once
 
-  from pseudoseg_jax import api, config as configs
+    if known.distributed or known.coordinator:
+      jax.distributed.initialize(known.coordinator, known.process_count, known.process_index)
+    jax.config.update("jax_compilation_cache_dir", _compilation_cache())
 
-  def command():
+    from pseudoseg_jax import api, config as configs
+    from pseudoseg_jax.engine import stopping
+
     if known.print_config:
       print(configs.to_json(configs.load(known.config, overrides)), end="")
     elif known.mode == "eval":
       api.evaluate(known.workdir, checkpoint=known.checkpoint, overrides=overrides)
     else:
-      api.train(known.config, known.workdir, overrides)
+      results = api.train(known.config, known.workdir, overrides, owns_process=arguments is None)
+      if results["stopped_by"]:
+        return stopping.exit_code(results["stopped_by"])  # so that `train && next` stops here too
+    return 0
 
-  return command_line.run(command)
+  return command_line.run_distributed(command)
+
+
+def _compilation_cache() -> str:
+  """Where compiled programs are kept: of the user, or of this machine for a user without a home."""
+  try:
+    home = pathlib.Path.home() / ".cache"
+  except RuntimeError:  # no HOME, and no entry in the system's list of users
+    home = pathlib.Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+  return os.environ.get("JAX_COMPILATION_CACHE_DIR", str(home / "pseudoseg_jax" / "compiled"))
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  command_line.leave(main())

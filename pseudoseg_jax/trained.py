@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,13 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pseudoseg_jax import build, checks, config as configs, nets
+from pseudoseg_jax import build, checks, config as configs, nets, workdir as workdirs
 from pseudoseg_jax.contract import Method, Needs, Network, NetState, PyTree, State
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 from pseudoseg_jax.evaluation import hints, report
 from pseudoseg_jax.models import checkpoint_files, pretrained
+from pseudoseg_jax.workdir import saved_config
+
+log = logging.getLogger("pseudoseg_jax")
 
 _WEIGHTS = "model.safetensors"  # an exported folder is known by it
 
@@ -33,6 +37,7 @@ class Trained(NamedTuple):
   method: Method
   state: State
   other_classes: Mapping[str, Classes] = {}  # by further domain, in the order of their numbers
+  checkpoint: str = ""  # "best" or "last", the one that it is; "" of an exported network
 
 
 def open_trained(
@@ -43,9 +48,10 @@ def open_trained(
     return _open_exported(folder, mesh, overrides)
   config = saved_config(folder)
   configs.override(config, overrides or {})
-  classes, other_classes = _saved_classes(folder)
+  classes, other_classes = workdirs.saved_classes(folder)
   method = build.build_method(config, len(classes), other_classes=list(map(len, other_classes.values())))
-  return Trained(config, classes, method, restore(folder, method, mesh, checkpoint, step), other_classes)
+  checkpoint = available(folder, checkpoint)
+  return Trained(config, classes, method, restore(folder, method, mesh, checkpoint, step), other_classes, checkpoint)
 
 
 def is_exported(folder: pathlib.Path) -> bool:
@@ -53,13 +59,13 @@ def is_exported(folder: pathlib.Path) -> bool:
 
 
 def _open_exported(folder: pathlib.Path, mesh, overrides: Mapping[str, Any] | None) -> Trained:
-  try:
-    about = json.loads((folder / "config.json").read_text())
-    config = configs.completed(configs.from_json(json.dumps(about["config"])))
-    classes, name = _classes(about["classes"]), about["predictor"]
-    step = np.int32(about["provenance"].get("step", 0))  # a converted network has none
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise checks.InputError(f"cannot read {folder / 'config.json'}: {type(error).__name__}: {error}; export again") from error
+  def parse(about):
+    step = about["provenance"].get("step", 0)  # a converted network has none
+    if not isinstance(about["predictor"], str):
+      raise TypeError(f"a predictor that is no name: {about['predictor']!r}")
+    return configs.from_saved(about["config"]), workdirs.classes_of(about["classes"]), about["predictor"], np.int32(step)
+
+  config, classes, name, step = workdirs.read_json(folder / "config.json", remedy="export again", parse=parse)
   configs.override(config, overrides or {})
   network = build.build_network(config, len(classes))
   weights = checkpoint_files.read(folder / _WEIGHTS)
@@ -88,30 +94,21 @@ def weights_of(trained: Trained, predictor: str) -> dict[str, np.ndarray]:
   return {key: np.asarray(leaves[key]) for key in network_shapes(network)}
 
 
-def saved_config(workdir: pathlib.Path) -> configs.ConfigDict:
-  """The config that a workdir was made with."""
-  path = workdir / "config.json"
-  if not path.is_file():
-    problems = checks.Problems("cannot use workdir")
-    problems.add("workdir", got=str(workdir), allowed="a folder that a training run made (it holds config.json)")
-    problems.raise_if_any()
-  return configs.completed(configs.from_json(path.read_text()))
+def available(workdir: pathlib.Path, checkpoint: str) -> str:
+  """The "best" or "last" checkpoint that was asked for, or "last" where there is no best one yet, which is told.
+
+  A run that was stopped before its first evaluation has none.
+  """
+  checks.check_name("checkpoint", checkpoint, ("best", "last"))
+  steps = {series: _steps(workdir, series) for series in ("best", "last")}
+  if checkpoint == "best" and steps["last"] and not steps["best"]:
+    log.warning("%s has no best checkpoint, since no evaluation was finished: its last one is used", workdir)
+    return "last"
+  return checkpoint
 
 
-def save_classes(workdir: pathlib.Path, classes: Classes, other_classes: Mapping[str, Classes]) -> None:
-  """Keeps the classes of the first and of further domains, so that a workdir is usable where its data are not."""
-  others = {name: dataclasses.asdict(other) for name, other in other_classes.items()}
-  report.write_atomically(workdir / "classes.json", json.dumps(dataclasses.asdict(classes) | {"domains": others}))
-
-
-def _saved_classes(workdir: pathlib.Path) -> tuple[Classes, dict[str, Classes]]:
-  """The classes as they were at training time: of the first domain, and of further ones by name."""
-  saved = json.loads((workdir / "classes.json").read_text())
-  return _classes(saved), {name: _classes(other) for name, other in saved.get("domains", {}).items()}
-
-
-def _classes(saved: Mapping[str, Any]) -> Classes:
-  return Classes(tuple(saved["names"]), tuple(map(tuple, saved["palette"])), tuple(map(tuple, saved.get("void", ()))))
+def _steps(workdir: pathlib.Path, series: str) -> list[int]:
+  return sorted(int(path.name) for path in (workdir / "checkpoints" / series).glob("*") if path.name.isdigit())
 
 
 def restore(workdir: pathlib.Path, method: Method, mesh, checkpoint: str, step: int | None = None) -> State:
@@ -119,11 +116,11 @@ def restore(workdir: pathlib.Path, method: Method, mesh, checkpoint: str, step: 
   checks.check_name("checkpoint", checkpoint, ("best", "last"))
   if not (workdir / "checkpoints").is_dir():
     raise checks.InputError(f"no checkpoint in {workdir}: train first")
-  kept = [int(path.name) for path in (workdir / "checkpoints" / checkpoint).glob("*") if path.name.isdigit()]
+  kept = _steps(workdir, checkpoint)
   if step is not None and step not in kept:
     problems = checks.Problems(f"cannot use workdir {workdir}")
     remedy = "train with a larger config.keep_last_checkpoints to keep more"
-    problems.add(f"{checkpoint} checkpoint of step", got=step, allowed=", ".join(map(str, sorted(kept))) or "none", remedy=remedy)
+    problems.add(f"{checkpoint} checkpoint of step", got=step, allowed=", ".join(map(str, kept)) or "none", remedy=remedy)
     problems.raise_if_any()
   checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
   try:

@@ -16,7 +16,7 @@ FLOORS = {
   "methods": 4,
   "engine": 5, "evaluation": 5,
   "config": 6,
-  "build": 7, "recipes": 7,
+  "build": 7, "recipes": 7, "workdir": 7,
   "trained": 8,
   "api": 9,
   "main": 10, "predict": 10, "prepare": 10, "check_data": 10, "convert_weights": 10, "export_model": 10,

@@ -49,17 +49,17 @@ class Run:
     self.workdir, self.total_steps, self.scores = workdir, total_steps, scores
     self.evaluated = []
 
-  def __call__(self, feed=batches, checkpoints=None):
+  def __call__(self, feed=batches, checkpoints=None, **options):
     def evaluate(state):
       self.evaluated.append(int(state.step))
-      return self.scores(int(state.step))
+      return loop.Scored(self.scores(int(state.step)), {})
 
     records = Records(self.workdir)
     checkpoints = checkpoints or Checkpoints(self.workdir / "checkpoints")
     try:
       return loop.fit(
         make_method(), mesh=meshes.make_mesh(), seed=0, total_steps=self.total_steps, batches=feed, images_per_step=8,
-        every=loop.Every(log_steps=2, eval_steps=4, checkpoint_steps=3), checkpoints=checkpoints, records=records, evaluate=evaluate,
+        every=loop.Every(log_steps=2, eval_steps=4, checkpoint_steps=3), checkpoints=checkpoints, records=records, evaluate=evaluate, **options,
       )  # fmt: skip
     finally:
       checkpoints.close()
@@ -77,7 +77,7 @@ def test_trains_evaluates_and_keeps_the_last_and_the_best(tmp_path):
   assert run.evaluated == [4, 8, 10]
   checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
   assert checkpoints.step("last") == 10 and checkpoints.step("best") == 8
-  assert checkpoints.note("best") == {"score": 0.9}
+  assert checkpoints.note("best") == {"score": 0.9, "step": 8}
   assert sorted(path.name for path in (tmp_path / "checkpoints" / "last").iterdir() if path.name.isdigit()) == ["10", "9"]
   text = (tmp_path / "log.txt").read_text()
   assert "steps/s" in text and "images/s" in text and "input wait" in text and "left" in text
@@ -106,7 +106,7 @@ def test_a_signal_saves_and_the_same_call_goes_on_to_the_same_end(tmp_path):
   assert not stopped.finished and stopped.stopped_by == "SIGTERM"
   assert signal.getsignal(signal.SIGTERM) is handler
   assert int(stopped.state.step) < 10
-  assert "the same command goes on from here" in (tmp_path / "stopped" / "log.txt").read_text()
+  assert "the same command resumes here" in (tmp_path / "stopped" / "log.txt").read_text()
   starts = []
   again = Run(tmp_path / "stopped")(lambda start: (starts.append(start), batches(start))[1])
   assert starts == [int(stopped.state.step)]
@@ -123,7 +123,7 @@ def test_a_finished_run_only_evaluates(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_non_finite_loss_stops_the_run_and_is_never_saved(tmp_path, value):
-  with pytest.raises(loop.NonFiniteLoss, match=r"step 7: loss = (nan|inf)\.") as error:
+  with pytest.raises(loop.NonFiniteLoss, match=r"step 7: loss = (nan|inf)\..* resumes at step 6") as error:
     Run(tmp_path)(lambda start: batches(start, at=lambda step: value if step == 8 else None))
   assert "loss_other" not in str(error.value)
   assert Checkpoints(tmp_path / "checkpoints", read_only=True).step() == 6

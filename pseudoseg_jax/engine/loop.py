@@ -21,7 +21,7 @@ from pseudoseg_jax.contract import Method, State
 from pseudoseg_jax.engine import mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 from pseudoseg_jax.engine.records import Records
-from pseudoseg_jax.engine.stopping import StopRequest
+from pseudoseg_jax.engine.stopping import Interrupted, StopRequest
 
 log = logging.getLogger("pseudoseg_jax")
 
@@ -29,7 +29,14 @@ _AHEAD = 2  # batches on the device before they are needed, and steps in flight 
 
 
 class NonFiniteLoss(FloatingPointError):
-  """A loss term became NaN or infinite; the run stops before anything of it is saved."""
+  """A loss term became NaN or infinite: the state at the beginning of that step is of no use, and is not kept.
+
+  step: of that state. terms: "loss = nan, loss_supervised = nan".
+  """
+
+  def __init__(self, step: int, terms: str, remedy: str = ""):
+    super().__init__(f"step {step}: {terms}{remedy}")
+    self.step, self.terms = step, terms
 
 
 class Every(NamedTuple):
@@ -43,7 +50,18 @@ class Every(NamedTuple):
 class Outcome(NamedTuple):
   state: State
   finished: bool
-  stopped_by: str | None
+  stopped_by: str | None  # a signal's name, or "preemption"
+
+
+class Scored(NamedTuple):
+  """What an evaluation found.
+
+  score: by which the best state is chosen; NaN where nothing could be scored.
+  note: kept with the best state (JSON).
+  """
+
+  score: float
+  note: dict[str, Any]
 
 
 def jit_step(method: Method, mesh: Mesh, seed: int) -> Callable[[State, Any], tuple[State, dict]]:
@@ -117,10 +135,7 @@ def _check_finite(first_step: int, values: dict[str, np.ndarray]) -> None:
     return
   index = min(int(np.argmax(column)) for column in bad.values() if column.any())
   terms = ", ".join(f"{name} = {values[name][index]}" for name in sorted(bad) if bad[name][index])
-  raise NonFiniteLoss(
-    f"step {first_step + index}: {terms}. Nothing was saved after the last checkpoint; lower config.optimizer.learning_rate or the "
-    "term's weight, check the data, or continue from the last checkpoint by running the same command again."
-  )
+  raise NonFiniteLoss(first_step + index, terms)
 
 
 def _clock(seconds: float) -> str:
@@ -165,105 +180,189 @@ def fit(
   every: Every,
   checkpoints: Checkpoints,
   records: Records,
-  evaluate: Callable[[State], float],
+  evaluate: Callable[[State], Scored],
+  publish: Callable[[dict[str, Any]], None] = lambda best: None,
+  evaluated_step: int | None = None,
+  is_comparable: Callable[[dict[str, Any]], bool] = lambda note: True,
   prepare: Callable[[State], State] = lambda state: state,
+  stop: StopRequest | None = None,
 ) -> Outcome:
   """Trains from the newest checkpoint (or from the start) to `total_steps`.
 
   Args:
-    batches: start_step -> iterator of this process's share of each global batch from that step on.
+    batches: start_step -> iterator of this process's share of each global batch from that step on; with close(), if it holds
+      anything.
     images_per_step: images of all streams in a global batch, for the rate.
-    evaluate: state -> headline score, called every `eval_steps` and at the end; it does its own reporting. The best state is kept.
-    prepare: fresh state -> the state to start from (pretrained weights), outside of jit; not called where a run goes on.
+    evaluate: state -> score and note, called every `eval_steps` and at the end. The best state is kept.
+    publish: called after each evaluation with the note of the best state, once that state is on disk.
+    evaluated_step: the newest step whose evaluation was published. A run that is resumed at a step to be evaluated, and was killed
+      before it was, evaluates first.
+    is_comparable: whether the state that was kept as the best, by its note, was chosen by the scores that `evaluate` gives now.
+    prepare: fresh state -> the state to start from (pretrained weights), outside of jit; not called where a run is resumed.
+    stop: the signals that end a run early; None: SIGTERM and SIGINT, for the time of this call.
 
   Returns:
-    The last state; `finished` is False where a signal ended the run early (it is saved, and the same call goes on).
+    The last state; `finished` is False where a signal ended the run early (it is saved, and the same call resumes it).
 
   Raises:
-    NonFiniteLoss: names the step and the loss terms.
+    NonFiniteLoss: names the step and the loss terms. States that it shows to be ruined are no longer among the checkpoints.
+    FileNotFoundError: the folder of the checkpoints was removed meanwhile.
+    Interrupted: a signal came before the first step was done, or a second one.
   """
-  start = checkpoints.step() or 0
-  state = checkpoints.restore(abstract_state(method, mesh)) if start else prepare(jit_init(method, mesh, seed))
-  if start:
-    log.info("resumed at step %d of %d", start, total_steps)
-  best = checkpoints.note("best").get("score", -np.inf)
-  step_fn = jit_step(method, mesh, seed)
+  with contextlib.ExitStack() as open_resources:
+    stop = stop or open_resources.enter_context(StopRequest())
+    with stop.nothing_to_lose():
+      state, start = _starting_state(method, mesh, seed, checkpoints, prepare)
+      if start:
+        log.info("resumed at step %d of %d", start, total_steps)
+    best = _best_note(checkpoints, is_comparable)
+    step_fn = jit_step(method, mesh, seed)
 
-  pending: deque[dict] = deque()  # metrics of the newest steps, still on the device
-  unlogged: dict[str, list[float]] = {}  # those fetched and checked since the last log line
-  watch = _Stopwatch()
+    pending: deque[dict] = deque()  # metrics of the newest steps, still on the device
+    unlogged: dict[str, list[float]] = {}  # those fetched and checked since the last log line
+    watch = _Stopwatch()
 
-  def fetch(done: int) -> None:
-    """Brings the pending metrics over (waits for step `done - 1`) and checks them."""
-    columns = jax.device_get(list(pending))
-    pending.clear()
-    if columns:
-      values = {name: np.asarray([column[name] for column in columns]) for name in columns[0]}
-      _check_finite(done - len(columns), values)
-      for name, column in values.items():
-        unlogged.setdefault(name, []).extend(column.tolist())
+    def fetch(done: int) -> None:
+      """Brings the pending metrics over (waits for step `done - 1`) and checks them."""
+      columns = jax.device_get(list(pending))
+      pending.clear()
+      if columns:
+        values = {name: np.asarray([column[name] for column in columns]) for name in columns[0]}
+        _check_finite(done - len(columns), values)
+        for name, column in values.items():
+          unlogged.setdefault(name, []).extend(column.tolist())
 
-  def report(done: int) -> None:
-    steps = len(unlogged["loss"])
-    steps_per_second = steps / max(watch.seconds(), 1e-9)
-    means = {name: float(np.mean(column)) for name, column in unlogged.items()}
-    rates = {
-      "steps_per_second": steps_per_second,
-      "images_per_second": steps_per_second * images_per_step,
-      "input_wait_fraction": watch.waited / max(watch.seconds(), 1e-9),
-    }
-    log.info(
-      "step %d/%d (%d%%)  %.2f steps/s  %.1f images/s  input wait %.0f%%  left %s  %s",
-      done, total_steps, 100 * done // total_steps, steps_per_second, rates["images_per_second"],
-      100 * rates["input_wait_fraction"], _clock((total_steps - done) / steps_per_second),
-      "  ".join(f"{name} {value:.4f}" for name, value in means.items() if name.startswith("loss")),
-    )  # fmt: skip
-    records.scalars(done, {f"train/{name}": value for name, value in means.items()} | {f"rate/{k}": v for k, v in rates.items()})
-    unlogged.clear()
-    watch.restart()
+    def report(done: int) -> None:
+      steps = len(unlogged["loss"])
+      steps_per_second = steps / max(watch.seconds(), 1e-9)
+      means = {name: float(np.mean(column)) for name, column in unlogged.items()}
+      rates = {
+        "steps_per_second": steps_per_second,
+        "images_per_second": steps_per_second * images_per_step,
+        "input_wait_fraction": watch.waited / max(watch.seconds(), 1e-9),
+      }
+      log.info(
+        "step %d/%d (%d%%)  %.2f steps/s  %.1f images/s  input wait %.0f%%  left %s  %s",
+        done, total_steps, 100 * done // total_steps, steps_per_second, rates["images_per_second"],
+        100 * rates["input_wait_fraction"], _clock((total_steps - done) / steps_per_second),
+        "  ".join(f"{name} {value:.4f}" for name, value in means.items() if name.startswith("loss")),
+      )  # fmt: skip
+      records.scalars(done, {f"train/{name}": value for name, value in means.items()} | {f"rate/{k}": v for k, v in rates.items()})
+      unlogged.clear()
+      watch.restart()
 
-  def score(state: State) -> None:
-    nonlocal best
-    value = evaluate(state)
-    if value > best:
-      best = value
-      checkpoints.save(state, series="best", note={"score": float(value)})
+    def save(state: State) -> None:
+      if not checkpoints.directory.is_dir():
+        raise FileNotFoundError(f"{checkpoints.directory} was removed while the run was going on: nothing of it can be saved there")
+      checkpoints.save(state)
 
-  stopped_by = None
-  if start >= total_steps:
-    score(state)  # a run that was killed between its last step and its last evaluation still gets one
-  else:
-    feed = _on_device(mesh, batches(start))
-  with StopRequest() as stop:
-    for done in range(start + 1, total_steps + 1):
-      with watch.waiting():
-        batch = next(feed)
-      state, metrics = step_fn(state, batch)
-      pending.append(metrics)
-      if len(pending) > _AHEAD:
-        # Not to read a value, only to let no more than two steps pile up: so that waiting for input is told from computing.
-        jax.block_until_ready(pending[-1 - _AHEAD])
+    def score(state: State) -> str | None:
+      """Evaluates a state that is saved: leaving meanwhile loses nothing, since the resumed run evaluates it first.
 
-      if done == start + 1:
-        fetch(done)
-        _trim_host_memory()
-        log.info("first step after %.1f s, compilation included", watch.seconds())
-        unlogged.clear()
-        watch.restart()
-      elif done % every.log_steps == 0 or done == total_steps:
-        fetch(done)
-        report(done)
+      Returns:
+        The name of the signal that ended the evaluation, None for none.
+      """
+      nonlocal best
+      checkpoints.wait()
+      saved = "last" not in checkpoints.failed
+      try:
+        with watch.paused(), stop.nothing_to_lose() if saved else contextlib.nullcontext():
+          scored = evaluate(state)
+      except Interrupted as interrupted:
+        if saved:
+          return interrupted.name
+        raise
+      value = -np.inf if np.isnan(scored.score) else scored.score
+      if best is None or value > best["score"]:
+        note = scored.note | {"score": value if np.isfinite(value) else None, "step": int(state.step)}
+        checkpoints.save(state, series="best", note=note)
+        checkpoints.wait()  # what is published as the best is on disk
+        if "best" not in checkpoints.failed:
+          best = note | {"score": value}
+      publish(best or {})
+      return None
 
-      stopped_by = stop.name if done < total_steps and stop.requested(done) else None
-      evaluating = done % every.eval_steps == 0 or done == total_steps
-      if stopped_by or evaluating or done % every.checkpoint_steps == 0:
-        fetch(done)  # a state behind a non-finite loss is never saved
-        checkpoints.save(state)
-      if stopped_by:
-        log.info("stopped by %s after step %d of %d; the same command goes on from here", stopped_by, done, total_steps)
-        break
-      if evaluating:
-        with watch.paused():
-          score(state)
-  checkpoints.wait()
-  return Outcome(state, finished=stopped_by is None, stopped_by=stopped_by)
+    def next_batch(done: int) -> Any:
+      try:
+        with watch.waiting():
+          return next(feed)
+      except Exception:
+        # A file that cannot be read says nothing against the state. With several processes the others are in the step by now.
+        if done - 1 > start and jax.process_count() == 1:
+          fetch(done - 1)
+          save(state)
+          checkpoints.wait()
+          log.info("saved after step %d; the same command resumes there", done - 1)
+        raise
+
+    stopped_by = None
+    try:
+      # Killed between a save and the evaluation of what was saved: without it, `best` would not be what it is undisturbed.
+      if start and start != evaluated_step and (start >= total_steps or start % every.eval_steps == 0):
+        stopped_by = score(state)
+      feed = iter(())
+      if start < total_steps and not stopped_by:
+        source = batches(start)
+        open_resources.callback(getattr(source, "close", lambda: None))
+        feed = _on_device(mesh, source)
+      for done in () if stopped_by else range(start + 1, total_steps + 1):
+        with stop.nothing_to_lose() if done == start + 1 else contextlib.nullcontext():
+          batch = next_batch(done)
+          state, metrics = step_fn(state, batch)
+          pending.append(metrics)
+          if done == start + 1:
+            fetch(done)
+            _trim_host_memory()
+            log.info("first step after %.1f s, compilation included", watch.seconds())
+            unlogged.clear()
+            watch.restart()
+        if len(pending) > _AHEAD:
+          # Not to read a value, only to let no more than two steps pile up: so that waiting for input is told from computing.
+          jax.block_until_ready(pending[-1 - _AHEAD])
+        if done > start + 1 and (done % every.log_steps == 0 or done == total_steps):
+          fetch(done)
+          report(done)
+
+        stopped_by = stop.name if done < total_steps and stop.requested(done) else None
+        evaluating = done % every.eval_steps == 0 or done == total_steps
+        if stopped_by or evaluating or done % every.checkpoint_steps == 0:
+          fetch(done)  # a state behind a non-finite loss is never saved
+          save(state)
+        if stopped_by:
+          break
+        if evaluating:
+          stopped_by = score(state)
+          if stopped_by:
+            break
+    except NonFiniteLoss as error:
+      checkpoints.drop(error.step)  # its loss was not known when it was saved
+      raise NonFiniteLoss(error.step, error.terms, _after_non_finite(checkpoints)) from None
+    checkpoints.wait()
+    if stopped_by:
+      log.info("stopped by %s after step %d of %d; the same command resumes here", stopped_by, int(state.step), total_steps)
+    return Outcome(state, finished=stopped_by is None, stopped_by=stopped_by)
+
+
+def _starting_state(method, mesh, seed, checkpoints, prepare) -> tuple[State, int]:
+  """The state of the newest checkpoint that is whole, or a fresh one, and its step."""
+  if checkpoints.step() is None:
+    return prepare(jit_init(method, mesh, seed)), 0
+  state = checkpoints.restore(abstract_state(method, mesh))
+  return state, int(state.step)
+
+
+def _best_note(checkpoints: Checkpoints, is_comparable: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+  """What was noted with the best state, its score a number; None where there is none to compare with."""
+  note = checkpoints.note("best")
+  if "score" not in note or not is_comparable(note):
+    return None
+  return note | {"score": -np.inf if note["score"] is None else note["score"]}
+
+
+def _after_non_finite(checkpoints: Checkpoints) -> str:
+  step = checkpoints.step()
+  resumes = "starts anew, since nothing older is kept" if step is None else f"resumes at step {step}"
+  return (
+    f". The state of that step is not kept; the same command {resumes}, and meets the same loss again unless something is changed: "
+    "give it a lower --config.optimizer.learning_rate or a lower weight of the term, or check the data (pseudoseg_jax.check_data)"
+  )

@@ -6,6 +6,7 @@ import json
 import logging
 import pathlib
 import sys
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -15,63 +16,122 @@ log = logging.getLogger("pseudoseg_jax")
 
 
 class Records:
-  """Scalars, images and texts of a run, into `workdir`: log.txt, tensorboard/, history.jsonl. Only process 0 writes."""
+  """Scalars, images and texts of a run, into `workdir`: log.txt, tensorboard/, history.jsonl. Only process 0 writes.
+
+  What cannot be written (a full disk, a file in the place of a folder) is told once, and the run goes on without it: it is worth
+  more than its curves.
+  """
 
   def __init__(self, workdir: str | pathlib.Path):
     self.workdir = pathlib.Path(workdir)
     self._handlers: list[logging.Handler] = []
     self._tensorboard = None
-    if jax.process_index() != 0:
+    self._lost: set[str] = set()  # what was told to be lost
+    self._writes = jax.process_index() == 0
+    if not self._writes:
       return
     self.workdir.mkdir(parents=True, exist_ok=True)
-    self._handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(self.workdir / "log.txt")]
-    self._handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
-    for handler in self._handlers:
-      log.addHandler(handler)
+    self._log_settings = log.level, log.propagate
     log.setLevel(logging.INFO)
     log.propagate = False
-    self._tensorboard = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(self.workdir / "tensorboard")))
+    self._add_handler(logging.StreamHandler(sys.stdout))
+    self._attempt("log.txt", lambda: self._add_handler(_LogFile(self.workdir / "log.txt")))
+    self._attempt("tensorboard", self._open_tensorboard)
 
   @property
   def history_path(self) -> pathlib.Path:
     return self.workdir / "history.jsonl"
 
-  def scalars(self, step: int, values: dict[str, float]) -> None:
-    if self._tensorboard is None:
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    if not self._writes:
       return
-    self._tensorboard.write_scalars(step, values)
-    with self.history_path.open("a") as file:
-      file.write(json.dumps({"step": step, **{name: float(value) for name, value in values.items()}}) + "\n")
+    line = json.dumps({"step": step, **{name: float(value) for name, value in values.items()}}) + "\n"
+    self._attempt("history.jsonl", lambda: self._append(line))
+    self._to_tensorboard(lambda writer: writer.write_scalars(step, values))
 
-  def texts(self, step: int, texts: dict[str, str]) -> None:
-    if self._tensorboard is not None:
-      self._tensorboard.write_texts(step, texts)
+  def texts(self, step: int, texts: Mapping[str, str]) -> None:
+    self._to_tensorboard(lambda writer: writer.write_texts(step, texts))
 
-  def images(self, step: int, images: dict[str, np.ndarray]) -> None:
+  def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """images: name -> uint8[N, H, W, 3]."""
-    if self._tensorboard is not None:
-      self._tensorboard.write_images(step, images)
+    self._to_tensorboard(lambda writer: writer.write_images(step, images))
+
+  def error(self, text: str) -> None:
+    """Writes what ended the run into log.txt alone: the console gets it from whoever catches the error."""
+    for handler in self._handlers:
+      if isinstance(handler, _LogFile):
+        handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, "%s", (text,), None))
 
   def history(self) -> dict[str, list[tuple[int, float]]]:
-    """{name: [(step, value), ...]} in the order of steps; a step told twice (after a kill and resume) counts as told last."""
+    """{name: [(step, value), ...]} in the order of steps; a step told twice (after a kill and resume) counts as told last.
+
+    Lines that are no such entries (cut short by a kill, or damaged) are left out.
+    """
     told: dict[str, dict[int, float]] = {}
-    if self.history_path.exists():
-      for line in self.history_path.read_text().splitlines():
+    if self.history_path.is_file():
+      for line in self.history_path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
           entry = json.loads(line)
-        except json.JSONDecodeError:
-          continue  # the line a kill cut short
-        step = entry.pop("step")
-        for name, value in entry.items():
+          step = int(entry.pop("step"))
+          values = {str(name): float(value) for name, value in entry.items()}
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
+          continue
+        for name, value in values.items():
           told.setdefault(name, {})[step] = value
     return {name: sorted(values.items()) for name, values in told.items()}
 
   def close(self) -> None:
     if self._tensorboard is not None:
-      self._tensorboard.flush()
-      self._tensorboard.close()
+      self._to_tensorboard(lambda writer: writer.flush())
+    if self._tensorboard is not None:
+      self._to_tensorboard(lambda writer: writer.close())
     for handler in self._handlers:
       log.removeHandler(handler)
       handler.flush()
       if isinstance(handler, logging.FileHandler):
         handler.close()
+    if self._writes:
+      log.setLevel(self._log_settings[0])
+      log.propagate = self._log_settings[1]
+
+  def _add_handler(self, handler: logging.Handler) -> None:
+    self._handlers.append(handler)
+    log.addHandler(handler)
+
+  def _open_tensorboard(self) -> None:
+    folder = self.workdir / "tensorboard"
+    folder.mkdir(exist_ok=True)  # TensorFlow's own error for a file in its place names no path
+    self._tensorboard = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
+
+  def _append(self, line: str) -> None:
+    with self.history_path.open("a", encoding="utf-8") as file:
+      file.write(line)
+
+  def _to_tensorboard(self, write: Callable[[metric_writers.MetricWriter], None]) -> None:
+    writer = self._tensorboard
+    if writer is not None and not self._attempt("tensorboard", lambda: write(writer)):
+      self._tensorboard = None  # its thread keeps the failure, and would tell it at every further call
+
+  def _attempt(self, name: str, write: Callable[[], None]) -> bool:
+    """Whether `write` went well; the first failure of a name is told."""
+    try:
+      write()
+      return True
+    except Exception as error:  # TensorFlow tells a full disk by errors of its own
+      if name not in self._lost:
+        self._lost.add(name)
+        log.error("cannot write %s (%s: %s); the run goes on without it", self.workdir / name, type(error).__name__, error)
+      return False
+
+
+class _LogFile(logging.FileHandler):
+  """A log file whose disk may fill up."""
+
+  def __init__(self, path: pathlib.Path):
+    super().__init__(path, encoding="utf-8", errors="backslashreplace")
+    self.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
+
+  def handleError(self, record: logging.LogRecord) -> None:
+    error = sys.exc_info()[1]
+    log.removeHandler(self)
+    log.error("cannot write %s (%s); the run goes on without it", self.baseFilename, error)

@@ -1,44 +1,138 @@
-"""A polite end: SIGTERM and Ctrl-C ask the loop to save and leave after the step under way."""
+"""Graceful shutdown: SIGTERM and Ctrl-C are acknowledged at once, and a run saves and leaves as soon as nothing is lost by it."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import signal
+import socket
+import threading
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
+from pseudoseg_jax import command_line
 
-class StopRequest:
-  """Context manager that turns the first SIGTERM or SIGINT into a flag; a second one acts as usual.
+log = logging.getLogger("pseudoseg_jax")
 
-  Without `jax.distributed` JAX installs no handler and a preempted run would simply be killed; with several processes the
-  decision is agreed on through JAX's own preemption notice, so that all stop at the same step.
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PREEMPTION = "preemption"  # what several processes agree on, whichever of them got the signal
+
+_GRACE_SECONDS = 3.0  # for Python to unwind, before a command that has nothing to lose ends without it
+
+
+class Interrupted(KeyboardInterrupt):
+  """A signal came while nothing could be lost by leaving at once: at set-up, while compiling, in an evaluation.
+
+  name: of the signal.
   """
 
-  def __init__(self):
+  def __init__(self, name: str):
+    super().__init__(name)
+    self.name, self.exit_code = name, exit_code(name)
+
+
+def exit_code(name: str) -> int:
+  """The shell's convention for an end by a signal, by name: 130 for "SIGINT", 143 for "SIGTERM" and a preemption."""
+  return 128 + (signal.SIGTERM if name == PREEMPTION else signal.Signals[name])
+
+
+class StopRequest:
+  """Context manager over a run: the first SIGTERM or SIGINT is noted and acknowledged, a second one leaves at once.
+
+  The loop asks `requested` after each step, saves and leaves. Inside of `nothing_to_lose` the signal raises Interrupted instead.
+  Python runs signal handlers only between its own instructions, and compiled code (XLA's compiler) may take minutes: so a thread
+  that C wakes up acknowledges the signal and, where the process is a command's own (`owns_process`), ends it.
+
+  With several processes the decision is agreed on through JAX's preemption notice, so that all stop at the same step; nothing is
+  raised then, since the others would wait for this one.
+
+  Args:
+    owns_process: this process may be ended without unwinding Python where that loses nothing; never in a notebook.
+  """
+
+  def __init__(self, *, owns_process: bool = False):
     self.name: str | None = None
+    self._owns_process = owns_process
+    self._several = jax.process_count() > 1
+    self._nothing_to_lose = False
+    self._handled = 0  # by the main thread, ...
+    self._count = 0  # ... and by the watcher: compiled code lets several signals become one call of the handler
     self._previous: dict[int, object] = {}
+    self._left = threading.Event()
 
   def __enter__(self) -> StopRequest:
-    try:
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._previous[number] = signal.signal(number, self._note)
-    except ValueError:
-      pass  # not the main thread (a notebook's worker): signals stay with whoever has them
+    if threading.current_thread() is not threading.main_thread():
+      return self  # a notebook's worker: signals stay with whoever has them
+    # SIGTERM of one process among several belongs to JAX, which tells the others.
+    for number in (signal.SIGINT,) if self._several else SIGNALS:
+      self._previous[number] = signal.signal(number, self._handle)
+    self._reader, self._writer = socket.socketpair()
+    self._writer.setblocking(False)
+    self._previous_descriptor = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+    self._watcher = threading.Thread(target=self._watch, name="stop-request", daemon=True)
+    self._watcher.start()
     return self
 
   def __exit__(self, *_):
+    self._left.set()
+    if not self._previous:
+      return
+    signal.set_wakeup_fd(self._previous_descriptor)
     for number, handler in self._previous.items():
       signal.signal(number, handler)
+    self._writer.close()  # ends the watcher
+    self._watcher.join()
+    self._reader.close()
 
-  def _note(self, number, frame):
-    self.name = signal.Signals(number).name
-    signal.signal(number, self._previous[number])
+  @contextlib.contextmanager
+  def nothing_to_lose(self) -> Iterator[None]:
+    """Meanwhile a signal need not wait: it raises Interrupted; one that came before raises here."""
+    if self._several:
+      yield
+      return
+    self._nothing_to_lose = True
+    try:
+      if self.name is not None:
+        raise Interrupted(self.name)
+      yield
+    finally:
+      self._nothing_to_lose = False
 
   def requested(self, step: int) -> bool:
-    if jax.process_count() > 1:
+    """Whether to save and leave after `step`; with several processes, what all of them answer at this step."""
+    if self._several:
       if multihost_utils.reached_preemption_sync_point(step):
-        self.name = self.name or "preemption"
+        self.name = self.name or PREEMPTION
         return True
       return False
     return self.name is not None
+
+  def _handle(self, number, frame):
+    """Runs in the main thread, maybe long after the signal."""
+    if self._several and self.name is None:
+      self.name = signal.Signals(number).name
+      os.kill(os.getpid(), signal.SIGTERM)  # JAX's notice
+      return
+    self._handled += 1
+    self.name = signal.Signals(number).name
+    if self._nothing_to_lose or max(self._handled, self._count) > 1:
+      raise Interrupted(self.name)
+
+  def _watch(self):
+    """Runs in a thread of its own, woken by each signal."""
+    while received := self._reader.recv(64):
+      for number in received:
+        if number in self._previous:
+          self._acknowledge(signal.Signals(number))
+
+  def _acknowledge(self, number: signal.Signals):
+    self._count += 1
+    if self._count == 1 and not self._nothing_to_lose:
+      log.warning("%s: saving and leaving after the step under way; once more to leave at once, without saving", number.name)
+      return
+    log.warning("%s: leaving; what was saved before stays", number.name)
+    if self._owns_process and not self._left.wait(_GRACE_SECONDS) and (self._nothing_to_lose or self._count > 1):
+      command_line.leave(exit_code(number.name))
