@@ -223,11 +223,12 @@ def segment(
       job, levels = reading.popleft()
       try:
         levels = levels.result()
+        ids = predictor.ids(levels)
       except checks.InputError as error:
-        unreadable.extend([str(error)])
+        named = "" if str(job.path) in str(error) else f"image {job.path}: "
+        unreadable.extend([named + str(error).replace("\n", "\n  ")])
         progress.total -= 1
         return
-      ids = predictor.ids(levels)
       pixel_counts += np.bincount(ids.ravel(), minlength=len(pixel_counts))
       writing.append((job, threads.submit(_write_all, out, job, levels, ids, predictor.classes)))
       progress.more()

@@ -19,6 +19,7 @@ from pseudoseg_jax import checks
 EXIF_ORIENTATIONS = ("apply", "ignore")  # pictures as viewers and labeling tools show them, or the pixels as stored
 STORED_VALUES = 2**16  # of masks, from 0 on
 MOST_PIXELS = 2**30  # of a file: 3 GiB of RGB
+_MOST_PIXELS_A_BYTE, _SUSPICIOUS_PIXELS = 10_000, 2**26  # a file that promises more from less is damaged; PNG comes to 8256
 
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I", "F")  # PIL's modes of more than 8 bits
 _ORIENTATION_TAG = 0x0112
@@ -85,7 +86,7 @@ def read_picture(
   try:
     pixels = _upright(image, lambda image: _channels_of(image, channels, max_value), exif_orientation)
   except Exception as error:  # as in `_read`
-    problems.add("image", **_explained(error).problem)
+    problems.add("image", **explained(error).problem)
     problems.raise_if_any()
   levels = to_levels(pixels, channels, max_value, problems)
   problems.raise_if_any()
@@ -101,18 +102,19 @@ def read_mask(path: str | os.PathLike, *, exif_orientation: str = "apply") -> np
     InputError: a file that cannot be decoded, one of a lossy format, or one of colours or fractions.
   """
   path = pathlib.Path(path)
-  mask = _read("mask", path, _numbers_of, exif_orientation)
+  mask = _read("mask", path, numbers_of, exif_orientation)
+  mask = mask[..., 0] if mask.shape[2:] == (1,) else mask
   problems = checks.Problems(f"cannot use mask {path}")
   if mask.dtype.kind not in "bui":
     problems.add("pixels", got=f"values of type {mask.dtype}", allowed="integers", remedy="store class indices, as integers")
   if mask.ndim != 2:
     colors = "masks drawn in colours need mask_colors (config.data.mask_colors=True and a file of classes with colours)"
-    equal = mask.ndim == 3 and mask.shape[-1] == 3 and (mask == mask[..., :1]).all()
+    equal = mask.shape[-1] == 3 and (mask == mask[..., :1]).all()
     problems.add(
       "pixels",
-      got=f"{mask.shape[-1]} channels" if mask.ndim == 3 else f"an array of shape {mask.shape}",
+      got=f"{mask.shape[-1]} channels",
       allowed="one channel of class indices (grey or palette PNG)",
-      remedy=f"store one of the channels, which are equal; {colors}" if equal else colors,
+      remedy=f"the channels are equal, store one of them; {colors}" if equal else colors,
     )
   problems.raise_if_any()
   return mask
@@ -126,11 +128,11 @@ def read_color_mask(path: str | os.PathLike, *, exif_orientation: str = "apply")
   """
   path = pathlib.Path(path)
   mask = _read("mask", path, lambda image: np.asarray(image.convert("RGB")), exif_orientation)
-  if mask.ndim != 3 or mask.shape[-1] != 3 or mask.dtype != np.uint8:
+  if mask.ndim != 3 or mask.shape[-1] != 3 or mask.dtype.kind not in "ui" or not 0 <= mask.min() <= mask.max() <= 255:
     problems = checks.Problems(f"cannot use mask {path}")
-    problems.add("pixels", got=f"{mask.dtype} of shape {mask.shape}", allowed="colours, uint8 [h, w, 3]")
+    problems.add("pixels", got=f"{mask.dtype} of shape {mask.shape}", allowed="colours, integers 0..255 [h, w, 3]")
     problems.raise_if_any()
-  return mask
+  return mask.astype(np.uint8, copy=False)
 
 
 def header(
@@ -144,7 +146,7 @@ def header(
         return _picture_header(opened, exif_orientation, max_value, is_mask)
       shape, dtype = opened.shape, opened.dtype
   except Exception as error:  # as in `_read`
-    return _explained(error, path)
+    return explained(error, path)
   return Header(shape[:2], np.uint8 if dtype == np.uint8 and max_value in (0, 255) else np.float32)
 
 
@@ -174,19 +176,22 @@ def raise_unreadable(what: str, path: pathlib.Path, error: Unusable):
 
 def to_levels(pixels: np.ndarray, channels: int, max_value: float, problems: checks.Problems) -> np.ndarray:
   """Stored values [h, w, C] or [h, w] as [h, w, C] of levels 0..255, uint8 or float32; adds what hinders to problems."""
-  if pixels.ndim == 2:
-    pixels = np.repeat(pixels[..., None], channels if channels == 3 else 1, axis=-1)
-  if pixels.ndim != 3 or pixels.shape[-1] != channels:
-    got = f"{pixels.shape[-1]} channels" if pixels.ndim == 3 else f"an array of shape {pixels.shape}"
-    problems.add("pixels", got=got, allowed=f"{channels} channels", remedy="set the number of channels (config.data.channels)")
-  elif not pixels.size:
-    problems.add("pixels", got=f"none: an array of shape {pixels.shape}", remedy="fetch it anew, or leave it out")
+  pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+  is_grey = pixels.shape[-1] == 1 and channels == 3
+  if not is_grey and pixels.shape[-1] != channels:
+    got, allowed = f"{pixels.shape[-1]} channels", f"{channels} channels"
+    problems.add("pixels", got=got, allowed=allowed, remedy="set the number of channels (config.data.channels)")
   if pixels.dtype.kind not in "uif":
     problems.add("values", got=f"type {pixels.dtype}", allowed="8 or 16 bits, or floats", remedy="store levels as numbers")
-  if problems.items or pixels.dtype == np.uint8 and max_value in (0, 255):
+  is_stored_as_levels = pixels.dtype == np.uint8 and max_value in (0, 255)
+  if not (problems.items or is_stored_as_levels):
+    _check_scale(pixels, max_value, problems)
+  if problems.items:
     return pixels
-  _check_scale(pixels, max_value, problems)
-  return pixels.astype(np.float32) / np.float32((max_value or _assumed_maximum(pixels.dtype)) / 255)
+  if not is_stored_as_levels:
+    wide = np.float64 if pixels.dtype.itemsize > 4 else np.float32
+    pixels = (pixels.astype(wide) / wide((max_value or _assumed_maximum(pixels.dtype)) / 255)).astype(np.float32)
+  return np.repeat(pixels, 3, axis=-1) if is_grey else pixels
 
 
 def _assumed_maximum(dtype: np.dtype) -> int:
@@ -209,7 +214,7 @@ def _check_scale(pixels: np.ndarray, max_value: float, problems: checks.Problems
     problems.add("values", got=found, allowed=allowed, remedy=remedy)
   elif flaw == "above":
     allowed = allowed if max_value else "8 or 16 bits, or floats on 0..255"
-    remedy = f"say which stored value is full brightness, e.g. config.data.max_value={_next_maximum(pixels.max()):g}"
+    remedy = f"say which stored value is full brightness, e.g. config.data.max_value={_next_maximum(pixels.max(), farthest=2):g}"
     problems.add("values", got=found, allowed=allowed, remedy=remedy)
   elif flaw == "black" and not max_value and pixels.dtype != np.uint8:
     remedy = f"say which stored value is full brightness: config.data.max_value={_next_maximum(pixels.max()):g}, "
@@ -235,12 +240,14 @@ def scale_flaw(pixels: np.ndarray, full: float) -> tuple[str, str]:
   return ("black", found) if 0 < highest <= full / 255 + rounding else ("", "")
 
 
-def _next_maximum(highest: float) -> float:
-  """A full brightness that holds a value: a usual one, or the value with three digits, rounded up."""
+def _next_maximum(highest: float, farthest: float = math.inf) -> float:
+  """A full brightness that holds a value: a usual one up to `farthest` times as high, or the value, rounded up to three digits."""
   highest = float(highest)
-  usual = [maximum for maximum in _USUAL_MAXIMA if highest <= maximum + _ROUNDING * maximum]
-  if usual:
-    return usual[0]
+  for usual in _USUAL_MAXIMA:
+    if highest <= usual * (1 + _ROUNDING):
+      if usual > farthest * highest:
+        break
+      return usual
   step = 10.0 ** (math.floor(math.log10(highest)) - 2)
   return math.ceil(highest / step) * step
 
@@ -256,10 +263,10 @@ def _read(what: str, path: pathlib.Path, convert: Callable[[Image.Image], np.nda
       if not isinstance(opened, Image.Image):
         return opened.read()
       if what == "mask":
-        _check_lossless(opened)
+        check_lossless(opened)
       return _upright(opened, convert, exif_orientation)
   except Exception as error:  # Decoders raise everything at damaged files: KeyError, struct.error, zlib.error, ...
-    raise_unreadable(what, path, _explained(error, path))
+    raise_unreadable(what, path, explained(error, path))
 
 
 @contextlib.contextmanager
@@ -268,18 +275,31 @@ def _opened(path: pathlib.Path):
   with open(path, "rb") as file:
     if path.suffix.lower() == ".npy":
       array = _Array(file)
-      _check_size(array.shape[:2])
+      _check_size(array.shape[:2], file)
       yield array
     else:
-      with _pillow_unlimited(), Image.open(file) as image:
-        _check_size((image.height, image.width))
+      with opened_picture(file) as image:
         yield image
 
 
-def _check_size(size: tuple[int, int]) -> None:
-  if math.prod(size) > MOST_PIXELS:
-    got = f"height x width {size[0]} x {size[1]}, {math.prod(size) / 1e6:.0f} megapixels"
-    raise Unusable(got, allowed=f"up to {MOST_PIXELS / 1e6:.0f} megapixels", remedy="cut it into tiles, or shrink it")
+@contextlib.contextmanager
+def opened_picture(file: BinaryIO):
+  """PIL's image of a file's content, not decoded yet, which may be larger than Pillow likes; Unusable for one that is too large."""
+  with _pillow_unlimited(), Image.open(file) as image:
+    _check_size((image.height, image.width), file)
+    yield image
+
+
+def _check_size(size: tuple[int, int], file: BinaryIO) -> None:
+  pixels, place = math.prod(size), file.tell()
+  num_bytes = file.seek(0, os.SEEK_END)
+  file.seek(place)
+  got = f"height x width {size[0]} x {size[1]}"
+  if pixels > max(_SUSPICIOUS_PIXELS, _MOST_PIXELS_A_BYTE * num_bytes):
+    raise Unusable(f"{got} in {num_bytes} bytes: the file is damaged")
+  if pixels > MOST_PIXELS:
+    got, allowed = f"{got}, {pixels / 1e6:.0f} megapixels", f"up to {MOST_PIXELS / 1e6:.0f} megapixels"
+    raise Unusable(got, allowed=allowed, remedy="cut it into tiles, or shrink it")
 
 
 _pillow_lock = threading.Lock()
@@ -313,8 +333,10 @@ class _Array:
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     self.shape, _, self.dtype = read_header(file)
     self._file = file
-    if self.dtype.kind not in "buif" or len(self.shape) not in (2, 3):
-      raise Unusable(f"an array of {self.dtype}, shape {self.shape}", allowed="numbers [h, w] or [h, w, C]")
+    sides = [type(side) is int and side > 0 for side in self.shape]
+    if self.dtype.kind not in "buif" or len(sides) not in (2, 3) or not all(sides):
+      got = f"an array of {self.dtype}, shape {self.shape}"
+      raise Unusable(got, allowed="numbers [h, w] or [h, w, C]", remedy="store it so, or leave it out")
     wanted, there = math.prod(self.shape) * self.dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
     if wanted > there:
       raise Unusable(f"{there} bytes of pixels where its header says {wanted}: the file is cut off")
@@ -324,8 +346,8 @@ class _Array:
     return np.lib.format.read_array(self._file, allow_pickle=False)
 
 
-def _explained(error: Exception, path: pathlib.Path | None = None) -> Unusable:
-  """What is wrong with a file at which a decoder failed."""
+def explained(error: Exception, path: pathlib.Path | None = None) -> Unusable:
+  """What is wrong with a file at which a decoder raised an error."""
   if isinstance(error, Unusable):
     return error
   beginning = b""
@@ -339,7 +361,8 @@ def _explained(error: Exception, path: pathlib.Path | None = None) -> Unusable:
       return Unusable(got, remedy=remedy)
   if isinstance(error, UnidentifiedImageError):
     return Unusable("no readable image: of none of the formats known")
-  return Unusable(f"no readable image ({type(error).__name__}: {error})")
+  said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+  return Unusable(f"no readable image ({said})")
 
 
 # Pictures
@@ -356,11 +379,13 @@ def _channels_of(image: Image.Image, channels: int, max_value: float) -> np.ndar
   return np.asarray(image)
 
 
-def _numbers_of(image: Image.Image) -> np.ndarray:
+def numbers_of(image: Image.Image) -> np.ndarray:
+  """The numbers of a mask, [h, w]; [h, w, C] of one in colours. Unusable where they cannot be had."""
+  is_halved = _high_bytes_only(image)
   numbers = np.asarray(image)
   if image.mode not in ("LA", "PA", "RGBA") or not (numbers[..., :-1] == numbers[..., :1]).all():
     return numbers
-  if _high_bytes_only(image):
+  if is_halved:
     remedy = "save the masks without the alpha channel, as grey PNG"
     raise Unusable("16 bits and an alpha channel, of which Pillow gives the high bytes", remedy=remedy)
   if not (numbers[..., -1] == 255).all():
@@ -380,13 +405,15 @@ def _high_bytes_only(image: Image.Image) -> bool:
 
 
 def _upright(image: Image.Image, convert: Callable[[Image.Image], np.ndarray], exif_orientation: str) -> np.ndarray:
-  # Of TIFF files PIL applies the orientation while it decodes, and then takes it off.
-  before = _orientation(image) if image.format == "TIFF" else 1
+  # Of TIFF files Pillow applies an orientation while it decodes; newer ones then take it off, and know it from XMP too.
+  is_tiff = image.format == "TIFF"
+  stated = _orientation(image) if is_tiff else 1
+  is_applied = is_tiff and _ORIENTATION_TAG in image.tag_v2
   pixels = convert(image)
-  left = _orientation(image)
+  left = 1 if is_applied else _orientation(image)
   if exif_orientation == "apply":
     return _turned(pixels, left)
-  applied = 1 if left != 1 else before
+  applied = stated if left == 1 else 1
   return _turned(pixels, {6: 8, 8: 6}.get(applied, applied))  # the others undo themselves
 
 
@@ -417,7 +444,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _picture_header(image: Image.Image, exif_orientation: str, max_value: float, is_mask: bool) -> Header:
   if is_mask:
-    _check_lossless(image)
+    check_lossless(image)
   if image.format == "PNG" and _has_late_metadata(image.fp):
     image.load()
   orientation = _orientation(image)
@@ -439,7 +466,8 @@ def _has_late_metadata(file: BinaryIO, tail: int = 2**18) -> bool:
   return any(chunk in end for chunk in (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif"))
 
 
-def _check_lossless(image: Image.Image) -> None:
+def check_lossless(image: Image.Image) -> None:
+  """Raises Unusable for a mask of a lossy format, whatever its values."""
   lossy = _lossy_format(image)
   if lossy:
     raise Unusable(

@@ -14,22 +14,21 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from PIL import Image
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import IGNORE_LABEL
-from pseudoseg_jax.data import splits, tfds_builders
+from pseudoseg_jax.data import decode, splits, tfds_builders
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # how PIL reports damaged files
 _THREADS = 8
 
 
 class TfdsSource:
   """A split of a data set of images and index masks; a `sources.Source` of 8-bit RGB.
 
-  The stored files are decoded as `sources.FolderSource` does, so both forms of a data set give the same pixels. Opening reads no
-  example. `ids` are looked up at their first use: in the list that `tfds_builders.write` leaves beside the data, else by going
-  through all examples once, without decoding; such a list is then left there, where that may be written.
+  The stored files are decoded as `sources.FolderSource` does, so both forms of a data set give the same pixels; but an EXIF
+  orientation is not applied, as TFDS' own decoders do not. Opening reads no example. `ids` are looked up at their first use: in
+  the list that `tfds_builders.write` leaves beside the data, else by going through all examples once, without decoding; such a
+  list is then left there, where that may be written.
 
   Args:
     name_or_directory: a data set of the TFDS catalogue, such as "oxford_iiit_pet" (downloaded and prepared at first), or one in
@@ -123,7 +122,7 @@ class TfdsSource:
   def label(self, row: int) -> np.ndarray:
     if not self.has_labels:
       raise ValueError(f"{self._builder.data_dir} was opened without label_key: it has no masks")
-    stored = self._decode(row, "label", np.asarray)
+    stored = self._decode(row, "label", decode.numbers_of)
     known = stored.ndim == 2 and stored.min() >= 0 and stored.max() <= 255
     label = self._table[stored.astype(np.uint8)] if known else None
     if known and self._keys["class"] is not None:
@@ -146,11 +145,13 @@ class TfdsSource:
   def _decode(self, row: int, role: str, convert):
     content = self._examples[row][self._keys[role]]
     try:
-      with Image.open(io.BytesIO(content)) as image:
+      with decode.opened_picture(io.BytesIO(content)) as image:
+        if role == "label":
+          decode.check_lossless(image)
         return convert(image)
-    except _UNREADABLE as error:
+    except Exception as error:  # decoders raise everything at damaged files
       problems = checks.Problems(f"cannot read {self._where(row, role)}")
-      problems.add("content", got=f"{type(error).__name__}: {error}", remedy="prepare the data set anew")
+      problems.add("content", **decode.explained(error).problem)
       problems.raise_if_any()
 
 

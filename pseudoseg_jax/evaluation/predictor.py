@@ -120,7 +120,15 @@ class Predictor:
     height, width = pixels.shape[:2]
     canvas = np.zeros((1, *inference.canvas_size((height, width), self.protocol), self.channels), pixels.dtype)
     canvas[0, :height, :width] = pixels
-    return np.asarray(compiled(canvas, np.asarray([[height, width]], np.int32)))[0, :height, :width]
+    try:
+      return np.asarray(compiled(canvas, np.asarray([[height, width]], np.int32)))[0, :height, :width]
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      problems = checks.Problems("the device has too little memory for the image")
+      remedy = "show it in windows (config.evaluation.style=slide, config.evaluation.window_pixels), or shrink it"
+      problems.add("image", got=f"height x width {height} x {width}, shown as {inference.describe(self.protocol)}", remedy=remedy)
+      problems.raise_if_any()
 
 
 def _jit_by_shape(fn: Callable) -> Callable:
