@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import pathlib
+import random
 
 import numpy as np
 import pytest
@@ -104,12 +105,103 @@ def test_other_json_is_refused_with_its_path(tmp_path, changes):
   assert str(path) in told and "COCO JSON" in told and "no entry" not in told
 
 
-@pytest.mark.parametrize(("content", "part"), [(b"[1]", "list indices"), (b"{", "JSONDecodeError"), (b"\xff\x00", "Unicode")])
+@pytest.mark.parametrize(
+  ("content", "part"),
+  [
+    (b"[1]", "got a list"), (b"null", "got a NoneType"), (b"{", "JSONDecodeError"), (b"{\xff}", "Unicode"),
+    (b"{\x00", "null bytes"), (b"[" * 100_000, "RecursionError"), (b'{"images": NaN}', "NaN, which is no JSON"),
+    (b'{"images": ' + b"9" * 5000 + b"}", "ValueError"),
+  ],
+)  # fmt: skip
 def test_unreadable_files_are_named(tmp_path, content, part):
   (tmp_path / "boxes.json").write_bytes(content)
   told = message(lambda: boxes.read_boxes(tmp_path / "boxes.json", IDS, CLASSES))
   assert str(tmp_path / "boxes.json") in told and part in told
   assert "No such file" in message(lambda: boxes.read_boxes(tmp_path / "none.json", IDS, CLASSES))
+
+
+@pytest.mark.parametrize(
+  ("part", "key", "value", "told"),
+  [
+    ("images", "id", None, "images[0].id: got nothing"), ("images", "id", [1], "images[0].id: got [1] (list)"),
+    ("images", "id", True, "images[0].id: got true (bool)"),
+    ("images", "file_name", 3, "images[0].file_name: got 3 (int); allowed: text"),
+    ("images", "id", 11, "images: got id 11 2 times"), ("images", "id", "11", "images: got id 11 2 times"),
+    ("images", "file_name", "b.jpg", "image b: got 2 images of that name"), ("images", "width", "20", '["20", 10]'),
+    ("images", "height", 10**400, "in the place of 2 numbers"), ("images", "width", 0, "0 x 10 pixels"),
+    ("annotations", "category_id", 3, "annotations[0]: got category_id 3; allowed: the id of a category"),
+    ("annotations", "category_id", None, "annotations[0].category_id: got nothing"),
+    ("annotations", "image_id", {}, "annotations[0].image_id: got {} (dict)"),
+    ("annotations", "bbox", None, "got nothing in the place of 4 numbers"),
+    ("annotations", "bbox", [1, 2, 3], "got [1, 2, 3] (list) in the place of 4 numbers"),
+    ("annotations", "bbox", [1, 2, "3", 4], "in the place of 4 numbers"),
+    ("annotations", "bbox", [1, 2, 1e300, 4], "in the place of 4 numbers"),
+    ("annotations", "bbox", "abcd", "in the place of 4 numbers"),
+    ("annotations", "bbox", [True] * 4, "in the place of 4 numbers"),
+    ("categories", "id", 18, "categories: got id 18 2 times"), ("categories", "name", "", 'categories[0].name: got "" (str)'),
+    ("categories", "name", ["cat"], "categories[0].name"),
+  ],
+)  # fmt: skip
+def test_wrong_things_in_coco_are_told_with_their_place(tmp_path, part, key, value, told):
+  path = write_coco(tmp_path / "boxes.json")
+  content = json.loads(path.read_text())
+  content[part][0][key] = value
+  path.write_text(json.dumps(content))
+  assert told in (got := message(lambda: boxes.read_boxes(path, IDS, CLASSES))) and str(path) in got
+
+
+def test_ids_of_coco_may_be_text_in_one_place_and_numbers_in_another(tmp_path):
+  path = write_coco(tmp_path / "instances.json")
+  content = json.loads(path.read_text())
+  for annotation in content["annotations"]:
+    annotation["image_id"] = str(annotation["image_id"])
+  path.write_text(json.dumps(content))
+  assert_boxes(boxes.read_boxes(path, IDS, CLASSES))
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e400", "many", ""])
+def test_edges_of_annotations_are_numbers(tmp_path, number):
+  write_xml(tmp_path, "a", ("cat", 1, 1, number, 5))
+  assert f"file {tmp_path / 'a.xml'}: got" in message(lambda: boxes.read_boxes(tmp_path, ("a",), CLASSES))
+  write_xml(tmp_path, "a", ("cat", 1, 1, 4, 5), size=f"<size><width>{number}</width><height>10</height></size>")
+  assert f"file {tmp_path / 'a.xml'}: got" in message(lambda: boxes.read_boxes(tmp_path, ("a",), CLASSES))
+
+
+def _places(value, place=()):
+  yield place
+  for key, below in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    yield from _places(below, (*place, key))
+
+
+def test_damaged_coco_is_told_or_read(tmp_path):
+  original = write_coco(tmp_path / "boxes.json").read_text()
+  values = [
+    None, True, False, -1, 0, 18, 1e308, 10**400, float("nan"), float("inf"), "", "x", "\ud800", "\x1b[2J",
+    [], {}, [[[]]], [None] * 4, {"id": 1},
+  ]  # fmt: skip
+  told = 0
+  for seed in range(400):
+    rng = random.Random(seed)
+    content = json.loads(original)
+    for _ in range(rng.randint(1, 3)):
+      *above, key = rng.choice([*_places(content)][1:] or [()]) or [None]
+      if key is None:
+        break
+      place = content
+      for step in above:
+        place = place[step]
+      if rng.random() < 0.2:
+        del place[key]
+      else:
+        place[key] = rng.choice(values)
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    try:
+      for found in boxes.read_boxes(tmp_path / "boxes.json", IDS, CLASSES):
+        assert np.isfinite(found).all() and ((found[:, 1:] >= 0) & (found[:, 1:] <= 1)).all()
+    except checks.InputError as error:
+      told += 1
+      assert str(tmp_path) in str(error)
+  assert told > 200
 
 
 def test_padding_rows_have_no_class():
@@ -136,8 +228,14 @@ def test_boxes_of_masks_are_tight_and_skip_background_ignored_and_small_regions(
   source = masks_source(tmp_path, mask, np.ones((10, 20), np.uint8), np.zeros((10, 20), np.uint8))
   assert_boxes(boxes.boxes_of_masks(source, CLASSES), ([WANTED[0][1], WANTED[0][0]], WANTED[1], WANTED[2]))
   assert len(boxes.boxes_of_masks(source, CLASSES, min_area_fraction=0.01)[0]) == 1  # 1 of 200 pixels is less
-  things = Classes(("sky", "cat", "dog"), ((0, 0, 0),) * 3)
-  assert set(boxes.boxes_of_masks(source, things)[0][:, 0]) == {0, 1, 2}
+  for things, found in (
+    (Classes(("sky", "cat", "dog"), ((0, 0, 0),) * 3), {0, 1, 2}),
+    (Classes(("_Background_", "cat", "dog"), ((0, 0, 0),) * 3), {1, 2}),
+    (Classes(("sky", "cat", "dog"), ((0, 0, 0),) * 3, background=True), {1, 2}),
+    (Classes(("background", "cat", "dog"), ((0, 0, 0),) * 3, background=False), {0, 1, 2}),
+  ):
+    assert set(boxes.boxes_of_masks(source, things)[0][:, 0]) == found
+    assert set(boxes.boxes_of_instances(np.uint8(mask + 1), mask, things)[:, 0]) == found
 
 
 def test_boxes_of_synthetic_scenes_cover_their_classes():

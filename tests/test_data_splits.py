@@ -1,5 +1,8 @@
+import contextlib
 import hashlib
 import itertools
+import re
+import time
 
 import pytest
 
@@ -95,6 +98,36 @@ def test_unusable_list_is_named(tmp_path, content, part):
   with pytest.raises(checks.InputError) as error:
     splits.read_list(path)
   assert str(path) in str(error.value) and part in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    "a.jpg " * 17_000 + "b", "a.jpg b" * 14_000, "." * 100_000, "a" * 100_000, "a b " * 25_000 + "None", "x.png\t" * 16_000,
+    "/a" * 50_000,
+  ],
+  ids=["suffixes", "words", "dots", "a name", "None", "tabs", "folders"],
+)  # fmt: skip
+def test_long_lines_take_time_that_grows_with_their_length(tmp_path, line):
+  start = time.monotonic()
+  with contextlib.suppress(checks.InputError):
+    (entry,) = read(tmp_path, line, VOC)
+    assert len(splits.shorten([entry.id])) < 300
+  assert time.monotonic() - start < 2  # minutes, where it grows with the square
+
+
+@pytest.mark.parametrize(
+  "line", ["a b.jpg c d.png", "a.jpg b.jpg  c.png", "a.jpg.png b.TIF", "x.png None", "x y.png b.png  none"]
+)
+def test_the_first_path_ends_where_an_image_file_does(tmp_path, line):
+  expression = re.compile(r"(.+?\.(?:jpg|png|tif))\s+(.+\.(?:jpg|png|tif)|none)", re.IGNORECASE)
+  image, mask = expression.fullmatch(line).groups()
+  assert read(tmp_path, line)[0][1:] == (image, None if mask == "None" else mask)
+
+
+def test_names_are_shown_without_commands_of_terminals():
+  assert splits.shorten(["a\x1b[2J", "b\r"]) == "a\\x1b[2J, b\\r"
+  assert len(splits.shorten(["x" * 100_000] * 5)) < 1000
 
 
 def test_missing_list_is_named(tmp_path):

@@ -1,13 +1,17 @@
+import csv
+import dataclasses
 import importlib.util
 import json
 import pathlib
+import random
+import re
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pseudoseg_jax import checks
+from pseudoseg_jax import build, checks, config as configs
 from pseudoseg_jax.data import sources, synthetic, tags
 from pseudoseg_jax.data.classes import VOC, Classes
 
@@ -69,9 +73,150 @@ def test_class_names_with_spaces_are_whole_fields(tmp_path):
 
 
 def test_background_is_everywhere_only_where_there_is_such_a_class(tmp_path):
-  path = write(tmp_path / "tags.csv", "a,dog\n")
+  path = write(tmp_path / "tags.csv", "a,dog\nb,cat\n")
   pets = Classes(("cat", "dog"), ((0, 0, 0), (1, 1, 1)))
   np.testing.assert_array_equal(tags.read_tags(path, ("a",), pets), [[0, 1]])
+  for name in ("_background_", "Background", "bg"):
+    path = write(tmp_path / "tags.csv", "a,dog\nb,\n")
+    np.testing.assert_array_equal(tags.read_tags(path, ("a", "b"), Classes((name, "dog"), ((0, 0, 0),) * 2)), [[1, 1], [1, 0]])
+
+
+@pytest.mark.parametrize(
+  ("name", "text"),
+  [
+    ("tags.csv", "a,cat\nb,cat dog\nc,\n"), ("tags.csv", "id,dog,cat\na,0,1\nb,1,1\nc,0,0\n"),
+    ("tags.json", '{"a": [1], "b": [1, 2], "c": []}'),
+  ],
+)  # fmt: skip
+def test_a_class_0_that_no_entry_names_is_asked_for_and_either_answer_helps(tmp_path, name, text):
+  path = write(tmp_path / name, text)
+  things = dataclasses.replace(CLASSES, names=("ground", *CLASSES.names[1:]))
+  told = message(lambda: tags.read_tags(path, IDS, things))
+  assert str(path) in told and "class 0: got no entry that names 'ground'" in told
+  answers = re.findall("config.data.background=([a-z]+)", told)
+  assert answers == ["yes", "no"]
+  (tmp_path / "classes.txt").write_text("\n".join(things.names))
+  for answer, present in zip(answers, (1, 0), strict=True):
+    config = configs.load("configs/folder.py", {"data.root": str(tmp_path), "data.background": answer})
+    got = tags.read_tags(path, IDS, build.build_classes(config.data))
+    np.testing.assert_array_equal(got, [[present, *row[1:]] for row in WANTED])
+
+
+def test_annotations_that_never_name_class_0_ask_for_it_too(tmp_path):
+  write_voc(tmp_path, a=["dog"])
+  pets = Classes(("cat", "dog"), ((0, 0, 0), (1, 1, 1)))
+  assert "config.data.background=yes" in message(lambda: tags.read_tags(tmp_path, ("a",), pets))
+
+
+def test_a_file_that_names_class_0_anywhere_is_believed(tmp_path):
+  pets = Classes(("cat", "dog"), ((0, 0, 0), (1, 1, 1)))
+  for text in ("a,dog\nelsewhere,cat\n", "a,dog\nelsewhere,0\n", "id,cat,dog\na,0,1\n"):
+    np.testing.assert_array_equal(tags.read_tags(write(tmp_path / "tags.csv", text), ("a",), pets), [[0, 1]])
+
+
+TABLES = {
+  "commas": "id,background,cat,dog,traffic light\na,1,1,0,0\nb,1,1,1,0\nc,1,0,0,0\n",
+  "another order": "id,dog,background,traffic light,cat\nc,0,1,0,0\na,0,1,0,1\nb,1,1,0,1\n",
+  "without background": "filename,dog,cat,traffic light\na.jpg,0,1,0\nb.PNG,1,1,0\nc.jpg,0,0,0\n",
+  "background never set": "id,background,cat,dog\na,0,1,0\nb,0,1,1\nc,0,0,0\n",
+  "some classes": "id,dog,cat\na,0,1\nb,1,1\nc,0,0\n",
+  "Excel, of Germany": "\ufeffid;dog;cat;\r\na;0;1;\r\nb;1;1;\r\nc;0;0;\r\n",
+  "Excel, which names it": "sep=;\nid;dog;cat\na;0;1\nb;1;1\nc;0;0\n",
+  "tabs, quotes": 'id\t"dog"\t"cat"\n"a"\t"0"\t"1"\nb\t1\t1\nc\t0\t0\n',
+  "words": "id,dog,cat\na,False,True\nb,TRUE,true\nc,false,FALSE\n",
+  "floats, empty cells": ",dog,cat\na,0.0,1.0\nb,1,1.\nc,,\n",
+  "other images": "id,dog,cat\na,0,1\nelsewhere,?,?\nb,1,1\nc,0,0\n",
+  "indices": "id,0,1,2,3\na,1,1,0,0\nb,1,1,1,0\nc,1,0,0,0\n",
+  "an image twice": "id,dog,cat\na,0,1\nb,1,0\nb,0,1\nc,0,0\n",
+}
+
+
+@pytest.mark.parametrize("text", TABLES.values(), ids=TABLES)
+def test_a_table_is_read_by_its_heading(tmp_path, text):
+  (tmp_path / "tags.csv").write_bytes(text.encode())
+  np.testing.assert_array_equal(tags.read_tags(tmp_path / "tags.csv", IDS, CLASSES), WANTED)
+
+
+def test_a_column_may_say_that_background_is_not_everywhere(tmp_path):
+  path = write(tmp_path / "tags.csv", "id,background,cat\na,1,0\nb,0,1\nc,1,1\n")
+  np.testing.assert_array_equal(tags.read_tags(path, IDS, CLASSES)[:, :2], [[1, 0], [0, 1], [1, 1]])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tables_of_any_shape_are_read_as_they_were_written(tmp_path, seed):
+  rng = random.Random(seed)
+  names = [*rng.sample(["cat", "hot dog", "C#", "2 wheeler", "a,b", 'x "y"', "semi;colon", "0", "tags"], rng.randint(1, 8))]
+  wanted = np.array([[1] + [rng.randint(0, 1) for _ in names] for _ in range(5)], np.float32)
+  wanted[0] = 1
+  columns = rng.sample(range(len(names) + 1), len(names) + 1)
+  words = rng.choice([("0", "1"), ("False", "True"), ("0.0", "1.0"), ("", "1")])
+  known = Classes(("Background", *names), ((0, 0, 0),) * (len(names) + 1))
+  with open(tmp_path / "tags.csv", "w", newline="") as file:
+    writer = csv.writer(file, delimiter=rng.choice(",;\t"))
+    writer.writerow(["image", *(known.names[column] for column in columns)])
+    writer.writerows([f"i{row}.jpg", *(words[int(wanted[row, column])] for column in columns)] for row in range(5))
+  np.testing.assert_array_equal(tags.read_tags(tmp_path / "tags.csv", [f"i{row}" for row in range(5)], known), wanted)
+
+
+@pytest.mark.parametrize(
+  ("text", "parts"),
+  [
+    ("id,dog,cat,bird\na,0,1,1\nb,1,1,1\nc,0,0,1\n", ["column 'bird': got no class"]),
+    ("id,dog,cat,split\na,0,1,train\nb,1,1,train\nc,0,0,val\n", ["column 'split': got no class"]),
+    ("id,Dog,Cat\na,0,1\nb,1,1\nc,0,0\n", ["column 'Dog'", "did you mean 'dog'?", "did you mean 'cat'?"]),
+    ("id,Katze,Hund\na,0,1\nb,1,1\nc,0,0\n", ["column 'Katze'", "column 'Hund'"]),
+    ("id,Cat\na,0\nb,1\nc,0\n", ["column 'Cat'", "did you mean 'cat'?"]),
+    ("id,dog,cat\na,0,2\nb,1,0.5\nc,0,nan\n", ["image 'a', column 'cat': got '2'", "image 'b'", "image 'c'"]),
+    ("id,dog,cat\na,0\nb,1,1,1\nc,0,0\n", ["image 'a': got 1 cells; allowed: 2", "image 'b': got 3 cells"]),
+    ("id,dog,cat,cat\na,0,1,1\nb,1,1,0\nc,0,0,0\n", ["column 'cat': got 2 of them"]),
+  ],
+)
+def test_everything_wrong_with_a_table_is_told_together(tmp_path, text, parts):
+  path = write(tmp_path / "tags.csv", text)
+  told = message(lambda: tags.read_tags(path, IDS, CLASSES))
+  assert str(path) in told and all(part in told for part in parts)
+
+
+def test_a_column_about_something_else_is_taken_out(tmp_path):
+  path = write(tmp_path / "tags.csv", "id,dog,cat,split\na,0,1,train\nb,1,1,train\nc,0,0,val\n")
+  assert "take it out" in message(lambda: tags.read_tags(path, IDS, CLASSES))
+  write(path, "\n".join(line.rpartition(",")[0] for line in path.read_text().splitlines()))
+  np.testing.assert_array_equal(tags.read_tags(path, IDS, CLASSES), WANTED)
+
+
+@pytest.mark.parametrize(
+  ("name", "text"),
+  [
+    ("tags.csv", "a,1,1,0,0\nb,1,1,1,0\nc,1,0,0,0\n"), ("tags.csv", "a;1;1;0;0\nb;1;1;1;0\nc;1;0;0;0\n"),
+    ("tags.csv", "a,1,0,0\nb,1,1,0\nc,0,0,0\n"), ("tags.csv", "# mine\na,1 1 0 0\nb,1 1 1 0\nc,1 0 0 0\n"),
+    ("tags.json", '{"a": [1, 1, 0, 0], "b": [1, 1, 1, 0], "c": [1, 0, 0, 0]}'),
+  ],
+)  # fmt: skip
+def test_numbers_that_may_be_indices_or_a_table_are_asked_for(tmp_path, name, text):
+  path = write(tmp_path / name, text)
+  told = message(lambda: tags.read_tags(path, IDS, CLASSES))
+  assert str(path) in told and "all 0 or 1: indices of classes, or whether each class is there?" in told
+  (heading,) = re.findall("a CSV with the first line (.*) and a cell for each number", told)
+  if path.suffix == ".json":
+    text = "".join(f"{image},{','.join(map(str, row))}\n" for image, row in json.loads(text).items())
+  elif "," in heading:
+    text = text.replace(" ", ",")
+  path = write(tmp_path / "table.csv", f"{heading}\n{text}")
+  np.testing.assert_array_equal(tags.read_tags(path, IDS, CLASSES), WANTED)
+
+
+@pytest.mark.parametrize(
+  "text",
+  ["a,1\nb,1 2\nc,\n", "z,1,2\na,1\nb,2,1\nc\n", "id,classes\na,1\nb,1 2\nc,\n", "z,cat\na,1\nb,1 2\nc,\n"],
+)
+def test_indices_are_read_where_they_can_be_nothing_else(tmp_path, text):
+  np.testing.assert_array_equal(tags.read_tags(write(tmp_path / "tags.csv", text), IDS, CLASSES), WANTED)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_lists_may_have_other_delimiters(tmp_path, delimiter):
+  text = "id,tags\na,cat\nb,cat,dog\nc,\n".replace(",", delimiter)
+  np.testing.assert_array_equal(tags.read_tags(write(tmp_path / "tags.csv", text), IDS, CLASSES), WANTED)
 
 
 def test_an_ending_is_that_of_an_image_file_and_no_other_dot(tmp_path):
@@ -103,6 +248,11 @@ def test_missing_images_and_unknown_classes_are_told_together(tmp_path, name):
     ("tags.json", b'{"a": [', "JSON of the form"),
     ("tags.json", b'["a"]', "got a list"),
     ("tags.json", b'{"a": "cat", "b": [true], "c": [1]}', "\"cat\" for 'a', and 1 more"),
+    ("tags.json", b'{"a": ["cat"], "b": [], "c": [], "a": []}', "the key a more than once"),
+    ("tags.json", b'{"a": [NaN], "b": [], "c": []}', "NaN, which is no JSON"),
+    ("tags.json", b'{"a": [' + b"9" * 5000 + b"]}", "ValueError"),
+    ("tags.json", b"[" * 100_000, "RecursionError"),
+    ("tags.csv", b"a," + b"x" * 200_000, "field larger than field limit"),
   ],
 )
 def test_unreadable_files_are_named(tmp_path, name, content, part):
@@ -121,6 +271,74 @@ def test_broken_and_missing_annotations_are_told_together(tmp_path):
   told = message(lambda: tags.read_tags(tmp_path, IDS, CLASSES))
   for part in ("class 'caat': got for a", "did you mean 'cat'?", f"file {tmp_path / 'b.xml'}", "no entry for 1 of 3: c"):
     assert part in told
+
+
+@pytest.mark.parametrize(
+  ("document", "part"),
+  [
+    (b'<?xml version="1.0" encoding="klingon"?><annotation/>', "unknown encoding: klingon"),
+    (b'<?xml version="1.0" encoding="gbk"?><annotation/>', "multi-byte encodings are not supported"),
+    (b'<?xml version="1.0" encoding="hex"?><annotation/>', "not a text encoding"),
+    (b"<annotation>\0</annotation>", "not well-formed"),
+    (b"", "no element found"),
+    (b"<annotations><image/></annotations>", "<annotations>, not <annotation>"),
+    (b"<annotation><object><bndbox/></object></annotation>", "an <object> without a <name>"),
+    (b"<annotation><object><name> </name></object></annotation>", "an <object> without a <name>"),
+  ],
+)
+def test_what_is_no_annotation_is_told(tmp_path, document, part):
+  (tmp_path / "a.xml").write_bytes(document)
+  told = message(lambda: tags.read_tags(tmp_path, ("a",), CLASSES))
+  assert f"file {tmp_path / 'a.xml'}" in told and part in told
+
+
+def test_annotations_are_found_whatever_the_case_of_their_ending_and_hidden_files_are_none(tmp_path):
+  write_voc(tmp_path, a=["cat"], b=["cat", "dog"], c=[])
+  (tmp_path / "a.xml").rename(tmp_path / "a.XML")
+  (tmp_path / "._a.xml").write_bytes(b"\0\5\x16\7")
+  np.testing.assert_array_equal(tags.read_tags(tmp_path, IDS, CLASSES), WANTED)
+  (tmp_path / "b.xml").unlink()
+  (tmp_path / "._b.xml").write_bytes(b"\0\5\x16\7")
+  told = message(lambda: tags.read_tags(tmp_path, IDS, CLASSES))
+  assert "no entry for 1 of 3: b" in told and "._" not in told
+
+
+def test_huge_annotations_are_not_read(tmp_path):
+  with open(tmp_path / "a.xml", "wb") as file:
+    file.truncate(200 << 20)  # takes no room
+  assert "200 MB" in message(lambda: tags.read_tags(tmp_path, ("a",), CLASSES))
+
+
+def test_ids_are_the_same_however_their_accents_are_composed(tmp_path):
+  path = write(tmp_path / "tags.csv", "cafe\u0301.jpg,cat\n")
+  np.testing.assert_array_equal(tags.read_tags(path, ("caf\u00e9",), CLASSES), WANTED[:1])
+
+
+def test_damaged_files_are_told_or_read(tmp_path):
+  texts = {
+    "tags.csv": b"id,tags\na,cat\nb,cat dog\nc,\n", "table.csv": b"id,background,cat,dog\na,1,1,0\nb,1,0,1\nc,1,0,0\n",
+    "tags.json": b'{"a": ["cat"], "b": ["dog", 1], "c": []}',
+    "a.xml": b'<?xml version="1.0" encoding="utf-8"?><annotation><object><name>cat</name></object></annotation>',
+  }  # fmt: skip
+  parts = [b",", b";", b"\t", b'"', b"\n", b"\0", b"\xff", b"\xff\xfe", b"0", b"1", b"-1", b"nan", b"null", b"[", b"}", b"<"]
+  parts += [b"&x;", b"9" * 5000]
+  told = 0
+  for seed in range(400):
+    rng = random.Random(seed)
+    name = rng.choice([*texts])
+    content = bytearray(texts[name])
+    for _ in range(rng.randint(1, 4)):
+      place = rng.randrange(len(content) + 1)
+      content[place : place + rng.randrange(4)] = rng.choice(parts)
+    (tmp_path / name).write_bytes(content)
+    path, ids = (tmp_path, ("a",)) if name == "a.xml" else (tmp_path / name, IDS)
+    try:
+      got = tags.read_tags(path, ids, CLASSES)
+      assert got.shape == (len(ids), 4) and set(np.unique(got)) <= {0, 1}
+    except checks.InputError as error:
+      told += 1
+      assert str(tmp_path) in str(error)
+  assert told > 200
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
@@ -156,6 +374,17 @@ def test_ignored_pixels_are_no_class_and_sources_without_masks_are_refused(tmp_p
   source = sources.FolderSource(root, IDS, label_pattern="labels/train/{id}.png", label_map={9: 255}, **options)
   np.testing.assert_array_equal(tags.tags_of_masks(source, 3), [[1, 0, 0], [1, 0, 1], [0, 0, 0]])
   assert "label_pattern" in message(lambda: tags.tags_of_masks(sources.FolderSource(root, IDS, **options), 3))
+
+
+@pytest.mark.parametrize(
+  "names",
+  [("=cmd", "+1", "-x", "@x"), ("a,b", 'c "d"', "e;f", "g h"), ("0", "1", "2", "3"), ("tags", "id", "C#", "1;0")],
+)
+def test_names_of_any_kind_are_written_and_read_back(tmp_path, names):
+  wanted = np.float32([[1, 0, 0, 1], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
+  known = Classes(names, ((0, 0, 0),) * 4)
+  tags.write_tags(tmp_path / "tags.csv", "abcd", wanted, known)
+  np.testing.assert_array_equal(tags.read_tags(tmp_path / "tags.csv", "abcd", known), wanted)
 
 
 def test_written_tags_are_read_back(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
@@ -18,10 +18,11 @@ import scipy.ndimage
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import IGNORE_LABEL
-from pseudoseg_jax.data import tags
+from pseudoseg_jax.data import splits, tags
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.sources import Source
 
+_MOST_PIXELS = 1e9  # of a side; what is more is no number of pixels, as are NaN and infinity
 NO_BOX = -1.0  # the class of a row without a box
 
 NamedBox = tuple[str, float, float, float, float]  # class name, top, left, bottom, right
@@ -59,16 +60,16 @@ def read_boxes(path: str | pathlib.Path, ids: Sequence[str], classes: Classes) -
 def boxes_of_masks(source: Source, classes: Classes, min_area_fraction: float = 0.001) -> list[np.ndarray]:
   """Boxes read off masks, to simulate images that come with boxes only: f32 [M_i, 5] of each image.
 
-  A box around each connected region (4 neighbours) of a class; "background" as class 0 has none. Objects that touch share one,
-  and an object that is cut in two has two. Regions of less than `min_area_fraction` of the image are left out.
+  A box around each connected region (4 neighbours) of a class; background (`Classes.background_index`) has none. Objects that
+  touch share one, and an object that is cut in two has two. Regions of less than `min_area_fraction` of the image are left out.
 
   Raises:
     InputError: a source without masks, or a mask that cannot be read.
   """
   if not source.has_labels:
     raise checks.InputError("cannot read boxes off masks: the source has none; give it a label_pattern")
-  first = int(classes.names[0] == "background")
-  return [_boxes_of_mask(source.label(row), range(first, len(classes)), min_area_fraction) for row in range(len(source))]
+  things = [index for index in range(len(classes)) if index != classes.background_index]
+  return [_boxes_of_mask(source.label(row), things, min_area_fraction) for row in range(len(source))]
 
 
 def boxes_of_instances(instances: np.ndarray, label: np.ndarray, classes: Classes) -> np.ndarray:
@@ -77,11 +78,10 @@ def boxes_of_instances(instances: np.ndarray, label: np.ndarray, classes: Classe
   Args:
     instances: integers [h, w], a number for each object, as in VOC's SegmentationObject and Cityscapes' instanceIds; where they
       are of 8 bits, IGNORE_LABEL is none.
-    label: uint8 [h, w]. An object's class is the one that most of its pixels have; without one, or with "background" as class 0,
-      it has no box. So what is no object, but numbered, has a box as well (Cityscapes: road).
+    label: uint8 [h, w]. An object's class is the one that most of its pixels have; without one, or with background, it has no
+      box. So what is no object, but numbered, has a box as well (Cityscapes: road).
   """
   height, width = label.shape
-  first = int(classes.names[0] == "background")
   numbers, places = np.unique(instances, return_inverse=True)
   places = places.reshape(instances.shape)
   boxes = []
@@ -90,7 +90,7 @@ def boxes_of_instances(instances: np.ndarray, label: np.ndarray, classes: Classe
       continue
     inside = places[rows, columns] == index
     counts = np.bincount(label[rows, columns][inside], minlength=256)[: len(classes)]
-    if counts.any() and counts.argmax() >= first:
+    if counts.any() and counts.argmax() != classes.background_index:
       boxes.append((counts.argmax(), rows.start / height, columns.start / width, rows.stop / height, columns.stop / width))
   return np.array(boxes, np.float32).reshape(-1, 5)
 
@@ -119,7 +119,7 @@ def pad_boxes(boxes: Sequence[np.ndarray]) -> np.ndarray:
   return padded
 
 
-def _boxes_of_mask(label: np.ndarray, indices: range, min_area_fraction: float) -> np.ndarray:
+def _boxes_of_mask(label: np.ndarray, indices: Sequence[int], min_area_fraction: float) -> np.ndarray:
   height, width = label.shape
   boxes = []
   for index in np.intersect1d(label, indices):
@@ -136,7 +136,7 @@ def _boxes_of_xml(root: ElementTree.Element) -> list[NamedBox]:
   boxes = []
   for found in root.iterfind("object"):
     left, top, right, bottom = (_number(found, f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax"))
-    boxes.append(_in_image((found.findtext("name") or "").strip(), left - 1, top - 1, right, bottom, width, height))
+    boxes.append(_in_image(tags.object_name(found), left - 1, top - 1, right, bottom, width, height))
   return boxes
 
 
@@ -144,36 +144,98 @@ def _number(element: ElementTree.Element, path: str) -> float:
   text = element.findtext(path)
   if text is None:
     raise ValueError(f"no {path} in <{element.tag}>")
+  if not abs(float(text)) < _MOST_PIXELS:
+    raise ValueError(f"{text.strip()} as {path}")
   return float(text)
 
 
+_COCO = "a folder of VOC XML, or a COCO JSON of images, annotations and categories"
+
+
 def _read_coco(path: pathlib.Path, ids: Sequence[str], problems: checks.Problems) -> dict[str, list[NamedBox]]:
-  try:
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
-    category_of = {category["id"]: category["name"] for category in content["categories"]}
-    annotations = collections.defaultdict(list)
-    for annotation in content["annotations"]:
-      if not annotation.get("iscrowd"):
-        annotations[annotation["image_id"]].append((category_of[annotation["category_id"]], *annotation["bbox"]))
-    images = _coco_images(content["images"], ids)
-  except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-    allowed = "a folder of VOC XML, or a COCO JSON of images, annotations and categories"
-    problems.add("file", got=f"{type(error).__name__}: {error}", allowed=allowed)
-    problems.raise_if_any()  # of an unreadable file every image would be told to be missing
+  content = tags.read_json(path, problems, _COCO)
+  if not isinstance(content, dict):
+    problems.add("file", got=f"a {type(content).__name__}", allowed=_COCO)
+    problems.raise_if_any()
+  images = _items(content, "images", {"id": _is_id, "file_name": _is_text}, problems)
+  annotations = _items(content, "annotations", {"image_id": _is_id, "category_id": _is_id}, problems)
+  categories = _items(content, "categories", {"id": _is_id, "name": _is_text}, problems)
+  for name, items in ("images", images), ("categories", categories):
+    for key, count in collections.Counter(str(item["id"]) for item in items).items():
+      if count > 1:
+        problems.add(name, got=f"id {splits.shown(key)} {count} times", allowed="an id of its own for each")
+  category_of = {str(category["id"]): category["name"] for category in categories}
+  boxes_of = collections.defaultdict(list)
+  for number, annotation in enumerate(annotations):
+    category = str(annotation["category_id"])
+    if category not in category_of:
+      problems.add(f"annotations[{number}]", got=f"category_id {splits.shown(category)}", allowed="the id of a category")
+    elif not annotation.get("iscrowd"):
+      boxes_of[str(annotation["image_id"])].append((category_of[category], annotation.get("bbox")))
+  problems.raise_if_any()  # of an unreadable file every image would be told to be missing
   entries = collections.defaultdict(list)
-  for name, same in tags.of_images(images, ids, problems).items():
+  for name, same in tags.of_images(_coco_images(images, ids), ids, problems).items():
+    image, *others = same
+    if others:
+      problems.add(f"image {name}", got=f"{len(same)} images of that name", allowed="one")
+      continue
     try:
-      for image in same:
-        for category, left, top, width, height in annotations[image["id"]]:
-          entries[name].append(_in_image(category, left, top, left + width, top + height, image["width"], image["height"]))
-    except (ValueError, TypeError, KeyError) as error:
+      for category, bbox in boxes_of[str(image["id"])]:
+        left, top, width, height = _numbers(bbox, 4)
+        size = _numbers([image.get("width"), image.get("height")], 2)
+        entries[name].append(_in_image(category, left, top, left + width, top + height, *size))
+    except ValueError as error:
       problems.add(f"image {name}", got=error, allowed="bbox [left, top, width, height] inside of width x height")
   return entries
 
 
+def _items(
+  content: Mapping[str, Any], name: str, keys: Mapping[str, Callable[[Any], bool]], problems: checks.Problems
+) -> list[dict[str, Any]]:
+  """A list of objects in a COCO JSON; adds a problem for whatever lacks one of the keys, or has another thing there."""
+  items = content.get(name)
+  if not isinstance(items, list):
+    problems.add(name, got=_shown(items), allowed=f"a list; the file: {_COCO}")
+    return []
+  usable = []
+  for number, item in enumerate(items):
+    wrong = [key for key, fits in keys.items() if not (isinstance(item, dict) and fits(item.get(key)))]
+    if wrong:
+      got = _shown(item.get(wrong[0]) if isinstance(item, dict) else item)
+      problems.add(f"{name}[{number}].{wrong[0]}", got=got, allowed=f"{_WORDS[keys[wrong[0]]]}, as a COCO JSON has it")
+    else:
+      usable.append(item)
+  return usable
+
+
+def _is_id(value: Any) -> bool:
+  return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+  return isinstance(value, str) and value != ""
+
+
+_WORDS = {_is_id: "a whole number or text", _is_text: "text"}
+
+
+def _shown(value: Any) -> str:
+  return "nothing" if value is None else f"{splits.shown(json.dumps(value), 60)} ({type(value).__name__})"
+
+
+def _numbers(values: Any, count: int) -> list[float]:
+  """Finite numbers out of a JSON; ValueError for anything else."""
+  numbers = values if isinstance(values, list) and all(type(value) in (int, float) for value in values) else []
+  if len(numbers) != count or not all(abs(number) < _MOST_PIXELS for number in numbers):
+    raise ValueError(f"{_shown(values)} in the place of {count} numbers")
+  return numbers
+
+
 def _coco_images(images: Sequence[dict[str, Any]], ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
   """The images by what `ids` call them, each in a list as `tags.of_images` wants them."""
-  by_file = {image["file_name"]: [image] for image in images}
+  by_file = collections.defaultdict(list)
+  for image in images:
+    by_file[image["file_name"]].append(image)
   stems = set(map(tags.without_suffix, by_file))
   if any(tags.without_suffix(name) in stems for name in ids):
     return by_file
@@ -194,7 +256,7 @@ def _in_image(name: str, left: float, top: float, right: float, bottom: float, w
 def _with_indices(
   entries: Mapping[str, Sequence[NamedBox]], ids: Sequence[str], classes: Classes, problems: checks.Problems
 ) -> list[np.ndarray]:
-  index_of = {name: index for index, name in enumerate(classes.names)}
+  index_of = tags.index_by_name(classes)
   unknown = collections.defaultdict(dict)  # name -> its images, as keys
   boxes = []
   for image in ids:

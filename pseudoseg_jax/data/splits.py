@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from pseudoseg_jax import checks
+from pseudoseg_jax.data.text import read_text
 
 _PUBLISHED = pathlib.Path(__file__).parent / "published"
 _SUFFIX = r"\.(?:bmp|jpe?g|npy|png|tiff?|webp)"
-_PAIR = re.compile(rf"(.+?{_SUFFIX})\s+(.+{_SUFFIX}|None)", re.IGNORECASE)
+_IMAGE_END = re.compile(rf"(?<=.){_SUFFIX}(?=\s)", re.IGNORECASE)  # of the first of two paths
 _PART = re.compile(r"full|(?P<kind>1|every)_(?P<k>[1-9]\d*)")
 _PICKLES = (".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth")
 
@@ -54,11 +55,7 @@ def read_entries(path: str | pathlib.Path, image_pattern: str | None = None) -> 
       remedy="reading a pickle can run any code: write its names into a text file, one a line",
     )  # fmt: skip
     problems.raise_if_any()
-  try:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-  except (OSError, UnicodeDecodeError) as error:
-    problems.add("file", got=error, remedy="give a text file of one image a line")
-    problems.raise_if_any()
+  lines = [line.strip() for line in read_text(path, problems, "a text file of one image a line").split("\n")]
   entries = []
   for number, line in enumerate(lines, start=1):
     fields = _fields(line)
@@ -217,8 +214,15 @@ def check_disjoint(**ids_by_role: Sequence[str]) -> None:
 
 def shorten(names: Sequence[object], most: int = 3) -> str:
   """The first few names for a message: "a, b, c, ... (12 in all)"."""
-  shown = ", ".join(str(name) for name in names[:most])
-  return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
+  first = ", ".join(shown(name) for name in names[:most])
+  return first if len(names) <= most else f"{first}, ... ({len(names)} in all)"
+
+
+def shown(name: object, most: int = 200) -> str:
+  """A name for a message: the middle of a very long one left out, and what would move a terminal's cursor written as in code."""
+  text = str(name)
+  text = text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"
+  return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _repeated(ids: Sequence[str]) -> list[str]:
@@ -228,6 +232,18 @@ def _repeated(ids: Sequence[str]) -> list[str]:
 
 def _fields(line: str) -> list[str]:
   """The columns of a line."""
-  pair = _PAIR.fullmatch(line)
-  fields = line.split("\t") if "\t" in line or pair is None else pair.groups()
+  fields = line.split("\t") if "\t" in line else _pair(line) or [line]
   return [field for field in (field.strip().replace("\\", "/") for field in fields) if field]
+
+
+def _pair(line: str) -> tuple[str, str] | None:
+  """The paths of an image and a mask with spaces between, in time that grows with the line; None for another line."""
+  *image, last = line.rsplit(maxsplit=1) or [""]
+  if last.casefold() == "none" and image and _is_image(image[0]):
+    return image[0], last
+  end = _IMAGE_END.search(line)
+  return (line[: end.end()], line[end.end() :]) if end and _is_image(line[end.end() :].strip()) else None
+
+
+def _is_image(path: str) -> bool:
+  return without_suffix(path) not in ("", path)
