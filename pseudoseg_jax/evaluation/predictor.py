@@ -83,7 +83,7 @@ class Predictor:
       return means if protocol.summed == "probabilities" else jax.nn.softmax(means, axis=-1)
 
     # Apart: few want the K planes of probabilities, which dwarf the ids.
-    self._ids, self._probabilities = _jit_by_shape(ids), _jit_by_shape(probabilities)
+    self._ids, self._probabilities = _jit_by_form(ids), _jit_by_form(probabilities)
 
   def with_options(self, **options) -> Predictor:
     """The same network with other keywords of the constructor, such as another `protocol`."""
@@ -131,7 +131,7 @@ class Predictor:
       problems.raise_if_any()
 
 
-def _jit_by_shape(fn: Callable) -> Callable:
+def _jit_by_form(fn: Callable) -> Callable:
   """jax.jit of a function with one result, with the arrays it closes over (a network's weights) as arguments.
 
   jax.jit alone would write them into the program as constants: some hundred megabytes to compile, anew for every image size.
@@ -139,11 +139,11 @@ def _jit_by_shape(fn: Callable) -> Callable:
   compiled = {}
 
   def call(*args):
-    shapes = tuple(arg.shape for arg in args)
-    if shapes not in compiled:
+    forms = tuple((arg.shape, arg.dtype) for arg in args)
+    if forms not in compiled:
       closed = jax.make_jaxpr(fn)(*args)
-      compiled[shapes] = jax.jit(functools.partial(jax.core.eval_jaxpr, closed.jaxpr)), closed.consts
-    run, weights = compiled[shapes]
+      compiled[forms] = jax.jit(functools.partial(jax.core.eval_jaxpr, closed.jaxpr)), closed.consts
+    run, weights = compiled[forms]
     (result,) = run(weights, *args)
     return result
 
