@@ -151,6 +151,11 @@ def test_names_as_they_are_meant(tmp_path, text, names):
   assert found.palette == tuple(map(tuple, classes.voc_palette(len(names)).tolist())) or " 0 0 0" in text
 
 
+def test_another_long_file_is_told_at_once(tmp_path):
+  assert "got 100000 lines; allowed: at most 255 classes" in message(lambda: read(tmp_path, "image 7\n" * 100_000))
+  assert "line 2: got 50001 characters" in message(lambda: read(tmp_path, "sky\n" + "a " * 25_000 + "b"))
+
+
 def test_what_labelme_ignores_has_the_colour_that_it_draws(tmp_path):
   assert read(tmp_path, "__ignore__\n_background_\ncat\n").by_color() == {(0, 0, 0): 0, (128, 0, 0): 1, (224, 224, 192): 255}
 

@@ -213,6 +213,15 @@ def test_indices_are_read_where_they_can_be_nothing_else(tmp_path, text):
   np.testing.assert_array_equal(tags.read_tags(write(tmp_path / "tags.csv", text), IDS, CLASSES), WANTED)
 
 
+@pytest.mark.parametrize(
+  "text", ["id,class,present\na,cat,1\na,dog,0\nb,cat,1\nb,dog,1\n", "a,cat,0,1,2,3\nb,cat,1,1,3,3\n", "a,cat 1\nb,cat dog\n"]
+)
+def test_numbers_beside_names_are_no_indices(tmp_path, text):
+  told = message(lambda: tags.read_tags(write(tmp_path / "tags.csv", text), ("a", "b"), CLASSES))
+  assert "numbers: got some beside names, for a" in told
+  assert "names alone, or indices of classes alone" in told
+
+
 @pytest.mark.parametrize("delimiter", [";", "\t"])
 def test_lists_may_have_other_delimiters(tmp_path, delimiter):
   text = "id,tags\na,cat\nb,cat,dog\nc,\n".replace(",", delimiter)

@@ -110,6 +110,7 @@ def _letters(name: str) -> str:
 _WANTED = "a text file of class names, one a line, or of lines `index name r g b`"
 _ALL_INDEXED = "write every line as `index name r g b`"
 _LONGEST_LINE = 1000  # characters; the forms below take time that grows with its square
+_MOST_LINES = 1000  # of classes and of what is none
 _IGNORED = "__ignore__"  # LabelMe's first line, of index -1
 _HEADING = frozenset("class classes classname label labels labelname category categories name names".split())
 _IN_HEADING = _HEADING | frozenset(
@@ -178,6 +179,8 @@ def read_classes(path: str | pathlib.Path) -> Classes:
     problems.raise_if_any()
   lines = [(number, re.sub(r"(^|\s)#.*", "", line).strip()) for number, line in enumerate(text.split("\n"), start=1)]
   lines = [(number, line) for number, line in lines if line]
+  if len(lines) > _MOST_LINES:
+    problems.add("file", got=f"{len(lines)} lines", allowed=f"at most {IGNORE_LABEL} classes")
   for number, line in lines:
     if len(line) > _LONGEST_LINE:
       problems.add(f"line {number}", got=f"{len(line)} characters", allowed=f"at most {_LONGEST_LINE}")

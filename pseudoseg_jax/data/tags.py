@@ -200,11 +200,19 @@ def _read_table(
 
 
 def _check_indices(entries: Mapping[str, list[Tag]], classes: Classes, delimiter: str, problems: checks.Problems) -> None:
-  """Tells of numbers that may be indices as well as a row of a table."""
+  """Tells of numbers that may be something else than indices: beside names, or in rows that may be those of a table."""
   index_of = index_by_name(classes)
   rows = [list(_single(tags, index_of)) for tags in entries.values()]
+  mixed = [image for image, row in zip(entries, rows, strict=True) if len({_is_index(tag, index_of) for tag in row}) == 2]
+  if mixed:
+    problems.add(
+      "numbers", got=f"some beside names, for {splits.shorten(mixed)}", allowed="names alone, or indices of classes alone",
+      remedy="leave numbers out that say something else, and classes that are not in the image",
+    )  # fmt: skip
   width = len(rows[0]) if rows else 0
-  if width < 2 or any(len(row) != width or any(str(tag) not in ("0", "1") or tag in index_of for tag in row) for row in rows):
+  if width < 2 or any(len(row) != width for row in rows):
+    return
+  if not all(str(tag) in ("0", "1") and _is_index(tag, index_of) for row in rows for tag in row):
     return
   if width < len(classes) - 1 and all(len(set(row)) == width for row in rows):
     return
@@ -216,6 +224,10 @@ def _check_indices(entries: Mapping[str, list[Tag]], classes: Classes, delimiter
     allowed="names of classes; or a CSV of 0 and 1 with a heading of class names",
     remedy=f"if they say whether each class is there: a CSV with the first line {heading.getvalue()} and a cell for each number",
   )  # fmt: skip
+
+
+def _is_index(tag: Tag, index_of: Mapping[str, int]) -> bool:
+  return class_index(tag, index_of) is not None and normalized(str(tag)) not in index_of
 
 
 def _names_class(index: int, entries: Mapping[str, list[Tag]], classes: Classes) -> bool:
