@@ -4,7 +4,8 @@
   python launch/boxes_from_masks.py --config=configs/voc.py:split=183,train=train --config.data.root=DIR --out=boxes.json \\
     --instances=VOCdevkit/VOC2012/SegmentationObject/{id}.png
 
-The masks are sought by config.data.label_pattern. A box is around each connected region of a class or, with --instances, around
+The masks are sought by config.data.label_pattern; those of unlabeled images where --masks=PATTERN says, if it is given, e.g.
+--masks=more_masks/{id}.png for the images of an unlabeled_folder. A box is around each connected region of a class or, with --instances, around
 each object of a mask of object numbers (a pattern below config.data.root): VOC's SegmentationObject, or Cityscapes'
 gtFine/{id}_gtFine_instanceIds.png. The COCO JSON is what --config.data.boxes=FILE reads (a path below config.data.root, or an
 absolute one, as it is printed at the end).
@@ -16,9 +17,8 @@ import argparse
 import pathlib
 import sys
 
-from pseudoseg_jax import build, checks, config as configs
-from pseudoseg_jax.command_line import parse_with_overrides
-from pseudoseg_jax.data import boxes, decode, sources, splits
+from pseudoseg_jax import build, checks, command_line, config as configs
+from pseudoseg_jax.data import boxes, decode, listing, sources, splits
 
 
 def _parse(arguments):
@@ -26,45 +26,40 @@ def _parse(arguments):
   parser.add_argument("--config", required=True, help="config file, with its argument after a colon")
   parser.add_argument("--out", required=True, type=pathlib.Path, help="the JSON file to write")
   parser.add_argument("--instances", default="", help="where masks of object numbers lie, with {id} in it")
-  return parse_with_overrides(parser, arguments)
+  parser.add_argument("--masks", default="", help="where masks of unlabeled images lie, with {id} (default: as those of labeled ones)")
+  return command_line.parse_with_overrides(parser, arguments)
 
 
-def _masks(data: configs.ConfigDict) -> tuple[sources.Source, build.Data]:
+def _masks(data: configs.ConfigDict, pattern: str) -> tuple[sources.Source, build.Data]:
   """The labeled images and after them those that are only unlabeled; of the latter the masks alone can be asked for."""
-  if data.name == "tfds":
-    raise checks.InputError("config.data.name: got 'tfds'; allowed: 'folder' or 'synthetic': masks are sought in files")
   opened = build.build_data(data)
   labeled, unlabeled = opened.labeled, opened.unlabeled
   others = [name for name in unlabeled.ids if name not in set(labeled.ids)]
   if not others:
     return labeled, opened
-  if data.name == "synthetic":
+  if opened.truth_known:
     return sources.Joined(labeled, sources.Subset(unlabeled, others)), opened
-  # Ids of a bare folder of images end in .jpg or the like, which names of masks do not repeat.
-  stems = [splits.without_suffix(name) for name in others] if data.unlabeled_folder else others
-  patterns = {"image_pattern": data.label_pattern, "label_pattern": data.label_pattern}  # images play no part
-  masks = sources.FolderSource(
-    data.root, stems, **patterns, channels=labeled.channels, **build.mask_options(data, opened.classes)
-  )
-  return sources.Joined(labeled, masks), opened
+  return sources.Joined(labeled, build.unlabeled_masks(data, opened.classes, others, pattern)), opened
 
 
-def _boxes(data: configs.ConfigDict, instances: str):
+def _boxes(data: configs.ConfigDict, pattern: str, instances: str):
   """The images, their classes and the boxes of each."""
-  masks, opened = _masks(data)
+  masks, opened = _masks(data, pattern)
   if not instances:
     return masks, opened.classes, boxes.boxes_of_masks(masks, opened.classes)
   problems = checks.Problems("cannot read boxes off masks")
-  paths = [pathlib.Path(data.get("root", "")) / instances.replace("{id}", name) for name in masks.ids]
-  absent = [path for path in paths if not path.is_file()]
+  root, files = pathlib.Path(data.get("root", "")).expanduser(), listing.Files()
+  wanted = [root / instances.replace("{id}", name) for name in masks.ids]
+  absent = [path for path in wanted if path not in files]
   if absent:
-    got = f"{len(absent)} of {len(paths)} files absent: {splits.shorten(absent)}"
+    got = f"{len(absent)} of {len(wanted)} files absent: {splits.shorten(absent)}"
     remedy = "leave it out to take connected regions, or choose images that have such masks"
     problems.add(f"--instances {instances}", got=got, remedy=remedy)
     problems.raise_if_any()
   found = []
-  for row, path in enumerate(paths):
-    objects, label = decode.read_mask(path), masks.label(row)
+  for row, (path,) in enumerate(map(files.find, wanted)):
+    objects = decode.read_mask(path, exif_orientation=data.get("exif_orientation", "apply"))
+    label = masks.label(row)
     if objects.shape == label.shape:
       found.append(boxes.boxes_of_instances(objects, label, opened.classes))
     else:
@@ -77,15 +72,14 @@ def _boxes(data: configs.ConfigDict, instances: str):
 
 def main(arguments=None) -> int:
   known, overrides = _parse(arguments)
-  try:
-    masks, classes, found = _boxes(configs.load(known.config, overrides).data, known.instances)
-  except checks.InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  sizes = [masks.size(row) for row in range(len(masks))]
-  boxes.write_boxes(known.out, masks.ids, sizes, found, classes)
-  print(f"{known.out.resolve()}: {len(masks)} images, {sum(map(len, found)) / len(masks):.1f} boxes in an image")
-  return 0
+
+  def command():
+    masks, classes, found = _boxes(configs.load(known.config, overrides).data, known.masks, known.instances)
+    sizes = [masks.size(row) for row in range(len(masks))]
+    boxes.write_boxes(known.out, masks.ids, sizes, found, classes)
+    print(f"{known.out.resolve()}: {len(masks)} images, {sum(map(len, found)) / len(masks):.1f} boxes in an image")
+
+  return command_line.run(command)
 
 
 if __name__ == "__main__":

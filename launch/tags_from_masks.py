@@ -2,8 +2,9 @@
 
   python launch/tags_from_masks.py --config=configs/camvid.py:split=1_8 --config.data.root=DIR --out=tags.csv
 
-The masks are sought by config.data.label_pattern. The CSV, `id,name,name,...`, is what --config.data.image_labels=FILE reads (a
-path below config.data.root, or an absolute one, as it is printed at the end).
+The masks are sought by config.data.label_pattern, or where --masks=PATTERN says, e.g. --masks=more_masks/{id}.png for the images
+of an unlabeled_folder. The CSV, `id,name,name,...`, is what --config.data.image_labels=FILE reads (a path below config.data.root,
+or an absolute one, as it is printed at the end).
 """
 
 from __future__ import annotations
@@ -12,48 +13,31 @@ import argparse
 import pathlib
 import sys
 
-from pseudoseg_jax import build, checks, config as configs
-from pseudoseg_jax.data import sources, tags
-from pseudoseg_jax.command_line import parse_with_overrides
+from pseudoseg_jax import build, command_line, config as configs
+from pseudoseg_jax.data import tags
 
 
 def _parse(arguments):
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
   parser.add_argument("--config", required=True, help="config file, with its argument after a colon")
   parser.add_argument("--out", required=True, type=pathlib.Path, help="the CSV file to write")
-  return parse_with_overrides(parser, arguments)
-
-
-def _masks(data: configs.ConfigDict) -> tuple[tuple[str, ...], sources.Source, build.Data]:
-  """The unlabeled images' ids and, row by row, their masks."""
-  opened = build.build_data(data)
-  ids = opened.unlabeled.ids
-  if data.name == "synthetic":
-    return ids, opened.unlabeled, opened
-  # Ids of a bare folder of images end in .jpg or the like, which names of masks do not repeat.
-  stems = [tags.without_suffix(name) for name in ids] if data.unlabeled_folder else ids
-  pattern = data.label_pattern
-  masks = sources.FolderSource(
-    data.root,
-    stems,
-    image_pattern=pattern,  # images play no part
-    label_pattern=pattern,
-    **build.mask_options(data, opened.classes),
-  )
-  return ids, masks, opened
+  parser.add_argument("--masks", default="", help="where masks of unlabeled images lie, with {id} (default: as those of labeled ones)")
+  return command_line.parse_with_overrides(parser, arguments)
 
 
 def main(arguments=None) -> int:
   known, overrides = _parse(arguments)
-  try:
-    ids, masks, opened = _masks(configs.load(known.config, overrides).data)
+
+  def command():
+    data = configs.load(known.config, overrides).data
+    opened = build.build_data(data)
+    ids = opened.unlabeled.ids
+    masks = opened.unlabeled if opened.truth_known else build.unlabeled_masks(data, opened.classes, ids, known.masks)
     found = tags.tags_of_masks(masks, len(opened.classes))
-  except checks.InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  tags.write_tags(known.out, ids, found, opened.classes)
-  print(f"{known.out.resolve()}: {len(ids)} images, {found.sum() / len(ids):.1f} classes in an image")
-  return 0
+    tags.write_tags(known.out, ids, found, opened.classes)
+    print(f"{known.out.resolve()}: {len(ids)} images, {found.sum() / len(ids):.1f} classes in an image")
+
+  return command_line.run(command)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import pathlib
 import re
 import shlex
@@ -242,7 +243,7 @@ def train(
     source = {"path": path, "argument": argument}
     config = configs.load(config)
   configs.override(config, overrides or {})
-  workdir = pathlib.Path(workdir).expanduser()
+  workdir = pathlib.Path(os.path.expanduser(workdir))
   with contextlib.ExitStack() as resources:
     stop = resources.enter_context(StopRequest(owns_process=owns_process))
     with stop.nothing_to_lose():
@@ -407,7 +408,7 @@ def evaluate(
   A workdir keeps results.json, scores.csv and pictures below evaluations/PROTOCOL/CHECKPOINT; those of training stay as they are.
   `overrides` may change evaluation or data.root; the latter is needed with an exported folder, which knows no place.
   """
-  mesh, workdir = meshes.make_mesh(), pathlib.Path(workdir).expanduser()
+  mesh, workdir = meshes.make_mesh(), pathlib.Path(os.path.expanduser(workdir))
   trained = open_trained(workdir, mesh, checkpoint, overrides)
   config, checkpoint = trained.config, trained.checkpoint or checkpoint
   domains = build.build_domains(config)
@@ -496,7 +497,7 @@ def load(
     checkpoint: "best" or "last"; an exported folder has but one. Where a run was stopped before it had a best one, the last.
     overrides: dotted options of evaluation, {"evaluation.flip": True}, or of how files are read, {"data.max_value": 255}.
   """
-  trained = open_trained(pathlib.Path(workdir).expanduser(), meshes.make_mesh(jax.devices()[:1]), checkpoint, overrides)
+  trained = open_trained(pathlib.Path(os.path.expanduser(workdir)), meshes.make_mesh(jax.devices()[:1]), checkpoint, overrides)
   config, method, state = trained.config, trained.method, trained.state
   name = predictor or next(iter(method.predictors))
   check_plain(method, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -72,12 +73,24 @@ def run_distributed(command: Callable[[], int | None], *, again: str = "the same
   return run(guarded)
 
 
-def leave(code: int) -> NoReturn:
-  """Ends the process of a command whose work is done or given up, with everything it printed written out.
+def leave(main: Callable[[], int] | int) -> NoReturn:
+  """Ends the process of a command with its exit code, and with everything it printed written out.
 
   Not by sys.exit: that waits for threads and runs destructors of other libraries, and a command that has said its last word must
   not be kept alive by them.
+
+  Args:
+    main: the command, which is run first; or the exit code of one that is done.
   """
+  try:
+    code = main() if callable(main) else main
+  except SystemExit as error:  # of argparse
+    code = error.code if isinstance(error.code, int) else int(error.code is not None)
+  except KeyboardInterrupt:
+    code = _INTERRUPTED
+  except BaseException:
+    traceback.print_exc()
+    code = 1
   for stream in (sys.stdout, sys.stderr):
     try:
       stream.flush()

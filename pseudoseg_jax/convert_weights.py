@@ -98,4 +98,4 @@ def _millions(arrays) -> str:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  command_line.leave(main)

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -94,7 +95,7 @@ def main(arguments=None) -> int:
       image_labels=known.image_labels, confidence=known.confidence, overrides=overrides,
     )  # fmt: skip
 
-  return command_line.run(command, again="the same command goes on from here")
+  return command_line.run_distributed(command, again="the same command resumes there")
 
 
 def export_labels(
@@ -222,10 +223,7 @@ def _source_of_image_labels(config, data: build.Data, split: str) -> str:
 def _claim(out: pathlib.Path, origin: Mapping[str, Any]) -> None:
   """Notes in out/export.json what its labels are from; refuses a folder of others."""
   path = out / "export.json"
-  try:
-    before = json.loads(path.read_text()) if path.exists() else origin
-  except ValueError:
-    before = {}
+  before = report.read_object(path) if path.exists() else origin
   problems = checks.Problems(f"{out} holds labels from something else")
   for key in sorted((origin.keys() | before.keys()) - {"workdir"}):  # a folder may be moved
     if origin.get(key) != before.get(key):
@@ -287,7 +285,7 @@ def _tell(out: pathlib.Path, manifest: Mapping[str, Any], progress: Progress) ->
   print("pixels: " + ", ".join(f"{name} {100 * share:.1f} %" for share, name in shares))
   if manifest["mean_confidence"] is not None:
     print(f"mean confidence {manifest['mean_confidence']:.3f}")
-  print(f"  {out / 'manifest.json'}\nNext, to learn from them:\n  --config.pseudo_labels.folder={out}")
+  print(f"  {out / 'manifest.json'}\nNext, to learn from them:\n  {shlex.quote(f'--config.pseudo_labels.folder={out}')}")
 
 
 def _path(out: pathlib.Path, folder: str, name: str) -> pathlib.Path:
@@ -301,4 +299,4 @@ def _write(path: pathlib.Path, picture: Image.Image) -> None:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  command_line.leave(main)

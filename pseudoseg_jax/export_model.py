@@ -48,4 +48,4 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  command_line.leave(main)

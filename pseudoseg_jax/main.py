@@ -86,4 +86,4 @@ def _compilation_cache() -> str:
 
 
 if __name__ == "__main__":
-  command_line.leave(main())
+  command_line.leave(main)

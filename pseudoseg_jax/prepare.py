@@ -471,4 +471,4 @@ def _summary(tree, known, counts):
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  command_line.leave(main)

@@ -111,4 +111,4 @@ def _manifests(folders: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  command_line.leave(main)

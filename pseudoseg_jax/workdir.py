@@ -108,7 +108,7 @@ def locked(workdir: pathlib.Path) -> Iterator[str]:
 
 def token(workdir: pathlib.Path) -> str:
   """The token of the lock that another process of this run holds; "" where it is not seen."""
-  return str(_read_object(workdir / "lock").get("token", ""))
+  return str(report.read_object(workdir / "lock").get("token", ""))
 
 
 def _about_process(started: str) -> dict[str, Any]:
@@ -134,16 +134,8 @@ def _open_locked(path: pathlib.Path) -> int:
 
 def _holder(path: pathlib.Path) -> str:
   """In words, the process that a lock names; "" for none."""
-  about = _read_object(path)
+  about = report.read_object(path)
   return f"process {about.get('process')} on {about.get('host')}, started {about.get('started')}" if about else ""
-
-
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    content = json.loads(path.read_text())
-  except (OSError, ValueError):
-    return {}
-  return content if isinstance(content, dict) else {}
 
 
 # --- what is written there ----------------------------------------------------------------------------------------------------
@@ -246,7 +238,7 @@ def fingerprint(data: Any, arrays: Sequence[np.ndarray | None] = (), labels_fold
       digest.update(str(array.shape).encode() + array.tobytes())
     found["weak labels"] = {"images": sum(map(len, given)), "sha256": digest.hexdigest()}
   if labels_folder:
-    manifest = _read_object(pathlib.Path(labels_folder) / "manifest.json")
+    manifest = report.read_object(pathlib.Path(labels_folder) / "manifest.json")
     found["pseudo labels"] = {"images": manifest.get("images"), "sha256": manifest.get("labels_sha256")}
   return found
 
@@ -294,11 +286,11 @@ def _set_aside(workdir: pathlib.Path) -> None:
 
 
 def _check_resumable(workdir, config, classes, data, step) -> None:
-  problems = checks.Problems(f"workdir {workdir} belongs to a run that is at step {step} and cannot be resumed like this")
+  problems = checks.Problems(f"workdir {workdir} belongs to another config, whose run is at step {step}")
   told = []
   if (workdir / "config.json").is_file():  # else the user removed a damaged one
     for key, (ours, theirs) in configs.changes(config, saved_config(workdir)).items():
-      line = f"{key}: {json.dumps(ours)} now, {json.dumps(theirs)} so far"
+      line = f"{key}: {json.dumps(ours)} now, {json.dumps(theirs)} there"
       effect = _effect(key, ours, theirs)
       if effect is None:
         problems.add(line)

@@ -1,7 +1,9 @@
 """The loop with a method of four numbers: what it saves, when it stops and what it says."""
 
 import os
+import shutil
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -125,8 +127,139 @@ def test_a_finished_run_only_evaluates(tmp_path):
 def test_a_non_finite_loss_stops_the_run_and_is_never_saved(tmp_path, value):
   with pytest.raises(loop.NonFiniteLoss, match=r"step 7: loss = (nan|inf)\..* resumes at step 6") as error:
     Run(tmp_path)(lambda start: batches(start, at=lambda step: value if step == 8 else None))
-  assert "loss_other" not in str(error.value)
+  assert "loss_other" not in str(error.value) and "learning_rate" in str(error.value)
   assert Checkpoints(tmp_path / "checkpoints", read_only=True).step() == 6
+
+
+def test_a_state_that_its_next_loss_shows_to_be_ruined_is_not_kept(tmp_path):
+  with pytest.raises(loop.NonFiniteLoss, match=r"step 6: loss = nan\..* resumes at step 4"):  # 6 had been saved by then
+    Run(tmp_path)(lambda start: batches(start, at=lambda step: np.nan if step == 7 else None))
+  resumed = Run(tmp_path)
+  starts = []
+  assert resumed(lambda start: (starts.append(start), batches(start))[1]).finished
+  assert starts == [4]
+
+
+def test_a_run_with_nothing_older_starts_anew(tmp_path):
+  with pytest.raises(loop.NonFiniteLoss, match="starts anew"):
+    Run(tmp_path)(lambda start: batches(start, at=lambda step: np.nan if step == 2 else None))
+
+
+def test_an_evaluation_that_a_kill_cut_short_is_made_up_for(tmp_path):
+  scores = {4: 0.9, 8: 0.2, 10: 0.5}.__getitem__
+
+  class Killed(BaseException):
+    pass
+
+  class KilledRun(Run):
+    def __call__(self, **options):
+      self.scores = lambda step: (_ for _ in ()).throw(Killed) if step == 4 else scores(step)
+      return super().__call__(**options)
+
+  with pytest.raises(Killed):
+    KilledRun(tmp_path)()
+  published = []
+  resumed = Run(tmp_path, scores=scores)
+  resumed(publish=published.append)
+  assert resumed.evaluated == [4, 8, 10]
+  assert [best["step"] for best in published] == [4, 4, 4]
+  assert Checkpoints(tmp_path / "checkpoints", read_only=True).step("best") == 4
+  again = Run(tmp_path, scores=scores)
+  again(lambda start: pytest.fail("no batch is needed"), evaluated_step=10)
+  assert again.evaluated == []
+
+
+def test_a_best_state_of_other_scores_does_not_count(tmp_path):
+  Run(tmp_path, total_steps=8, scores={4: 0.9, 8: 0.8}.__getitem__)()
+  assert Checkpoints(tmp_path / "checkpoints", read_only=True).step("best") == 4
+  Run(tmp_path, scores={10: 0.1}.__getitem__)(is_comparable=lambda note: False, evaluated_step=8)
+  assert Checkpoints(tmp_path / "checkpoints", read_only=True).step("best") == 10
+
+
+def test_a_signal_in_an_evaluation_leaves_at_once_and_the_resumed_run_evaluates(tmp_path):
+  class Signalled(Run):
+    def __call__(self, **options):
+      def scores(step):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        pytest.fail("the signal was not noticed")
+
+      self.scores = scores
+      return super().__call__(**options)
+
+  stopped = Signalled(tmp_path)()
+  assert not stopped.finished and stopped.stopped_by == "SIGINT" and int(stopped.state.step) == 4
+  resumed = Run(tmp_path)
+  assert resumed().finished and resumed.evaluated == [4, 8, 10]
+
+
+def test_a_file_that_cannot_be_read_costs_no_step(tmp_path):
+  def feed(start):
+    for batch in batches(start):
+      if batch["labeled"]["image"].flat[0] == 9:  # two batches are on their way: steps 7 and 8 are not taken
+        raise OSError("cannot read b.jpg")
+      yield batch
+
+  with pytest.raises(OSError, match="b.jpg"):
+    Run(tmp_path)(feed)
+  assert Checkpoints(tmp_path / "checkpoints", read_only=True).step() == 7
+  assert "saved after step 7" in (tmp_path / "log.txt").read_text()
+
+
+def test_the_feed_is_closed_however_a_run_ends(tmp_path):
+  closed = []
+
+  class Feed:
+    def __init__(self, start, at):
+      self._batches = batches(start, at=at)
+
+    def __iter__(self):
+      return self
+
+    def __next__(self):
+      return next(self._batches)
+
+    def close(self):
+      closed.append(True)
+
+  with pytest.raises(loop.NonFiniteLoss):
+    Run(tmp_path / "bad")(lambda start: Feed(start, lambda step: np.nan if step == 3 else None))
+  Run(tmp_path / "good")(lambda start: Feed(start, lambda step: None))
+  assert len(closed) == 2
+
+
+def test_a_workdir_that_is_removed_ends_the_run(tmp_path):
+  workdir = tmp_path / "run"
+
+  def at(step):
+    if step == 5:
+      shutil.rmtree(workdir)
+
+  with pytest.raises(FileNotFoundError, match="was removed"):
+    Run(workdir)(lambda start: batches(start, at=at))
+
+
+def test_what_cannot_be_written_beside_the_networks_is_told_once(tmp_path, capsys):
+  (tmp_path / "tensorboard").write_text("")
+  (tmp_path / "history.jsonl").mkdir()
+  before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+  handlers = list(loop.log.handlers)
+  assert Run(tmp_path)().finished
+  text = (tmp_path / "log.txt").read_text()
+  assert text.count("tensorboard (") == 1 and text.count("history.jsonl (") == 1 and "the run goes on without it" in text
+  assert loop.log.handlers == handlers
+  assert not before or len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+@pytest.mark.parametrize("line", ["", "[]", "3", "null", '{"train/loss": 1}', '{"step": "x"}', '{"step": 4, "train/loss": [1]}', '{"st', "\x00"])
+def test_damaged_lines_of_the_history_are_left_out(tmp_path, line):
+  records = Records(tmp_path)
+  records.scalars(2, {"train/loss": 1.0})
+  with records.history_path.open("ab") as file:
+    file.write(line.encode() + b"\xff\n")
+  records.scalars(4, {"train/loss": 2.0})
+  assert records.history() == {"train/loss": [(2, 1.0), (4, 2.0)]}
+  records.close()
 
 
 def test_a_full_disk_costs_a_save_not_the_run(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def test_the_same_command_again_trains_nothing_more(trained, capsys):
 def test_a_workdir_of_another_config_is_refused(trained, capsys):
   assert run("configs/quickstart.py:method=cps", trained, QUICKSTART | {"total_steps": 6, "seed": 1}) == 2
   error = capsys.readouterr().err
-  assert "belongs to another config" in error and "seed: 1 now, 0 there" in error and "total_steps: 6 now, 4 there" in error
+  assert "belongs to another config" in error and "seed: 1 now, 0 there" in error and "total_steps" not in error
 
 
 def test_eval_and_load_agree_with_training(trained, capsys):

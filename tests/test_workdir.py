@@ -55,9 +55,9 @@ def test_what_changes_neither_network_nor_data_is_free(workdir, option, caplog):
 
 
 @pytest.mark.parametrize("option, told", [
-  ({"total_steps": 2000}, "total_steps: 2000 now, 1000 so far"),
+  ({"total_steps": 2000}, "total_steps: 2000 now, 1000 there"),
   ({"total_steps": 500}, "the new length"),
-  ({"optimizer.learning_rate": 0.001}, "optimizer.learning_rate: 0.001 now, 0.01 so far"),
+  ({"optimizer.learning_rate": 0.001}, "optimizer.learning_rate: 0.001 now, 0.01 there"),
   ({"optimizer.momentum": 0.8}, "from here on"),
   ({"method.weight": 0.5}, "method.weight"),
   ({"evaluation.flip": "True"}, "chosen anew"),

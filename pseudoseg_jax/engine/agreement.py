@@ -31,6 +31,8 @@ def check(values: Mapping[str, str], *, failure: str = "") -> None:
     text = failure if process == jax.process_index() else "an error of its own: see its output"
     problems.add(f"process {process} of {jax.process_count()}", got=text.replace("\n", "\n  "))
   problems.raise_if_any()
+  if not values:
+    return
   digests = np.stack([np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32) for text in values.values()])
   of_all = multihost_utils.process_allgather(digests)
   for number, (name, text) in enumerate(values.items()):
@@ -63,5 +65,5 @@ def _differences(ours: str, theirs: str) -> list[str]:
     mine, other = json.loads(ours), json.loads(theirs)
     keys = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
   except (ValueError, AttributeError):
-    return [f"{ours}, process 0 {theirs}"] if max(len(ours), len(theirs)) < 80 else []
-  return [f"{key} {json.dumps(mine.get(key))}, process 0 {json.dumps(other.get(key))}" for key in keys[:10]]
+    return [f"{ours}, in process 0 {theirs}"] if max(len(ours), len(theirs)) < 80 else []
+  return [f"{key}: {json.dumps(mine.get(key))}, in process 0 {json.dumps(other.get(key))}" for key in keys[:10]]

@@ -51,12 +51,14 @@ def table(classes: Classes, scores: Mapping[str, Scores]) -> str:
 
 
 def csv(classes: Classes, scores: Mapping[str, Scores]) -> str:
-  """The same rows as CSV, as fractions; an empty cell = never seen."""
+  """The same rows as CSV, as fractions; an empty cell = never seen. A name that a spreadsheet would run begins with a quote."""
   text = io.StringIO()
   writer = csv_lib.writer(text, lineterminator="\n")
   writer.writerow(["class", *scores])
   for name, values in _rows(classes, scores):
-    writer.writerow([name, *("" if math.isnan(value) else f"{value:.6f}" for value in values)])
+    # "=1+1" and the like are formulas even where they are quoted as CSV.
+    shown = f"'{name}" if name.startswith(("=", "+", "-", "@")) else name
+    writer.writerow([shown, *("" if math.isnan(value) else f"{value:.6f}" for value in values)])
   return text.getvalue()
 
 
@@ -69,26 +71,6 @@ def _rows(classes, scores):
 
 def _percent(value: float) -> str:
   return "-" if math.isnan(value) else f"{100 * value:.2f}"
-
-
-def update_results(
-  results: Results | None, about: Mapping[str, Any], classes: Classes, step: int, scores: Mapping[str, Scores], headline: str
-) -> Results:
-  """Results with a new `last` and, where its mIoU is above the best one's, a new `best`; the argument is left as it is.
-
-  Args:
-    results: those so far, None at first.
-    about: {"config", "seed", "method", "split", "protocol", "preset"} as in results.json.
-    step: the optimiser step that was scored.
-    headline: the predictor by whose mIoU the best step is chosen.
-  """
-  last = entry(classes, step, scores)
-  best = (results or {}).get("best")
-  previous = best and best["predictors"].get(headline, {}).get("miou")
-  new = last["predictors"][headline]["miou"]
-  if best is None or (new is not None and (previous is None or new > previous)):
-    best = last | {"selected_by": f"mIoU of '{headline}' on the evaluated images"}
-  return {**about, "last": last, "best": best}
 
 
 def entry(classes: Classes, step: int, scores: Mapping[str, Scores]) -> Results:
@@ -122,16 +104,36 @@ def read_results(path: str | pathlib.Path) -> Results:
     InputError: no such file, or not what `write_results` writes.
   """
   problems = checks.Problems(f"cannot read results from {path}")
+  remedy = "take the file away: the next evaluation writes it anew"
   try:
-    results = json.loads(pathlib.Path(path).read_text())
-  except (OSError, ValueError) as error:
-    problems.add("file", got=error, remedy="take it away and evaluate again")
+    results = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError) as error:
+    problems.add("file", got=error, remedy=remedy)
     problems.raise_if_any()
-  missing = [key for key in ("config", "seed", "method", "split", "protocol", "last", "best") if key not in results]
-  if missing:
-    problems.add("content", got=f"nothing under {', '.join(missing)}", remedy="take the file away and evaluate again")
+  kinds = {"config": dict, "seed": int, "method": str, "split": str, "protocol": str, "last": dict, "best": dict}
+  wrong = [key for key, kind in kinds.items() if not (isinstance(results, dict) and isinstance(results.get(key), kind))]
+  wrong += [key for key in ("last", "best") if not (wrong or _is_entry(results[key]))]
+  if wrong:
+    problems.add("content", got=f"nothing that can be used under {', '.join(wrong)}", remedy=remedy)
   problems.raise_if_any()
   return results
+
+
+def _is_entry(value: Mapping[str, Any]) -> bool:
+  """Whether a value is what `entry` made."""
+  predictors = value.get("predictors")
+  return isinstance(value.get("step"), int) and isinstance(predictors, dict) and all(
+    isinstance(scores, dict) and isinstance(scores.get("miou"), (int, float, type(None))) for scores in predictors.values()
+  )  # fmt: skip
+
+
+def read_object(path: str | pathlib.Path) -> dict[str, Any]:
+  """The JSON object of a file; {} for a file that is absent, damaged or of something else."""
+  try:
+    content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError):
+    return {}
+  return content if isinstance(content, dict) else {}
 
 
 def write_atomically(path: str | pathlib.Path, content: str | bytes) -> None:
