@@ -8,7 +8,8 @@ import functools
 import logging
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,8 @@ from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.geometry import Geometry
 from pseudoseg_jax.data.listing import LeftOut
 from pseudoseg_jax.data.photometry import Photometry
-from pseudoseg_jax.data.pipeline import PipelineSpec
+from pseudoseg_jax.data.pipeline import Feed, PipelineSpec
+from pseudoseg_jax.data.skipped import Skipped
 from pseudoseg_jax.data.sources import Source
 from pseudoseg_jax.data.splits import Entry
 from pseudoseg_jax.evaluation import hints, inference
@@ -40,6 +42,7 @@ class Data(NamedTuple):
 
   truth_known: the unlabeled images have masks that may be shown, never learnt from.
   pseudo_labeled: images that are learnt from as the labeled ones are, with labels that a network made; or None.
+  skipped: the files that are learnt nothing from since they cannot be read, so far; None: such a file is an error.
   """
 
   classes: Classes
@@ -49,6 +52,7 @@ class Data(NamedTuple):
   truth_known: bool
   split: str  # in words, for reports
   pseudo_labeled: Source | None = None
+  skipped: Skipped | None = None
 
 
 class Domain(NamedTuple):
@@ -181,7 +185,7 @@ def _pseudo_labeled_ids(config: configs.ConfigDict, data: Data) -> list[str]:
 def _list_file(data: configs.ConfigDict, path: str) -> pathlib.Path:
   """A list below the data's root, or anywhere."""
   below = _below(data.get("root", ""), path)
-  return below if below.is_file() else pathlib.Path(path)
+  return below if below.is_file() else _below("", path)
 
 
 @contextlib.contextmanager
@@ -227,6 +231,34 @@ def mask_options(data: configs.ConfigDict, classes: Classes) -> dict:
   }
 
 
+def unlabeled_masks(data: configs.ConfigDict, classes: Classes, ids: Sequence[str], pattern: str = "") -> Source:
+  """Masks of unlabeled images, which nothing is learnt from: to make weak labels of them, or to score labels with.
+
+  Args:
+    pattern: where they lie below the data's root (--masks of the tools that call this); "" is config.data.label_pattern.
+
+  Raises:
+    InputError: masks that are absent or cannot be read; data that are no files.
+  """
+  problems = checks.Problems("the masks of the unlabeled images cannot be used")
+  if data.name != "folder":
+    problems.add("config.data.name", got=repr(data.name), allowed="'folder' or 'synthetic': masks are sought in files")
+    problems.raise_if_any()
+  pattern = os.path.expanduser(pattern or data.label_pattern)
+  if "{id}" not in pattern:
+    problems.add("--masks", got=repr(pattern), allowed="a path with {id} in it, e.g. masks/{id}.png")
+    problems.raise_if_any()
+  # Ids of a bare folder of images end in .jpg or the like, which names of masks do not repeat.
+  stems = [splits.without_suffix(name) for name in ids] if data.unlabeled_folder else ids
+  options = {"channels": data.channels, "exif_orientation": data.get("exif_orientation", "apply"), **mask_options(data, classes)}
+  try:
+    return sources.FolderSource(_below(data.root, ""), stems, label_pattern=pattern, masks_only=True, **options)
+  except checks.InputError as error:
+    found = str(error).replace("label_pattern", "--masks").replace("\n", "\n  ")
+    problems.add(f"--masks={pattern}", got=found, remedy="--masks=PATTERN says where they lie")
+    problems.raise_if_any()
+
+
 class _Lists(NamedTuple):
   """What is trained and evaluated on, by role."""
 
@@ -254,18 +286,19 @@ def _folder(data: configs.ConfigDict, check: bool) -> Data:
 
   classes = build_classes(data)
   lists = _lists(data, check)
+  skipped = Skipped() if data.get("skip_unreadable", False) else None
   images = functools.partial(sources.FolderSource, root, **options)
   with_masks = functools.partial(images, **mask_options(data, classes))
   patterns, eval_patterns = _patterns(data)
 
   def unlabeled_source():
     if data.unlabeled_folder:
-      return sources.image_folder(_below(root, data.unlabeled_folder), **options)
-    return images(lists.unlabeled, image_pattern=patterns["image_pattern"])
+      return sources.image_folder(_below(root, data.unlabeled_folder), skipped=skipped, **options)
+    return images(lists.unlabeled, image_pattern=patterns["image_pattern"], skipped=skipped)
 
   opened = {}
   for role, listed, opener in (
-    ("labeled", data.split, lambda: with_masks(lists.labeled, **patterns)),
+    ("labeled", data.split, lambda: with_masks(lists.labeled, skipped=skipped, **patterns)),
     ("unlabeled", data.unlabeled_list, unlabeled_source),
     ("evaluated", data.eval_list, lambda: with_masks(lists.evaluated, **eval_patterns)),
   ):
@@ -275,11 +308,12 @@ def _folder(data: configs.ConfigDict, check: bool) -> Data:
       problems.add(f"{role} images" + (f" ({listed})" if listed else ""), got=str(error).replace("\n", "\n  "))
   problems.raise_if_any()
   if check:
-    _check_some({role: opened[role] for role in ("labeled", "evaluated")}, data)
+    _check_some({role: opened[role] for role in ("labeled", "evaluated")}, data, skipped)
     if lists.left_out:
       shown = splits.shorten([f"{path} ({why})" for path, why in lists.left_out], most=10)
       log.warning("%d files beside the images are not used: %s", len(lists.left_out), shown)
-  return Data(classes=classes, truth_known=False, split=_split_in_words(data, opened, len(lists.left_out)), **opened)
+  split = _split_in_words(data, opened, len(lists.left_out))
+  return Data(classes=classes, truth_known=False, split=split, skipped=skipped, **opened)
 
 
 def left_out(data: configs.ConfigDict) -> Sequence[LeftOut]:
@@ -382,21 +416,35 @@ def _all(data: configs.ConfigDict, patterns: dict, left_out: list[LeftOut]) -> l
     folder = folder if folder.is_dir() else root
     held = splits.shorten(sorted(os.listdir(folder))) or "nothing"
     remedy = f"{folder} holds {held}; is it the right root, and the right pattern?"
-    unusable = [f"; {path}: {why}" for path, why in found.left_out[:3]]
-    problems.add(f"pattern {pattern}", got=f"no file below {root}{''.join(unusable)}", remedy=remedy)
+    other = [path.suffix for path, _ in found.left_out if path.is_file() and path.suffix.lower() in listing.IMAGE_SUFFIXES]
+    if other:
+      remedy += f" Of images that end in {other[0]} it is '{pathlib.PurePath(pattern).with_suffix(other[0])}'"
+    unusable = [f"; {path}: {why}" for path, why in found.left_out if not path.is_file()]
+    problems.add(f"pattern {pattern}", got=f"no file below {root}{''.join(unusable[:3])}", remedy=remedy)
     problems.raise_if_any()
   return [Entry(name) for name in found.ids]
 
 
-def _check_some(with_masks: Mapping[str, Source], data: configs.ConfigDict, most: int = 8) -> None:
-  """Reads a few images and masks: a wrong coding shows in all of them, and training should not be what finds it out."""
+def _check_some(with_masks: Mapping[str, Source], data: configs.ConfigDict, skipped: Skipped | None, most: int = 8) -> None:
+  """Reads a few images and masks: a wrong coding shows in all of them, and training should not be what finds it out.
+
+  What training skips it tells when it meets it.
+  """
   as_stored = data.ignore_index == IGNORE_LABEL and not (data.label_map or data.mask_colors or data.reduce_zero_label)
   problems = checks.Problems("config.data cannot be used")
   for role, source in with_masks.items():
     rows = np.unique(np.linspace(0, len(source) - 1, most).astype(int)).tolist()
-    source.image(rows[0])
-    values = {value for row in rows for value in np.unique(source.label(row)).tolist()}
-    if values == {IGNORE_LABEL} and all(np.all(source.label(row) == IGNORE_LABEL) for row in range(len(source))):
+    may_fail = contextlib.suppress(*[checks.InputError] * (skipped is not None and role == "labeled"))
+
+    def values_in(row, source=source, may_fail=may_fail):
+      with may_fail:
+        return set(np.unique(source.label(row)).tolist())
+      return set()
+
+    with may_fail:
+      source.image(rows[0])
+    values = set().union(*map(values_in, rows))
+    if values == {IGNORE_LABEL} and all(values_in(row) <= {IGNORE_LABEL} for row in range(len(source))):
       problems.add(
         f"masks of the {role} images",
         got=f"no label in all {len(source)} of them: every pixel is 255" + ("" if as_stored else ", as config.data maps them"),
@@ -436,12 +484,12 @@ def _tfds(data: configs.ConfigDict) -> Data:
 
 
 def _split_file(data: configs.ConfigDict) -> pathlib.Path:
-  candidates = _below(data.root, data.split), pathlib.Path(data.split), splits.published(data.split)
+  candidates = _below(data.root, data.split), _below("", data.split), splits.published(data.split)
   found = next((path for path in candidates if path is not None and path.is_file()), None)
   if found is None:
     problems = checks.Problems("config.data cannot be used")
     allowed = "'1_k' such as '1_8' (a random eighth), 'every_k', 'full', a list file, or a published list: 'voc2012/cps/1_8', ..."
-    known = [*splits.published_names(), *(path.name for path in pathlib.Path(data.root).glob("*.txt"))]
+    known = [*splits.published_names(), *(path.name for path in _below(data.root, "").glob("*.txt"))]
     problems.add("config.data.split", got=repr(data.split), allowed=allowed, remedy=checks.nearest(data.split, known))
     problems.raise_if_any()
   return found
@@ -541,6 +589,7 @@ def build_pipeline(config: configs.ConfigDict, data: Data, method: Method) -> Pi
     seed=config.seed,
     mean=config.data.mean,
     std=config.data.std,
+    skipped=data.skipped,
     **of_labeled,
   )
 
@@ -596,7 +645,8 @@ def panel_batch(specs: Sequence[PipelineSpec], data: Data, num_images: int) -> d
   """A batch to show what the unlabeled images teach: the same views as in training, with the first domain's truth where known."""
   shown = [dataclasses.replace(spec, batch_size_labeled_global=1, batch_size_unlabeled_global=num_images) for spec in specs]
   shown[0] = dataclasses.replace(shown[0], with_truth=data.truth_known)
-  return _joined(*(next(pipeline.train_batches(spec)) for spec in shown))
+  with pipeline.train_batches(*shown) as feed:
+    return next(feed)
 
 
 def check_run(config: configs.ConfigDict) -> None:
@@ -648,7 +698,7 @@ def build_protocol(config: configs.ConfigDict) -> Protocol:
   if options.preset:
     checks.check_name("config.evaluation.preset", options.preset, inference.PRESETS)
     return inference.PRESETS[options.preset]
-  protocol = Protocol(**{name: options[name] for name in Protocol._fields})
+  protocol = Protocol(**{name: options[name] for name in inference.OPTIONS})
   inference.check_protocol(protocol)
   return protocol
 
@@ -657,6 +707,14 @@ def describe_protocol(config: configs.ConfigDict) -> str:
   """The protocol in words, after its preset's name where it is one: "cps_voc: sliding windows of 512x512, ..."."""
   preset = config.evaluation.preset
   return f"{preset}: " * bool(preset) + inference.describe(build_protocol(config))
+
+
+def _protocol_flags(config: configs.ConfigDict, protocol: Protocol) -> str:
+  """What a command line must say so that the config's protocol becomes this one."""
+  options, said = config.evaluation, protocol._asdict()
+  flags = ["--config.evaluation.preset="] * bool(options.preset)
+  flags += [f"--config.evaluation.{name}={said[name]}" for name in inference.OPTIONS if said[name] not in (options[name], None)]
+  return " ".join(map(shlex.quote, flags))
 
 
 def build_evaluator(
@@ -673,7 +731,8 @@ def build_evaluator(
       names.append(name)
       if config.evaluation.get("image_labels") and name not in method.predictor_hints:
         names.append(name + hints.IMAGE_LABELS)
-  return _evaluator(config, data, method, mesh, names, "evaluated", protocol=build_protocol(config))
+  flags = functools.partial(_protocol_flags, config)
+  return _evaluator(config, data, method, mesh, names, "evaluated", protocol=build_protocol(config), flags=flags)
 
 
 def build_labeler(
@@ -744,16 +803,7 @@ def _weak_labels(data_config: configs.ConfigDict, data: Data, role: str, kind: s
   return hints.image_labels_of_masks(source, len(data.classes)) if kind == "image" else hints.boxes_of_masks(source, data.classes)
 
 
-def batches(*specs: PipelineSpec):
-  """start_step -> this process's share of every global batch of all domains from that step on."""
+def batches(*specs: PipelineSpec) -> Callable[[int], Feed]:
+  """start_step -> this process's share of every global batch of all domains from that step on; to be closed."""
   share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-  return lambda start_step: map(_joined, *(pipeline.train_batches(spec, start_step=start_step, **share) for spec in specs))
-
-
-def _joined(*of_domains: dict) -> dict:
-  """One batch of those of the domains; the streams of further ones have their number in the name, "labeled_1"."""
-  return {
-    f"{stream}_{number}" if number else stream: arrays
-    for number, batch in enumerate(of_domains)
-    for stream, arrays in batch.items()
-  }
+  return lambda start_step: pipeline.train_batches(*specs, start_step=start_step, **share)

@@ -9,6 +9,7 @@ report.json, of --out:
               "sizes": [[height, width, images]],         the most frequent first
               "classes": {CLASS: {"pixels": int, "share": number | null, "images": int}} | null,   null: masks are not opened
               "ignored_share": number | null}},
+   "domains": {NAME: {"split": str, "classes": [str], "roles": {...}}},   of config.other_data; their roles in findings: NAME/ROLE
    "findings": [{"severity": "error" | "warning", "kind": str, "role": str, "what": str, "remedy": str,
                  "items": [{"path": str, "detail": str}]}]}
 
@@ -18,22 +19,26 @@ Kinds are the keys of data.audit.KINDS. Shares are fractions: of a class among t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import json
+import logging
+import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from pseudoseg_jax import build, command_line, config as configs
+from pseudoseg_jax import build, checks, command_line, config as configs
 from pseudoseg_jax.data import audit
-from pseudoseg_jax.data.audit import Audit, Finding
+from pseudoseg_jax.data.audit import Audit, Finding, Item
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.sources import Source
+from pseudoseg_jax.engine import mesh as meshes
 from pseudoseg_jax.evaluation import pictures, report
 from pseudoseg_jax.evaluation.progress import Progress
 
@@ -43,11 +48,13 @@ _EXAMPLES = 6  # images of a role in its picture
 
 DESCRIPTION = """\
 Opens the data of a config as training would, decodes every image and every mask, and reports what is damaged, what is in
-two lists, and how often each class occurs. Masks of unlabeled images are never opened. With --out it also writes
+two lists, what is not used, and how often each class occurs; and whatever else training with this config would refuse. Masks of
+unlabeled images are never opened. With --out it also writes
 
   OUT/report.json                     everything, for programs
   OUT/labeled.png, evaluated.png      a few images with their masks
   OUT/classes.png                     how often each class occurs
+  OUT/NAME/...                        these pictures of a further domain, config.other_data.NAME
 
 Exit code: 0 without errors (there may be warnings), 1 with errors, 2 where nothing can be opened.
 """
@@ -72,21 +79,44 @@ def _parse(arguments):
 
 def main(arguments=None) -> int:
   known, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a training run may need the accelerator's memory
 
   def command():
-    data = build.build_data(configs.load(known.config, overrides).data, check=False)
-    audits, findings = look(data)
-    print(tables(audits, data.classes))
+    config = configs.load(known.config, overrides)
+    looked = [look(*opened) for opened in _opened(config)]
+    findings = [finding for found in looked for finding in found.findings]
+    findings += refusals(config, looked, [finding for finding in findings if finding.severity == "error"])
+    findings.sort(key=lambda finding: finding.severity != "error")
+    for found in looked:
+      print(f"\n{found.name}:" * bool(found.name) + tables(found.audits, found.data.classes))
     print(findings_text(findings, known.most))
     if known.out is not None:
-      write(known.out, known.config, data, audits, findings)
+      write(known.out, known.config, looked, findings)
     return int(any(finding.severity == "error" for finding in findings))
 
   return command_line.run(command)
 
 
-def look(data: build.Data) -> tuple[dict[str, Audit], list[Finding]]:
-  """Every role's audit, and all findings, errors first."""
+class Looked(NamedTuple):
+  """What the data of a domain are. name: that of config.other_data; "" of config.data. audits: by role."""
+
+  name: str
+  data: build.Data
+  audits: dict[str, Audit]
+  findings: list[Finding]
+
+
+def _opened(config: configs.ConfigDict) -> Iterator[tuple[str, configs.ConfigDict, build.Data]]:
+  """(name, options, data) of config.data and of each of config.other_data."""
+  for name, options in [("", config.data), *sorted(config.get("other_data", {}).items())]:
+    try:
+      yield name, options, build.build_data(options, check=False)
+    except checks.InputError as error:
+      raise checks.InputError(f"domain '{name}': {error}" if name else str(error)) from error
+
+
+def look(name: str, options: configs.ConfigDict, data: build.Data) -> Looked:
+  """Decodes everything."""
   sources = {role: getattr(data, role) for role in ROLES}
   progress = _progress(sum(map(len, sources.values())))
   audits = {
@@ -95,7 +125,75 @@ def look(data: build.Data) -> tuple[dict[str, Audit], list[Finding]]:
   }
   print(f"{progress.done} images decoded in {progress.seconds():.1f} s")
   findings = [finding for found in audits.values() for finding in found.findings] + audit.overlaps(audits)
-  return audits, sorted(findings, key=lambda finding: finding.severity != "error")
+  left_out = tuple(Item(str(path), why) for path, why in build.left_out(options))
+  findings += [Finding("left_out", "files", left_out)] if left_out else []
+  if name:
+    findings = [finding._replace(role=f"{name}/{finding.role}") for finding in findings]
+  return Looked(name, data, audits, findings)
+
+
+def refusals(config: configs.ConfigDict, looked: Sequence[Looked], known: Sequence[Finding]) -> list[Finding]:
+  """What training says of the config and its data before its first step, besides what it says of the files of `known`.
+
+  Starting weights are not looked at.
+  """
+  messages = []
+
+  def tried(call: Callable[[], Any]) -> Any:
+    try:
+      with _quiet():
+        return call()
+    except checks.InputError as error:
+      messages.append(str(error))
+
+  tried(lambda: build.check_run(config))
+  domains = tried(lambda: build.build_domains(config)) or _unchecked(config, looked)
+  (data, *others), mesh = (domain.data for domain in domains), meshes.make_mesh()
+  sizes = len(data.classes), len(data.unlabeled), [len(other.classes) for other in others]
+  method = tried(lambda: build.build_method(config, *sizes))
+  if method is not None:
+    tried(lambda: build.build_pipelines(domains, method))
+    for number, domain in enumerate(domains):
+      tried(lambda number=number, domain=domain: build.build_evaluator(domain.config, domain.data, method, mesh, number))
+  of_files = [f"{what} {item.path}" for finding in known for item in finding.items for what in ("image", "mask")]
+  items = dict.fromkeys(item for message in messages for item in _problems(message))
+  items = [item for item in items if not any(known in text for text in item for known in of_files)]
+  return [Finding("not_trainable", "config", tuple(items))] if items else []
+
+
+def _unchecked(config: configs.ConfigDict, looked: Sequence[Looked]) -> list[build.Domain]:
+  """Domains of data that training refuses, to see what else it refuses."""
+  domains = []
+  for name, data, *_ in looked:
+    own = config.copy_and_resolve_references()
+    if name:
+      own.data = {**config.other_data[name].to_dict(), "mean": config.data.mean, "std": config.data.std}
+    domains.append(build.Domain(name, own, data))
+  return domains
+
+
+def _problems(message: str) -> list[Item]:
+  """The problems of an InputError one by one, each with the headline above it."""
+  headline, items = "", []
+  for line in message.splitlines():
+    line = line.strip().removeprefix("- ")
+    if line.endswith(":"):
+      headline = line.removesuffix(":")
+    else:
+      items.append(Item(headline or "error", line))
+  return items
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Warnings of building are among the findings."""
+  log = logging.getLogger("pseudoseg_jax")
+  before = log.level
+  log.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    log.setLevel(before)
 
 
 def tables(audits: Mapping[str, Audit], classes: Classes) -> str:
@@ -127,26 +225,28 @@ def findings_text(findings: Sequence[Finding], most: int) -> str:
   return "\n".join([*lines, *([""] if lines else []), _verdict(findings)])
 
 
-def write(out: pathlib.Path, config: str, data: build.Data, audits: Mapping[str, Audit], findings: Sequence[Finding]) -> None:
+def write(out: pathlib.Path, config: str, looked: Sequence[Looked], findings: Sequence[Finding]) -> None:
   """Writes report.json and the pictures, and says where they are."""
-  content = as_json(audits, findings, data.classes) | {"config": config, "split": data.split}
+  content = {"config": config} | as_json(looked, findings)
   report.write_atomically(out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-  written = ["report.json"]
-  for role, found in audits.items():
-    if found.has_masks and found.usable:
-      pictures.save(examples(getattr(data, role), found, data.classes), out / f"{role}.png")
-      written.append(f"{role}.png")
-  class_picture({role: found for role, found in audits.items() if found.has_masks}, data.classes, out / "classes.png")
-  print("\n".join(f"  {out / name}" for name in (*written, "classes.png")))
+  written = [out / "report.json"]
+  for name, data, audits, _ in looked:
+    for role, found in audits.items():
+      if found.has_masks and found.usable:
+        written.append(out / name / f"{role}.png")
+        pictures.save(examples(getattr(data, role), found, data.classes), written[-1])
+    written.append(out / name / "classes.png")
+    class_picture({role: found for role, found in audits.items() if found.has_masks}, data.classes, written[-1])
+  print("\n".join(f"  {path}" for path in written))
 
 
-def as_json(audits: Mapping[str, Audit], findings: Sequence[Finding], classes: Classes) -> dict[str, Any]:
-  """What report.json holds, but for config and split."""
-  return {
-    "classes": list(classes.names),
+def as_json(looked: Sequence[Looked], findings: Sequence[Finding]) -> dict[str, Any]:
+  """What report.json holds, but for config."""
+  first, *others = (_domain_json(found) for found in looked)
+  return first | {
     "errors": sum(finding.severity == "error" for finding in findings),
     "warnings": sum(finding.severity == "warning" for finding in findings),
-    "roles": {role: _role_json(found, classes) for role, found in audits.items()},
+    "domains": {found.name: content for found, content in zip(looked[1:], others, strict=True)},
     "findings": [
       {
         "severity": finding.severity,
@@ -157,6 +257,15 @@ def as_json(audits: Mapping[str, Audit], findings: Sequence[Finding], classes: C
       }
       for finding in findings
     ],
+  }
+
+
+def _domain_json(looked: Looked) -> dict[str, Any]:
+  classes = looked.data.classes
+  return {
+    "split": looked.data.split,
+    "classes": list(classes.names),
+    "roles": {role: _role_json(found, classes) for role, found in looked.audits.items()},
   }
 
 

@@ -243,6 +243,139 @@ def test_damaged_data_fail_and_long_lists_are_cut_but_not_in_the_report(tmp_path
   assert [item["path"] for item in finding["items"]] == [str(tmp_path / f"images/{name}.jpg") for name in "bcdefg"]
 
 
+def test_what_training_refuses_is_an_error_here_too(tmp_path, capsys):
+  config = make_config(tmp_path, labeled="ab", unlabeled="cd", evaluated="e")
+  for name in "abcde":
+    Image.open(tmp_path / f"images/{name}.jpg").convert("RGBA").save(tmp_path / f"images/{name}.tif")
+    (tmp_path / f"images/{name}.jpg").unlink()
+  four = [config, "--config.data.image_pattern=images/{id}.tif", "--config.data.channels=4"]
+  assert check_data.main([*four, f"--out={tmp_path / 'out'}"]) == 1
+  (finding,) = json.loads((tmp_path / "out/report.json").read_text())["findings"]
+  assert (finding["severity"], finding["kind"], finding["role"]) == ("error", "not_trainable", "config")
+  assert any("data.mean: got 3 values" in item["detail"] and "4 channels" in item["detail"] for item in finding["items"])
+  assert any("data.std: got 3 values" in item["detail"] for item in finding["items"])
+  assert "error: config: what training refuses" in capsys.readouterr().out
+  assert check_data.main([*four, "--config.data.mean=0.5,0.5,0.5,0.5", "--config.data.std=0.2,0.2,0.2,0.2"]) == 0
+
+
+@pytest.mark.parametrize(
+  ("options", "part"),
+  [
+    (["--config.batch_size_global.labeled=0"], "config.batch_size_global.labeled: got 0"),
+    (["--config.evaluation.style=windows"], "windows"),
+    (["--config.views.crop_size=0,5"], "crop_size"),
+    (["--config.optimizer.name=lion"], "lion"),
+  ],
+)
+def test_options_that_training_refuses_are_told_with_all_else(tmp_path, capsys, options, part):
+  config = make_config(tmp_path, labeled="ab", unlabeled="cd", evaluated="e")
+  truncate(tmp_path / "images/d.jpg")
+  assert check_data.main([config, *options, "--most=20"]) == 1
+  told = capsys.readouterr().out
+  refused = told.partition("what training refuses")[2]
+  assert part in refused and "images/d.jpg" not in refused and "images that cannot be read (1)" in told
+
+
+@pytest.mark.parametrize(
+  ("option", "part"),
+  [("labeled_every=0", "config.labeled_every: got 0"), ("pseudo_labels.folder=gone", "no such folder of labels")],
+)
+def test_what_is_made_of_the_data_is_refused_here_too(tmp_path, capsys, option, part):
+  config = make_config(tmp_path, labeled="ab", unlabeled="cd", evaluated="e")
+  assert check_data.main([config, f"--config.{option}"]) == 1
+  assert part in capsys.readouterr().out
+
+
+def test_weak_labels_that_the_method_needs_are_opened(tmp_path, capsys):
+  config = make_config(tmp_path, labeled="ab", unlabeled="cd", evaluated="e")
+  (tmp_path / "config.py").write_text((tmp_path / "config.py").read_text().replace('"supervised"', '"learn_pseudo"'))
+  for text, code, part in ((None, 1, "tags.csv"), ("c,cat\nd,horse\n", 1, "horse"), ("c,cat\nd,sky,dog\n", 0, "nothing wrong")):
+    if text:
+      (tmp_path / "tags.csv").write_text(text)
+    assert check_data.main([config, "--config.data.image_labels=tags.csv"]) == code
+    assert part in capsys.readouterr().out
+
+
+def test_files_that_are_not_used_and_orientations_are_warnings(tmp_path, capsys):
+  config = make_config(tmp_path, labeled="ab", unlabeled="cd", evaluated="e")
+  exif = Image.Exif()
+  exif[0x0112] = 3
+  Image.open(tmp_path / "images/c.jpg").save(tmp_path / "images/c.jpg", exif=exif)
+  (tmp_path / "val").mkdir()
+  add(tmp_path / "val", "f", mask=np.uint8([[0, 1], [2, 255]]).repeat(HEIGHT // 2, axis=0).repeat(WIDTH // 2, axis=1))
+  Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "val/images/g.png")
+  (tmp_path / "val/images/._f.jpg").write_bytes(b"of macOS")
+  options = ["--config.data.eval_list=", "--config.data.eval_image_pattern=val/images/{id}.jpg"]
+  options += ["--config.data.eval_label_pattern=val/labels/{id}.png", f"--out={tmp_path / 'out'}"]
+  for setting in ("apply", "ignore"):
+    assert check_data.main([config, *options, f"--config.data.exif_orientation={setting}"]) == 0
+    told = capsys.readouterr()
+    assert told.err.count("not used") == 0  # it is said once, among the findings
+    findings = {found["kind"]: found for found in json.loads((tmp_path / "out/report.json").read_text())["findings"]}
+    left_out, turned = findings["left_out"], findings["exif_orientation"]
+    assert [item["path"] for item in left_out["items"]] == [str(tmp_path / "val/images/g.png")]
+    assert left_out["severity"] == turned["severity"] == "warning" and turned["role"] == "unlabeled"
+    ((path, detail),) = [item.values() for item in turned["items"]]
+    assert path == str(tmp_path / "images/c.jpg") and "orientation 3" in detail
+    assert {"apply": "applied", "ignore": "ignored"}[setting] in detail
+
+
+def test_masks_that_another_orientation_fits_are_told_so_and_the_remedy_works(tmp_path, capsys):
+  config = make_config(tmp_path, labeled="ab", unlabeled="cd", evaluated="e")
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  Image.open(tmp_path / "images/b.jpg").save(tmp_path / "images/b.jpg", exif=exif)  # the mask fits the pixels as stored
+  assert check_data.main([config]) == 1
+  (line,) = [line for line in capsys.readouterr().out.splitlines() if "labels/b.png" in line]
+  remedy = line.rpartition(" ")[2]
+  assert remedy == "config.data.exif_orientation=ignore"
+  assert check_data.main([config, f"--{remedy}"]) == 0
+
+
+@pytest.mark.parametrize(
+  ("content", "reason"),
+  [
+    (b"", "0 bytes"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+    (b"<!DOCTYPE html><html></html>", "HTML"),
+  ],
+)
+def test_files_that_stand_in_for_images_and_masks_are_recognized(tmp_path, capsys, content, reason):
+  config = make_config(tmp_path, labeled="ab", unlabeled="cd", evaluated="e")
+  for path in ("images/d.jpg", "labels/b.png"):
+    (tmp_path / path).write_bytes(content)
+  assert check_data.main([config]) == 1
+  told = capsys.readouterr().out.splitlines()
+  for path in ("images/d.jpg", "labels/b.png"):
+    assert any(f"{tmp_path / path}: " in line and reason in line for line in told)
+
+
+def test_values_that_are_not_finite_lead_to_the_file(tmp_path, capsys):
+  config = make_config(tmp_path, labeled="ab", unlabeled="cd", evaluated="e")
+  for name in "abcde":
+    pixels = np.full((HEIGHT, WIDTH, 3), 100 + ord(name), np.float32)
+    pixels[1, 2] = np.nan if name == "d" else 7
+    np.save(tmp_path / f"images/{name}.npy", pixels)
+  assert check_data.main([config, "--config.data.image_pattern=images/{id}.npy"]) == 1
+  assert f"{tmp_path / 'images/d.npy'}: values: got NaN" in capsys.readouterr().out
+
+
+def test_further_domains_are_looked_at_too(tmp_path, capsys):
+  make_config(tmp_path, labeled="ab", unlabeled="cd", evaluated="e")
+  (tmp_path / "other").mkdir()
+  make_config(tmp_path / "other", labeled="fg", unlabeled="hi", evaluated="j")
+  truncate(tmp_path / "other/images/h.jpg")
+  text = CONFIG.replace("supervised", "cct_domains").replace("ROOT", str(tmp_path))
+  other = text[text.index("configs.folder_data") : text.index("  ))\n") + 3].replace(str(tmp_path), str(tmp_path / "other"))
+  (tmp_path / "config.py").write_text(text.replace("  return", f"  config.other_data.second = {other}\n  return"))
+  assert check_data.main([f"--config={tmp_path / 'config.py'}", f"--out={tmp_path / 'out'}"]) == 1
+  written = json.loads((tmp_path / "out/report.json").read_text())
+  assert written["domains"]["second"]["roles"]["labeled"]["images"] == 2
+  (finding,) = [found for found in written["findings"] if found["kind"] == "unreadable_image"]
+  assert finding["role"] == "second/unlabeled" and finding["items"][0]["path"] == str(tmp_path / "other/images/h.jpg")
+  assert (tmp_path / "out/second/labeled.png").is_file()
+
+
 def test_unusable_input_and_interruptions_have_codes_of_their_own(tmp_path, capsys, monkeypatch):
   config = make_config(tmp_path, labeled="a", unlabeled="b", evaluated="c")
   assert check_data.main([config, f"--config.data.root={tmp_path / 'elsewhere'}"]) == 2

@@ -1,3 +1,6 @@
+import io
+import random
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -70,7 +73,7 @@ def test_exif_orientations_are_treated_as_told(tmp_path, setting, shape):
   Image.new("RGB", (5, 4)).save(tmp_path / "x.jpg", exif=turned(6))
   source = sources.image_folder(tmp_path, exif_orientation=setting)
   assert source.image(0).shape[:2] == source.size(0) == shape
-  assert source.orientation(0) == 6
+  assert source.orientation_in_words(0).startswith(f"orientation 6, {'applied' if setting == 'apply' else 'ignored'}")
 
 
 @pytest.mark.parametrize(("setting", "size", "other"), [("apply", (6, 8), "ignore"), ("ignore", (8, 6), "apply")])
@@ -352,3 +355,80 @@ def test_unchecked_sources_open_whatever_is_wrong_and_say_it_when_read(tmp_path)
   for read, name in ((source.image, "images/train/b.jpg"), (source.size, "images/train/b.jpg")):
     assert name in message(lambda read=read: read(1))
   assert "labels/train/a.png" in message(lambda: source.label(0))
+
+
+def encoded_files():
+  """Whole files by ending, among them arrays that are no images."""
+  rng = np.random.default_rng(0)
+  arrays = [(rng.random(shape) * 2).astype(dtype) for dtype in "u1 u2 f4 i8 ?".split() for shape in ((6, 8), (6, 8, 3))]
+  arrays += [np.array([{}], object), np.array(3), np.zeros(5), np.zeros((0, 8, 3), np.uint8), np.zeros((2, 2, 2, 2)), np.array(["x"])]
+  arrays += [np.zeros((6, 8), complex), np.zeros((6, 8), [("a", "u1")]), np.full((6, 8), np.nan), np.zeros((6, 8), "M8[s]")]
+  files = {"npy": [npy_bytes(array) for array in arrays]}
+  color = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
+  for suffix, form, modes in (("png", "PNG", "L P RGB RGBA LA 1"), ("jpg", "JPEG", "L RGB CMYK"), ("tif", "TIFF", "L RGB F 1")):
+    for mode in modes.split():
+      for orientation in (1, 6):
+        file = io.BytesIO()
+        color.convert(mode).save(file, form, exif=turned(orientation))
+        files.setdefault(suffix, []).append(file.getvalue())
+  return files
+
+
+def npy_bytes(array):
+  file = io.BytesIO()
+  np.save(file, array, allow_pickle=True)
+  return file.getvalue()
+
+
+def mutated(rng, content):
+  """Cut, with bits flipped, with another header, longer or shorter."""
+  content = bytearray(content)
+  place = rng.randrange(len(content))
+  match rng.randrange(5):
+    case 0:
+      del content[place:]
+    case 1:
+      for _ in range(rng.randint(1, 8)):
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    case 2:
+      for _ in range(3):
+        content[rng.randrange(min(128, len(content)))] = ord(rng.choice("0123456789-,()'<>|fiuOV"))
+    case 3:
+      content[place:place] = rng.randbytes(rng.randint(1, 9))
+    case 4:
+      del content[place : place + rng.randint(1, 20)]
+  return bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore")  # of PIL, about what it skips in damaged headers
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_a_file_holds_it_is_read_or_refused_by_its_path(tmp_path, seed):
+  rng = random.Random(seed)
+  files = encoded_files()
+  outcomes = []
+  for number in range(40):
+    suffix = rng.choice(sorted(files))
+    content = rng.choice(files[suffix])
+    path = tmp_path / f"{number}.{rng.choice(sorted(files)) if rng.random() < 0.1 else suffix}"
+    path.write_bytes(mutated(rng, content) if rng.random() < 0.8 else content)
+    options = dict(image_pattern=f"{{id}}{path.suffix}", label_pattern=f"{{id}}{path.suffix}", num_classes=3)
+    options |= dict(channels=rng.choice((1, 3, 4)), exif_orientation=rng.choice(("apply", "ignore")), check=rng.random() < 0.5)
+    options |= dict(mask_colors={(0, 0, 0): 0} if rng.random() < 0.3 else None)
+    try:
+      source = sources.FolderSource(tmp_path, [str(number)], **options)
+    except checks.InputError as error:
+      assert str(path) in str(error)
+      outcomes.append("refused")
+      continue
+    source.orientation_in_words(0), source.orientation_remedy(0)
+    for read in (source.size, source.image, source.label):
+      try:
+        found = read(0)
+      except checks.InputError as error:
+        assert str(path) in str(error)
+        outcomes.append("refused")
+      else:
+        assert read != source.image or found.shape == (*source.size(0), options["channels"]) and np.isfinite(found).all()
+        assert read != source.label or found.ndim == 2 and found.dtype == np.uint8
+        outcomes.append("read")
+  assert {*outcomes} == {"refused", "read"}

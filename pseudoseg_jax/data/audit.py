@@ -24,8 +24,14 @@ ERRORS = {
   "size_mismatch": ("masks of another size than their image", "export them again at the image's own size"),
   "no_class_but_0": ("masks of 0 and 255 alone; none has more", "255 is 'no opinion'; as class 1: config.data.label_map=255:1"),
   "labeled_in_evaluated": ("labeled images that are also evaluated", "take them out of one list: such scores mean nothing"),
+  "not_trainable": ("what training refuses", "training with this config would end with these errors"),
 }
 WARNINGS = {
+  "left_out": ("files beside the images that are not used", "convert or rename them, or correct the pattern, if they are images"),
+  "exif_orientation": (
+    "images with an EXIF orientation",
+    "config.data.exif_orientation=apply takes image and mask as viewers show them, ignore takes both as stored: which fits?",
+  ),
   "only_0_and_255": ("masks of 0 and 255 alone", "255 is 'no opinion'; does it stand for a class here?"),
   "only_ignored": ("masks of ignored pixels alone", "nothing can be learnt from them, and nothing scored"),
   "unseen_class": ("classes of which no mask holds a pixel", "they cannot be learnt from these images, or scored on them"),
@@ -46,7 +52,7 @@ class Item(NamedTuple):
 
 
 class Finding(NamedTuple):
-  """Everything of one kind. kind: a key of KINDS. role: whose images, e.g. "labeled"."""
+  """Everything of one kind. kind: a key of KINDS. role: whose images, e.g. "labeled"; else what it is about."""
 
   kind: str
   role: str
@@ -125,7 +131,7 @@ def audit(
 
 
 def overlaps(audits: Mapping[str, Audit]) -> list[Finding]:
-  """Images that stand in two of the roles, as the same file or with the same pixels in another."""
+  """Images that stand in two of the roles "labeled", "unlabeled", "evaluated", as the same file or with the same pixels."""
   findings = []
   for first, second in _PAIRS:
     if first in audits and second in audits:
@@ -156,6 +162,10 @@ def _look(source: Source, row: int, role: str, with_masks: bool) -> _Seen:
   except checks.InputError as error:
     path = _path(source, "image", row, role)
     problems.append(("unreadable_image", Item(path, _reason(error, path))))
+  else:
+    orientation = source.orientation_in_words(row) if hasattr(source, "orientation_in_words") else ""
+    if orientation:
+      problems.append(("exif_orientation", Item(_path(source, "image", row, role), orientation)))
   if with_masks:
     path = _path(source, "label", row, role)
     try:
@@ -164,7 +174,9 @@ def _look(source: Source, row: int, role: str, with_masks: bool) -> _Seen:
       problems.append(_unusable_mask(path, _reason(error, path)))
   if label is not None:
     if size is not None and label.shape != size:
-      problems.append(("size_mismatch", Item(path, "{} x {}, the image {} x {} (height x width)".format(*label.shape, *size))))
+      detail = "{} x {}, the image {} x {} (height x width)".format(*label.shape, *size)
+      remedy = source.orientation_remedy(row) if hasattr(source, "orientation_remedy") else ""
+      problems.append(("size_mismatch", Item(path, "; ".join(filter(None, (detail, remedy))))))
     else:
       counts = np.bincount(label.ravel(), minlength=256)
       held = np.flatnonzero(counts).tolist()
@@ -183,12 +195,10 @@ def _unusable_mask(path: str, reason: str) -> tuple[str, Item]:
 
 
 def _reason(error: checks.InputError, path: str) -> str:
-  """The message without its headline, and without what Finding says itself: the path, and what to do with damaged files."""
+  """The message without its headline and the path, which are said anyway."""
   headline, *lines = str(error).splitlines()
   reason = " ".join(line.strip().removeprefix("- ") for line in lines) or headline
-  if reason.startswith("file: got "):
-    reason = reason.removeprefix("file: got ").rpartition("; ")[0]
-  return reason.replace(f" '{path}'", "").rstrip(":")
+  return reason.removeprefix("file: got ").replace(f" '{path}'", "").rstrip(":")
 
 
 def _path(source: Source, what: str, row: int, role: str) -> str:

@@ -11,7 +11,7 @@ import difflib
 import itertools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import IGNORE_LABEL
 from pseudoseg_jax.data import decode, listing, splits
+from pseudoseg_jax.data.skipped import Skipped
 from pseudoseg_jax.data.splits import Entry
 
 _COLOR_CODE = np.array([1 << 16, 1 << 8, 1], np.int32)  # red, green, blue -> one number
@@ -66,6 +67,9 @@ class FolderSource:
     ignore_index: the stored value of pixels without a label.
     channels, max_value: of images, see `decode.read_image`.
     exif_orientation: of images and masks, "apply" or "ignore"; see `decode.read_image`.
+    skipped: files that show at construction that they cannot be read are noted there, and their entries left out, unless that
+      leaves none. None: they are errors.
+    masks_only: there are no images: of the source, masks and their sizes may be asked.
     check: False opens without looking at any file; whatever is wrong then shows when it is read.
 
   Raises:
@@ -89,12 +93,15 @@ class FolderSource:
     channels: int = 3,
     max_value: float = 0.0,
     exif_orientation: str = "apply",
+    masks_only: bool = False,
+    skipped: Skipped | None = None,
     check: bool = True,
   ):
     self.root = pathlib.Path(root)
     self.image_pattern = image_pattern
     self.label_pattern = label_pattern
     self.has_labels = label_pattern is not None or num_classes is not None
+    self._kinds = ("image", "label")[masks_only : 1 + self.has_labels]
     self.num_classes = num_classes
     self.channels = channels
     self.max_value, self.exif_orientation = max_value, exif_orientation
@@ -117,8 +124,10 @@ class FolderSource:
     problems.raise_if_any()
 
     files = listing.Files()
-    self._image_paths = self._found(files, self.image_pattern, [entry.image for entry in self.entries])
     self._label_paths = self._found(files, self.label_pattern, [entry.mask for entry in self.entries]) if self.has_labels else []
+    self._image_paths = self._label_paths
+    if not masks_only:
+      self._image_paths = self._found(files, self.image_pattern, [entry.image for entry in self.entries])
     self._colors = _color_table(mask_colors) if mask_colors else None
     if self.has_labels:
       self._table = _label_table(num_classes, label_map or {}, reduce_zero_label, ignore_index)
@@ -126,7 +135,7 @@ class FolderSource:
     self.dtype = np.uint8
     if check:
       if self._check_present(files, problems):  # headers of absent files would only say the same again
-        self._check_headers(problems)
+        self._check_headers(problems, skipped)
       problems.raise_if_any()
     else:
       header = self._header(self.image_path(0))
@@ -230,12 +239,9 @@ class FolderSource:
     repeated = [name for name, count in collections.Counter(self.ids).items() if count > 1]
     if repeated:
       problems.add(self._list_name, got=f"{splits.shorten(repeated)} more than once", allowed="every id once")
-    images, masks = [(entry.id, entry.image) for entry in self.entries], [(entry.id, entry.mask) for entry in self.entries]
-    for what, pattern, paths in (("image", self.image_pattern, images), ("label", self.label_pattern, masks))[
-      : 1 + self.has_labels
-    ]:
-      without = [name for name, path in paths if path is None]
-      if without and pattern is None:
+    for what in self._kinds:
+      without = [entry.id for entry in self.entries if (entry.image if what == "image" else entry.mask) is None]
+      if without and getattr(self, f"{what}_pattern") is None:
         remedy = f"give {what}_pattern, or a list of lines `image mask`"
         problems.add(self._list_name, got=f"no {what} file for {splits.shorten(without)}", remedy=remedy)
 
@@ -257,8 +263,8 @@ class FolderSource:
   def _check_present(self, files: listing.Files, problems: checks.Problems) -> bool:
     """Adds what is missing; says whether all is there."""
     whole = True
-    kinds = [("image", self.image_pattern, self._image_paths), ("label", self.label_pattern, self._label_paths)]
-    for what, pattern, paths in kinds[: 1 + self.has_labels]:
+    for what in self._kinds:
+      pattern, paths = getattr(self, f"{what}_pattern"), getattr(self, f"_{what}_paths")
       missing = [(row, files.why_absent(path)) for row, path in enumerate(paths) if path not in files]
       whole = whole and not missing
       for row, why in missing:
@@ -274,14 +280,19 @@ class FolderSource:
         listing.check_locale([self.ids[row] for row in absent], problems)
     return whole
 
-  def _check_headers(self, problems):
+  def _check_headers(self, problems: checks.Problems, skipped: Skipped | None):
     rows = range(len(self))
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
       images = list(pool.map(self._header, self._image_paths))
       masks = list(pool.map(self._mask_header, self._label_paths)) if self.has_labels else [None] * len(self)
+    damaged = {row for row in rows if isinstance(images[row], Exception) or isinstance(masks[row], Exception)}
+    leave_out = skipped is not None and len(damaged) < len(self)
     for row, image, mask in zip(rows, images, masks, strict=True):
-      for what, path_of, header in (("image", self.image_path, image), ("mask", self.label_path, mask)):
-        if isinstance(header, Exception):
+      found = {"image": ("image", self.image_path, image), "label": ("mask", self.label_path, mask)}
+      for what, path_of, header in (found[kind] for kind in self._kinds):
+        if isinstance(header, Exception) and leave_out:
+          skipped.add(path_of(row), str(header))
+        elif isinstance(header, Exception):
           problems.add(f"{what} {path_of(row)}", **header.problem)
       if not isinstance(image, decode.Header):
         continue
@@ -293,20 +304,32 @@ class FolderSource:
           f"mask {self.label_path(row)}",
           got=f"height x width {mask.size[0]} x {mask.size[1]}",
           allowed=f"{image.size[0]} x {image.size[1]}, as its image {self.image_path(row)}",
-          remedy=self.orientation_remedy(row),
+          remedy=self.orientation_remedy(row) or None,
         )
+    if leave_out and damaged:
+      self._keep([row for row in rows if row not in damaged])
 
-  def orientation(self, row: int) -> int:
-    """The EXIF orientation that an image's file tells, 1..8; 1 is none."""
+  def _keep(self, rows: Sequence[int]) -> None:
+    """Only these rows remain."""
+    self.entries, self.ids = (tuple(values[row] for row in rows) for values in (self.entries, self.ids))
+    self._image_paths = [self._image_paths[row] for row in rows]
+    self._label_paths = [self._label_paths[row] for row in rows if self.has_labels]
+    self._sizes = self._sizes[rows]
+
+  def orientation_in_words(self, row: int) -> str:
+    """The EXIF orientation that an image's file has, and what is done with it; "" without one."""
     header = self._header(self.image_path(row))
-    return header.orientation if isinstance(header, decode.Header) else 1
+    if not isinstance(header, decode.Header) or header.orientation == 1:
+      return ""
+    done = {"apply": "applied: the picture is taken as viewers show it", "ignore": "ignored: the pixels are taken as stored"}
+    return f"orientation {header.orientation}, {done[self.exif_orientation]}"
 
-  def orientation_remedy(self, row: int) -> str | None:
-    """What to say of an image and a mask of unlike sizes that the other treatment of EXIF orientations would make equal."""
+  def orientation_remedy(self, row: int) -> str:
+    """What to say of an image and a mask of unlike sizes that the other treatment of EXIF orientations makes equal; else ""."""
     other = {"apply": "ignore", "ignore": "apply"}[self.exif_orientation]
     image, mask = (decode.header(path, exif_orientation=other) for path in (self.image_path(row), self.label_path(row)))
     if not (isinstance(image, decode.Header) and isinstance(mask, decode.Header)) or image.size != mask.size:
-      return None
+      return ""
     drawn = {"apply": "turned as", "ignore": "not turned as"}[self.exif_orientation]
     return f"the image is {drawn} its EXIF orientation says, the mask otherwise: config.data.exif_orientation={other}"
 
@@ -426,6 +449,17 @@ class Subset:
   def size(self, row: int) -> tuple[int, int]:
     return self._source.size(self._rows[row])
 
+  # Properties, so that a source without files leads to one that has no such attribute either.
+  @property
+  def image_path(self) -> Callable[[int], pathlib.Path]:
+    path = self._source.image_path
+    return lambda row: path(self._rows[row])
+
+  @property
+  def label_path(self) -> Callable[[int], pathlib.Path]:
+    path = self._source.label_path
+    return lambda row: path(self._rows[row])
+
 
 class Joined:
   """The images of one source, then those of another; it has labels if both have. Ids may stand there twice.
@@ -459,6 +493,16 @@ class Joined:
   def size(self, row: int) -> tuple[int, int]:
     source, row = self._at(row)
     return source.size(row)
+
+  @property
+  def image_path(self) -> Callable[[int], pathlib.Path]:
+    first, second = self._first.image_path, self._second.image_path
+    return lambda row: first(row) if row < len(self._first) else second(row - len(self._first))
+
+  @property
+  def label_path(self) -> Callable[[int], pathlib.Path]:
+    first, second = self._first.label_path, self._second.label_path
+    return lambda row: first(row) if row < len(self._first) else second(row - len(self._first))
 
   def _at(self, row: int) -> tuple[Source, int]:
     return (self._first, row) if row < len(self._first) else (self._second, row - len(self._first))
@@ -496,12 +540,16 @@ class PseudoLabels:
         "labels", got=str(error).replace("\n", "\n  "), remedy="export the labels of these images, or list fewer images"
       )
       problems.raise_if_any()
-    self.label = self._labels.label
+    self.label, self.label_path = self._labels.label, self._labels.label_path
     self._check_sizes(problems)
     problems.raise_if_any()
 
   def __len__(self) -> int:
     return len(self.ids)
+
+  @property
+  def image_path(self) -> Callable[[int], pathlib.Path]:
+    return self._images.image_path  # which a source without files lacks
 
   def _check_sizes(self, problems: checks.Problems) -> None:
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
