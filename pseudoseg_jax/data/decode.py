@@ -201,11 +201,12 @@ def _assumed_maximum(dtype: np.dtype) -> int:
 def _check_scale(pixels: np.ndarray, max_value: float, problems: checks.Problems) -> None:
   full = max_value or _assumed_maximum(pixels.dtype)
   allowed = f"0..{full:g}"
-  if pixels.dtype == np.uint8 and full > 255:
-    remedy = "store all images alike, or config.data.max_value=0, which takes every file at the full range of its type"
-    problems.add("values", got="8 bits", allowed=f"files that can hold config.data.max_value, {full:g}", remedy=remedy)
-    return
   flaw, found = scale_flaw(pixels, full)
+  if pixels.dtype == np.uint8:
+    if full > 255 or flaw == "above":
+      remedy = "store all images alike, or config.data.max_value=0, which takes every file at the full range of its type"
+      problems.add("values", got=found, allowed=f"files whose full brightness is {full:g}, as was said", remedy=remedy)
+    return
   if flaw == "not finite":
     remedy = "store a level where nothing was measured, such as 0, or leave the image out"
     problems.add("values", got=found, allowed="finite numbers", remedy=remedy)
@@ -215,15 +216,16 @@ def _check_scale(pixels: np.ndarray, max_value: float, problems: checks.Problems
   elif flaw == "above":
     allowed = allowed if max_value else "8 or 16 bits, or floats on 0..255"
     remedy = f"say which stored value is full brightness, e.g. config.data.max_value={_next_maximum(pixels.max(), farthest=2):g}"
+    remedy += "; it is one for all images" if max_value else ""
     problems.add("values", got=found, allowed=allowed, remedy=remedy)
-  elif flaw == "black" and not max_value and pixels.dtype != np.uint8:
+  elif flaw == "black" and not max_value:
     remedy = f"say which stored value is full brightness: config.data.max_value={_next_maximum(pixels.max()):g}, "
     remedy += f"or config.data.max_value={full:g} if the picture is as dark as that"
     problems.add("values", got=found, allowed=f"{allowed}, of which that is all but black", remedy=remedy)
 
 
 def scale_flaw(pixels: np.ndarray, full: float) -> tuple[str, str]:
-  """What shows that numbers are not on the scale 0..full, and what was found, in words; ("", "") if nothing does.
+  """What shows that numbers are not on the scale 0..full ("" if nothing does), and what they are, in words.
 
   "not finite", "negative", "above", or "black": nothing reaches more than the 255th part of full brightness, as when 0..1 is taken
   for 0..255, or 8 bits for 16; all 0 is no flaw. Floats may be off by rounding.
@@ -237,7 +239,7 @@ def scale_flaw(pixels: np.ndarray, full: float) -> tuple[str, str]:
     return "negative", found
   if highest > full + rounding:
     return "above", found
-  return ("black", found) if 0 < highest <= full / 255 + rounding else ("", "")
+  return "black" if 0 < highest <= full / 255 + rounding else "", found
 
 
 def _next_maximum(highest: float, farthest: float = math.inf) -> float:
