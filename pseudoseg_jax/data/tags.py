@@ -115,10 +115,14 @@ def without_suffix(name: str) -> str:
 def _read_csv(path: pathlib.Path, ids: Sequence[str], classes: Classes, problems: checks.Problems) -> _File:
   text = re.sub(r'\A"?sep=.?"?\n', "", read_text(path, problems, _CSV))  # Excel's way to name a delimiter
   known = {normalized(without_suffix(name)) for name in ids}
-  try:
-    tables = {delimiter: _rows(text, delimiter) for delimiter in _DELIMITERS}
-  except csv.Error as error:
-    problems.add("file", got=error, allowed=_CSV)
+  tables, reason = {}, None
+  for delimiter in _DELIMITERS:
+    try:
+      tables[delimiter] = _rows(text, delimiter)
+    except csv.Error as error:
+      reason = error
+  if not tables:
+    problems.add("file", got=reason, allowed=_CSV)
     problems.raise_if_any()
 
   def is_ours(row: Sequence[str]) -> bool:
@@ -128,7 +132,7 @@ def _read_csv(path: pathlib.Path, ids: Sequence[str], classes: Classes, problems
     rows = tables[delimiter]
     return sum(map(is_ours, rows)), any(len(row) > 1 for row in rows)
 
-  delimiter = max(_DELIMITERS, key=fit)
+  delimiter = max(tables, key=fit)
   rows = tables[delimiter]
   heading = next((row for row in rows if len(row) > 1), None)
   if heading and not is_ours(heading):
