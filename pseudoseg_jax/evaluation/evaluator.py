@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -29,9 +32,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pseudoseg_jax")
 
-_FEW_CANVASES = 8  # compiled for without a word
+_SCORE_BYTES = 2 << 30  # of a batch, on each device: on huge canvases batches have fewer images
 _BATCHES_AHEAD = 2  # read while the device computes
 _RESULTS_BEHIND = 2  # left on the device, so that waiting for one never idles it
+_LOOK_SECONDS = 0.002  # between looks at whether a result is there
 
 
 def make_evaluator(
@@ -45,17 +49,21 @@ def make_evaluator(
   batch_size: int,
   mesh: Mesh | None = None,
   with_labels: bool = True,
+  flags: Callable[[Protocol], str] = lambda padded: f"pad_multiple={padded.pad_multiple}",
 ) -> Evaluator:
   """An evaluator of named predictors over a source; it compiles once per canvas (see `inference`) and keeps that for every call.
+
+  Where scores do not depend on the canvas, images of many sizes share a few; where they do, it is told how to have fewer.
 
   Args:
     predictors: name -> (state, images f32[B, H, W, C]) -> logits f32[B, H, W, K], as in `contract.Method`.
     source: images with labels, of any sizes.
     protocol: how an image is shown to the network. Images of many sizes want "slide" or a `pad_multiple`.
     mean, std: of the source's C channels in [0, 1].
-    batch_size: images of all devices and processes together; rounded up to a multiple of the mesh's devices.
+    batch_size: images of all devices and processes together, fewer where the canvas is huge; a multiple of the mesh's devices.
     mesh: with an axis "data"; the state handed in must be replicated over it. None: wherever the state is.
     with_labels: False: nothing will be scored, only predicted, and the source need have no labels.
+    flags: what a user must say so that the protocol becomes another one, which pads.
 
   Raises:
     InputError: no images, no labels, an unusable protocol, mean or std of other channels.
@@ -73,11 +81,32 @@ def make_evaluator(
   problems.raise_if_any()
   inference.check_protocol(protocol)
 
-  if mesh is not None:
-    batch_size += -batch_size % mesh.shape["data"]
-  batches = _plan([source.size(row) for row in range(len(source))], protocol, batch_size)
+  sizes = tuple(tuple(source.size(row)) for row in range(len(source)))
+  protocol = _compiling_seldom(protocol, sizes, flags)
+  images = collections.Counter(inference.canvas_size(size, protocol) for size in sizes)
+  devices = 1 if mesh is None else mesh.shape["data"]
+  score_bytes = 4 * len(classes.names)
+  batch_sizes = {
+    canvas: devices * max(1, min(-(-min(batch_size, count) // devices), _SCORE_BYTES // (score_bytes * math.prod(canvas))))
+    for canvas, count in images.items()
+  }
   count, label = _compiled(predictors, len(classes.names), protocol, mean, std, mesh)
-  return Evaluator(count, label, names=tuple(predictors), source=source, protocol=protocol, batches=batches, mesh=mesh)
+  return Evaluator(count, label, tuple(predictors), source, sizes, protocol, batch_sizes, mesh)
+
+
+def _compiling_seldom(protocol: Protocol, sizes: Sequence[tuple[int, int]], flags: Callable[[Protocol], str]) -> Protocol:
+  """The protocol with few canvases, if its scores are the same with them; else it says how to get them."""
+  few, changed = inference.bounded(protocol, sizes)
+  if changed and inference.sees_padding(protocol):
+    many, fewer = (len({inference.canvas_size(size, shown) for size in sizes}) for shown in (protocol, few))
+    log.info(
+      "%d image sizes: the network is compiled for each of them, when it first comes; %s makes them %d, but scores near the padded "
+      "borders may change a little", many, flags(few), fewer,
+    )  # fmt: skip
+    return protocol
+  if changed:
+    log.info("%s", changed)
+  return few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +128,9 @@ class Evaluator:
   label: Callable  # likewise -> {predictor: (ids, confidence)}; looks at no labels
   names: tuple[str, ...]  # of the predictors, in their order: the jitted function returns them sorted
   source: Source
+  sizes: tuple[tuple[int, int], ...]  # of its images, height and width
   protocol: Protocol
-  batches: tuple[_Batch, ...]
+  batch_sizes: Mapping[tuple[int, int], int]  # canvas -> images of all devices and processes together
   mesh: Mesh | None
 
   def __call__(self, state: State) -> dict[str, Scores]:
@@ -109,16 +139,14 @@ class Evaluator:
     Raises:
       InputError: an image or label cannot be used; names the file.
     """
-    canvases = len({batch.canvas for batch in self.batches})
-    if canvases > _FEW_CANVASES:
-      log.info("%d image sizes: the network is compiled for each of them; a pad_multiple makes them fewer", canvases)
     # Added up in int64 on the host: a large set has more pixels than an int32 can count.
     totals: dict[str, np.ndarray] = {}
     progress = Progress(len(self.source), log.info)
-    for batch, results in self._run(self.count, state, self.batches, with_labels=True):
-      for name, (matrix, _) in results.items():
-        totals[name] = totals.get(name, 0) + np.asarray(matrix, np.int64)
-      progress.more(sum(row is not None for row in batch.rows))
+    with self._run(self.count, state, range(len(self.source)), with_labels=True) as batches:
+      for rows, results in batches:
+        for name, (matrix, _) in results.items():
+          totals[name] = totals.get(name, 0) + np.asarray(matrix, np.int64)
+        progress.more(sum(row is not None for row in rows))
     absent_classes = self.protocol.absent_classes
     return {name: confusion.scores(totals[name], absent_classes=absent_classes) for name in self.names}
 
@@ -128,14 +156,13 @@ class Evaluator:
     Where the protocol does not look ("center_crop"), ids are IGNORE_LABEL.
     """
     wanted: dict[str, dict[int, np.ndarray]] = {}
-    sizes = {row: self.source.size(row) for row in rows}
-    batches = _plan(list(sizes.values()), self.protocol, len(self.batches[0].rows), rows=list(sizes))
-    for batch, results in self._run(self.count, state, batches, with_labels=False):
-      for name, (_, ids) in results.items():
-        for row, image_ids in zip(batch.rows, np.asarray(ids), strict=True):
-          if row is not None:
-            height, width = sizes[row]
-            wanted.setdefault(name, {})[row] = image_ids[:height, :width]
+    with self._run(self.count, state, dict.fromkeys(rows), with_labels=False) as batches:
+      for members, results in batches:
+        for name, (_, ids) in results.items():
+          for row, image_ids in zip(members, np.asarray(ids), strict=True):
+            if row is not None:
+              height, width = self.sizes[row]
+              wanted.setdefault(name, {})[row] = image_ids[:height, :width]
     return {name: [wanted[name][row] for row in rows] for name in self.names}
 
   def stream(self, state: State, rows: Sequence[int]) -> Iterator[tuple[int, dict[str, tuple[np.ndarray, np.ndarray]]]]:
@@ -144,32 +171,53 @@ class Evaluator:
     Labels are not read. Confidence is 255 times the greatest class probability, rounded: of the mean probabilities over windows,
     flips and scales, or the softmax of the mean logits. Where the protocol does not look, ids are IGNORE_LABEL and confidence 0.
     """
-    batches = _plan([self.source.size(row) for row in rows], self.protocol, len(self.batches[0].rows), rows=rows)
-    for batch, results in self._run(self.label, state, batches, with_labels=False):
-      results = {name: tuple(map(np.asarray, results[name])) for name in self.names}
-      for index, row in enumerate(batch.rows):
-        if row is not None:
-          height, width = self.source.size(row)
-          yield row, {name: tuple(plane[index, :height, :width] for plane in planes) for name, planes in results.items()}
+    with self._run(self.label, state, rows, with_labels=False) as batches:
+      for members, results in batches:
+        results = {name: tuple(map(np.asarray, results[name])) for name in self.names}
+        for index, row in enumerate(members):
+          if row is not None:
+            height, width = self.sizes[row]
+            yield row, {name: tuple(plane[index, :height, :width] for plane in planes) for name, planes in results.items()}
 
-  def _run(self, compute, state, batches, *, with_labels: bool) -> Iterator[tuple[_Batch, PyTree]]:
-    """Reads ahead in threads, feeds the device without waiting for it, and yields results a few batches later."""
+  @contextlib.contextmanager
+  def _run(
+    self, compute: Callable, state: State, rows: Iterable[int], *, with_labels: bool
+  ) -> Iterator[Iterator[tuple[tuple[int | None, ...], PyTree]]]:
+    """Batches of the rows (None: no image) with their results. Whatever ends the context, threads and reading end with it."""
     threads = concurrent.futures.ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 1))
+    try:
+      yield self._results(threads, compute, state, self._plan(rows), with_labels)
+    finally:
+      threads.shutdown(cancel_futures=True)  # waits for what is being read
+
+  def _results(self, threads, compute, state, batches, with_labels):
+    """Reads ahead in threads, feeds the device without waiting for it, and yields results a few batches later."""
     reading: collections.deque = collections.deque()
     computing: collections.deque = collections.deque()
-    try:
-      for batch in [*batches, *[None] * _BATCHES_AHEAD]:
-        if batch is not None:
-          loads = [threads.submit(self._load, row, with_labels) for row in self._local_rows(batch.rows)]
-          reading.append((batch, loads))
-        if reading and (batch is None or len(reading) > _BATCHES_AHEAD):
-          ready, loads = reading.popleft()
-          computing.append((ready, compute(state, *self._to_devices(ready, [load.result() for load in loads]))))
-        if len(computing) > _RESULTS_BEHIND:
-          yield computing.popleft()
-      yield from computing
-    finally:
-      threads.shutdown(cancel_futures=True)
+    for batch in [*batches, *[None] * _BATCHES_AHEAD]:
+      if batch is not None:
+        loads = [threads.submit(self._load, row, with_labels) for row in self._local_rows(batch.rows)]
+        reading.append((batch, loads))
+      if reading and (batch is None or len(reading) > _BATCHES_AHEAD):
+        ready, loads = reading.popleft()
+        computing.append((ready.rows, compute(state, *self._to_devices(ready, [load.result() for load in loads]))))
+      if len(computing) > _RESULTS_BEHIND:
+        yield _waited_for(computing.popleft())
+    yield from map(_waited_for, computing)
+
+  def _plan(self, rows: Iterable[int]) -> list[_Batch]:
+    """Batches of images that share a canvas, the last one of each canvas padded. The same in every process."""
+    by_canvas: dict[tuple[int, int], list[int]] = {}
+    # Images that need the same number of windows together, so that no device waits for another and calls are full.
+    for row in sorted(rows, key=lambda row: inference.windows_needed(self.sizes[row], self.protocol)):
+      by_canvas.setdefault(inference.canvas_size(self.sizes[row], self.protocol), []).append(row)
+    batches = []
+    for canvas, members in sorted(by_canvas.items()):
+      size = self.batch_sizes[canvas]
+      for start in range(0, len(members), size):
+        part = members[start : start + size]
+        batches.append(_Batch((*part, *[None] * (size - len(part))), canvas))
+    return batches
 
   def _local_rows(self, rows: tuple) -> list:
     """Those rows of a global batch that this process's devices hold."""
@@ -180,12 +228,12 @@ class Evaluator:
     return [row for start, stop, _ in sorted(index[0].indices(len(rows)) for index in indices) for row in rows[start:stop]]
 
   def _load(self, row: int | None, with_labels: bool) -> tuple[np.ndarray, np.ndarray]:
-    """One image and its label; padding is an image of one pixel that has no label."""
+    """One image and its label; padding is an image without pixels."""
     if row is None:
-      return np.zeros((1, 1, self.source.channels), self.source.dtype), np.full((1, 1), IGNORE_LABEL, np.uint8)
+      return np.zeros((0, 0, self.source.channels), self.source.dtype), np.zeros((0, 0), np.uint8)
     image = self.source.image(row)
     label = self.source.label(row) if with_labels else np.full(image.shape[:2], IGNORE_LABEL, np.uint8)
-    expected = tuple(self.source.size(row))
+    expected = self.sizes[row]
     if image.shape[:2] != expected or label.shape != expected:
       problems = checks.Problems(f"cannot evaluate image '{self.source.ids[row]}'")
       problems.add("height x width", got=f"image {image.shape[:2]}, label {label.shape}", allowed=f"both {expected}")
@@ -207,17 +255,11 @@ class Evaluator:
     return tuple(jax.make_array_from_process_local_data(sharding, x, (whole, *x.shape[1:])) for x in (images, labels, sizes))
 
 
-def _plan(sizes, protocol, batch_size, rows=None) -> tuple[_Batch, ...]:
-  """Batches of images that share a canvas, the last one of each canvas padded. The same in every process."""
-  by_canvas: dict[tuple[int, int], list[int]] = {}
-  for row, size in zip(range(len(sizes)) if rows is None else rows, sizes, strict=True):
-    by_canvas.setdefault(inference.canvas_size(size, protocol), []).append(row)
-  batches = []
-  for canvas, members in sorted(by_canvas.items()):
-    for start in range(0, len(members), batch_size):
-      part = members[start : start + batch_size]
-      batches.append(_Batch(tuple(part) + (None,) * (batch_size - len(part)), canvas))
-  return tuple(batches)
+def _waited_for(results: tuple) -> tuple:
+  """Results that are there. Waits in Python, so that a signal is acted on meanwhile."""
+  while not all(leaf.is_ready() for leaf in jax.tree.leaves(results[1])):
+    time.sleep(_LOOK_SECONDS)
+  return results
 
 
 def _compiled(predictors, num_classes, protocol, mean, std, mesh):

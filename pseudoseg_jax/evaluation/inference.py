@@ -1,11 +1,14 @@
 """From whole images of any size to class scores of the same size: in one piece or by sliding windows, scaled and flipped.
 
 Sizes are what compiles: a jitted function knows only *canvases*, arrays large enough for several image sizes, and is told each
-image's true size as a number. Which canvas an image takes is `canvas_size`; padding never enters a score.
+image's true size as a number. Which canvas an image takes is `canvas_size`; `bounded` sees to it that there are few. A larger
+canvas costs memory, but no work of the network: windows that no image needs are not run.
 """
 
 from __future__ import annotations
 
+import collections
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -20,14 +23,21 @@ from pseudoseg_jax.ops.confusion import ABSENT_CLASSES
 
 STYLES = ("whole", "pad_to_crop", "center_crop", "slide")
 EDGES = ("shift", "cut")
+ROUNDINGS = ("up", "down")
 SUMMED = ("logits", "probabilities")
 
 # Windows that run through the network together, over the images of a (device's) batch: enough to fill an accelerator, and of
-# large windows few enough for a CPU's memory.
+# large windows few enough for a CPU's memory. Of few images fewer: where the last call is not full, it runs for nothing.
 _WINDOWS_PER_CALL = 8
+_WINDOWS_OF_FEW_IMAGES = 4
 _PIXELS_PER_CALL = 1 << 20
 
-_FEW_CANVASES = 8  # sizes that one network is compiled for without further ado
+# Canvases that a network is compiled for, which takes from seconds to a minute each: where they are free to choose, and where more
+# of them, at the price of other scores, are told or avoided.
+_CANVASES = 4
+_SEEN_CANVASES = 8
+_SPARE = 1.5  # pixels of chosen canvases over those of the images' own: only more than this is worth one more canvas
+_COMPARED = 64  # sizes that canvases are chosen for; of more, similar ones are taken together first
 
 
 class Protocol(NamedTuple):
@@ -39,7 +49,7 @@ class Protocol(NamedTuple):
     "center_crop": only the middle window_pixels of the image are shown and scored (UniMatch); shorter sides are padded likewise.
     "slide": overlapping windows, whose scores are summed.
   window_pixels: (height, width) of the window, or of the crop.
-  stride_fraction: slide: distance between windows as a fraction of the window, rounded up to pixels.
+  stride_fraction: slide: distance between windows as a fraction of the window.
   scales: factors the image is resized by; the scores are resized back and summed.
   flip: add the scores of the mirrored image.
   pad_multiple: canvases are multiples of this, so that few sizes compile. With "whole" and "cut" the network sees the padding
@@ -50,6 +60,9 @@ class Protocol(NamedTuple):
   multiple_pixels: whole: sides are resized to the nearest multiple of this, for networks of patches; 1 leaves them. As in
     UniMatch V2 (14), that and the way back keep the corners, and grey levels are not rounded.
   absent_classes: classes in neither truth nor prediction; "skip" leaves them out of the mIoU, "zero" counts them as 0 (UniMatch).
+  stride_rounding: slide: of the stride to pixels, "up" (CPS) or "down" (both versions of UniMatch).
+  canvases: (height, width) of those that images are laid on, the smallest that holds an image; what none holds, and all where
+    there are none, has one of its own. No part of what an mIoU means, and only for protocols without `sees_padding`.
   """
 
   style: str = "whole"
@@ -63,7 +76,10 @@ class Protocol(NamedTuple):
   multiple_pixels: int = 1
   absent_classes: str = "skip"
   stride_rounding: str = "up"
+  canvases: tuple[tuple[int, int], ...] = ()
 
+
+OPTIONS = tuple(name for name in Protocol._fields if name != "canvases")  # what a user says; canvases are chosen
 
 # What the published tables were measured with, from the official code of each.
 PRESETS = {
@@ -72,24 +88,36 @@ PRESETS = {
   "pseudoseg_voc": Protocol("pad_to_crop", (513, 513)),
   "pseudoseg_coco": Protocol("pad_to_crop", (641, 641)),
   "unimatch_voc": Protocol(absent_classes="zero"),
-  "unimatch_cityscapes": Protocol("slide", (801, 801), edges="cut", summed="probabilities", absent_classes="zero"),
+  "unimatch_cityscapes": Protocol(
+    "slide", (801, 801), edges="cut", summed="probabilities", absent_classes="zero", stride_rounding="down"
+  ),
   "unimatch_v2_voc": Protocol(multiple_pixels=14, absent_classes="zero"),
-  "unimatch_v2_cityscapes": Protocol("slide", (798, 798), summed="probabilities", absent_classes="zero"),
+  "unimatch_v2_cityscapes": Protocol(
+    "slide", (798, 798), summed="probabilities", absent_classes="zero", stride_rounding="down"
+  ),
 }
 
 
 def check_protocol(protocol: Protocol) -> None:
   """Raises InputError with everything that is wrong with a protocol."""
   problems = checks.Problems("the evaluation protocol cannot be used")
-  for field, allowed in {"style": STYLES, "edges": EDGES, "summed": SUMMED, "absent_classes": ABSENT_CLASSES}.items():
+  words = {"style": STYLES, "edges": EDGES, "summed": SUMMED, "absent_classes": ABSENT_CLASSES, "stride_rounding": ROUNDINGS}
+  for field, allowed in words.items():
     name = getattr(protocol, field)
     if name not in allowed:
       problems.add(field, got=repr(name), allowed=checks.choices(allowed), remedy=checks.nearest(str(name), allowed))
   window = protocol.window_pixels
-  if protocol.style in STYLES[1:] and (not isinstance(window, Sequence) or len(window) != 2 or min(window) < 1):
+  has_window = isinstance(window, Sequence) and len(window) == 2 and min(window) >= 1
+  if protocol.style in STYLES[1:] and not has_window:
     problems.add("window_pixels", got=window or "none", allowed="(height, width) of the window or crop, e.g. (512, 512)")
-  if protocol.style == "slide" and not 0 < protocol.stride_fraction <= 1:
-    problems.add("stride_fraction", got=protocol.stride_fraction, allowed="above 0, up to 1 (larger ones leave gaps)")
+  if protocol.style == "slide":
+    if not 0 < protocol.stride_fraction <= 1:
+      problems.add("stride_fraction", got=protocol.stride_fraction, allowed="above 0, up to 1 (larger ones leave gaps)")
+    elif has_window and min(_strides(protocol)) < 1:
+      problems.add(
+        "stride_fraction", got=f"{protocol.stride_fraction:g} of a window of {min(window)}, rounded down to a stride of 0 pixels",
+        allowed="a stride of 1 pixel or more", remedy="stride_rounding 'up', or a larger window",
+      )  # fmt: skip
   if not protocol.scales or min(protocol.scales) <= 0:
     problems.add("scales", got=protocol.scales or "none", allowed="one or more factors above 0, e.g. (1.0,)")
   if protocol.pad_multiple < 1:
@@ -101,19 +129,18 @@ def check_protocol(protocol: Protocol) -> None:
 
 def describe(protocol: Protocol) -> str:
   """A protocol in words, for reports: "sliding windows of 512x512, stride 342x342, scale 1"."""
-  sides = lambda pixels: "x".join(map(str, pixels))
   if protocol.style == "slide":
-    words = [f"sliding windows of {sides(protocol.window_pixels)}", f"stride {sides(_strides(protocol))}"]
+    words = [f"sliding windows of {_sides(protocol.window_pixels)}", f"stride {_sides(_strides(protocol))}"]
     words += ["cut off at the border"] * (protocol.edges == "cut")
   elif protocol.style == "pad_to_crop":
-    words = [f"whole images padded to {sides(protocol.window_pixels)}"]
+    words = [f"whole images padded to {_sides(protocol.window_pixels)}"]
   elif protocol.style == "center_crop":
-    words = [f"the middle {sides(protocol.window_pixels)} of images"]
+    words = [f"the middle {_sides(protocol.window_pixels)} of images"]
   else:
     words = ["whole images"]
   if protocol.multiple_pixels > 1:
     words.append(f"resized to multiples of {protocol.multiple_pixels}")
-  if protocol.pad_multiple > 1 and (protocol.style in ("whole", "pad_to_crop") or _cuts(protocol)):
+  if protocol.pad_multiple > 1 and sees_padding(protocol):
     words.append(f"padded to multiples of {protocol.pad_multiple}")
   words.append(f"scale{'s' if len(protocol.scales) > 1 else ''} {' '.join(f'{scale:g}' for scale in protocol.scales)}")
   if protocol.flip:
@@ -125,36 +152,88 @@ def describe(protocol: Protocol) -> str:
   return ", ".join(words)
 
 
+def sees_padding(protocol: Protocol) -> bool:
+  """Whether the network is shown what lies on a canvas beside an image, so that scores near that border depend on the canvas."""
+  return protocol.style in ("whole", "pad_to_crop") or _cuts(protocol)
+
+
 def canvas_size(size: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
   """(height, width) of the canvas that an image of `size` (height, width) is laid on."""
   takes_any = protocol.style == "whole" or _cuts(protocol)
-  return _round_up(size, protocol.pad_multiple, (1, 1) if takes_any else protocol.window_pixels)
+  own = _round_up(size, protocol.pad_multiple, (1, 1) if takes_any else protocol.window_pixels)
+  return min((canvas for canvas in protocol.canvases if _holds(canvas, own)), key=math.prod, default=own)
 
 
 def bounded(protocol: Protocol, sizes: Sequence[tuple[int, int]]) -> tuple[Protocol, str]:
-  """The protocol, made to compile for few sizes: where images come in many, it pads them to multiples of 32 pixels or more.
+  """The protocol, made to compile for few sizes where images come in many.
+
+  Where the network does not see it, images share a few larger canvases; else they are padded to multiples of 32 pixels or more.
 
   Returns:
     The protocol, and in words what was changed ("" for nothing).
   """
   canvases = lambda protocol: len({canvas_size(size, protocol) for size in sizes})
-  padded, padding = protocol, 32
-  while canvases(padded) > _FEW_CANVASES and padding <= 128:
-    # A multiple of the original one, which the network may need.
-    padded = protocol._replace(pad_multiple=math.lcm(protocol.pad_multiple, padding))
-    padding *= 2
-  if padded == protocol:
+  changed, before = protocol, canvases(protocol)
+  if not sees_padding(protocol):
+    if before > _CANVASES:
+      changed = protocol._replace(canvases=_few_canvases([canvas_size(size, protocol) for size in sizes]))
+    how = f"laid on canvases of {', '.join(_sides(canvas) for canvas in changed.canvases)} pixels"
+    effect = "scores stay the same"
+  else:
+    padding = 32
+    while canvases(changed) > _SEEN_CANVASES and padding <= 128:
+      # A multiple of what the network may need.
+      multiple = math.lcm(protocol.pad_multiple, protocol.multiple_pixels, padding)
+      changed, padding = protocol._replace(pad_multiple=multiple), 2 * padding
+    how, effect = f"padded to multiples of {changed.pad_multiple} pixels", "scores near the padded borders may change a little"
+  after = canvases(changed)
+  if after >= before:
     return protocol, ""
-  same = protocol.style == "slide" and protocol.edges == "shift"
-  effect = "scores stay the same" if same else "scores near the padded borders may change a little"
-  return padded, (
-    f"{len(set(sizes))} image sizes: padded to multiples of {padded.pad_multiple} pixels, to compile for {canvases(padded)} "
-    f"sizes instead of {canvases(protocol)}; {effect}"
+  return changed, (
+    f"{len(set(sizes))} image sizes: {how}, to compile for {after} size{'s' * (after > 1)} instead of {before}; {effect}"
   )
+
+
+def _few_canvases(own: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+  """A few canvases, so that each of `own` fits one of them and little is padded: the most similar ones are joined, step by step."""
+  joined = lambda one, other: tuple(map(max, one, other))
+  counts = collections.Counter(own)
+  multiple = 1
+  while len({_round_up(canvas, multiple, (1, 1)) for canvas in counts}) > _COMPARED:
+    multiple *= 2
+  alike = {}
+  for canvas in counts:
+    key = _round_up(canvas, multiple, (1, 1))
+    alike[key] = joined(alike.get(key, canvas), canvas)
+  groups = collections.Counter()
+  for canvas, count in counts.items():
+    groups[alike[_round_up(canvas, multiple, (1, 1))]] += count
+
+  def cost(pair):
+    together = math.prod(joined(*pair))
+    return sum(groups[canvas] * (together - math.prod(canvas)) for canvas in pair)
+
+  padded, most = sum(math.prod(canvas) * count for canvas, count in groups.items()), _SPARE * sum(map(math.prod, own))
+  while len(groups) > 1:
+    pair = min(itertools.combinations(sorted(groups), 2), key=cost)
+    padded += cost(pair)
+    if len(groups) <= _CANVASES and padded > most:
+      break
+    count = sum(groups.pop(canvas) for canvas in pair)
+    groups[joined(*pair)] += count
+  return tuple(sorted(groups))
+
+
+def _holds(canvas, size) -> bool:
+  return canvas[0] >= size[0] and canvas[1] >= size[1]
 
 
 def _round_up(size, multiple, least):
   return tuple(floor if side <= floor else -(-side // multiple) * multiple for side, floor in zip(size, least, strict=True))
+
+
+def _sides(pixels) -> str:
+  return "x".join(map(str, pixels))
 
 
 def _cuts(protocol):
@@ -267,7 +346,19 @@ def _whole(forward, normalize, images, sizes, protocol):
 
 
 def _strides(protocol):
-  return tuple(math.ceil(side * protocol.stride_fraction) for side in protocol.window_pixels)
+  """Pixels between windows: as CPS has them, int(np.ceil(crop * rate)), or as UniMatch, int(crop * 2 / 3)."""
+  rounded = math.ceil if protocol.stride_rounding == "up" else math.floor
+  return tuple(rounded(side * protocol.stride_fraction) for side in protocol.window_pixels)
+
+
+def windows_needed(size: tuple[int, int], protocol: Protocol) -> int:
+  """How often the network runs for an image, at scale 1 and unflipped."""
+  if protocol.style != "slide":
+    return 1
+  per_axis = zip(size, protocol.window_pixels, _strides(protocol), strict=True)
+  if _cuts(protocol):
+    return math.prod(-(-side // stride) for side, _, stride in per_axis)
+  return math.prod(-(-max(side - window, 0) // stride) + 1 for side, window, stride in per_axis)
 
 
 def _windows_on_axis(sides, canvas, window, stride, edges):
@@ -275,11 +366,12 @@ def _windows_on_axis(sides, canvas, window, stride, edges):
 
   shift: at multiples of the stride, the last one shifted back inside; ceil((side - window) / stride) + 1 of them.
   cut: at all multiples of the stride, ending at the border; those of one length together, as they have one shape.
+  An image without pixels needs none.
   """
   if edges == "shift":
     step = jnp.arange(-(-(canvas - window) // stride) + 1) * stride
     last = jnp.maximum(sides - window, 0)[:, None]
-    return [(window, jnp.minimum(step, last), step - stride < last)]
+    return [(window, jnp.minimum(step, last), (step - stride < last) & (sides > 0)[:, None])]
   by_length = {}
   for start in range(0, canvas, stride):
     by_length.setdefault(min(window, canvas - start), []).append(start)
@@ -320,33 +412,34 @@ def _slide(forward, normalize, images, sizes, protocol):
 
 
 def _add_windows(total, forward, images, shape, from_top, from_left):
-  """Adds the scores of windows of one shape, at all combinations of the starts on both axes, to `total` [B, H, W, K]."""
-  batch, num_windows = len(images), from_top[0].shape[1] * from_left[0].shape[1]
-  start = jnp.stack(jnp.broadcast_arrays(from_top[0][:, :, None], from_left[0][:, None, :]), -1).reshape(batch, num_windows, 2)
-  needed = (from_top[1][:, :, None] & from_left[1][:, None, :]).reshape(batch, num_windows)
-  group = min(num_windows, max(1, min(_WINDOWS_PER_CALL, _PIXELS_PER_CALL // math.prod(shape)) // batch))
-  spare = -num_windows % group
-  start = jnp.pad(start, ((0, 0), (0, spare), (0, 0)))
-  needed = jnp.pad(needed, ((0, 0), (0, spare)))
-  grouped = [jnp.moveaxis(x.reshape(batch, -1, group, *x.shape[2:]), 1, 0) for x in (start, needed)]
-  cut = lambda image, at: jax.lax.dynamic_slice(image, (*at, 0), (*shape, image.shape[-1]))
+  """Adds the scores of windows of one shape, at those combinations of the starts on both axes that an image needs, to `total`
+  [B, H, W, K]."""
+  batch, of_image = len(images), from_top[0].shape[1] * from_left[0].shape[1]
+  start = jnp.stack(jnp.broadcast_arrays(from_top[0][:, :, None], from_left[0][:, None, :]), -1).reshape(batch * of_image, 2)
+  needed = (from_top[1][:, :, None] & from_left[1][:, None, :]).reshape(batch * of_image)
+  most = max(1, min(_WINDOWS_PER_CALL, _PIXELS_PER_CALL // math.prod(shape)))
+  together = max(batch, min(of_image, _WINDOWS_OF_FEW_IMAGES))
+  group = -(-together // -(-together // most))
+  count = jnp.sum(needed)
+  window = jnp.argsort(~needed, stable=True)  # the needed ones first, in their order: no other is run
+  window = jnp.pad(window, (0, -len(window) % group))
+  image, corner = window // of_image, start[window]
+  cut = lambda image, at: jax.lax.dynamic_slice(images, (image, *at, 0), (1, *shape, images.shape[-1]))[0]
 
-  def add_group(total, grouped):
-    start, needed = grouped
-    windows = jax.vmap(jax.vmap(cut, (None, 0)))(images, start)
-    scores = forward(windows.reshape(batch * group, *shape, images.shape[-1]))
-    scores = jnp.where(needed.reshape(-1, 1, 1, 1), scores, 0.0)
-    image = jnp.repeat(jnp.arange(batch), group)
-    corner = start.reshape(-1, 2)
+  def add_group(done_and_total):
+    done, total = done_and_total
+    of, at = (jax.lax.dynamic_slice_in_dim(x, done, group) for x in (image, corner))
+    scores = forward(jax.vmap(cut)(of, at))
+    scores = jnp.where((done + jnp.arange(group) < count)[:, None, None, None], scores, 0.0)
 
     def add_window(number, total):  # one after the other: windows overlap
-      at = (image[number], corner[number, 0], corner[number, 1], 0)
-      before = jax.lax.dynamic_slice(total, at, (1, *shape, total.shape[-1]))
-      return jax.lax.dynamic_update_slice(total, before + scores[number][None], at)
+      place = (of[number], at[number, 0], at[number, 1], 0)
+      before = jax.lax.dynamic_slice(total, place, (1, *shape, total.shape[-1]))
+      return jax.lax.dynamic_update_slice(total, before + scores[number][None], place)
 
-    return jax.lax.fori_loop(0, batch * group, add_window, total), None
+    return done + group, jax.lax.fori_loop(0, group, add_window, total)
 
-  return jax.lax.scan(add_group, total, tuple(grouped))[0]
+  return jax.lax.while_loop(lambda state: state[0] < count, add_group, (jnp.zeros((), count.dtype), total))[1]
 
 
 def _coverage(windows, canvas):
