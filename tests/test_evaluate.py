@@ -237,7 +237,7 @@ def test_eight_devices_say_what_one_says(protocol, batch_size):
     mesh = mesh_of(devices)
     options = dict(protocol=protocol, batch_size=batch_size, mesh=mesh, **RAW)
     score = evaluator.make_evaluator({"x": brightest}, source, CLASSES, **options)
-    assert len(score.batches[0].rows) % devices == 0
+    assert all(size % devices == 0 for size in score.batch_sizes.values())
     state = jax.device_put(jnp.float32(0.25), NamedSharding(mesh, PartitionSpec()))
     np.testing.assert_array_equal(score(state)["x"].matrix, expected_matrix(source, 0.25))
 
@@ -629,7 +629,8 @@ def test_many_sizes_are_padded_to_few_canvases(style, capsys):
   predictor = Predictor(lambda x: x, CLASSES, protocol=protocol, **RAW)
   sizes = [(20 + 3 * number, 50 + 5 * number) for number in range(40)]
   got = predict_cli.bounded(predictor, sizes)
-  assert got.protocol.pad_multiple % 14 == 0 and got.protocol.pad_multiple >= 32
+  assert len({inference.canvas_size(size, got.protocol) for size in sizes}) <= 8
+  assert all(side % 14 == 0 for size in sizes for side in inference.canvas_size(size, got.protocol))
   said = capsys.readouterr().out
   assert "40 image sizes" in said and ("stay the same" in said) == (style == "slide")
   assert predict_cli.bounded(predictor, sizes[:3]) is predictor
