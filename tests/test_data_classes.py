@@ -189,7 +189,7 @@ def test_other_files_are_no_lists_of_names(tmp_path, text):
   assert "one a line" in told or "one class a line" in told or "a name alone" in told or "all lines of one form" in told
 
 
-@pytest.mark.parametrize("text", ["12:30 lane\n4,5-methyl\n", "classes\nteachers\n", "cat 1 2 3\nsky\n"])
+@pytest.mark.parametrize("text", ["12:30 lane\n4,5-methyl\n", "2 wheeler\n3 axles\n", "classes\nteachers\n", "cat 1 2 3\nsky\n"])
 def test_any_name_can_be_said_with_its_index(tmp_path, text):
   told = message(lambda: read(tmp_path, text))
   assert "write every line as `index name r g b`" in told or "all lines of one form" in told

@@ -109,7 +109,7 @@ def _letters(name: str) -> str:
 
 _WANTED = "a text file of class names, one a line, or of lines `index name r g b`"
 _ALL_INDEXED = "write every line as `index name r g b`"
-_LONGEST_LINE = 1000  # characters; the forms below take time that grows with its square
+_LONGEST_LINE = 300  # characters; the forms below take time that grows with its square
 _MOST_LINES = 1000  # of classes and of what is none
 _IGNORED = "__ignore__"  # LabelMe's first line, of index -1
 _HEADING = frozenset("class classes classname label labels labelname category categories name names".split())
@@ -263,7 +263,7 @@ def _check_indices(entries: Sequence[_Entry], problems: checks.Problems) -> None
   classes = [entry for entry in entries if not _is_void(entry[2])]
   for expected, (number, index, name, _) in enumerate(classes):
     if index != expected:
-      remedy = None
+      remedy = f"if the number is part of a name, {_ALL_INDEXED}"
       if len(classes) < len(entries):
         remedy = "put the line of void last; what is stored in masks is mapped by config.data.label_map"
       elif index == 1 and expected == 0:
