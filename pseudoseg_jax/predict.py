@@ -174,10 +174,10 @@ def _list_images(images: pathlib.Path, out: pathlib.Path) -> tuple[list[pathlib.
   for path, why in left_out:
     if path.suffix.lower() in ("", *listing.IMAGE_SUFFIXES):
       unreachable.add(f"image {path}", got=why, remedy="repair it, or take it away")
-  # `out` may lie among the images, and be spelled otherwise.
-  written = [out.resolve() / name for name in (*FOLDERS, "legend.png", "predictions.json")]
   real = images.resolve()
-  files = [path for path in files if not any((real / path.relative_to(images)).is_relative_to(done) for done in written)]
+  if out.resolve().is_relative_to(real):  # what was written lies among the images
+    written = [out.resolve() / name for name in (*FOLDERS, "legend.png", "predictions.json")]
+    files = [path for path in files if not any((real / path.relative_to(images)).is_relative_to(done) for done in written)]
   is_image = lambda path: path.suffix.lower() in listing.IMAGE_SUFFIXES
   others = collections.Counter(path.suffix.lower() for path in files if not is_image(path))
   if others:

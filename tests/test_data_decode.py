@@ -215,6 +215,15 @@ def test_webp_containers_are_told_apart_by_what_they_hold(tmp_path):
       assert isinstance(decode.mask_header(tmp_path / "mask.webp"), decode.Header if lossless else decode.Unusable)
 
 
+def test_fractions_are_no_masks(tmp_path):
+  Image.fromarray(blocks()[..., 0] / np.float32(100)).save(tmp_path / "mask.tif")
+  np.save(tmp_path / "mask.npy", blocks()[..., 0] / 100)
+  for name in ("mask.tif", "mask.npy"):
+    assert "integers" in message(lambda name=name: decode.read_mask(tmp_path / name))
+    assert "integers" in str(decode.mask_header(tmp_path / name))
+    assert isinstance(decode.header(tmp_path / name), decode.Header)
+
+
 @pytest.mark.parametrize("where", [273, 324], ids=["strips", "tiles"])
 def test_webp_in_tiff_is_told_apart_too(tmp_path, where):
   for lossless in (True, False):

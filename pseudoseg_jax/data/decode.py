@@ -26,8 +26,7 @@ _ORIENTATION_TAG = 0x0112
 _ROUNDING = 1e-4  # of full brightness, by which floats may leave their range
 _USUAL_MAXIMA = (1, 255, 1023, 4095, 10000, 16383, 65535)  # of floats; 8, 10, 12 bits; reflectances; 14, 16 bits
 _LOSSY_FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "AVIF": "AVIF", "HEIF": "HEIF"}  # by PIL's names
-_LOSSY_COMPRESSIONS = {6: "JPEG", 7: "JPEG", 34892: "JPEG"}  # of TIFF
-_WEBP_COMPRESSION = 50001  # of TIFF
+_JPEG_COMPRESSIONS, _WEBP_COMPRESSION = (6, 7, 34892), 50001  # of TIFF
 _STAND_INS = (  # for files: how they begin, what they are, what to do
   (b"version https://git-lfs.github.com/spec", "a Git LFS pointer in place of the file", "run `git lfs pull` in the data's folder"),
   (b"/annex/objects/", "a git-annex pointer in place of the file", "run `git annex get .` in the data's folder"),
@@ -104,10 +103,8 @@ def read_mask(path: str | os.PathLike, *, exif_orientation: str = "apply") -> np
   path = pathlib.Path(path)
   mask = _read("mask", path, numbers_of, exif_orientation)
   mask = mask[..., 0] if mask.shape[2:] == (1,) else mask
-  problems = checks.Problems(f"cannot use mask {path}")
-  if mask.dtype.kind not in "bui":
-    problems.add("pixels", got=f"values of type {mask.dtype}", allowed="integers", remedy="store class indices, as integers")
   if mask.ndim != 2:
+    problems = checks.Problems(f"cannot use mask {path}")
     colors = "masks drawn in colours need mask_colors (config.data.mask_colors=True and a file of classes with colours)"
     equal = mask.shape[-1] == 3 and (mask == mask[..., :1]).all()
     problems.add(
@@ -116,7 +113,7 @@ def read_mask(path: str | os.PathLike, *, exif_orientation: str = "apply") -> np
       allowed="one channel of class indices (grey or palette PNG)",
       remedy=f"the channels are equal, store one of them; {colors}" if equal else colors,
     )
-  problems.raise_if_any()
+    problems.raise_if_any()
   return mask
 
 
@@ -142,12 +139,14 @@ def header(
   path = pathlib.Path(path)
   try:
     with _opened(path) as opened:
-      if isinstance(opened, Image.Image):
-        return _picture_header(opened, exif_orientation, max_value, is_mask)
-      shape, dtype = opened.shape, opened.dtype
+      if is_mask:
+        _check_mask(opened)
+      is_picture = isinstance(opened, Image.Image)
+      size, orientation = _size_and_orientation(opened, exif_orientation) if is_picture else (opened.shape[:2], 1)
+      has_8_bits = opened.mode not in _DEEP_MODES if is_picture else opened.dtype == np.uint8
   except Exception as error:  # as in `_read`
     return explained(error, path)
-  return Header(shape[:2], np.uint8 if dtype == np.uint8 and max_value in (0, 255) else np.float32)
+  return Header(size, np.uint8 if has_8_bits and max_value in (0, 255) else np.float32, orientation)
 
 
 def mask_header(path: str | os.PathLike, *, exif_orientation: str = "apply") -> Header | Unusable:
@@ -230,8 +229,8 @@ def scale_flaw(pixels: np.ndarray, full: float) -> tuple[str, str]:
   "not finite", "negative", "above", or "black": nothing reaches more than the 255th part of full brightness, as when 0..1 is taken
   for 0..255, or 8 bits for 16; all 0 is no flaw. Floats may be off by rounding.
   """
-  lowest, highest = pixels.min(), pixels.max()
-  if not (np.isfinite(lowest) and np.isfinite(highest)):
+  lowest, highest = float(pixels.min()), float(pixels.max())
+  if not (math.isfinite(lowest) and math.isfinite(highest)):
     return "not finite", f"NaN or infinite values, {np.count_nonzero(~np.isfinite(pixels))} of {pixels.size}"
   rounding = _ROUNDING * full if pixels.dtype.kind == "f" else 0
   found = f"{pixels.dtype}, {lowest:g}..{highest:g}"
@@ -262,10 +261,10 @@ def _read(what: str, path: pathlib.Path, convert: Callable[[Image.Image], np.nda
   checks.check_name("exif_orientation", exif_orientation, EXIF_ORIENTATIONS)
   try:
     with _opened(path) as opened:
-      if not isinstance(opened, Image.Image):
-        return opened.read()
       if what == "mask":
-        check_lossless(opened)
+        _check_mask(opened)
+      if isinstance(opened, _Array):
+        return opened.read()
       return _upright(opened, convert, exif_orientation)
   except Exception as error:  # Decoders raise everything at damaged files: KeyError, struct.error, zlib.error, ...
     raise_unreadable(what, path, explained(error, path))
@@ -444,22 +443,18 @@ def _orientation(image: Image.Image) -> int:
   return int(value) if value in range(1, 9) else 1
 
 
-def _picture_header(image: Image.Image, exif_orientation: str, max_value: float, is_mask: bool) -> Header:
-  if is_mask:
-    check_lossless(image)
+def _size_and_orientation(image: Image.Image, exif_orientation: str) -> tuple[tuple[int, int], int]:
   if image.format == "PNG" and _has_late_metadata(image.fp):
     image.load()
   orientation = _orientation(image)
   height, width = image.height, image.width
   if image.format == "TIFF":  # PIL's size may have the orientation applied
     width, height = image.tag_v2[256], image.tag_v2[257]
-  if exif_orientation == "apply" and orientation >= 5:
-    height, width = width, height
-  is_8_bit = image.mode not in _DEEP_MODES and max_value in (0, 255)
-  return Header((height, width), np.uint8 if is_8_bit else np.float32, orientation)
+  is_turned = exif_orientation == "apply" and orientation >= 5
+  return (width, height) if is_turned else (height, width), orientation
 
 
-def _has_late_metadata(file: BinaryIO, tail: int = 2**18) -> bool:
+def _has_late_metadata(file: BinaryIO, tail: int = 2**16) -> bool:
   """Whether a PNG file may have an orientation behind its pixels, where some tools write it."""
   place = file.tell()
   file.seek(max(0, file.seek(0, os.SEEK_END) - tail))
@@ -468,8 +463,17 @@ def _has_late_metadata(file: BinaryIO, tail: int = 2**18) -> bool:
   return any(chunk in end for chunk in (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif"))
 
 
+def _check_mask(opened: Image.Image | _Array) -> None:
+  """Raises Unusable for what holds no class indices and no colours, whatever its values."""
+  is_picture = isinstance(opened, Image.Image)
+  if opened.mode == "F" if is_picture else opened.dtype.kind == "f":
+    raise Unusable("floats", allowed="integers", remedy="store class indices, as integers")
+  if is_picture:
+    check_lossless(opened)
+
+
 def check_lossless(image: Image.Image) -> None:
-  """Raises Unusable for a mask of a lossy format, whatever its values."""
+  """Raises Unusable for a mask of a lossy format."""
   lossy = _lossy_format(image)
   if lossy:
     raise Unusable(
@@ -492,8 +496,8 @@ def _lossy_format(image: Image.Image) -> str:
       return "JPEG 2000 of the irreversible wavelet"
     if image.format == "TIFF":
       compression = image.tag_v2.get(259)
-      if compression in _LOSSY_COMPRESSIONS:
-        return f"TIFF with {_LOSSY_COMPRESSIONS[compression]} compression"
+      if compression in _JPEG_COMPRESSIONS:
+        return "TIFF with JPEG compression"
       starts = image.tag_v2.get(273) or image.tag_v2.get(324)  # of strips or tiles
       if compression == _WEBP_COMPRESSION and _is_lossy_webp(image.fp, starts[0]):
         return "TIFF with lossy WebP compression"
