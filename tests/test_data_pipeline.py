@@ -1,4 +1,9 @@
+import gc
 import itertools
+import logging
+import os
+import threading
+import time
 
 import jax
 import numpy as np
@@ -10,6 +15,7 @@ from pseudoseg_jax import checks
 from pseudoseg_jax.contract import Needs
 from pseudoseg_jax.data import geometry, photometry, pipeline, sources, synthetic, views
 from pseudoseg_jax.data.geometry import Geometry
+from pseudoseg_jax.data.skipped import Skipped
 
 SCENES = synthetic.SyntheticScenes(11, (32, 40))
 ONE = sources.Subset(SCENES, SCENES.ids[:1])
@@ -42,7 +48,8 @@ def of_one_image():
 
 
 def take(count, options, **where):
-  return list(itertools.islice(pipeline.train_batches(options, **where), count))
+  with pipeline.train_batches(options, **where) as feed:
+    return list(itertools.islice(feed, count))
 
 
 def assert_equal(first, second):
@@ -331,3 +338,325 @@ def test_batches_that_processes_cannot_share_are_told_before_iterating():
   text = message(lambda: pipeline.train_batches(spec(), process_index=3, process_count=3))
   for part in ("'labeled': got 2", "'unlabeled': got 4", "'partner': got 4", "process_index: got 3"):
     assert part in text
+
+
+class _Watched:
+  """A source that knows how many of its images are being read; `before` is called in each of those reads."""
+
+  channels, dtype, has_labels = 3, np.uint8, True
+
+  def __init__(self, source=SCENES, before=lambda row: None):
+    self.ids, self.size, self.label = source.ids, source.size, source.label
+    self.begun = self.ended = 0
+    self._source, self._before, self._lock = source, before, threading.Lock()
+
+  def __len__(self):
+    return len(self.ids)
+
+  def image(self, row):
+    with self._lock:
+      self.begun += 1
+    try:
+      self._before(row)
+      return self._source.image(row)
+    finally:
+      with self._lock:
+        self.ended += 1
+
+
+def _feed_of(source, **options):
+  return pipeline.train_batches(spec(labeled=source, unlabeled=source, needs=Needs(), **options))
+
+
+def _feeders():
+  return [thread for thread in threading.enumerate() if thread.name == "feed"]
+
+
+def _native_threads():
+  return len(os.listdir("/proc/self/task"))
+
+
+def _wait_until(condition, seconds=20):
+  end = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < end, "waited for nothing"
+    time.sleep(0.01)
+
+
+def _raise_input_error(row):
+  raise checks.InputError("a bad file")
+
+
+def _unused(feed):
+  pass
+
+
+def _used(feed):
+  next(feed), next(feed)
+
+
+def _failed(feed):
+  with pytest.raises(checks.InputError, match="a bad file"):
+    next(feed)
+
+
+@pytest.mark.parametrize(
+  ("use", "before"), [(_unused, lambda row: time.sleep(0.1)), (_used, lambda row: time.sleep(0.1)), (_failed, _raise_input_error)]
+)
+def test_closed_feeds_read_no_more_and_leave_nothing_behind(use, before):
+  source = _Watched(before=before)
+  feed = _feed_of(source)
+  use(feed)
+  begun = time.monotonic()
+  feed.close()
+  assert time.monotonic() - begun < 2
+  assert source.begun == source.ended and not _feeders()
+  reads = source.begun
+  feed.close()
+  assert next(feed, None) is None and next(feed, None) is None
+  time.sleep(0.2)
+  assert source.begun == reads
+
+
+def test_a_slow_read_does_not_keep_close_waiting(monkeypatch):
+  monkeypatch.setattr(pipeline, "_PATIENCE_SECONDS", 0.2)
+  goes_on = threading.Event()
+  source = _Watched(before=lambda row: goes_on.wait(30))
+  feed = _feed_of(source)
+  _wait_until(lambda: source.begun)
+  begun = time.monotonic()
+  feed.close()
+  assert time.monotonic() - begun < 2 and _feeders()
+  goes_on.set()
+  _wait_until(lambda: not _feeders())  # what was left alone ends by itself
+  assert source.begun == source.ended
+
+
+def test_close_wakes_up_whoever_waits():
+  goes_on = threading.Event()
+  source = _Watched(before=lambda row: goes_on.wait(30))
+  feed = _feed_of(source)
+  answers = []
+  waiting = threading.Thread(target=lambda: answers.append(next(feed, "closed")))
+  waiting.start()
+  _wait_until(lambda: source.begun)
+  threading.Timer(0.2, goes_on.set).start()
+  feed.close()
+  waiting.join(20)
+  assert answers == ["closed"]
+
+
+@pytest.mark.parametrize("use", [_unused, _used])
+def test_feeds_that_nobody_holds_are_closed(use):
+  source = _Watched(before=lambda row: time.sleep(0.02))
+  feed = _feed_of(source)
+  use(feed)
+  del feed
+  _wait_until(lambda: not _feeders() and source.begun == source.ended)
+
+
+def test_feed_that_a_traceback_holds_reads_no_more():
+  source = _Watched(before=_raise_input_error)
+  try:
+    next(_feed_of(source))
+  except checks.InputError as error:
+    kept = error  # with the frames that hold the feed
+  _wait_until(lambda: not _feeders())
+  assert kept.__traceback__ is not None and source.begun == source.ended
+  assert len(take(2, spec())) == 2  # a new one in the same process
+
+
+def test_garbage_collector_may_find_a_feed_inside_of_its_own_reads(monkeypatch):
+  monkeypatch.setattr(pipeline, "_NUM_WORKERS", 1)  # reads come one after the other
+  entered, goes_on = threading.Event(), threading.Event()
+
+  def collect(row):
+    if source.begun > 2:
+      entered.set()
+      assert goes_on.wait(30)
+      gc.collect()
+
+  source = _Watched(before=collect)
+  feed = pipeline.train_batches(spec(labeled=source, needs=Needs(unlabeled=False)))
+  next(feed)
+  assert entered.wait(30)
+  cycle = [feed]
+  cycle.append(cycle)
+  gc.disable()
+  try:
+    del feed, cycle
+    assert _feeders()
+    goes_on.set()
+    _wait_until(lambda: not _feeders())
+  finally:
+    gc.enable()
+
+
+def test_many_feeds_leave_no_threads():
+  def opened():
+    return pipeline.train_batches(spec(needs=Needs()))
+
+  next(opened())
+  _wait_until(lambda: not _feeders())
+  before = _native_threads()
+  together = [opened() for _ in range(4)]
+  batches = [[next(feed) for feed in together] for _ in range(2)]
+  for number in range(1, 4):
+    assert_equal(batches[1][0], batches[1][number])
+  del together[::2]
+  for feed in together:
+    feed.close()
+  _wait_until(lambda: not _feeders() and _native_threads() <= before)
+
+
+def test_further_domains_have_their_number_in_the_name():
+  other = spec(seed=8, needs=Needs())
+  with pipeline.train_batches(spec(), other) as feed:
+    batch = next(feed)
+  assert list(batch) == ["labeled", "unlabeled", "partner", "labeled_1", "unlabeled_1"]
+  assert_equal({name: batch[name] for name in ("labeled", "unlabeled", "partner")}, take(1, spec())[0])
+  assert_equal({name: batch[f"{name}_1"] for name in ("labeled", "unlabeled")}, take(1, other)[0])
+  text = message(lambda: pipeline.train_batches(spec(), other, process_index=0, process_count=3))
+  assert "'unlabeled_1': got 4" in text
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Opens images/NAME.png and masks/NAME.png of eleven scenes."""
+  for kind in ("images", "masks"):
+    (tmp_path / kind).mkdir()
+  for row, name in enumerate("abcdefghijk"):
+    Image.fromarray(SCENES.image(row)).save(tmp_path / "images" / f"{name}.png")
+    Image.fromarray(SCENES.label(row)).save(tmp_path / "masks" / f"{name}.png")
+
+  def opened(ids="abcdefghijk", **options):
+    patterns = dict(image_pattern="images/{id}.png", label_pattern="masks/{id}.png")
+    return sources.FolderSource(tmp_path, tuple(ids), num_classes=7, **patterns, **options)
+
+  return opened
+
+
+def _resized(path, size=(20, 16)):
+  with Image.open(path) as image:
+    image.resize(size, Image.Resampling.NEAREST).save(path)
+
+
+@pytest.mark.parametrize("changed", ["images", "masks"])
+@pytest.mark.parametrize(
+  ("stream", "options"),
+  [
+    ("labeled", dict(needs=Needs(unlabeled=False))),
+    ("labeled", dict(needs=Needs(unlabeled=False, weak_label="image"), unlabeled_image_labels=np.ones((11, 7), np.float32))),
+    ("unlabeled", dict(needs=Needs(labeled_too=True))),
+    ("unlabeled", dict(needs=Needs(), with_truth=True)),
+  ],
+)
+def test_mask_of_another_size_than_its_image_ends_the_run(folder, changed, stream, options):
+  source = folder()
+  path = source.root / changed / "c.png"
+  parts = sources.Joined(sources.Subset(source, tuple("ab")), sources.Subset(source, tuple("cdefghijk")))
+  only_unlabeled = stream == "unlabeled" and not options["needs"].labeled_too
+  made = spec(labeled=SCENES if only_unlabeled else parts, unlabeled=parts, **options)
+  _resized(path)
+  text = message(lambda: take(12, made))
+  sizes = ("16 x 20", "32 x 40") if changed == "masks" else ("32 x 40", "16 x 20")
+  assert f"got {sizes[0]}; allowed: {sizes[1]}, as its image {source.root / 'images/c.png'}" in text
+  assert f"cannot use mask {source.root / 'masks/c.png'}" in text
+  _resized(path, (40, 32))  # what it says: one size again
+  assert len(take(12, made)) == 12
+
+
+def test_mask_of_another_size_is_told_by_its_id_where_there_are_no_files():
+  shifted = _Watched()
+  shifted.label = lambda row: SCENES.label(row)[: -1 if row == 4 else None]
+  text = message(lambda: take(12, spec(labeled=sources.Subset(shifted, shifted.ids), needs=Needs(unlabeled=False))))
+  assert f"cannot use mask {SCENES.ids[4]}" in text and "got 31 x 40; allowed: 32 x 40" in text
+
+
+def _damage(path):
+  path.write_bytes(path.read_bytes()[:-300])
+
+
+def test_unreadable_files_are_replaced_by_the_next_ones(folder, caplog):
+  source = folder()
+  _damage(source.image_path(2))
+  _damage(source.image_path(3))
+  _damage(source.image_path(10))
+  _damage(source.label_path(6))
+  whole = folder(check=False)
+  substitute = {2: 4, 3: 4, 10: 0}
+  options = dict(labeled=whole, unlabeled=whole, needs=Needs(ids=True))
+  skipped = Skipped()
+  with caplog.at_level(logging.WARNING, "pseudoseg_jax"):
+    found = take(11, spec(skipped=skipped, **options))
+  expected = take(11, spec(needs=Needs(ids=True)))
+  ids, wanted = (np.concatenate([batch["unlabeled"]["id"] for batch in batches]) for batches in (found, expected))
+  np.testing.assert_array_equal(ids, [substitute.get(row, row) for row in wanted])
+  paths = {str(source.image_path(row)) for row in (2, 3, 10)} | {str(source.label_path(6))}
+  reasons = skipped.reasons()
+  assert set(reasons) == paths and all(path in reason for path, reason in reasons.items())
+  assert sum("skipped" in record.message for record in caplog.records) == 4  # each once, though met in several epochs
+
+  # The same in every process, and after resuming.
+  parts = [take(2, spec(skipped=Skipped(), **options), process_index=index, process_count=2, start_step=5) for index in range(2)]
+  joined = [jax.tree.map(lambda *rows: np.concatenate(rows), *step) for step in zip(*parts)]
+  assert_equal(found[5:7], joined)
+  assert "cannot read image" in message(lambda: take(11, spec(**options)))  # without the option the run ends
+
+
+def test_what_belongs_to_an_image_goes_with_its_substitute():
+  def fails(row):
+    if row in (2, 3):
+      raise checks.InputError("a bad file")
+
+  source = _Watched(before=fails)
+  labels = np.eye(11, 7, dtype=np.float32) + np.arange(11, dtype=np.float32)[:, None]
+  needs = Needs(ids=True, weak_label="image")
+  for batch in take(6, spec(unlabeled=source, needs=needs, unlabeled_image_labels=labels, skipped=Skipped())):
+    assert not {2, 3} & {*batch["unlabeled"]["id"].tolist()}
+    np.testing.assert_array_equal(batch["unlabeled"]["image_label"], labels[batch["unlabeled"]["id"]])
+  boxes = np.full((11, 1, 5), -1, np.float32)
+  boxes[:, 0] = np.stack([np.arange(11), *[np.full(11, edge) for edge in (0.0, 0.0, 1.0, 1.0)]], axis=1)
+  needs = Needs(ids=True, weak_label="boxes")
+  for batch in take(6, spec(unlabeled=source, needs=needs, labeled_boxes=boxes, unlabeled_boxes=boxes, skipped=Skipped())):
+    np.testing.assert_array_equal(batch["unlabeled"]["boxes"][:, 0, 0], batch["unlabeled"]["id"])
+
+
+@pytest.mark.parametrize("error", [checks.InputError("a bad file"), OSError("the disk is gone")])
+def test_nothing_readable_ends_the_run_also_where_files_may_be_skipped(error):
+  def fails(row):
+    raise error
+
+  skipped = Skipped()
+  text = message(lambda: take(1, spec(unlabeled=_Watched(before=fails), needs=Needs(), skipped=skipped)))
+  assert "11 of 11" in text and str(error) in text and set(skipped.reasons()) == set(SCENES.ids)
+
+
+def test_errors_of_ours_are_never_skipped():
+  def fails(row):
+    raise AssertionError("a bug")
+
+  with pytest.raises(AssertionError, match="a bug"):
+    take(1, spec(unlabeled=_Watched(before=fails), needs=Needs(), skipped=Skipped()))
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_files_without_a_readable_header_are_left_out_at_opening(folder, kind, caplog):
+  root = folder().root
+  for name in "bk":
+    (root / kind / f"{name}.png").write_bytes(b"broken")
+  assert str(root / kind / "k.png") in message(folder)
+  skipped = Skipped()
+  with caplog.at_level(logging.WARNING, "pseudoseg_jax"):
+    source = folder(skipped=skipped)
+  assert source.ids == tuple("acdefghij") and len(source) == 9
+  assert set(skipped.reasons()) == {str(root / kind / f"{name}.png") for name in "bk"}
+  assert "b.png" in caplog.text and "file 2" in caplog.text
+  for row, name in enumerate(source.ids):
+    original = "abcdefghijk".index(name)
+    np.testing.assert_array_equal(source.image(row), SCENES.image(original))
+    np.testing.assert_array_equal(source.label(row), SCENES.label(original))
+    assert source.size(row) == (32, 40) and source.image_path(row).stem == source.label_path(row).stem == name
+  for name in "acdefghij":
+    (root / kind / f"{name}.png").write_bytes(b"broken")
+  assert "a.png" in message(lambda: folder(skipped=Skipped()))  # none is left

@@ -8,12 +8,15 @@ feed the same global batches. Labeled, unlabeled and partner streams have orders
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import os
+import queue
 import threading
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import tensorflow as tf
@@ -25,10 +28,13 @@ from pseudoseg_jax.data import geometry as geometry_ops
 from pseudoseg_jax.data import photometry as photometry_ops
 from pseudoseg_jax.data.geometry import Geometry
 from pseudoseg_jax.data.photometry import IMAGENET_MEAN, IMAGENET_STD, Photometry
+from pseudoseg_jax.data.skipped import Skipped
 from pseudoseg_jax.data.sources import Joined, Source, Subset
 
 # TensorFlow only feeds; on an accelerator it would take the memory that JAX needs.
 tf.config.set_visible_devices([], "GPU")
+
+_PATIENCE_SECONDS = 5.0  # of `Feed.close` and of an ending process, with reads that are under way
 
 _NUM_WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
@@ -48,6 +54,8 @@ class PipelineSpec:
     whose masks are known, never for training. Without it, masks of unlabeled images are not opened.
   labeled_photometry: labeled images also get a strong view's photometry.
   labeled_operations: how many of `operations.augment` each labeled image gets before it is cropped; RGB of 8 bits only.
+  skipped: an image that cannot be used, or whose mask cannot, is noted there and replaced by the first of those after it (by row,
+    the first after the last) that can: the same one in every process and after resuming. None: it ends the run.
 
   Raises:
     InputError: all settings that do not fit together, at once.
@@ -69,6 +77,7 @@ class PipelineSpec:
   with_truth: bool = False
   labeled_photometry: bool = False
   labeled_operations: int = 0
+  skipped: Skipped | None = None
 
   def __post_init__(self):
     problems = checks.Problems("the input pipeline cannot be built")
@@ -150,13 +159,58 @@ class PipelineSpec:
       problems.add(where, got="a method that needs boxes, which would not turn with the images", remedy="set it to 0")
 
 
-def train_batches(
-  spec: PipelineSpec, *, start_step: int = 0, process_index: int = 0, process_count: int = 1
-) -> Iterator[dict[str, dict[str, np.ndarray]]]:
-  """Endless batches from step `start_step` on, in the layout of contract.Batch.
+class Feed(Iterator[dict[str, dict[str, np.ndarray]]]):
+  """Endless batches in the layout of contract.Batch, made ahead of their use; made by `train_batches`.
+
+  It is to be closed, by `close` or `with`: reading ends then. One that nobody holds any more, or that is open when the process
+  ends, is closed too. An error ends it as well. All methods may be called from any thread; a Ctrl-C gets through while a batch
+  is waited for.
+  """
+
+  def __init__(self, streams: Mapping[str, _Stream]):
+    self._feeder = _Feeder(streams)
+    self._feeder.wanted.put(True)
+    self._feeder.start()
+
+  def __next__(self) -> dict[str, dict[str, np.ndarray]]:
+    feeder = self._feeder
+    if feeder.stopped:
+      raise StopIteration
+    feeder.wanted.put(True)  # the one after the one that is waited for
+    made = feeder.made.get()
+    if made is None or feeder.stopped:
+      feeder.made.put(None)  # for whoever asks next
+      raise StopIteration
+    if isinstance(made, Exception):
+      raise made
+    return made
+
+  def close(self) -> None:
+    """Waits for the files that are being read (at most a few seconds: those of a dead disk are left alone), and begins no other.
+
+    Afterwards there are no more batches. Closing twice does nothing.
+    """
+    self._feeder.stop()
+    self._feeder.join(_PATIENCE_SECONDS)
+
+  def __enter__(self) -> Feed:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def __del__(self):
+    self._feeder.stop()  # without waiting: the garbage collector may run anywhere, in a file's reader too
+
+
+def train_batches(*specs: PipelineSpec, start_step: int = 0, process_index: int = 0, process_count: int = 1) -> Feed:
+  """Endless batches from step `start_step` on, in the layout of contract.Batch; close them.
 
   Each process gets its own contiguous rows of the global batch: process p of n the p-th n-th. Earlier steps are not
   iterated over.
+
+  Args:
+    specs: of one domain, or of several; the streams of further domains have their number in the name, "labeled_1".
 
   Raises:
     InputError: at once, batch sizes that the processes do not divide; while iterating, a file that cannot be used, by its path.
@@ -166,25 +220,98 @@ def train_batches(
     problems.add("process_index", got=process_index, allowed=f"0..{process_count - 1}")
   if start_step < 0:
     problems.add("start_step", got=start_step, allowed="0 or more")
-  batch_sizes = {"labeled": spec.batch_size_labeled_global}
-  if spec.needs.unlabeled:
-    batch_sizes["unlabeled"] = spec.batch_size_unlabeled_global
-    if spec.needs.partner:
-      batch_sizes["partner"] = spec.batch_size_unlabeled_global
-  for stream, batch_size in batch_sizes.items():
+  wanted = []  # (name in the batch, spec, name, global batch)
+  for number, spec in enumerate(specs):
+    batch_sizes = {"labeled": spec.batch_size_labeled_global}
+    if spec.needs.unlabeled:
+      batch_sizes["unlabeled"] = spec.batch_size_unlabeled_global
+      if spec.needs.partner:
+        batch_sizes["partner"] = spec.batch_size_unlabeled_global
+    wanted += [(f"{stream}_{number}" if number else stream, spec, stream, size) for stream, size in batch_sizes.items()]
+  for name, _, _, batch_size in wanted:
     if batch_size % process_count:
-      problems.add(f"global batch of '{stream}'", got=batch_size, allowed=f"a multiple of the {process_count} processes")
+      problems.add(f"global batch of '{name}'", got=batch_size, allowed=f"a multiple of the {process_count} processes")
   problems.raise_if_any()
 
   streams = {}
-  for stream, batch_size in batch_sizes.items():
+  for name, spec, stream, batch_size in wanted:
     rows = batch_size // process_count
     positions = tf.data.Dataset.range(start_step * rows, np.iinfo(np.int64).max).map(
       # The n-th row of this process -> its place in the stream of all processes' rows.
       lambda n, rows=rows, batch_size=batch_size: n // rows * batch_size + process_index * rows + n % rows
     )
-    streams[stream] = _stream(spec, stream, positions, rows)
-  return _zip(streams)
+    streams[name] = _stream(spec, stream, positions, rows)
+  return Feed(streams)
+
+
+class _Stream(NamedTuple):
+  dataset: tf.data.Dataset
+  loader: _Loader
+
+
+class _Feeder(threading.Thread):
+  """Takes batches out of tf.data; nobody else holds its iterators.
+
+  The destructor of such an iterator waits for the calls into Python that are under way for it, which need the interpreter's lock.
+  While the interpreter is torn down no thread gets that lock any more, and a process would wait there for ever. Inside of one of
+  those calls, where the garbage collector may run, the destructor would wait for itself. So it runs here and nowhere else: once
+  the feed is stopped, at the latest by `_close_all`, before the interpreter goes.
+
+  wanted: True for each batch to make, False for no more. A destructor may put it there at any moment: of Python's queues only this
+    one allows that.
+  made: the batches, maybe the error that ended them, at last None.
+  """
+
+  def __init__(self, streams: Mapping[str, _Stream]):
+    super().__init__(name="feed", daemon=True)  # for the others Python waits before it calls `_close_all`
+    self.wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    self.made: queue.SimpleQueue[dict[str, dict[str, np.ndarray]] | Exception | None] = queue.SimpleQueue()
+    self.stopped = False
+    self._loaders = {name: loader for name, (_, loader) in streams.items()}
+    self._iterators = {name: dataset.as_numpy_iterator() for name, (dataset, _) in streams.items()}
+
+  def stop(self) -> None:
+    """Lets reading end, and returns at once."""
+    self.stopped = True
+    self._end_reading()
+    self.wanted.put(False)
+
+  def run(self):
+    while self.wanted.get():
+      made = self._batch()
+      self.made.put(made)
+      if isinstance(made, Exception):
+        break
+    self._end_reading()
+    self._iterators.clear()
+    self.made.put(None)
+
+  def _end_reading(self) -> None:
+    for loader in self._loaders.values():
+      loader.stopped = True
+
+  def _batch(self) -> dict[str, dict[str, np.ndarray]] | Exception:
+    batch = {}
+    for name, iterator in self._iterators.items():
+      try:
+        batch[name] = next(iterator)
+      except Exception as error:  # raised where the batch is asked for
+        # What the source said, without TensorFlow's account of how it got there. An error of TensorFlow's own is freed of the
+        # frames that it went through, as they hold the iterator.
+        error.__cause__ = error.__context__ = None
+        return self._loaders[name].first_failure() or error.with_traceback(None)
+    return batch
+
+
+@atexit.register
+def _close_all() -> None:
+  """See `_Feeder`."""
+  feeders = [thread for thread in threading.enumerate() if isinstance(thread, _Feeder)]
+  for feeder in feeders:
+    feeder.stop()
+  end = time.monotonic() + _PATIENCE_SECONDS
+  for feeder in feeders:
+    feeder.join(max(0.0, end - time.monotonic()))
 
 
 def stream_seed(seed: int, stream: str) -> int:
@@ -200,9 +327,9 @@ def example_row(position: tf.Tensor, num_examples: int, seed: int, stream: str) 
   return tf.random.experimental.index_shuffle(place, order_seed, tf.constant(num_examples - 1, tf.int64))
 
 
-def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: int) -> Iterator[dict[str, np.ndarray]]:
+def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: int) -> _Stream:
   examples = _labeled_examples(spec) if stream == "labeled" else _unlabeled_examples(spec, stream)
-  loader = _Loader(examples)
+  loader = _Loader(examples, spec.skipped)
   geometry_seed = tf.constant(stream_seed(spec.seed, f"{stream}/geometry"), tf.int64)
   photometry_seed = tf.constant(stream_seed(spec.seed, f"{stream}/photometry"), tf.int64)
   num_photometries = int(spec.labeled_photometry) if stream == "labeled" else spec.needs.strong_views
@@ -213,6 +340,7 @@ def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: i
   def example(position: tf.Tensor) -> dict[str, tf.Tensor]:
     row = example_row(position, len(examples.source), spec.seed, stream)
     loaded = loader(position, row)
+    row = loaded.pop("row")
     image, image_label = loaded.pop("image"), loaded.pop("image_label", None)
     draws = geometry_ops.draw(spec.geometry, tf.shape(image)[:2], tf.stack([geometry_seed, position]))
     photometry_draws = []
@@ -232,33 +360,16 @@ def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: i
   options.autotune.enabled = False
   options.threading.private_threadpool_size = _NUM_WORKERS
   dataset = (
-    positions.map(example, num_parallel_calls=_NUM_WORKERS).batch(rows, drop_remainder=True).prefetch(2).with_options(options)
+    positions.map(example, num_parallel_calls=_NUM_WORKERS).batch(rows, drop_remainder=True).prefetch(1).with_options(options)
   )
-  return _batches(dataset, loader)
-
-
-def _batches(dataset: tf.data.Dataset, loader: _Loader) -> Iterator[dict[str, np.ndarray]]:
-  batches = dataset.as_numpy_iterator()
-  while True:
-    try:
-      batch = next(batches)
-    except tf.errors.OpError:
-      failure = loader.first_failure()
-      if failure is None:
-        raise
-      raise failure from None  # what the source said, without TensorFlow's account of how it got there
-    yield batch
-
-
-def _zip(streams: dict[str, Iterator[dict[str, np.ndarray]]]) -> Iterator[dict[str, dict[str, np.ndarray]]]:
-  while True:
-    yield {name: next(stream) for name, stream in streams.items()}
+  return _Stream(dataset, loader)
 
 
 class _Examples(NamedTuple):
   """What a stream draws from.
 
-  read: (position, row) -> arrays by name: "image" [h, w, C], "label" and "truth" uint8 [h, w], "image_label" f32[K].
+  read: (position, row) -> arrays by name: "image" [h, w, C], "label" and "truth" uint8 [h, w], "image_label" f32[K]; raises
+    _Unusable.
   specs: of the arrays that are read, by name.
   boxes: f32[N, M, 5] of the images by row, or None.
   """
@@ -283,7 +394,8 @@ def _labeled_examples(spec: PipelineSpec) -> _Examples:
   border = tuple(int(255 * value) for value in spec.mean)
 
   def read(position, row):
-    image, label = source.image(row), source.label(row)
+    image = _read(source, "image", row)
+    label = _read(source, "label", row, of=image)
     found = {}
     if spec.needs.weak_label == "image":
       found["image_label"] = _classes_in(label, spec)  # before anything is moved out of the image
@@ -309,12 +421,13 @@ def _unlabeled_examples(spec: PipelineSpec, stream: str) -> _Examples:
   with_truth = spec.with_truth and stream == "unlabeled"
 
   def read(position, row):
-    found = {"image": source.image(row)}
+    image = _read(source, "image", row)
+    found = {"image": image}
     if spec.needs.labeled_too:
-      unknown = np.full(found["image"].shape[:2], IGNORE_LABEL, np.uint8)
-      found["label"] = labeled.label(row) if row < num_labeled else unknown
+      is_labeled = row < num_labeled
+      found["label"] = _read(source, "label", row, of=image) if is_labeled else np.full(image.shape[:2], IGNORE_LABEL, np.uint8)
     if with_truth:
-      found["truth"] = source.label(row)
+      found["truth"] = _read(source, "label", row, of=image)
     if spec.needs.weak_label == "image":
       given = row >= num_labeled
       found["image_label"] = np.float32(image_labels[rest[row - num_labeled]]) if given else _classes_in(found["label"], spec)
@@ -333,17 +446,62 @@ def _classes_in(label: np.ndarray, spec: PipelineSpec) -> np.ndarray:
   return (counts > 0).astype(np.float32)
 
 
-class _Loader:
-  """Reads examples inside a tf.data graph, and remembers what a source raised, which TensorFlow would turn into text."""
+class _Unusable(Exception):
+  """An image or mask that the source cannot give. path: of its file. error: what the source says."""
 
-  def __init__(self, examples: _Examples):
+  def __init__(self, path: str, error: checks.InputError | OSError):
+    super().__init__(path)
+    self.path, self.error = path, error
+
+
+def _path(source: Source, what: str, row: int) -> str:
+  """Of the "image" or the "label"; the id in a source without files."""
+  path_of = getattr(source, f"{what}_path", None)
+  return str(path_of(row)) if path_of else source.ids[row]
+
+
+def _read(source: Source, what: str, row: int, of: np.ndarray | None = None) -> np.ndarray:
+  """The "image" or the "label" of a row; a label `of` the image that is given must have its size.
+
+  Raises:
+    _Unusable: whatever a user's file can cause.
+  """
+  try:
+    pixels = getattr(source, what)(row)
+    if of is not None and pixels.shape != of.shape[:2]:
+      _raise_other_size(source, row, of, pixels)
+    return pixels
+  except (checks.InputError, OSError) as error:
+    raise _Unusable(_path(source, what, row), error) from error
+
+
+def _raise_other_size(source: Source, row: int, image: np.ndarray, label: np.ndarray) -> NoReturn:
+  problems = checks.Problems(f"cannot use mask {_path(source, 'label', row)}")
+  problems.add(
+    "height x width",
+    got=f"{label.shape[0]} x {label.shape[1]}",
+    allowed=f"{image.shape[0]} x {image.shape[1]}, as its image {_path(source, 'image', row)}",
+    remedy="one of the two files changed after they were checked: store both in one size and run the same command again",
+  )
+  problems.raise_if_any()
+
+
+class _Loader:
+  """Reads examples inside a tf.data graph, and remembers what a source raised, which TensorFlow would turn into text.
+
+  stopped: set it when nobody will look at them any more, and no further file is read.
+  """
+
+  def __init__(self, examples: _Examples, skipped: Skipped | None):
+    self.stopped = False
     self._examples = examples
+    self._skipped = skipped
     self._failures: dict[int, Exception] = {}
     self._lock = threading.Lock()
 
   def __call__(self, position: tf.Tensor, row: tf.Tensor) -> dict[str, tf.Tensor]:
-    """The arrays of `_Examples.read`, by name."""
-    specs = self._examples.specs
+    """The arrays of `_Examples.read`, by name, and "row" i64[]: another one where that of `row` is skipped."""
+    specs = self._examples.specs | {"row": tf.TensorSpec([], tf.int64)}
     loaded = tf.numpy_function(self._load, (position, row), [spec.dtype for spec in specs.values()])
     return {name: tf.ensure_shape(tensor, spec.shape) for (name, spec), tensor in zip(specs.items(), loaded, strict=True)}
 
@@ -353,9 +511,26 @@ class _Loader:
 
   def _load(self, position: np.int64, row: np.int64) -> list[np.ndarray]:
     try:
-      found = self._examples.read(int(position), int(row))
-      return [found[name] for name in self._examples.specs]
+      row, found = self._usable(int(position), int(row))
+      return [*(found[name] for name in self._examples.specs), np.int64(row)]
     except Exception as error:
       with self._lock:
         self._failures[int(position)] = error
       raise
+
+  def _usable(self, position: int, row: int) -> tuple[int, dict[str, np.ndarray]]:
+    """The first row from `row` on that can be used, and what is read of it; once stopped, something of the right form."""
+    count = len(self._examples.source)
+    for candidate in (number % count for number in range(row, row + count)):
+      if self.stopped:  # no exception: TensorFlow would print it
+        return row, {name: np.zeros([n or 1 for n in spec.shape], spec.dtype.name) for name, spec in self._examples.specs.items()}
+      try:
+        return candidate, self._examples.read(position, candidate)
+      except _Unusable as unusable:
+        if self._skipped is None:
+          raise unusable.error from None
+        self._skipped.add(unusable.path, str(unusable.error))
+        last = unusable.error
+    problems = checks.Problems("there is nothing to train on")
+    problems.add("images", got=f"{count} of {count} that cannot be used, the last: {last}", allowed="one that can")
+    problems.raise_if_any()
