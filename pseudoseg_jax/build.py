@@ -310,7 +310,7 @@ def _folder(data: configs.ConfigDict, check: bool) -> Data:
   if check:
     _check_some({role: opened[role] for role in ("labeled", "evaluated")}, data, skipped)
     if lists.left_out:
-      shown = splits.shorten([f"{path} ({why})" for path, why in lists.left_out], most=10)
+      shown = splits.shorten([f"{item.shown_path()} ({item.why})" for item in lists.left_out], most=10)
       log.warning("%d files beside the images are not used: %s", len(lists.left_out), shown)
   split = _split_in_words(data, opened, len(lists.left_out))
   return Data(classes=classes, truth_known=False, split=split, skipped=skipped, **opened)
@@ -419,7 +419,7 @@ def _all(data: configs.ConfigDict, patterns: dict, left_out: list[LeftOut]) -> l
     other = [path.suffix for path, _ in found.left_out if path.is_file() and path.suffix.lower() in listing.IMAGE_SUFFIXES]
     if other:
       remedy += f" Of images that end in {other[0]} it is '{pathlib.PurePath(pattern).with_suffix(other[0])}'"
-    unusable = [f"; {path}: {why}" for path, why in found.left_out if not path.is_file()]
+    unusable = [f"; {item.shown_path()}: {item.why}" for item in found.left_out if not item.path.is_file()]
     problems.add(f"pattern {pattern}", got=f"no file below {root}{''.join(unusable[:3])}", remedy=remedy)
     problems.raise_if_any()
   return [Entry(name) for name in found.ids]

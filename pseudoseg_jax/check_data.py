@@ -125,7 +125,7 @@ def look(name: str, options: configs.ConfigDict, data: build.Data) -> Looked:
   }
   print(f"{progress.done} images decoded in {progress.seconds():.1f} s")
   findings = [finding for found in audits.values() for finding in found.findings] + audit.overlaps(audits)
-  left_out = tuple(Item(str(path), why) for path, why in build.left_out(options))
+  left_out = tuple(Item(item.shown_path(), item.why) for item in build.left_out(options))
   findings += [Finding("left_out", "files", left_out)] if left_out else []
   if name:
     findings = [finding._replace(role=f"{name}/{finding.role}") for finding in findings]

@@ -286,6 +286,39 @@ def test_what_is_made_of_the_data_is_refused_here_too(tmp_path, capsys, option, 
   assert part in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("role", ["labeled", "evaluated"])
+@pytest.mark.parametrize("options", [[], ["--config.data.label_map=3:255"], ["--config.data.ignore_index=3", "--config.data.label_map=255:255"]])
+def test_masks_of_which_no_pixel_has_a_label_are_refused(tmp_path, capsys, role, options):
+  ids = {"labeled": "abcdefghijkl", "unlabeled": "m", "evaluated": "nopqrstuvwxy"}
+  config = make_config(tmp_path, **ids)
+  masks = [tmp_path / f"labels/{name}.png" for name in ids[role]]
+  for path in masks:
+    Image.fromarray(constant(3 if options else 255)).save(path)
+  assert check_data.main([config, *options]) == 1
+  refused = capsys.readouterr().out.partition("what training refuses")[2]
+  assert f"masks of the {role} images: got no label in all 12 of them" in refused
+  # One pixel is enough, wherever it is: here not among those that are looked at first.
+  mask = constant(3 if options else 255)
+  mask[5, 6] = 1
+  Image.fromarray(mask).save(masks[1])
+  assert check_data.main([config, *options]) == 0
+
+
+@pytest.mark.parametrize("role", ["labeled", "evaluated"])
+def test_masks_of_0_and_255_are_refused_in_both_roles_and_the_remedies_work(tmp_path, capsys, role):
+  config = make_config(tmp_path, labeled="ab", unlabeled="c", evaluated="de")
+  for name in {"labeled": "ab", "evaluated": "de"}[role]:
+    Image.fromarray(np.where(np.arange(WIDTH) < 4, 255, constant(0)).astype(np.uint8)).save(tmp_path / f"labels/{name}.png")
+  assert check_data.main([config]) == 1
+  told = capsys.readouterr().out
+  refused = told.partition("what training refuses")[2]
+  assert f"masks of the {role} images: got only 0, 255 in 2 of them" in refused
+  for remedy in ("config.data.label_map=255:1", "config.data.label_map=255:255"):
+    assert remedy in refused
+    check_data.main([config, f"--{remedy}"])
+    assert "training refuses" not in capsys.readouterr().out
+
+
 def test_weak_labels_that_the_method_needs_are_opened(tmp_path, capsys):
   config = make_config(tmp_path, labeled="ab", unlabeled="cd", evaluated="e")
   (tmp_path / "config.py").write_text((tmp_path / "config.py").read_text().replace('"supervised"', '"learn_pseudo"'))

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -276,34 +277,59 @@ def test_names_that_are_not_utf8_are_left_out_and_named(tmp_path):
   (tmp_path / "images" / name).write_bytes(b"")
   found = listing.fitting(tmp_path, "images/{id}.jpg")
   assert found.ids == ("a",) and found.left_out == ((tmp_path / "images" / name, "its name is not UTF-8"),)
+  assert found.left_out[0].shown_path() == f"{tmp_path}/images/caf\\udce9.jpg"  # can be printed
 
 
-LOCALE_SCRIPT = """
-import sys
-from pseudoseg_jax import checks
-from pseudoseg_jax.data import listing, sources
-assert sys.getfilesystemencoding() in ("ascii", "utf-8")
-for call in (lambda: sources.find_ids({root!r}, "images/{{id}}.jpg"),
-             lambda: sources.FolderSource({root!r}, {root!r} + "/list.txt", image_pattern="images/{{id}}.jpg").ids):
-  try:
-    print(ascii(call()))
-  except checks.InputError as error:
-    print(ascii(str(error)))
-"""
+@pytest.fixture(params=["tags_from_masks", "boxes_from_masks"])
+def launcher(request):
+  path = pathlib.Path(__file__).parents[1] / "launch" / f"{request.param}.py"
+  spec = importlib.util.spec_from_file_location(request.param, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
 
 
-@pytest.mark.parametrize("mode", [None, "PYTHONUTF8=1", "LC_ALL=C.UTF-8"])
-def test_a_locale_that_cannot_spell_a_name_is_told_and_the_remedy_works(tmp_path, mode):
+def test_weak_labels_are_read_off_masks_of_a_folder_of_their_own(tmp_path, launcher, capsys):
+  put(tmp_path, "images/a.jpg", "images/v.jpg", "masks/a.png", "masks/v.png", "more/u1.jpg", "more/deep/u2.JPG")
+  put(tmp_path, "more_masks/u1.png", "more_masks/deep/u2.PNG")
+  lists(tmp_path, ["a"], ["v"])
+  (tmp_path / "classes.txt").write_text("ground\nthing\n")
+  config = pathlib.Path(__file__).parents[1] / "configs" / "folder.py"
+  command = [f"--config={config}:method=supervised", f"--config.data.root={tmp_path}", "--config.data.unlabeled_folder=more"]
+  command += [f"--out={tmp_path / 'out'}"]
+  assert launcher.main(command) == 2
+  told = capsys.readouterr().err
+  assert "2 of 2 label files absent" in told and "masks of the unlabeled images" in told and "image file" not in told
+  remedy = told.partition("there is --masks '")[2].partition("'")[0]
+  assert remedy.lower() == "more_masks/{id}.png"
+  assert launcher.main([*command, f"--masks={remedy}"]) == 0
+  written = (tmp_path / "out").read_text()
+  assert all(name in written for name in ("thing", "u1.jpg", "deep/u2.JPG") if launcher.__name__ == "tags_from_masks")
+  assert all(name in written for name in ("thing", '"u1', '"deep/u2') if launcher.__name__ == "boxes_from_masks")
+  (tmp_path / "more_masks/u1.png").write_bytes(b"broken")
+  assert launcher.main([*command, f"--masks={remedy}"]) == 2
+  told = capsys.readouterr().err
+  assert f"mask {tmp_path}/more_masks/u1.png" in told and "Traceback" not in told
+  assert launcher.main([*command, "--masks=more_masks"]) == 2 and "{id}" in capsys.readouterr().err
+
+
+IN_FOLDER = "from pseudoseg_jax.data import listing; print(ascii(listing.fitting({root!r}, 'images/{{id}}.jpg').ids))"
+BY_LIST = (
+  "from pseudoseg_jax.data import sources; sources.FolderSource({root!r}, {root!r} + '/list.txt', image_pattern='images/{{id}}.jpg')"
+)
+
+
+@pytest.mark.parametrize(
+  ("script", "remedy"), [(IN_FOLDER, ""), (BY_LIST, ""), (IN_FOLDER, "PYTHONUTF8=1"), (IN_FOLDER, "LC_ALL=C.UTF-8")]
+)
+def test_a_locale_that_cannot_spell_a_name_is_told_and_the_remedy_works(tmp_path, script, remedy):
   put(tmp_path, f"images/{COMPOSED}.jpg")
   (tmp_path / "list.txt").write_text(COMPOSED, encoding="utf-8")
   environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-  environment |= dict([mode.split("=")]) if mode else {}
-  done = subprocess.run(
-    [sys.executable, "-c", LOCALE_SCRIPT.format(root=str(tmp_path))], env=environment, capture_output=True, text=True, timeout=60
-  )
-  assert done.returncode == 0, done.stderr
-  for line in done.stdout.splitlines():
-    if mode is None:
-      assert "set PYTHONUTF8=1 or LC_ALL=C.UTF-8" in line and "caf" in line
-    else:
-      assert line == ascii((COMPOSED,))
+  environment |= dict([remedy.split("=")]) if remedy else {}
+  command = [sys.executable, "-c", script.format(root=str(tmp_path))]
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+  if remedy:
+    assert done.returncode == 0 and done.stdout.strip() == ascii((COMPOSED,))
+  else:
+    assert "InputError" in done.stderr and "set PYTHONUTF8=1 or LC_ALL=C.UTF-8" in done.stderr

@@ -1,4 +1,5 @@
 import io
+import json
 import random
 
 import numpy as np
@@ -171,7 +172,7 @@ def test_masks_of_fractions_are_refused(tmp_path):
   make_folder(tmp_path)
   np.save(tmp_path / "labels/train/a.npy", np.full((6, 8), 1.5))
   text = message(lambda: open_folder(tmp_path, ("a",), label_pattern="labels/train/{id}.npy").label(0))
-  assert "labels/train/a.npy" in text and "float64" in text
+  assert "labels/train/a.npy" in text and "allowed: integers" in text
 
 
 def test_color_coded_masks_are_refused(tmp_path):
@@ -344,6 +345,35 @@ def test_ids_are_found_in_the_folder_or_in_those_below_it(tmp_path):
   Image.new("RGB", (8, 6)).save(tmp_path / "flat/images/d.jpg")  # one above the others hides none of them
   assert sources.find_ids(tmp_path / "flat", "images/{id}.jpg") == ("d", "train/a", "train/b", "train/c")
   assert sources.find_ids(tmp_path, "nothing/{id}.jpg") == ()
+
+
+@pytest.mark.parametrize(
+  ("named", "parts"),
+  [
+    (["cat", "ground", "dog"], ["another order", "'cat' as class 0", "'ground' as class 0, as in the data", "export them anew"]),
+    (["ground", "cat"], ["labels of the classes ground, cat", "those of the data: ground, cat, dog"]),
+    (["ground", "cat", 3], ["labels of the classes ground, cat, 3"]),
+    (7, ["manifest.json: got TypeError"]),
+  ],
+)
+def test_labels_of_other_classes_or_of_another_order_are_refused(tmp_path, named, parts):
+  (tmp_path / "manifest.json").write_text(json.dumps({"finished": True, "classes": named}))
+  text = message(lambda: sources.check_labels_folder(tmp_path, ("ground", "cat", "dog")))
+  assert all(part in text for part in parts), text
+  (tmp_path / "manifest.json").write_text(json.dumps({"finished": True, "classes": ["ground", "cat", "dog"]}))
+  sources.check_labels_folder(tmp_path, ("ground", "cat", "dog"))
+
+
+def test_masks_alone_are_no_images(tmp_path):
+  make_folder(tmp_path)
+  options = dict(label_pattern="labels/train/{id}.png", num_classes=3, label_map={11: 255}, masks_only=True)
+  source = sources.FolderSource(tmp_path, ["c", "a"], **options)
+  assert source.size(0) == source.label(0).shape == (6, 8) and source.label_path(1).name == "a.png"
+  (tmp_path / "labels/train/a.png").write_bytes(b"broken")
+  text = message(lambda: sources.FolderSource(tmp_path, ["c", "a"], **options))
+  assert text.count("a.png") == 1 and "mask" in text and "image " not in text.replace("readable image", "")
+  text = message(lambda: sources.FolderSource(tmp_path, ["c", "x"], **options))
+  assert "1 of 2 label files absent" in text and "image file" not in text
 
 
 def test_unchecked_sources_open_whatever_is_wrong_and_say_it_when_read(tmp_path):

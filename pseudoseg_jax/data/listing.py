@@ -30,6 +30,10 @@ class LeftOut(NamedTuple):
   path: pathlib.Path
   why: str
 
+  def shown_path(self) -> str:
+    """The path as a text that can be printed, whatever bytes its names are of."""
+    return str(self.path).encode(errors="backslashreplace").decode()
+
 
 def image_files(folder: str | pathlib.Path, left_out: list[LeftOut] | None = None) -> list[pathlib.Path]:
   """The images of a folder and of all below it, in order of name; none where there is no such folder.
@@ -49,51 +53,47 @@ def files_below(folder: str | pathlib.Path, left_out: list[LeftOut] | None = Non
   Args:
     left_out: gains what could not be followed or entered.
   """
-  return sorted(walk(folder, left_out), key=lambda path: ([normalized(part) for part in path.parts], path))
+  return sorted(walk(folder, left_out), key=lambda path: (normalized(str(path)).split(os.sep), str(path)))
 
 
 def walk(folder: str | pathlib.Path, left_out: list[LeftOut] | None = None) -> Iterator[pathlib.Path]:
   """`files_below` one by one, in an order that is the same on every machine; real folders come before linked ones."""
   left_out = [] if left_out is None else left_out
-  entered = set()
-  waiting = [str(folder)] if os.path.isdir(folder) else []
-  while waiting:
+  entered, linked = set(), [str(folder)] if os.path.isdir(folder) else []
+  while linked:
+    waiting = [(path, os.path.realpath(path)) for path in sorted(linked, reverse=True)]
     linked = []
-    for start in waiting:
-      yield from _walk_real(start, os.path.realpath(start), entered, linked, left_out)
-    waiting = sorted(linked)
+    while waiting:
+      path, real = waiting.pop()
+      if real in entered:
+        continue
+      entered.add(real)
+      folders = []
+      for entry in _entries(path, left_out):
+        kind = _strange_name(entry.name) or _kind(entry)
+        if kind == "file":
+          yield pathlib.Path(entry.path)
+        elif kind != "a folder":
+          left_out.append(LeftOut(pathlib.Path(entry.path), kind))
+        elif entry.is_symlink():
+          linked.append(entry.path)
+        else:
+          folders.append((entry.path, os.path.join(real, entry.name)))
+      waiting += reversed(folders)
 
 
-def _walk_real(folder: str, real: str, entered: set[str], linked: list[str], left_out: list[LeftOut]) -> Iterator[pathlib.Path]:
-  """The files of a folder and of those below it that no link leads to; `linked` gains the others."""
-  if real in entered:
-    return
-  entered.add(real)
-  folders = []
+def _entries(folder: str, left_out: list[LeftOut]) -> list[os.DirEntry]:
+  """What a folder holds that is not hidden, by name."""
   try:
-    with os.scandir(folder) as found:
-      entries = sorted(found, key=lambda entry: (normalized(entry.name), entry.name))
+    with os.scandir(folder) as entries:
+      return sorted((entry for entry in entries if not _is_hidden(entry.name)), key=lambda entry: (normalized(entry.name), entry.name))
   except OSError as error:
     left_out.append(LeftOut(pathlib.Path(folder), f"a folder that cannot be read ({error.strerror})"))
-    return
-  for entry in entries:
-    if _is_hidden(entry.name):
-      continue
-    kind = _strange_name(entry.name) or _kind(entry)
-    if kind == "file":
-      yield pathlib.Path(entry.path)
-    elif kind != "a folder":
-      left_out.append(LeftOut(pathlib.Path(entry.path), kind))
-    elif entry.is_symlink():
-      linked.append(entry.path)
-    else:
-      folders.append(entry)
-  for entry in folders:
-    yield from _walk_real(entry.path, os.path.join(real, entry.name), entered, linked, left_out)
+    return []
 
 
 def _kind(entry: os.DirEntry) -> str:
-  """"file", "a folder", or why it is neither."""
+  """What it is: "file", "a folder", or why it is neither."""
   try:
     if entry.is_dir():
       return "a folder"
@@ -110,7 +110,8 @@ def _is_hidden(name: str) -> bool:
 
 def _strange_name(name: str) -> str:
   """Why a name is none that a list, or an id, can hold; else ""."""
-  return "its name is not UTF-8" if any("\ud800" <= character <= "\udfff" for character in name) else ""
+  is_text = name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
+  return "" if is_text else "its name is not UTF-8"
 
 
 def normalized(name: str) -> str:
@@ -149,9 +150,9 @@ class Pattern:
     self._expression = re.compile(f"{before}(?P<id>.+){'(?P=id)'.join(after)}(?i:{endings})", re.DOTALL)
     self.rank = (len(self.folder.parts), len(path.replace("{id}", "")))
 
-  def id_of(self, path: pathlib.Path) -> str | None:
-    """The id of a file; None for one that does not fit."""
-    found = self._expression.fullmatch(normalized(path.as_posix()))
+  def id_of(self, path: str) -> str | None:
+    """The id of a file, given its `normalized` path; None for one that does not fit."""
+    found = self._expression.fullmatch(path)
     return found and found["id"]
 
 
@@ -176,8 +177,9 @@ def fitting(root: str | pathlib.Path, pattern: str, others: Sequence[str] = ()) 
   left_out: list[LeftOut] = []
   found: dict[str, list[pathlib.Path]] = {}
   for path in files_below(own.folder, left_out):
-    name = own.id_of(path)
-    ranks = [rival.rank for rival in rivals if rival.id_of(path) is not None]
+    text = normalized(path.as_posix())
+    name = own.id_of(text)
+    ranks = [rival.rank for rival in rivals if rival.id_of(text) is not None]
     if name is not None and own.rank >= max(ranks, default=own.rank):
       found.setdefault(name, []).append(path)
     elif not ranks and path.suffix.lower() in (*IMAGE_SUFFIXES, *_OTHER_IMAGES):
@@ -230,9 +232,9 @@ class Files:
       return f"several files of this id: {', '.join(other.name for other in found)}"
     folder, name = os.path.split(path)
     folder = self.folder(folder)
-    if name in self._listed(folder):
-      return self._listed(folder)[name]
-    return f"in folder {folder}, which cannot be read" if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK) else ""
+    if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+      return f"in folder {folder}, which cannot be read"
+    return self._listed(folder).get(name, "")
 
   def folder(self, folder: str) -> str:
     """The path of a folder as it is spelled on the disk."""

@@ -405,8 +405,9 @@ def image_folder(folder: str | pathlib.Path, **options: Any) -> FolderSource:
   files = listing.image_files(folder, left_out)
   if not files:
     problems = checks.Problems(f"data in {folder} cannot be used")
-    found = ", ".join(["no image", *(f"{path} ({why})" for path, why in left_out[:3])]) if folder.is_dir() else "no such folder"
-    problems.add("folder", got=found, allowed=f"a folder of files ending in {', '.join(listing.IMAGE_SUFFIXES)}")
+    unusable = [f"{item.shown_path()} ({item.why})" for item in left_out[:3]]
+    got = ", ".join(["no image", *unusable]) if folder.is_dir() else "no such folder"
+    problems.add("folder", got=got, allowed=f"a folder of files ending in {', '.join(listing.IMAGE_SUFFIXES)}")
     problems.raise_if_any()
   entries = [Entry(listing.normalized(path.relative_to(folder).as_posix()), image=str(path.absolute())) for path in files]
   return FolderSource(folder, entries, **options)
@@ -534,7 +535,7 @@ class PseudoLabels:
     labels = "labels/{id}.png"
     stems = [splits.without_suffix(name) for name in self.ids]
     try:
-      self._labels = FolderSource(folder, stems, image_pattern=labels, label_pattern=labels, num_classes=len(class_names))
+      self._labels = FolderSource(folder, stems, label_pattern=labels, num_classes=len(class_names), masks_only=True)
     except checks.InputError as error:
       problems.add(
         "labels", got=str(error).replace("\n", "\n  "), remedy="export the labels of these images, or list fewer images"
@@ -579,7 +580,12 @@ def check_labels_folder(folder: str | pathlib.Path, class_names: Sequence[str]) 
   else:
     if finished is not True:
       problems.add("manifest.json", got="an export that did not finish", remedy=go_on)
-    if named != list(class_names):
+    if named != list(class_names) and sorted(map(str, named)) == sorted(class_names):
+      index = next(index for index, (ours, theirs) in enumerate(zip(class_names, named, strict=True)) if ours != theirs)
+      got, allowed = (f"'{names[index]}' as class {index}" for names in (named, class_names))
+      remedy = "give config.data.classes in the order of the network that made the labels, or export them anew"
+      problems.add("manifest.json", got=f"the classes in another order, {got}", allowed=f"{allowed}, as in the data", remedy=remedy)
+    elif named != list(class_names):
       got, allowed = (splits.shorten(names) for names in (named, class_names))
       problems.add("manifest.json", got=f"labels of the classes {got}", allowed=f"those of the data: {allowed}")
   problems.raise_if_any()
