@@ -378,34 +378,24 @@ def test_csv_holds_fractions():
 ABOUT = {"config": {"path": "c.py", "argument": ""}, "seed": 0, "method": "m", "split": "1_8", "protocol": "whole images"}
 
 
-def test_results_keep_the_last_and_the_best_step_apart(tmp_path):
-  good, bad = two_scores(), {name: confusion.scores([[1, 1, 0], [1, 1, 0], [0, 0, 0]]) for name in two_scores()}
-  results = None
-  for step, scores in ((10, bad), (20, good), (30, bad)):
-    results = report.update_results(results, ABOUT, CLASSES, step, scores, "student")
+def test_results_are_read_as_they_were_written(tmp_path):
+  last, best = (report.entry(CLASSES, step, two_scores()) for step in (30, 20))
+  results = {**ABOUT, "last": last, "best": best | {"selected_by": "mIoU of 'student' on the evaluated images"}}
   path = tmp_path / "results.json"
   report.write_results(path, results)
-  read = report.read_results(path)
-  assert read == results and read["split"] == "1_8"
-  assert (read["last"]["step"], read["best"]["step"]) == (30, 20)
-  assert "student" in read["best"]["selected_by"] and "selected_by" not in read["last"]
-  assert read["best"]["predictors"]["teacher"]["iou"] == {"red": 8 / 9, "green": 11 / 12, "blue": None}
+  assert report.read_results(path) == results
+  assert results["best"]["predictors"]["teacher"]["iou"] == {"red": 8 / 9, "green": 11 / 12, "blue": None}
   assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_score_of_nothing_is_null_and_never_beats_a_number():
-  nothing = {"x": confusion.scores(np.zeros((3, 3)))}
-  something = {"x": confusion.scores(np.eye(3))}
-  results = report.update_results(None, ABOUT, CLASSES, 1, nothing, "x")
-  assert results["best"]["predictors"]["x"]["miou"] is None
-  results = report.update_results(results, ABOUT, CLASSES, 2, something, "x")
-  results = report.update_results(results, ABOUT, CLASSES, 3, nothing, "x")
-  assert (results["last"]["step"], results["best"]["step"]) == (3, 2)
+def test_a_score_of_nothing_is_null():
+  nothing = report.entry(CLASSES, 1, {"x": confusion.scores(np.zeros((3, 3)))})
+  assert nothing["predictors"]["x"]["miou"] is None
 
 
 def test_damaged_results_are_named(tmp_path):
   path = tmp_path / "results.json"
-  for content, message in (("{", "cannot read"), ("{}", "nothing under config")):
+  for content, message in (("{", "cannot read"), ("{}", "nothing that can be used under config")):
     path.write_text(content)
     with pytest.raises(InputError, match=message) as error:
       report.read_results(path)
@@ -542,9 +532,9 @@ def folder(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path)
 
-  def load(workdir, predictor=None, checkpoint="best"):
+  def load(workdir, predictor=None, checkpoint="best", overrides=None):
     assert workdir == tmp_path / "workdir"
-    return Predictor(lambda x: x, CLASSES, protocol=Protocol(), name=predictor or "student", **RAW)
+    return Predictor(lambda x: x, CLASSES, protocol=Protocol(), name=predictor or "student", checkpoint=checkpoint, **RAW)
 
   monkeypatch.setattr(pseudoseg_jax, "load", load, raising=False)
   return tmp_path
