@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 
 # TensorFlow only feeds images here: without its oneDNN kernels, whose rounding differs between machines, and its start-up notes.
@@ -20,14 +21,7 @@ def __getattr__(name):
   raise AttributeError(f"module 'pseudoseg_jax' has no attribute '{name}'")
 
 
-def _without_traceback(kind, error, traceback):
-  if issubclass(kind, KeyboardInterrupt):
-    print("\nstopped", file=sys.stderr)
-  else:
-    sys.__excepthook__(kind, error, traceback)
-
-
-# Python calls a module so while it looks for the one to run with -m, one of our commands: Ctrl-C during its imports, which take
-# seconds, is no error of ours to show. Python itself ends the process with what shells expect (130).
-if sys.argv[:1] == ["-m"]:
-  sys.excepthook = _without_traceback
+# Python calls a module so while it looks for the one to run with -m: one of our commands. Ctrl-C during its imports, which take
+# seconds, ends the process as shells expect, without a traceback; command_line.run takes over from there.
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+  signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -266,6 +266,7 @@ class _Run(NamedTuple):
   specs: tuple[PipelineSpec, ...]
   checkpoints: Checkpoints
   prepare: Callable[[State], State]
+  changes: Sequence[str] = ()  # of options, since the run was last resumed or begun
 
 
 @contextlib.contextmanager
@@ -298,7 +299,7 @@ def _agreed(config: configs.ConfigDict, workdir: pathlib.Path) -> _Run:
       }
       classes = {domain.name: domain.data.classes for domain in run.domains}
       step = run.checkpoints.step()
-      workdirs.check_claim(workdir, config, classes, data, step=step)
+      run = run._replace(changes=workdirs.check_claim(workdir, config, classes, data, step=step))
       compared |= {"images": json.dumps(data), "newest checkpoint": str(step), "workdir": workdirs.token(workdir)}
     unless_agreed.pop_all()
   # Only now: a run that cannot begin must not occupy the workdir.
@@ -340,6 +341,8 @@ def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, reco
   try:
     with stop.nothing_to_lose():
       _tell_start(config, domains, mesh, workdir)
+      for change in run.changes:
+        log.warning("resumed with a change: %s", change)
       scoring = _Scoring(config, source, domains, method, run.specs, workdir, records, mesh)
     streams = 1 + method.needs.unlabeled + method.needs.partner
     sizes = config.batch_size_global

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -39,6 +41,8 @@ def run(command: Callable[[], int | None], *, again: str = "") -> int:
   again: what the same command would do after a failure that is not the input's, e.g. "the same command resumes there".
   """
   remedy = f"; {again}" if again else ""
+  if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it was left to the system during imports
   try:
     return command() or 0
   except checks.InputError as error:

@@ -53,16 +53,16 @@ def _parse(arguments):
 def main(arguments=None) -> int:
   known, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
 
-  def command() -> int:
-    import jax  # here, so that --help answers at once
+  # Here, so that --help answers at once, and before command_line.run, which takes Ctrl-C over from the system.
+  import jax
 
+  from pseudoseg_jax import api, config as configs
+  from pseudoseg_jax.engine import stopping
+
+  def command() -> int:
     if known.distributed or known.coordinator:
       jax.distributed.initialize(known.coordinator, known.process_count, known.process_index)
     jax.config.update("jax_compilation_cache_dir", _compilation_cache())
-
-    from pseudoseg_jax import api, config as configs
-    from pseudoseg_jax.engine import stopping
-
     if known.print_config:
       print(configs.to_json(configs.load(known.config, overrides)), end="")
     elif known.mode == "eval":

@@ -251,18 +251,20 @@ Data = Mapping[str, Mapping[str, Any]]  # domain -> `fingerprint`
 
 def check_claim(
   workdir: pathlib.Path, config: configs.ConfigDict, classes: Mapping[str, Classes], data: Data, *, step: int | None
-) -> None:
+) -> list[str]:
   """Sees whether the workdir can be that of this run. Only a checkpoint binds it: without one nothing was learnt.
 
   Args:
     classes, data: of each domain by name, "" the first: the classes, and `fingerprint`.
     step: of the newest checkpoint, None for none.
 
+  Returns:
+    What is to be told: the options that differ from those of the run so far, and what that means.
+
   Raises:
     InputError: the run that it belongs to cannot be resumed with this config, these classes or these images; all at once.
   """
-  if step is not None:
-    _check_resumable(workdir, config, classes, data, step)
+  return [] if step is None else _check_resumable(workdir, config, classes, data, step)
 
 
 def claim(
@@ -285,7 +287,7 @@ def _set_aside(workdir: pathlib.Path) -> None:
       (workdir / name).replace(workdir / f"{name}.before")
 
 
-def _check_resumable(workdir, config, classes, data, step) -> None:
+def _check_resumable(workdir, config, classes, data, step) -> list[str]:
   problems = checks.Problems(f"workdir {workdir} belongs to another config, whose run is at step {step}")
   told = []
   if (workdir / "config.json").is_file():  # else the user removed a damaged one
@@ -322,8 +324,7 @@ def _check_resumable(workdir, config, classes, data, step) -> None:
       ", or the options that this one was made with" if changed_options else ""
     ))  # fmt: skip
   problems.raise_if_any()
-  for line in told:
-    log.warning("resumed with a change: %s", line)
+  return told
 
 
 def _effect(key: str, ours: Any, theirs: Any) -> str | None:

@@ -106,15 +106,17 @@ def test_a_command_ends_its_process_whatever_threads_wait_for(ending, code, word
   assert (done.returncode, done.stdout) == (code, "last words\n") and words in done.stderr
 
 
-def test_an_interrupt_during_imports_is_no_traceback():
-  program = """
-    import runpy, sys
-    sys.argv = ["-m"]  # as Python has it while it looks for the module
-    import pseudoseg_jax
-    raise KeyboardInterrupt
-  """
-  done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60)
-  assert done.returncode == -signal.SIGINT and "Traceback" not in done.stderr and "stopped" in done.stderr
+@pytest.mark.parametrize("module", ["main", "predict", "check_data"])
+@pytest.mark.parametrize("seconds", [0.15, 0.5, 1.0])
+def test_an_interrupt_during_imports_is_no_traceback(module, seconds):
+  command = [sys.executable, "-m", f"pseudoseg_jax.{module}", "--workdir=absent", "--images=absent", "--out=absent"]
+  command = command[:3] + ["--config=absent", "--workdir=absent"] if module != "predict" else command
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  time.sleep(seconds)
+  process.send_signal(signal.SIGINT)
+  _, error = process.communicate(timeout=60)
+  if "site.py" not in error:  # Python itself had not begun with our module
+    assert process.returncode in (-signal.SIGINT, 130) and "Traceback" not in error
 
 
 def test_exit_codes_of_a_command():
@@ -125,3 +127,13 @@ def test_exit_codes_of_a_command():
     raise OSError(28, "No space left on device")
 
   assert command_line.run(interrupted) == 143 and command_line.run(full) == 1 and command_line.run(lambda: None) == 0
+
+
+def test_a_signal_that_the_parent_had_ignored_stays_ignored():
+  handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for jobs in the background
+  try:
+    with StopRequest() as stop:
+      send(signal.SIGINT)
+      assert not stop.requested(1)
+  finally:
+    signal.signal(signal.SIGINT, handler)

@@ -62,13 +62,15 @@ class StopRequest:
     self._count = 0  # ... and by the watcher: compiled code lets several signals become one call of the handler
     self._previous: dict[int, object] = {}
     self._left = threading.Event()
+    self._watcher: threading.Thread | None = None
 
   def __enter__(self) -> StopRequest:
     if threading.current_thread() is not threading.main_thread():
       return self  # a notebook's worker: signals stay with whoever has them
     # SIGTERM of one process among several belongs to JAX, which tells the others.
     for number in (signal.SIGINT,) if self._several else SIGNALS:
-      self._previous[number] = signal.signal(number, self._handle)
+      if signal.getsignal(number) is not signal.SIG_IGN:  # shells have jobs in the background ignore Ctrl-C
+        self._previous[number] = signal.signal(number, self._handle)
     self._reader, self._writer = socket.socketpair()
     self._writer.setblocking(False)
     self._previous_descriptor = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -78,7 +80,7 @@ class StopRequest:
 
   def __exit__(self, *_):
     self._left.set()
-    if not self._previous:
+    if self._watcher is None:
       return
     signal.set_wakeup_fd(self._previous_descriptor)
     for number, handler in self._previous.items():
