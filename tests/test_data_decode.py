@@ -414,7 +414,13 @@ def test_sixteen_bits_of_several_channels_have_no_scale_of_their_own(tmp_path):
   (tmp_path / "x.png").write_bytes(png(2 * row, color_type=2))
   for max_value in (0.0, 65535.0):
     np.testing.assert_array_equal(levels_of(tmp_path / "x.png", max_value=max_value)[0, 0], [200, 0, 255])
-  assert ".npy" in message(lambda: decode.read_image(tmp_path / "x.png", max_value=4095.0))
+  for max_value in (255.0, 4095.0):
+    assert ".npy" in message(lambda max_value=max_value: decode.read_image(tmp_path / "x.png", max_value=max_value))
+  row = b"\0" + struct.pack(">HHH", 200, 0, 255) * 2  # 8 bits in 16
+  (tmp_path / "x.png").write_bytes(png(2 * row, color_type=2))
+  assert "0..0" in message(lambda: decode.read_image(tmp_path / "x.png"))
+  np.save(tmp_path / "x.npy", np.array([[[200, 0, 255]]], np.uint16))  # the remedy
+  np.testing.assert_allclose(levels_of(tmp_path / "x.npy", max_value=255.0)[0, 0], [200, 0, 255])
 
 
 # Files that are none

@@ -370,14 +370,16 @@ def explained(error: Exception, path: pathlib.Path | None = None) -> Unusable:
 
 
 def _channels_of(image: Image.Image, channels: int, max_value: float) -> np.ndarray:
-  if max_value not in (0, 255) and _high_bytes_only(image):
-    if max_value != STORED_VALUES - 1:
-      got = f"16 bits in {len(image.getbands())} channels, of which Pillow gives the high bytes"
-      raise Unusable(got, allowed="config.data.max_value=0", remedy="store such images as .npy")
-    return np.asarray(image).astype(np.uint16) * 257
+  is_halved = _high_bytes_only(image)
   if image.mode not in _DEEP_MODES and (channels == 3 or image.mode in ("1", "P")):
     image = image.convert("RGB" if channels == 3 else "L")
-  return np.asarray(image)
+  pixels = np.asarray(image)
+  if not is_halved:
+    return pixels
+  if max_value not in (0, STORED_VALUES - 1) or pixels.max() <= 1:  # all but black, as 8 bits stored in 16 are
+    got = f"16 bits in several channels, of which Pillow gives the high bytes, {pixels.min()}..{pixels.max()}"
+    raise Unusable(got, allowed="images of the full range, 0..65535", remedy="store such images as .npy")
+  return pixels.astype(np.uint16) * 257 if max_value else pixels
 
 
 def numbers_of(image: Image.Image) -> np.ndarray:
