@@ -311,7 +311,7 @@ def _folder(data: configs.ConfigDict, check: bool) -> Data:
     _check_some({role: opened[role] for role in ("labeled", "evaluated")}, data, skipped)
     if lists.left_out:
       shown = splits.shorten([f"{item.shown_path()} ({item.why})" for item in lists.left_out], most=10)
-      log.warning("%d files beside the images are not used: %s", len(lists.left_out), shown)
+      log.warning("files beside the images that are not used: %s", shown)
   split = _split_in_words(data, opened, len(lists.left_out))
   return Data(classes=classes, truth_known=False, split=split, skipped=skipped, **opened)
 
@@ -323,7 +323,7 @@ def left_out(data: configs.ConfigDict) -> Sequence[LeftOut]:
 
 def _split_in_words(data: configs.ConfigDict, opened: Mapping[str, Source], num_left_out: int = 0) -> str:
   drawn = f" (random, split_seed {data.split_seed})" if data.split.startswith("1_") and splits.is_part(data.split) else ""
-  not_used = f"; {num_left_out} files not used" if num_left_out else ""
+  not_used = f"; {num_left_out} file{'s' * (num_left_out > 1)} not used" if num_left_out else ""
   return f"{data.split}{drawn}: {len(opened['labeled'])} labeled, {len(opened['unlabeled'])} unlabeled{not_used}"
 
 

@@ -210,7 +210,7 @@ def test_data_of_mixed_endings_are_whole_and_what_is_left_out_is_told(tmp_path, 
   data = build.build_data(folder(tmp_path))
   assert data.labeled.ids == ("s0", "s4") and data.evaluated.ids == ("s5",)
   assert data.unlabeled.ids == ("s1", "s2", "s3", "sub/s6")
-  assert data.split.endswith("2 labeled, 4 unlabeled; 1 files not used")
+  assert data.split.endswith("2 labeled, 4 unlabeled; 1 file not used")
   (told,) = [record.getMessage() for record in caplog.records]
   assert f"{tmp_path}/images/p.png (does not fit images/{{id}}.jpg)" in told
 
@@ -269,6 +269,20 @@ def test_a_pattern_that_no_file_fits_is_told_with_what_lies_there_instead(tmp_pa
   lists(tmp_path, ["a"], ["a"])
   text = message(lambda: build.build_data(folder(tmp_path)))
   assert f"{tmp_path}/images/a.jpg: a link to /gone/a.jpg, which is not there" in text
+
+
+def test_the_pattern_that_is_named_in_place_of_one_that_no_file_fits_works(tmp_path):
+  put(tmp_path, "images/a.TIF", "images/b.tif", "images/v.tif", "masks/a.png", "masks/v.png", "masks/b.png")
+  lists(tmp_path, ["a"], ["v"])
+  text = message(lambda: build.build_data(folder(tmp_path)))
+  assert f"{tmp_path}/images holds a.TIF, b.tif, v.tif" in text
+  pattern = text.rpartition(" it is '")[2].rstrip("'")
+  assert len(build.build_data(folder(tmp_path, image_pattern=pattern)).unlabeled) == 1
+  (tmp_path / "val.txt").write_text("v\nw\n")
+  text = message(lambda: build.build_data(folder(tmp_path, image_pattern=pattern, label_pattern="labels/{id}.png")))
+  label_pattern = text.partition("for 'a' there is label_pattern '")[2].partition("'")[0]
+  (tmp_path / "val.txt").write_text("v\n")
+  assert build.build_data(folder(tmp_path, image_pattern=pattern, label_pattern=label_pattern)).labeled.ids == ("a",)
 
 
 def test_names_that_are_not_utf8_are_left_out_and_named(tmp_path):
