@@ -80,6 +80,7 @@ def test_compiled_code_that_ignores_signals_does_not_keep_a_command_alive(number
   """
   process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   assert process.stdout.readline() == "begun\n"
+  time.sleep(0.5)  # into C
   process.send_signal(number)
   assert any(f"{number.name}: leaving" in line for line in process.stderr)  # at once, not after the computation
   try:

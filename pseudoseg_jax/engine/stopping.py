@@ -58,6 +58,7 @@ class StopRequest:
     self._owns_process = owns_process
     self._several = jax.process_count() > 1
     self._nothing_to_lose = False
+    self._leaving = False
     self._handled = 0  # by the main thread, ...
     self._count = 0  # ... and by the watcher: compiled code lets several signals become one call of the handler
     self._previous: dict[int, object] = {}
@@ -121,6 +122,7 @@ class StopRequest:
     self._handled += 1
     self.name = signal.Signals(number).name
     if self._nothing_to_lose or max(self._handled, self._count) > 1:
+      self._leaving = True
       raise Interrupted(self.name)
 
   def _watch(self):
@@ -132,7 +134,7 @@ class StopRequest:
 
   def _acknowledge(self, number: signal.Signals):
     self._count += 1
-    if self._count == 1 and not self._nothing_to_lose:
+    if self._count == 1 and not (self._nothing_to_lose or self._leaving):
       log.warning("%s: saving and leaving after the step under way; once more to leave at once, without saving", number.name)
       return
     log.warning("%s: leaving; what was saved before stays", number.name)
