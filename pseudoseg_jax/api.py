@@ -500,16 +500,19 @@ def load(
     checkpoint: "best" or "last"; an exported folder has but one. Where a run was stopped before it had a best one, the last.
     overrides: dotted options of evaluation, {"evaluation.flip": True}, or of how files are read, {"data.max_value": 255}.
   """
+  overrides = dict(overrides or {})
+  # How files are read may be said of any network, whatever its own data set was.
+  reading = {name: overrides.pop(f"data.{name}") for name in ("exif_orientation", "max_value") if f"data.{name}" in overrides}
   trained = open_trained(pathlib.Path(os.path.expanduser(workdir)), meshes.make_mesh(jax.devices()[:1]), checkpoint, overrides)
   config, method, state = trained.config, trained.method, trained.state
   name = predictor or next(iter(method.predictors))
   check_plain(method, name)
   predict = method.predictors[name]
   classes = [trained.classes, *trained.other_classes.values()][method.predictor_domains.get(name, 0)]
+  as_trained = {"exif_orientation": config.data.get("exif_orientation", "apply"), "max_value": config.data.get("max_value", 0.0)}
   return Predictor(
     lambda images: predict(state, images), classes, name=name, protocol=build.build_protocol(config),
-    mean=config.data.mean, std=config.data.std, exif_orientation=config.data.get("exif_orientation", "apply"),
-    max_value=config.data.get("max_value", 0.0), checkpoint=trained.checkpoint, step=int(state.step),
+    mean=config.data.mean, std=config.data.std, checkpoint=trained.checkpoint, step=int(state.step), **as_trained | reading,
   )  # fmt: skip
 
 

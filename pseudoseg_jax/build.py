@@ -616,11 +616,23 @@ def build_pipelines(domains: Sequence[Domain], method: Method) -> tuple[Pipeline
       allowed = "at least one further domain: the method learns several"
       problems.add("config.other_data", got="nothing", allowed=allowed, remedy=remedy)
     problems.raise_if_any()
+  _check_background(domains[0].config, domains[0].data.classes)
   specs = []
   for name, config, data in domains:
     with _told_of(name):
       specs.append(build_pipeline(config, data, method))
   return tuple(specs)
+
+
+def _check_background(config: configs.ConfigDict, classes: Classes) -> None:
+  """A method that takes class 0 for what is left beside things must be right in that."""
+  if config.method.get("background") is True and classes.background_index != 0:
+    problems = checks.Problems(f"method '{config.method.name}' does not fit the classes")
+    problems.add(
+      "config.method.background", got=f"True, while class 0 is '{classes.names[0]}'", allowed="True where class 0 is the background",
+      remedy="--config.method.background=False if every class is a thing or stuff of its own; else --config.data.background=yes",
+    )  # fmt: skip
+    problems.raise_if_any()
 
 
 def _image_labels(data_config: configs.ConfigDict, data: Data) -> np.ndarray | None:

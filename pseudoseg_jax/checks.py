@@ -41,7 +41,15 @@ class Problems:
     shown = [f"  - {item}" for item in self.items[:most]]
     if len(self.items) > most:
       shown.append(f"  - ... and {len(self.items) - most} more")
-    raise InputError("\n".join([f"{self.headline}:", *shown]))
+    raise InputError(printable("\n".join([f"{self.headline}:", *shown])))
+
+
+def printable(text: str) -> str:
+  """A text whose parts come from files, with whatever a terminal would take for a command written out: "\\x1b[31m"."""
+  return "".join(
+    character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
+    for character in text
+  )
 
 
 def choices(allowed: Iterable[str]) -> str:
