@@ -1,11 +1,14 @@
 """Files are made here as torch.save makes them, without PyTorch; the last test, and test_pretrained.py, have PyTorch's own."""
 
 import collections
+import contextlib
 import io
 import os
 import pickle
 import struct
 import sys
+import time
+import tracemalloc
 import types
 import zipfile
 
@@ -100,6 +103,19 @@ def legacy(path, content, storages):
   return path
 
 
+@contextlib.contextmanager
+def limited(seconds, mebibytes):
+  """Fails where what is done inside takes more of the processor or of memory."""
+  tracemalloc.start()
+  started = time.process_time()
+  try:
+    yield
+    took, peak = time.process_time() - started, tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  assert took < seconds and peak < mebibytes * 2**20, (took, peak / 2**20)
+
+
 WRITERS = pytest.mark.parametrize("write", [zipped, legacy])
 
 
@@ -159,13 +175,13 @@ def test_bfloat16_is_the_upper_half_of_a_float32(write, tmp_path, torch_names):
   assert got.dtype == np.float32 and got.tolist() == [1, -3]
 
 
-def bfloat16_file(header: bytes, data: bytes) -> bytes:
+def safetensors_file(header: bytes, data: bytes) -> bytes:
   return struct.pack("<Q", len(header)) + header + data
 
 
 def test_safetensors_with_bfloat16_and_back(tmp_path):
   header = b'{"x":{"dtype":"BF16","shape":[1,2],"data_offsets":[0,4]}}'
-  (tmp_path / "a.safetensors").write_bytes(bfloat16_file(header, b"\x80\x3f\x40\xc0"))
+  (tmp_path / "a.safetensors").write_bytes(safetensors_file(header, b"\x80\x3f\x40\xc0"))
   got = checkpoint_files.read(tmp_path / "a.safetensors")
   assert got["x"].tolist() == [[1, -3]]
   arrays = {"x": got["x"], "view": np.arange(6, dtype=np.float32).reshape(2, 3).T}
@@ -242,6 +258,185 @@ def test_nested_repetition_takes_no_time(tmp_path, torch_names):
     content = {"a": content, "b": content}  # 2 ** 100 paths
   content["itself"] = content
   assert len(checkpoint_files.read(zipped(tmp_path / "file.pth", content, [storage]))) == 1
+
+
+# Pickles by hand, as pickletools names their instructions, around one tensor of one number.
+
+
+def instructions(value) -> bytes:
+  """Those that make a value, without memo, which the tests fill themselves."""
+  data = io.BytesIO()
+  pickler = _Pickler(data, protocol=2)
+  pickler.fast = True
+  pickler.dump(value)
+  return data.getvalue()[2:-1]
+
+
+def text(value: str) -> bytes:
+  return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def get(index: int) -> bytes:
+  return b"j" + struct.pack("<I", index)
+
+
+def put(index: int) -> bytes:
+  return b"r" + struct.pack("<I", index)
+
+
+def nested(depth, tensors):
+  """Dicts in dicts, a few bytes each, whose dotted names are as long as the nest is deep."""
+  inner = text("t") + get(0) + b"s"
+  return b"}" + (text("a") + b"}") * depth + (inner if tensors else b"") + (b"s" + (inner if tensors else b"")) * depth
+
+
+ORDERED_DICT = b"ccollections\nOrderedDict\n"
+HUGE = b"\x8b" + struct.pack("<i", 60_000) + b"\x01" * 60_000  # LONG4, a number of 144,000 digits
+BOMBS = {  # instructions -> names of the tensors that are read, or their number; None: refused
+  "names that grow": (nested(10_000, tensors=True), None),
+  "nests of nothing": (nested(20_000, tensors=False) + text("t") + get(0) + b"s", ["t"]),
+  "one long key": (b"}" + text("k" * 50_000) + b"}(" + b"".join(text(str(n)) + get(0) for n in range(5000)) + b"us", None),
+  "long keys that name no tensor": (b"}(" + text("k" * 50_000) + b"}" + text("t") + get(0) + b"u", ["t"]),
+  "joined names": (text("n" * 50_000) + put(1) + b"0]" + (get(1) * 2 + b"\x93a") * 5000, None),
+  "pairs unfolded again and again": (
+    b"](" + b"".join(b"(" + text(f"k{n}") + get(0) + b"l" for n in range(5000)) + b"e" + put(1) + b"0"
+    + ORDERED_DICT + put(2) + b"0]" + (get(2) + get(1) + b"\x85Ra") * 5000, 5000,
+  ),
+  "pairs of many": (
+    b"(" + b"N" * 20_000 + b"t" + put(1) + b"0" + ORDERED_DICT + b"](" + get(1) * 20_000 + b"e\x85R0}" + text("t") + get(0) + b"s", ["t"],
+  ),
+  "shapes of many sides": (
+    b"(" + b"K\x01" * 20_000 + b"t" + put(1) + b"0" + b"ctorch._utils\n_rebuild_tensor_v2\n" + put(2) + b"0]"
+    + (get(2) + b"(" + get(3) + b"K\x00" + get(1) * 2 + b"tRa") * 5000, None,
+  ),
+  "huge sides": (b"ctorch._utils\n_rebuild_tensor_v2\n(" + get(3) + b"K\x00" + HUGE + b"\x85" + HUGE + b"\x85tR", None),
+  "huge keys": (b"}" + HUGE + put(1) + b"Ns" + (get(1) + b"Ns") * 30_000 + text("t") + get(0) + b"s", ["t"]),
+  "a flood of dicts": (b"](" + b"}" * 150_000 + b"e", None),
+  "a flood of copies": (b"](}" + b"2" * 150_000 + b"e", None),
+  "a flood of notes": (b"]" + b"\x94" * 150_000, None),
+  "text longer than the file": (b"\x8d" + struct.pack("<Q", 1 << 62) + b"x", None),
+  "bytes longer than the file": (b"\x8e" + struct.pack("<Q", 1 << 40) + b"x", None),
+  "digits": (b"L" + b"1" * 100_000 + b"L\n", None),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_small_files_take_little_time_and_memory(bomb, tmp_path, torch_names, monkeypatch):
+  monkeypatch.setattr(checkpoint_files, "_MOST_INSTRUCTIONS", 100_000)
+  content, read = BOMBS[bomb]
+  storage = Storage("0", np.ones(1, np.float32), "Float")
+  tensor = instructions(Tensor(storage, (1,), (1,)))
+  numbers = instructions(storage)
+  pickled = b"\x80\x02" + tensor + put(0) + b"0" + numbers + put(3) + b"0" + content + b"."
+  path = tmp_path / "file.pth"
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("archive/data.pkl", pickled)
+    archive.writestr("archive/data/0", storage.array.tobytes())
+  with limited(seconds=5, mebibytes=50):
+    if read is None:
+      with pytest.raises(checks.InputError, match="file.pth") as error:
+        checkpoint_files.read(path)
+      assert len(str(error.value)) < 1000
+    else:
+      got = checkpoint_files.read(path)
+      assert len(got) == read if isinstance(read, int) else list(got) == read
+
+
+def test_numbers_are_unfolded_once(tmp_path, torch_names):
+  table = np.zeros(1 << 18, np.uint8)
+  others = [Storage("0", table, kind) for kind in ("Byte", "Char", "Bool", "Half", "BFloat16", "Float", "Double")]
+  path = zipped(tmp_path / "file.pth", {kind.kind: Tensor(kind, (1,), (1,)) for kind in others}, others[:1])
+  with limited(seconds=5, mebibytes=2), pytest.raises(checks.InputError, match="the same numbers"):
+    checkpoint_files.read(path)
+
+
+def test_a_shape_that_only_a_file_claims_takes_no_memory(tmp_path, torch_names):
+  storage = Storage("0", np.zeros(2), "Double")
+  with limited(seconds=5, mebibytes=2):
+    path = zipped(tmp_path / "file.pth", {"x": Tensor(storage, (10**6, 10**6), (0, 0))}, [storage])
+    assert checkpoint_files.read(path)["x"].shape == (10**6, 10**6)
+
+
+def patch(path, offsets, value):
+  """Writes `value` into each of a zip's records of some kinds, at an offset of each kind."""
+  content = bytearray(path.read_bytes())
+  for mark, offset in offsets.items():
+    start = -1
+    while (start := content.find(mark, start + 1)) >= 0:
+      content[start + offset : start + offset + len(value)] = value
+  path.write_bytes(content)
+
+
+LOCAL, CENTRAL, END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
+
+
+def test_encrypted_parts_are_told(tmp_path, torch_names):
+  storage = Storage("0", np.ones(1, np.float32), "Float")
+  path = zipped(tmp_path / "file.pth", {"x": Tensor(storage, (1,), (1,))}, [storage])
+  patch(path, {LOCAL: 6, CENTRAL: 8}, struct.pack("<H", 1))
+  with pytest.raises(checks.InputError, match="encrypted.*\n.*password"):
+    checkpoint_files.read(path)
+
+
+@pytest.mark.parametrize(
+  ("record", "offset", "value"),
+  [
+    (LOCAL, 14, b"\1\2\3\4"),  # another checksum
+    (CENTRAL, 16, b"\1\2\3\4"),
+    (CENTRAL, 20, b"\xfe\xff\xff\xff"),  # sizes of 4 GiB
+    (CENTRAL, 24, b"\xfe\xff\xff\x7f"),
+    (CENTRAL, 42, b"\0\0\0\0"),  # all parts at the beginning
+    (END, 8, b"\xfe\xff\xfe\xff"),  # 65534 parts
+    (END, 12, b"\0\0\xff\x7f"),  # a list of parts of 2 GiB
+    (END, 16, b"\0\0\xff\x7f"),
+  ],
+)
+def test_archives_that_say_wrong_things_of_themselves(record, offset, value, tmp_path, torch_names):
+  storage = Storage("0", np.ones(1, np.float32), "Float")
+  path = zipped(tmp_path / "file.pth", {"x": Tensor(storage, (1,), (1,))}, [storage])
+  patch(path, {record: offset}, value)
+  with limited(seconds=5, mebibytes=10):
+    try:
+      assert checkpoint_files.read(path)["x"] == 1  # what is not needed may be wrong
+    except checks.InputError as error:
+      assert "file.pth" in str(error)
+
+
+def test_large_pickles_and_headers_are_refused_unread(tmp_path):
+  with zipfile.ZipFile(tmp_path / "file.pth", "w") as archive:
+    archive.writestr("archive/data.pkl", b"\x80\x02" + bytes((1 << 26) + 1))
+  with (tmp_path / "file.safetensors").open("wb") as file:
+    file.write(struct.pack("<Q", 100_000_000))
+    file.truncate(100_000_100)  # sparse
+  for path in tmp_path.iterdir():
+    with limited(seconds=5, mebibytes=10), pytest.raises(checks.InputError, match=path.name):
+      checkpoint_files.read(path)
+
+
+def test_names_reach_no_terminal_as_they_are(tmp_path, torch_names):
+  storage = Storage("0", np.ones(1, np.float32), "Float")
+  name = "conv\x1b[2J"
+  zipped(tmp_path / "file.pth", {name: Tensor(storage, (1,), (1,))}, [storage])
+  header = b'{"conv\\u001b[2J":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+  (tmp_path / "file.safetensors").write_bytes(safetensors_file(header, bytes(4)))
+  for path in tmp_path.iterdir():
+    with pytest.raises(checks.InputError, match="name that no network has") as error:
+      checkpoint_files.read(path)
+    assert "\x1b" not in str(error.value)
+
+
+def test_causes_are_told_with_what_to_do(tmp_path):
+  (tmp_path / "empty.pth").touch()
+  (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+  (tmp_path / "eight.safetensors").write_bytes(
+    safetensors_file(b'{"x":{"dtype":"F8_E4M3","shape":[4],"data_offsets":[0,4]}}', bytes(4))
+  )
+  with zipfile.ZipFile(tmp_path / "other.pth", "w") as archive:
+    archive.writestr("model/weights.pth", b"...")
+  said = {"empty.pth": "is empty", "pointer.safetensors": "lfs pull", "eight.safetensors": "F8_E4M3.*\n.*float()", "other.pth": "unpack it"}
+  for name, words in said.items():
+    with pytest.raises(checks.InputError, match=words):
+      checkpoint_files.read(tmp_path / name)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

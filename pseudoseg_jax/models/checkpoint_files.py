@@ -1,15 +1,18 @@
 """Tensors of .safetensors and of PyTorch's .pth / .pt files, read without running anything that a file says.
 
 A PyTorch checkpoint is a pickle, a program for a machine that may call any function. Here its instructions are followed on inert
-values: the few calls that rebuild tensors become arrays, every other one becomes a marker that nothing looks into.
+values: the few calls that rebuild tensors become arrays, every other one becomes a marker that nothing looks into. Time and memory
+that reading takes grow with the file, whatever it says: nothing is unfolded that a file holds once and names often.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import mmap
 import pathlib
 import pickletools
+import shlex
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
@@ -21,6 +24,15 @@ import safetensors.numpy
 from pseudoseg_jax import checks
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # first number of the form that PyTorch wrote before 1.6
+_LFS_POINTER = b"version https://git-lfs.github.com/"
+
+# Far above what networks have, far below what harms. A tensor takes about 40 instructions, and 100 bytes of a header.
+_MOST_NAME_CHARACTERS = 256
+_MOST_DIMENSIONS = 32
+_MOST_INSTRUCTIONS = 1 << 20
+_MOST_PICKLE_BYTES = 1 << 26
+_MOST_HEADER_BYTES = 1 << 22
+_MOST_ERROR_CHARACTERS = 500
 
 # Element types by both formats' names. numpy has no bfloat16, the upper half of a float32: read as bits, then widened.
 _BFLOAT16 = "bfloat16"
@@ -46,15 +58,16 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     raise checks.InputError(f"no such file: {path}")
   try:
     with path.open("rb") as file:
+      _check_beginning(file, path)
       if path.suffix == ".safetensors":
-        tensors = {name: _array(entry["data"], entry["dtype"]).reshape(entry["shape"])
-                   for name, entry in safetensors.deserialize(file.read())}  # fmt: skip
+        tensors = _read_safetensors(file)
       else:
         tensors = _read_zip(file, path.stat().st_size) if zipfile.is_zipfile(file) else _read_legacy(file)
   except Exception as error:  # whatever parsers meet in a damaged file, or one that was made to harm
+    told = error if isinstance(error, _Refused) else _Refused(f"{type(error).__name__}: {error}")
     raise checks.InputError(
-      f"cannot read weights from {path}: {type(error).__name__}: {error}\n"
-      "  allowed: a .safetensors file, or what torch.save made of a state dict; remedy: fetch the file again, or save it anew."
+      f"cannot read weights from {path}: {str(told)[:_MOST_ERROR_CHARACTERS]}\n"
+      f"  allowed: a .safetensors file, or what torch.save made of a state dict; remedy: {told.remedy}."
     ) from error
   if not tensors:
     raise checks.InputError(f"{path} holds no tensors; a pickled module wants torch.save(module.state_dict(), path) first")
@@ -66,8 +79,48 @@ def to_safetensors(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
   return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, dict(metadata))
 
 
+class _Refused(ValueError):
+  """Why a file is not read, and what to do."""
+
+  def __init__(self, cause: str, remedy: str = "fetch the file again, or save it anew"):
+    super().__init__(cause)
+    self.remedy = remedy
+
+
+_STATE_DICT_ALONE = "save the weights alone, torch.save(model.state_dict(), path)"
+
+
+def _check_beginning(file: BinaryIO, path: pathlib.Path) -> None:
+  beginning = file.read(len(_LFS_POINTER))
+  if not beginning:
+    raise _Refused("the file is empty")
+  if beginning == _LFS_POINTER:
+    raise _Refused("a pointer of Git LFS in the place of the file", f"git -C {shlex.quote(str(path.parent))} lfs pull")
+  file.seek(0)
+
+
+def _read_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
+  header_bytes = int.from_bytes(file.read(8), "little")
+  if header_bytes > _MOST_HEADER_BYTES:
+    raise _Refused(f"a header of {header_bytes} bytes, where {_MOST_HEADER_BYTES} would do for any network")
+  file.seek(0)
+  tensors = {}
+  for name, entry in safetensors.deserialize(file.read()):
+    _check_name(name)
+    tensors[name] = _array(entry["data"], entry["dtype"]).reshape(entry["shape"])
+  return tensors
+
+
+def _check_name(name: str) -> None:
+  """Refuses names that no network has: they end on terminals, and are looked through from every dot on."""
+  if len(name) > _MOST_NAME_CHARACTERS or not name.isprintable():
+    raise _Refused(f"a tensor of a name that no network has, {len(name)} characters: {ascii(name[:40])} ...")
+
+
 def _array(data, kind: str, *, big_endian: bool = False) -> np.ndarray:
   """The flat array of some bytes; kind: a key of _DTYPES."""
+  if kind not in _DTYPES:
+    raise _Refused(f"numbers of type {kind[:40]!r}, which is not known here", "save them as float32, tensor.float()")
   dtype = _DTYPES[kind]
   order = ">" if big_endian else "<"
   if dtype == _BFLOAT16:
@@ -107,16 +160,20 @@ def _read_zip(file: BinaryIO, file_size: int) -> dict[str, np.ndarray]:
   """The form of PyTorch 1.6 and later: NAME/data.pkl, and NAME/data/KEY for each storage."""
   with zipfile.ZipFile(file) as archive:
     members = {info.filename: info for info in archive.infolist()}
+    if any(info.flag_bits & 1 for info in members.values()):
+      raise _Refused("encrypted parts, which PyTorch does not write", "unpack it with its password, if there is a .pth in it")
     # PyTorch stores without compressing, so what unfolds to more than the file was made to fill the memory.
-    if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()) or (
-      sum(info.file_size for info in members.values()) > file_size
-    ):
-      raise ValueError("compressed or overlapping parts, which PyTorch does not write")
+    stored = all(info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size for info in members.values())
+    if not stored or sum(info.file_size for info in members.values()) > file_size:
+      raise _Refused("compressed or overlapping parts, which PyTorch does not write", "unpack it, if there is a .pth in it")
     pickles = [name for name in members if name.endswith("/data.pkl") or name == "data.pkl"]
     if len(pickles) != 1:
-      raise ValueError("a zip archive without data.pkl")
+      raise _Refused("a zip archive without data.pkl, so none of PyTorch", "unpack it, if there is a .pth in it")
+    if members[pickles[0]].file_size > _MOST_PICKLE_BYTES:
+      raise _Refused(f"a data.pkl of {members[pickles[0]].file_size} bytes, more than names of tensors take", _STATE_DICT_ALONE)
     root = pickles[0].removesuffix("data.pkl")
-    big_endian = f"{root}byteorder" in members and archive.read(f"{root}byteorder") == b"big"
+    order = members.get(f"{root}byteorder")
+    big_endian = order is not None and order.file_size == len(b"big") and archive.read(order) == b"big"
     content = _interpret(io.BytesIO(archive.read(pickles[0])))
     return _arrays(content, lambda key: archive.read(f"{root}data/{key}"), big_endian)
 
@@ -126,7 +183,7 @@ def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
   # Mapped, so that no length written in the file makes us take memory that the file does not have.
   view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
   if _interpret(view) != _MAGIC:
-    raise ValueError("neither a zip archive nor PyTorch's older form")
+    raise _Refused("neither a zip archive nor PyTorch's older form")
   _interpret(view)
   system, kinds = _interpret(view), {}
   content, keys = _interpret(view, kinds), _interpret(view)
@@ -146,28 +203,45 @@ def _item_bytes(kind: str) -> int:
 
 def _tensors(value: Any) -> Iterator[tuple[str, _Tensor]]:
   """(dotted name, tensor) of all tensors in nested dicts, lists and tuples; each is entered once, so that it ends."""
-  entered, waiting = set(), [("", value)]
+  # Names are made of tensors alone and where they are short: those of all things along deep nests would take the square of a file.
+  entered, waiting = set(), [((None, ""), 0, value)]
   while waiting:
-    name, value = waiting.pop()
+    path, length, value = waiting.pop()
     if isinstance(value, _Tensor):
+      if length > _MOST_NAME_CHARACTERS:
+        raise _Refused(f"a tensor with a name of {length} characters, where no network has {_MOST_NAME_CHARACTERS}")
+      name = _dotted(path)
+      _check_name(name)
       yield name, value
     elif isinstance(value, (dict, list, tuple)) and id(value) not in entered:
       entered.add(id(value))
       items = value.items() if isinstance(value, dict) else enumerate(value)
-      waiting.extend(reversed([(f"{name}.{key}" if name else str(key), item) for key, item in items]))
+      items = [((path, key), length + len(str(key)) + 1, item) for key, item in items if isinstance(item, (_Tensor, dict, list, tuple))]
+      waiting.extend(reversed(items))
+
+
+def _dotted(path: tuple) -> str:
+  """The name of (path above, key): keys joined by dots, without empty ones at the beginning."""
+  keys = []
+  while path:
+    path, key = path
+    keys.append(str(key))
+  return ".".join(itertools.dropwhile(lambda key: not key, reversed(keys)))
 
 
 def _arrays(content: Any, storage_bytes: Callable[[str], Any], big_endian: bool) -> dict[str, np.ndarray]:
   """Views of the storages, each storage read once: shared ones stay shared, and no written size takes memory."""
   storages, arrays = {}, {}
   for name, (storage, offset, size, stride) in _tensors(content):
-    whole = storage.key, storage.kind
-    if whole not in storages:
-      storages[whole] = _array(storage_bytes(storage.key), storage.kind, big_endian=big_endian)
-    flat = storages[whole][storage.offset :][: storage.length]
+    if storage.key not in storages:
+      storages[storage.key] = storage.kind, _array(storage_bytes(storage.key), storage.kind, big_endian=big_endian)
+    kind, numbers = storages[storage.key]
+    if kind != storage.kind:
+      raise _Refused(f"tensor '{name}' takes the same numbers for {storage.kind} that another one takes for {kind}")
+    flat = numbers[storage.offset :][: storage.length]
     last = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
     if len(flat) != storage.length or min((offset, *size, *stride)) < 0 or (0 not in size and last >= len(flat)):
-      raise ValueError(f"tensor '{name}' reaches beyond its storage")
+      raise _Refused(f"tensor '{name}' reaches beyond its storage")
     steps = [step * flat.itemsize for step in stride]
     arrays[name] = np.lib.stride_tricks.as_strided(flat[offset:], size, steps, writeable=False)
   return arrays
@@ -195,8 +269,10 @@ def _interpret(data, kinds: dict[str, str] | None = None) -> Any:
       items.append(item)
     return items[::-1]
 
-  for opcode, argument, _ in pickletools.genops(data):
+  for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
     name = opcode.name
+    if number >= _MOST_INSTRUCTIONS:
+      raise _Refused(f"a pickle of more than {_MOST_INSTRUCTIONS} instructions, more than names of tensors take", _STATE_DICT_ALONE)
     if name in _LITERALS:
       stack.append(argument)
     elif name in _CONSTANTS:
@@ -239,7 +315,7 @@ def _interpret(data, kinds: dict[str, str] | None = None) -> Any:
     elif name == "GLOBAL":
       stack.append(_Global(argument.replace(" ", ".")))
     elif name == "STACK_GLOBAL":
-      stack.append(_Global(".".join([stack.pop(-2), stack.pop()])))
+      stack.append(_Global(".".join([_name(stack.pop(-2)), _name(stack.pop())])))
     elif name in ("REDUCE", "NEWOBJ"):
       called, arguments = stack.pop(-2), stack.pop()
       stack.append(_call(called, arguments))
@@ -262,9 +338,9 @@ def _interpret(data, kinds: dict[str, str] | None = None) -> Any:
 
 def _set_items(target: Any, items: list) -> None:
   if isinstance(target, dict):
-    # Only keys that can name a tensor; hashing others may take for ever (tuples of tuples of ...).
+    # Only keys that can name a tensor; hashing others may take for ever (tuples of tuples of ..., numbers of a million digits).
     pairs = zip(items[::2], items[1::2], strict=True)
-    target.update((key, value) for key, value in pairs if isinstance(key, (str, int)))
+    target.update((key, value) for key, value in pairs if isinstance(key, str) or _is_small(key))
 
 
 def _storage(identity: Any) -> _Storage | _Opaque:
@@ -281,15 +357,25 @@ def _storage(identity: Any) -> _Storage | _Opaque:
 
 
 def _name(value: Any) -> str:
-  if not isinstance(value, str):
-    raise ValueError("a name that is no text")
+  if not isinstance(value, str) or len(value) > _MOST_NAME_CHARACTERS:
+    raise _Refused("a name that is no text, or a long one")
   return value
+
+
+def _is_small(value: Any) -> bool:
+  return isinstance(value, int) and abs(value) < 1 << 63
 
 
 def _count(value: Any) -> int:
-  if not isinstance(value, int) or value < 0:
-    raise ValueError("a size that is no count")
+  if not _is_small(value) or value < 0:
+    raise _Refused("a size that is no count")
   return value
+
+
+def _counts(value: Any) -> tuple[int, ...]:
+  if not isinstance(value, tuple) or len(value) > _MOST_DIMENSIONS:
+    raise _Refused("a shape that is none, or of very many dimensions")
+  return tuple(map(_count, value))
 
 
 def _call(called: Any, arguments: Any) -> Any:
@@ -298,7 +384,7 @@ def _call(called: Any, arguments: Any) -> Any:
     return _Opaque()
   match called.name, arguments:
     case ("torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor"), (_Storage() as storage, offset, size, stride, *_):
-      return _Tensor(storage, _count(offset), tuple(map(_count, size)), tuple(map(_count, stride)))
+      return _Tensor(storage, _count(offset), _counts(size), _counts(stride))
     case ("torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state"), (_Tensor() as tensor, *_):
       return tensor
     case "torch._tensor._rebuild_from_type_v2", (_Global() as rebuild, _, tuple() as inner, *_):
@@ -307,7 +393,9 @@ def _call(called: Any, arguments: Any) -> Any:
       return size
     case ("collections.OrderedDict" | "collections.defaultdict" | "builtins.dict" | "__builtin__.dict"), _:
       result = {}  # filled by the instructions that follow, or from pairs (Python 2)
-      if arguments and isinstance(arguments[-1], list):
-        _set_items(result, [item for pair in arguments[-1] for item in pair])
+      pairs = arguments[-1] if arguments and isinstance(arguments[-1], list) else []
+      if all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        _set_items(result, [item for pair in pairs for item in pair])
+      pairs.clear()  # a list that is given to many calls is unfolded once
       return result
   return _Opaque()

@@ -19,6 +19,7 @@ from flax import traverse_util
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import PyTree, State
+from pseudoseg_jax.data.splits import shorten
 from pseudoseg_jax.models import checkpoint_files, torch_names
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -175,6 +176,7 @@ def fit(
         notes.append("first convolution summed over red, green and blue for one channel")
       if value.shape != shapes[key]:
         wrong.append(f"{_path(key)}: got {prefix}{named[key]} of shape {value.shape}; allowed: {shapes[key]}")
+        continue  # of a shape that a file only claims, a copy may be larger than any memory
       values[key] = np.asarray(value, np.float32)
 
   head = [key for key in shapes if _part(key) == "head"]
@@ -283,7 +285,7 @@ def _leftovers(left: Iterable[str], prefix: str, roots: set[str]) -> tuple[dict[
       unused.append(name)
     else:
       others[prefix + _root(name.removeprefix(prefix))].append(name)
-  dropped = {"batch counters": counters, f"not the network's: {', '.join(others)}": [*itertools.chain(*others.values())]}
+  dropped = {"batch counters": counters, f"not the network's: {shorten(list(others), most=8)}": [*itertools.chain(*others.values())]}
   return {reason: names for reason, names in dropped.items() if names}, unused
 
 
@@ -315,23 +317,31 @@ def guess(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, str], int]:
   def find(suffix):
     return next((name for name in tensors if name == suffix or name.endswith(f".{suffix}")), None)
 
+  def channels(tensor):
+    return (*np.shape(tensors[tensor]), 1)[0] or 1  # of a damaged file they may be none
+
   name, num_classes = "deeplabv3plus", 1
   for telling, network, classifier in _TELLING:
     if find(telling) and find(classifier):
-      name, num_classes = network, len(tensors[find(classifier)])
+      name, num_classes = network, channels(find(classifier))
       break
   if widest := find("stage4.0.branches.0.0.conv1.weight"):
-    return {"name": "hrnet", "backbone": f"hrnet_w{len(tensors[widest])}"}, num_classes
+    return {"name": "hrnet", "backbone": f"hrnet_w{channels(widest)}"}, num_classes
 
   # The blocks of the third stage, and whether they have three convolutions, tell the depth.
   layer = "base." if name == "pspnet" else "layer"
-  count = next(index for index in itertools.count() if not find(f"{layer}3.{index}.conv1.weight"))
+  block = re.compile(rf"(?:^|\.){re.escape(layer)}3\.(\d{{1,9}})\.conv1\.weight$")
+  blocks = {int(found[1]) for found in map(block.search, tensors) if found}
+  count = next(index for index in itertools.count() if index not in blocks)
   backbone = _DEPTHS.get((count, find(f"{layer}3.0.conv3.weight") is not None))
   if backbone is None:
     return {"name": name}, num_classes
   if name == "pspnet":
     return {"name": name, "backbone": backbone}, num_classes
-  prefix = find("layer1.0.conv1.weight").removesuffix("layer1.0.conv1.weight")
+  first = find("layer1.0.conv1.weight")
+  if first is None:
+    return {"name": name}, num_classes
+  prefix = first.removesuffix("layer1.0.conv1.weight")
   deep = any(f"{prefix}{stem[4]}.weight" in tensors for stem in (_DEEP_STEM, *_OTHER_DEEP_STEMS))
   return {"name": name, "backbone": backbone, "stem": "deep" if deep else "plain"}, num_classes
 
