@@ -26,7 +26,8 @@ def _parse(arguments):
   parser.add_argument("--config", required=True, help="config file, with its argument after a colon")
   parser.add_argument("--out", required=True, type=pathlib.Path, help="the JSON file to write")
   parser.add_argument("--instances", default="", help="where masks of object numbers lie, with {id} in it")
-  parser.add_argument("--masks", default="", help="where masks of unlabeled images lie, with {id} (default: as those of labeled ones)")
+  masks_help = "where masks of unlabeled images lie, with {id} in it (default: as those of labeled ones)"
+  parser.add_argument("--masks", default="", help=masks_help)
   return command_line.parse_with_overrides(parser, arguments)
 
 

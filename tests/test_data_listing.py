@@ -192,7 +192,8 @@ def test_an_id_of_several_files_is_that_of_the_exact_name_or_refused(tmp_path):
     (("images/a.JPG", "masks/a.PNG"), "images/a.JPG masks/a.png", "images/a.JPG", "masks/a.PNG"),
     ((f"images/{DECOMPOSED}.jpg", f"masks/{DECOMPOSED}.png"), COMPOSED, f"images/{DECOMPOSED}.jpg", f"masks/{DECOMPOSED}.png"),
     ((f"images/{COMPOSED}.JPG", f"masks/{DECOMPOSED}.png"), DECOMPOSED, f"images/{COMPOSED}.JPG", f"masks/{DECOMPOSED}.png"),
-    ((f"images/{DECOMPOSED}/a.jpg", f"masks/{COMPOSED}/a.png"), f"{COMPOSED}/a", f"images/{DECOMPOSED}/a.jpg", f"masks/{COMPOSED}/a.png"),
+    ((f"images/{DECOMPOSED}/a.jpg", "masks/a.png"), f"images/{COMPOSED}/a.jpg masks/a.png",
+     f"images/{DECOMPOSED}/a.jpg", "masks/a.png"),
   ],
 )  # fmt: skip
 def test_names_of_lists_find_the_files_in_any_spelling(tmp_path, names, line, image, mask):
@@ -250,7 +251,7 @@ def test_a_root_in_the_home_folder_may_be_written_with_a_tilde(tmp_path, monkeyp
   ("line", "make", "parts"),
   [
     ("images/sub.jpg", lambda root: (root / "images/sub.jpg").mkdir(), ["images/sub.jpg", "got a folder"]),
-    ("a", lambda root: (root / "images/a.jpg").symlink_to("gone.jpg"), ["images/a.jpg", "a link to gone.jpg, which is not there"]),
+    ("a", lambda root: (root / "images/a.jpg").symlink_to("gone.jpg"), ["images/a.jpg", "a link to gone.jpg, which is not"]),
     ("a", lambda root: None, ["labeled.txt", "1 of 1 image files absent"]),
   ],
 )
@@ -329,7 +330,8 @@ def test_weak_labels_are_read_off_masks_of_a_folder_of_their_own(tmp_path, launc
 
 IN_FOLDER = "from pseudoseg_jax.data import listing; print(ascii(listing.fitting({root!r}, 'images/{{id}}.jpg').ids))"
 BY_LIST = (
-  "from pseudoseg_jax.data import sources; sources.FolderSource({root!r}, {root!r} + '/list.txt', image_pattern='images/{{id}}.jpg')"
+  "from pseudoseg_jax.data import sources;"
+  "sources.FolderSource({root!r}, {root!r} + '/list.txt', image_pattern='images/{{id}}.jpg')"
 )
 
 

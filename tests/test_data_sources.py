@@ -391,7 +391,8 @@ def encoded_files():
   """Whole files by ending, among them arrays that are no images."""
   rng = np.random.default_rng(0)
   arrays = [(rng.random(shape) * 2).astype(dtype) for dtype in "u1 u2 f4 i8 ?".split() for shape in ((6, 8), (6, 8, 3))]
-  arrays += [np.array([{}], object), np.array(3), np.zeros(5), np.zeros((0, 8, 3), np.uint8), np.zeros((2, 2, 2, 2)), np.array(["x"])]
+  arrays += [np.zeros(shape, np.uint8) for shape in ((), (5,), (0, 8, 3), (2, 2, 2, 2))]
+  arrays += [np.array([{}], object), np.array(["x"])]
   arrays += [np.zeros((6, 8), complex), np.zeros((6, 8), [("a", "u1")]), np.full((6, 8), np.nan), np.zeros((6, 8), "M8[s]")]
   files = {"npy": [npy_bytes(array) for array in arrays]}
   color = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))

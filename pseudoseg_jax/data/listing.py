@@ -86,7 +86,8 @@ def _entries(folder: str, left_out: list[LeftOut]) -> list[os.DirEntry]:
   """What a folder holds that is not hidden, by name."""
   try:
     with os.scandir(folder) as entries:
-      return sorted((entry for entry in entries if not _is_hidden(entry.name)), key=lambda entry: (normalized(entry.name), entry.name))
+      shown = [entry for entry in entries if not _is_hidden(entry.name)]
+    return sorted(shown, key=lambda entry: (normalized(entry.name), entry.name))
   except OSError as error:
     left_out.append(LeftOut(pathlib.Path(folder), f"a folder that cannot be read ({error.strerror})"))
     return []
@@ -157,7 +158,7 @@ class Pattern:
 
 
 class Fitting(NamedTuple):
-  """ids: of all files that fit a pattern, in the order of their paths. left_out: of its folder, images that are not among them."""
+  """ids: of all files that fit a pattern, in the order of their paths. left_out: images in its folder that are none of them."""
 
   ids: tuple[str, ...]
   left_out: tuple[LeftOut, ...]
@@ -210,8 +211,8 @@ class Files:
     return len(self.find(path)) == 1
 
   def find(self, path: str | pathlib.Path) -> list[pathlib.Path]:
-    """The file of this path, or those that it names in another spelling: another case of the ending, or another ending of the same
-    format, or accents composed otherwise. None where there is no such file; several where nothing says which one is meant."""
+    """The file of this path; else those that it names in another spelling: with an ending in another case or another one of the
+    same format, or with accents composed otherwise. Several: nothing says which one is meant."""
     folder, name = os.path.split(path)
     folder = self.folder(folder)
     if self._listed(folder).get(name) == "file":

@@ -584,7 +584,8 @@ def check_labels_folder(folder: str | pathlib.Path, class_names: Sequence[str]) 
       index = next(index for index, (ours, theirs) in enumerate(zip(class_names, named, strict=True)) if ours != theirs)
       got, allowed = (f"'{names[index]}' as class {index}" for names in (named, class_names))
       remedy = "give config.data.classes in the order of the network that made the labels, or export them anew"
-      problems.add("manifest.json", got=f"the classes in another order, {got}", allowed=f"{allowed}, as in the data", remedy=remedy)
+      allowed = f"{allowed}, as in the data"
+      problems.add("manifest.json", got=f"the classes in another order, {got}", allowed=allowed, remedy=remedy)
     elif named != list(class_names):
       got, allowed = (splits.shorten(names) for names in (named, class_names))
       problems.add("manifest.json", got=f"labels of the classes {got}", allowed=f"those of the data: {allowed}")
