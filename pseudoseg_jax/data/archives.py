@@ -1,18 +1,31 @@
-"""Official archives, read a member at a time: tar, tar.gz, zip, or the folder that one was extracted to."""
+"""Official archives, read a member at a time: tar, tar.gz, zip, or the folder that one was extracted to.
+
+Whatever an archive says of itself, memory and time are bounded by what it holds: nothing is taken for a size that is only written
+there, nor unfolded to a multiple of itself that no images, masks or lists have.
+"""
 
 from __future__ import annotations
 
-import os
+import gzip
 import pathlib
+import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from pseudoseg_jax import checks
+from pseudoseg_jax.data import listing
 
-_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError)
+# Of damaged files; ValueError: names that are no text, numbers that are none, places before the beginning; RecursionError: names of
+# names of names.
+_DAMAGED = (
+  tarfile.TarError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, OSError, ValueError, OverflowError,
+  RecursionError,
+)  # fmt: skip
+_MOST_RATIO, _ANY_RATIO_BYTES = 100, 64 << 20  # of text about 10; what is small may be of any
+_PIECE_BYTES = 1 << 20
 
 
 class Member(NamedTuple):
@@ -34,8 +47,9 @@ def members(path: str | pathlib.Path, wanted: Callable[[str], object]) -> Iterat
   """The files of an archive or folder of which `wanted(name)` is true.
 
   Raises:
-    InputError: no such path; no archive; a truncated or damaged one; names that lead out of it (absolute or with ".."); a wanted
-      member that is a link or a device. All name the archive.
+    InputError: no such path; no archive; a truncated, damaged or encrypted one; one that unfolds to a multiple of itself that no
+      data set has; names that lead out of it (absolute or with ".."); a wanted member that is a link or a device. All name the
+      archive.
   """
   path = pathlib.Path(path)
   try:
@@ -45,46 +59,94 @@ def members(path: str | pathlib.Path, wanted: Callable[[str], object]) -> Iterat
       yield from _zip(path, wanted)
     else:
       yield from _tar(path, wanted)
+  except checks.InputError:
+    raise
   except _DAMAGED as error:
     raise _unusable(path, error) from None
 
 
+class _Unfolded:
+  """The bytes of a file, unzipped where it is: for `tarfile`, which believes every size that it reads."""
+
+  def __init__(self, path: pathlib.Path, raw: BinaryIO):
+    self._path, self._raw, self._place = path, raw, 0
+    packed = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    self._file = gzip.GzipFile(fileobj=raw) if packed else raw
+
+  def tell(self) -> int:
+    return self._place
+
+  def read(self, size: int) -> bytes:
+    if size < 0:
+      raise tarfile.ReadError("a negative size")
+    pieces = []
+    while size > 0 and (piece := self._file.read(min(size, _PIECE_BYTES))):
+      pieces.append(piece)
+      size -= len(piece)
+      self._place += len(piece)
+      _check_ratio(self._path, self._place, self._raw.tell())
+    return b"".join(pieces)
+
+  def seek(self, place: int) -> None:
+    if self._file is self._raw or place < self._place:
+      self._place = self._file.seek(place)
+    while self._place < place and self.read(min(place - self._place, _PIECE_BYTES)):
+      pass
+
+
 def _tar(path, wanted):
-  total = max(path.stat().st_size, 1)
-  with open(path, "rb") as raw, tarfile.open(fileobj=raw) as archive:
+  total, last = max(path.stat().st_size, 1), -1
+  with open(path, "rb") as raw, tarfile.open(fileobj=_Unfolded(path, raw), mode="r:") as archive:
     for entry in archive:
+      if entry.size < 0 or entry.offset <= last:
+        raise tarfile.ReadError("its parts lead back to each other")
+      last = entry.offset
       if not _wanted(path, entry.name, wanted) or entry.isdir():
         continue
-      if not entry.isfile():
-        _refuse(path, entry.name, "a link or device")
+      if not entry.isfile() or entry.issparse():
+        _refuse(path, f"member {entry.name!r}", "a sparse file" if entry.issparse() else "a link or device")
       read = _reader(path, lambda entry=entry: archive.extractfile(entry).read())
       yield Member(entry.name.removeprefix("./"), entry.size, read, raw.tell() / total)
 
 
 def _zip(path, wanted):
+  size = path.stat().st_size
   with zipfile.ZipFile(path) as archive:
     entries = archive.infolist()
+    if sum(entry.compress_size for entry in entries) > size:
+      raise zipfile.BadZipFile("its parts overlap, or reach beyond its end")
+    _check_ratio(path, sum(entry.file_size for entry in entries), size)
     for number, entry in enumerate(entries):
       if not _wanted(path, entry.filename, wanted) or entry.is_dir():
         continue
       if (entry.external_attr >> 28) == 0o12:  # the file type that Unix notes for a link
-        _refuse(path, entry.filename, "a link")
+        _refuse(path, f"member {entry.filename!r}", "a link")
+      if entry.flag_bits & 1:
+        problems = checks.Problems("cannot read archive")
+        problems.add(str(path), got="encrypted members", remedy="extract it with its password, and give the folder")
+        problems.raise_if_any()
+      _check_ratio(path, entry.file_size, entry.compress_size, entry.filename)
       read = _reader(path, lambda entry=entry: archive.read(entry))
       yield Member(entry.filename, entry.file_size, read, number / len(entries))
 
 
 def _folder(path, wanted):
-  root = path.resolve()
-  found = [pathlib.Path(folder) / file for folder, _, files in os.walk(root) for file in files]
-  found = sorted(file for file in found if wanted(file.as_posix()))
+  found = [file for file in listing.files_below(path.resolve()) if wanted(file.as_posix())]
   for number, file in enumerate(found):
     yield Member(file.as_posix(), file.stat().st_size, file.read_bytes, number / len(found))
+
+
+def _check_ratio(path, unfolded: int, stored: int, name: str = "") -> None:
+  """Refuses what was made to fill disk or memory."""
+  if unfolded > _ANY_RATIO_BYTES + _MOST_RATIO * stored:
+    _refuse(path, f"member {name!r}" if name else "all members", f"more than {_MOST_RATIO} times what is stored of it")
 
 
 def _wanted(path, name, wanted) -> bool:
   parts = pathlib.PurePosixPath(name).parts
   if ".." in parts or parts[:1] == ("/",) or "\\" in name:
-    _refuse(path, name, "a path that leads out of the archive")
+    _refuse(path, f"member {name!r}", "a path that leads out of the archive")
   return bool(wanted(name.removeprefix("./")))
 
 
@@ -92,6 +154,8 @@ def _reader(path, read):
   def checked() -> bytes:
     try:
       return read()
+    except checks.InputError:
+      raise
     except _DAMAGED as error:
       raise _unusable(path, error) from None
 
@@ -102,7 +166,8 @@ def _unusable(path, error) -> checks.InputError:
   problems = checks.Problems("cannot read archive")
   if path.exists():
     problems.add(str(path), got=f"{type(error).__name__}: {error}", allowed="a whole .tar, .tar.gz, .tgz or .zip, or a folder",
-                 remedy="it is damaged, cut short or no archive: fetch it anew; what is written already stays")  # fmt: skip
+                 remedy="it is damaged, cut short or of another kind: fetch it anew, or extract it and give the folder; "
+                 "what is written already stays")  # fmt: skip
   else:
     problems.add(str(path), got="no such file or folder", remedy="give the path of the official archive")
   try:
@@ -111,7 +176,7 @@ def _unusable(path, error) -> checks.InputError:
     return told
 
 
-def _refuse(path, name, what):
+def _refuse(path, member: str, got: str) -> None:
   problems = checks.Problems(f"archive {path} is not safe to extract")
-  problems.add(f"member {name!r}", got=what, allowed="plain files below the archive's own root", remedy="fetch the official one")
+  problems.add(member, got=got, allowed="plain files below the archive's own root", remedy="fetch the official one")
   problems.raise_if_any()
