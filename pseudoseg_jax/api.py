@@ -293,7 +293,7 @@ def _agreed(config: configs.ConfigDict, workdir: pathlib.Path) -> _Run:
         name: workdirs.fingerprint(
           of_domain,
           (spec.unlabeled_image_labels, spec.labeled_boxes, spec.unlabeled_boxes),
-          "" if name else config.get("pseudo_labels", {"folder": ""})["folder"],
+          "" if name else os.path.expanduser(config.get("pseudo_labels", {"folder": ""})["folder"]),
         )
         for (name, _, of_domain), spec in zip(run.domains, run.specs, strict=True)
       }
@@ -518,7 +518,7 @@ def load(
 
 def _starting_weights(config: configs.ConfigDict, num_classes: int) -> tuple[dict[str, np.ndarray], str]:
   """What a run of this config starts from, as pretrained.put takes it, and its description; ({}, "") for nothing."""
-  source = config.network.pretrained or config.init_from
+  source = os.path.expanduser(config.network.pretrained or config.init_from)
   if not source:
     if config.method.get("frozen_batch_norm", "none") != "none" or config.optimizer.freeze_batch_norm:
       log.warning("batch norm is frozen, but no weights are loaded: set config.network.pretrained, or do not freeze it")

@@ -147,20 +147,21 @@ def _with_pseudo_labels(config: configs.ConfigDict, data: Data) -> Data:
   options = config.get("pseudo_labels", {"folder": ""})
   if not options["folder"]:
     return data
-  sources.check_labels_folder(options["folder"], data.classes.names)
+  folder = _below(options["folder"], "")
+  sources.check_labels_folder(folder, data.classes.names)
   ids = _pseudo_labeled_ids(config, data)
-  pseudo_labeled = sources.PseudoLabels(data.unlabeled, options["folder"], data.classes.names, ids)
+  pseudo_labeled = sources.PseudoLabels(data.unlabeled, folder, data.classes.names, ids)
   return data._replace(pseudo_labeled=pseudo_labeled, split=f"{data.split} + {len(ids)} pseudo labels")
 
 
 def _pseudo_labeled_ids(config: configs.ConfigDict, data: Data) -> list[str]:
   """Those of the unlabeled images that the list of pseudo labels names."""
   options = config.pseudo_labels
-  path, pattern = pathlib.Path(options.folder) / "list.txt", None
+  path, pattern = _below(options.folder, "list.txt"), None
   if options.list:
     path = _list_file(config.data, options.list)
     pattern = None if config.data.get("unlabeled_folder") else config.data.get("image_pattern") or None
-  listed = splits.read_entries(path, pattern)
+  listed = [entry._replace(id=listing.normalized(entry.id)) for entry in splits.read_entries(path, pattern)]
   unlabeled = {splits.without_suffix(name): name for name in data.unlabeled.ids} | {name: name for name in data.unlabeled.ids}
   labeled = {*data.labeled.ids}
   ids, strangers = [], []
@@ -281,8 +282,8 @@ def _folder(data: configs.ConfigDict, check: bool) -> Data:
   problems.raise_if_any()
   # Further domains of runs of older releases lack these options.
   options = {"channels": data.channels, "exif_orientation": data.get("exif_orientation", "apply")}
-  checks.check_name("config.data.exif_orientation", options["exif_orientation"], decode.EXIF_ORIENTATIONS)
   options |= {"max_value": data.get("max_value", 0.0), "check": check}
+  decode.check_options(options["exif_orientation"], options["max_value"], "config.data.")
 
   classes = build_classes(data)
   lists = _lists(data, check)
@@ -466,7 +467,7 @@ def _tfds(data: configs.ConfigDict) -> Data:
 
   classes = build_classes(data)
   keys = {name: data[name] or None for name in ("image_key", "id_key", "class_key")}
-  images = functools.partial(TfdsSource, data.dataset, data_dir=data.root or None)
+  images = functools.partial(TfdsSource, os.path.expanduser(data.dataset), data_dir=os.path.expanduser(data.root) or None)
   masks = {"label_key": data.label_key, "num_classes": len(classes), "label_map": classes_lib.read_label_map(data.label_map)}
   train = images(data.train_split, **masks, **keys)
   if splits.is_part(data.split):

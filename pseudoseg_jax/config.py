@@ -375,10 +375,15 @@ def completed(saved: ConfigDict) -> ConfigDict:
       elif isinstance(value, dict) and isinstance(config[key], ConfigDict) and key != "other_data":
         fill(config[key], value)
 
+  # Runs whose config lacks the option read pictures as they are stored.
+  as_stored = {"exif_orientation": "ignore"}
   if saved.data.name == "folder":
-    defaults["data"]["exif_orientation"] = "ignore"  # runs whose config lacks the option read pictures as they are stored
+    defaults["data"] |= as_stored
   with saved.unlocked():
     fill(saved, defaults)
+    for other in saved.other_data.values():
+      if other.name == "folder":
+        fill(other, folder_data() | as_stored)
   return saved
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -169,7 +170,7 @@ def given_nets(named: str, method: Method) -> dict[str, PyTree]:
       problems.add(f"network '{role}'", got="none in this method", allowed=checks.choices(ours), remedy=checks.nearest(role, ours))
       continue
     try:
-      theirs = open_trained(pathlib.Path(folder), meshes.make_mesh(jax.devices()[:1]), "last").state.nets
+      theirs = open_trained(pathlib.Path(os.path.expanduser(folder)), meshes.make_mesh(jax.devices()[:1]), "last").state.nets
     except checks.InputError as error:
       problems.add(f"network '{role}'", got=str(error).replace("\n", "\n  "))
       continue

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pseudoseg_jax import api, build, checks, config as configs
+from pseudoseg_jax import build, checks, config as configs, workdir as workdirs
 from pseudoseg_jax.contract import Needs
 from pseudoseg_jax.data import pipeline, sources, synthetic
 
@@ -146,7 +146,7 @@ def test_images_of_a_bare_folder_are_found_without_their_endings(tmp_path):
   data, spec = opened(config)
   assert data.pseudo_labeled.ids == ("a.png", "new/c.jpg") and spec.labeled.ids == ("a", "b", "a.png", "new/c.jpg")
   assert np.all(spec.labeled.label(3) == 3) and np.any(spec.labeled.label(0) != 3)
-  api._write_lists(tmp_path, data)  # as a run's lists
+  workdirs.write_lists(tmp_path, data)  # as a run's lists
   assert (tmp_path / "labeled.txt").read_text() == "a\nb\n"
   config.pseudo_labels.list = str(tmp_path / "pseudo_labeled.txt")  # which may say again what counts
   assert opened(config)[0].pseudo_labeled.ids == ("a.png", "new/c.jpg")

@@ -187,7 +187,7 @@ class FolderSource:
         "values",
         got=splits.shorten([f"{value} on {counts[value]} pixels" for value in unknown], most=10),
         allowed=f"those of the {self.num_classes} classes, 0..{self.num_classes - 1} and {IGNORE_LABEL} after mapping",
-        remedy=f"map them with label_map, e.g. {{{unknown[0]}: {IGNORE_LABEL}}}, or correct num_classes",
+        remedy=f"if they mean no label: config.data.label_map={unknown[0]}:{IGNORE_LABEL}; else add classes: num_classes is {self.num_classes}",
       )
       problems.raise_if_any()
     return table[label.astype(np.intp)]  # 1-bit and 16-bit masks
