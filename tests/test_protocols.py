@@ -58,6 +58,91 @@ def test_a_cut_window_sees_nothing_but_its_part_of_the_image():
   np.testing.assert_allclose(scores[0, 0], [6, 5, *image[:6].mean((0, 1)) / 255], rtol=1e-5)
 
 
+def everywhere(x, numpy=jnp):
+  """Scores that depend on all that a window shows, and where in it."""
+  weight = numpy.linspace(0.5, 1.5, x.shape[1])[:, None, None] * numpy.linspace(1, 2, x.shape[2])[:, None]
+  return numpy.sin(5 * x) + numpy.mean(x * weight, (1, 2), keepdims=True)
+
+
+def windows_of_cps(height, width, crop, rate=2 / 3):
+  stride = int(np.ceil(crop * rate))
+  rows, columns = (int(np.ceil((side - crop) / stride)) + 1 for side in (height, width))
+  for row in range(rows):
+    for column in range(columns):
+      bottom, right = min(row * stride + crop, height), min(column * stride + crop, width)
+      yield slice(bottom - crop, bottom), slice(right - crop, right)
+
+
+def windows_of_unimatch(height, width, grid):
+  row = 0
+  while row < height:
+    column = 0
+    while column < width:
+      yield slice(row, min(height, row + grid)), slice(column, min(width, column + grid))
+      column += int(grid * 2 / 3)
+    row += int(grid * 2 / 3)
+
+
+def windows_of_unimatch_v2(height, width, grid):
+  row = 0
+  while row < height:
+    column = 0
+    while column < width:
+      yield slice(row, row + grid), slice(column, column + grid)
+      if column == width - grid:
+        break
+      column = min(column + int(grid * 2 / 3), width - grid)
+    if row == height - grid:
+      break
+    row = min(row + int(grid * 2 / 3), height - grid)
+
+
+@pytest.mark.parametrize(("window", "size"), [(11, (33, 29)), (20, (33, 47)), (20, (20, 40)), (21, (34, 33))])
+@pytest.mark.parametrize(
+  ("preset", "windows"),
+  [
+    ("cps_cityscapes", windows_of_cps),
+    ("unimatch_cityscapes", windows_of_unimatch),
+    ("unimatch_v2_cityscapes", windows_of_unimatch_v2),
+  ],
+)
+def test_windows_are_those_of_the_official_loops(preset, windows, window, size):
+  protocol = PRESETS[preset]._replace(window_pixels=(window, window))
+  image = random_image(*size)
+  expected, passes = np.zeros((*size, 3)), np.zeros((*size, 1))
+  for number, (rows, columns) in enumerate(windows(*size, window), start=1):
+    scores = everywhere(image[None, rows, columns] / 255, np)[0]
+    if protocol.summed == "probabilities":
+      scores = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    expected[rows, columns] += scores
+    passes[rows, columns] += 1
+  assert inference.windows_needed(size, protocol) == number
+  got, got_passes = infer_one(image, protocol, everywhere)
+  np.testing.assert_array_equal(got_passes, passes)
+  np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_strides_of_two_thirds_are_exact_for_every_window():
+  for window in range(1, 2001):
+    for rounding, exact in {"up": -(-2 * window // 3), "down": 2 * window // 3}.items():
+      assert inference._strides(Protocol("slide", (window, window), stride_rounding=rounding)) == (exact, exact)
+    assert int(np.ceil(window * (2 / 3))) == -(-2 * window // 3) and int(window * 2 / 3) == 2 * window // 3
+
+
+def test_a_stride_of_nothing_is_refused_with_a_way_on():
+  protocol = Protocol("slide", (1, 64), stride_rounding="down")
+  with pytest.raises(InputError, match="stride_fraction.*0 pixels.*stride_rounding 'up'"):
+    inference.check_protocol(protocol)
+  inference.check_protocol(protocol._replace(stride_rounding="up"))
+  inference.check_protocol(protocol._replace(window_pixels=(2, 64)))
+  config = configs.base(configs.method("supervised"))
+  configs.override(config, {"evaluation.style": "slide", "evaluation.stride_rounding": "upp"})
+  with pytest.raises(InputError, match="stride_rounding: got 'upp'.*did you mean 'up'"):
+    build.check_run(config)
+  configs.override(config, {"evaluation.stride_rounding": "down", "evaluation.window_pixels": "(20, 21)"})
+  assert "stride 13x14" in build.describe_protocol(config)
+
+
 def test_pad_to_crop_shows_short_sides_padded_and_longer_ones_as_they_are():
   for size, shown in {(5, 9): (8, 9), (3, 4): (8, 8), (20, 10): (20, 10)}.items():
     scores, passes = infer_one(random_image(*size), Protocol("pad_to_crop", (8, 8)), size_and_mean)
@@ -173,6 +258,8 @@ def test_every_preset_can_be_used_and_says_what_it_is():
   assert len(set(said.values())) == len(said)
   assert said["cps_cityscapes"] == "sliding windows of 800x800, stride 534x534, scale 1"
   assert said["pseudoseg_voc"] == "whole images padded to 513x513, scale 1"
+  for name, rounding in {"cps": "up", "unimatch": "down"}.items():
+    assert {p.stride_rounding for key, p in PRESETS.items() if key.startswith(name) and p.style == "slide"} == {rounding}
   for words in ("801x801, stride 534x534", "cut off at the border", "probabilities summed", "never seen count as 0"):
     assert words in said["unimatch_cityscapes"]
 
