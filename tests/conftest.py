@@ -21,6 +21,13 @@ def pytest_addoption(parser):
   parser.addoption("--golden-dir", default=str(default), help="folder of golden .npz files (default: our copy)")
 
 
+def pytest_collection_modifyitems(items):
+  """Groups for `-n 2 --dist loadgroup`: a file's tests share fixtures, those of a method's case in the contract what it compiled."""
+  for item in items:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    item.add_marker(pytest.mark.xdist_group(f"{item.path.name}:{parameters.get('case', '')}"))
+
+
 @pytest.fixture(autouse=True)
 def few_mappings():
   """Lets go of compiled code in time: it takes memory mappings, a thousand for a step, and Linux kills at 65530 of them."""
