@@ -346,12 +346,12 @@ def test_no_checkpoint_is_told(tmp_path):
 # --- another model, older checkpoints ---------------------------------------------------------------------------------------
 
 
-def save_as_before(folder, *steps):
-  """Without digests."""
+def save_as_before(folder, *states):
+  """Without digests, and without a look at what is saved."""
   with ocp.CheckpointManager(folder / "last", options=ocp.CheckpointManagerOptions(create=True)) as manager:
-    for step in steps:
-      state, note = ocp.args.StandardSave(make_state(step)), ocp.args.JsonSave({"score": 0.5})
-      manager.save(step, args=ocp.args.Composite(state=state, note=note))
+    for state in states:
+      items = {"state": ocp.args.StandardSave(state), "note": ocp.args.JsonSave({"score": 0.5})}
+      manager.save(int(state.step), args=ocp.args.Composite(**items))
     manager.wait_until_finished()
 
 
@@ -370,7 +370,7 @@ OTHERS = {
 @pytest.mark.parametrize("difference", OTHERS)
 @pytest.mark.parametrize("with_digests", [True, False])
 def test_a_checkpoint_of_another_model_is_no_damage(tmp_path, difference, with_digests):
-  saved(tmp_path, 1, 2) if with_digests else save_as_before(tmp_path, 1, 2)
+  saved(tmp_path, 1, 2) if with_digests else save_as_before(tmp_path, make_state(1), make_state(2))
   checkpoints = Checkpoints(tmp_path)
   with pytest.raises(checks.InputError, match="last/2 does not fit this model; use the config that it was trained with") as error:
     checkpoints.restore(OTHERS[difference])
@@ -381,7 +381,7 @@ def test_a_checkpoint_of_another_model_is_no_damage(tmp_path, difference, with_d
 
 
 def test_checkpoints_without_digests_are_restored_and_go_on(tmp_path):
-  save_as_before(tmp_path, 1, 2)
+  save_as_before(tmp_path, make_state(1), make_state(2))
   checkpoints = Checkpoints(tmp_path)
   assert checkpoints.note() == {"score": 0.5}
   assert_is(checkpoints.restore(LIKE), 2)
@@ -395,9 +395,15 @@ def test_checkpoints_without_digests_are_restored_and_go_on(tmp_path):
 
 @pytest.mark.parametrize("name", ["arrays cut", "arrays gone", "manifest", "metadata", "no state", "empty"])
 def test_damage_that_shows_without_digests_falls_back_too(tmp_path, name):
-  save_as_before(tmp_path, 1, 2)
+  save_as_before(tmp_path, make_state(1), make_state(2))
   DAMAGE[name](tmp_path / "last" / "2")
   assert_is(Checkpoints(tmp_path).restore(LIKE), 1)
+
+
+def test_a_ruined_state_that_an_older_release_saved_is_gone_back_from(tmp_path, caplog):
+  save_as_before(tmp_path, make_state(1), change(make_state(2), "nets/net/params/conv/kernel", np.nan))
+  assert_is(Checkpoints(tmp_path).restore(LIKE), 1)
+  assert "it holds NaN or infinite numbers in nets/net/params/conv/kernel" in caplog.text
 
 
 # --- several devices and processes --------------------------------------------------------------------------------------------

@@ -281,10 +281,12 @@ class Checkpoints:
     absent = [name for name, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct)]
     if absent:  # a partial restore says nothing of them
       raise _Damaged(f"it lacks {_few(absent)}")
-    digests, _ = _examine(leaves)
+    digests, not_finite = _examine(leaves)
     changed = [name for name, digest in digests.items() if saved[name].digest not in (None, digest)]
     if changed:
       raise _Damaged(f"it does not hold what was saved: {_few(changed)} changed since")
+    if not_finite:  # saved before that was looked at
+      raise _Damaged(f"it holds NaN or infinite numbers in {_few(not_finite)}")
     restored = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, restored)
     restored = restored if memory else State(**restored)
     if int(restored.step) != step:
