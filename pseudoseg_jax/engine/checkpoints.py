@@ -205,7 +205,7 @@ class Checkpoints:
       cause, remedy = f"{folder} was removed or replaced while the run was going on", "put back the one that was there"
     elif full := next((os.strerror(code) for code in _FULL if os.strerror(code) in str(error)), None):
       free, remedy = shutil.disk_usage(folder).free, "free some space"
-      cause = f"{full}: {_size(free)} are free, and a state takes {_size(save.num_bytes)}, before an older one is removed"
+      cause = f"{full}: {_size(free)} are free, and a state takes {_size(save.num_bytes)}, written before an older one is removed"
     self.failed[series] = f"step {save.step}: {cause}"
     log.error(
       "could not save the %s checkpoint of step %d in %s: %s; %s: the run goes on, and its next save tries again",
