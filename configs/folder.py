@@ -54,6 +54,6 @@ def get_config(argument=""):
   config.log_every_steps = 50
   config.eval_every_steps = 2000
   config.checkpoint_every_steps = 1000
-  # Windows of the training crop: images of any size, and one shape to compile.
+  # Windows of the training crop, so that images of any size share a few shapes to compile for: four at most, most often one.
   config.evaluation.update({"style": "slide", "window_pixels": (chosen["crop"], chosen["crop"]), "batch_size": 4})
   return config

@@ -82,7 +82,7 @@ def make_evaluator(
   inference.check_protocol(protocol)
 
   sizes = tuple(tuple(source.size(row)) for row in range(len(source)))
-  protocol = _compiling_seldom(protocol, sizes, flags)
+  protocol, remark = _compiling_seldom(protocol, sizes, flags)
   images = collections.Counter(inference.canvas_size(size, protocol) for size in sizes)
   devices = 1 if mesh is None else mesh.shape["data"]
   score_bytes = 4 * len(classes.names)
@@ -91,22 +91,21 @@ def make_evaluator(
     for canvas, count in images.items()
   }
   count, label = _compiled(predictors, len(classes.names), protocol, mean, std, mesh)
-  return Evaluator(count, label, tuple(predictors), source, sizes, protocol, batch_sizes, mesh)
+  return Evaluator(count, label, tuple(predictors), source, sizes, protocol, batch_sizes, mesh, [remark] * bool(remark))
 
 
-def _compiling_seldom(protocol: Protocol, sizes: Sequence[tuple[int, int]], flags: Callable[[Protocol], str]) -> Protocol:
-  """The protocol with few canvases, if its scores are the same with them; else it says how to get them."""
+def _compiling_seldom(
+  protocol: Protocol, sizes: Sequence[tuple[int, int]], flags: Callable[[Protocol], str]
+) -> tuple[Protocol, str]:
+  """The protocol with few canvases, if its scores are the same with them, and what is to be told: that, or how to get them."""
   few, changed = inference.bounded(protocol, sizes)
-  if changed and inference.sees_padding(protocol):
-    many, fewer = (len({inference.canvas_size(size, shown) for size in sizes}) for shown in (protocol, few))
-    log.info(
-      "%d image sizes: the network is compiled for each of them, when it first comes; %s makes them %d, but scores near the padded "
-      "borders may change a little", many, flags(few), fewer,
-    )  # fmt: skip
-    return protocol
-  if changed:
-    log.info("%s", changed)
-  return few
+  if not (changed and inference.sees_padding(protocol)):
+    return few, changed
+  many, fewer = (len({inference.canvas_size(size, shown) for size in sizes}) for shown in (protocol, few))
+  return protocol, (
+    f"{many} image sizes: the network is compiled for each of them, when it first comes; {flags(few)} makes them {fewer}, but "
+    "scores near the padded borders may change a little"
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +131,7 @@ class Evaluator:
   protocol: Protocol
   batch_sizes: Mapping[tuple[int, int], int]  # canvas -> images of all devices and processes together
   mesh: Mesh | None
+  remarks: list[str]  # told when first scores are asked for
 
   def __call__(self, state: State) -> dict[str, Scores]:
     """{predictor: Scores} of a state over all images.
@@ -139,6 +139,8 @@ class Evaluator:
     Raises:
       InputError: an image or label cannot be used; names the file.
     """
+    while self.remarks:
+      log.info("%s", self.remarks.pop())
     # Added up in int64 on the host: a large set has more pixels than an int32 can count.
     totals: dict[str, np.ndarray] = {}
     progress = Progress(len(self.source), log.info)

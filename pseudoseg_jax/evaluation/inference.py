@@ -36,7 +36,7 @@ _PIXELS_PER_CALL = 1 << 20
 # of them, at the price of other scores, are told or avoided.
 _CANVASES = 4
 _SEEN_CANVASES = 8
-_SPARE = 1.5  # pixels of chosen canvases over those of the images' own: only more than this is worth one more canvas
+_SPARE = 2.0  # pixels of chosen canvases over those of the images' own: only more than this is worth compiling for one more
 _COMPARED = 64  # sizes that canvases are chosen for; of more, similar ones are taken together first
 
 
