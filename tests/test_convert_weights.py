@@ -1,6 +1,7 @@
 """The command that converts published weights, on small stand-ins."""
 
 import json
+import time
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import safetensors
 
 import pseudoseg_jax
-from pseudoseg_jax import convert_weights
+from pseudoseg_jax import checks, convert_weights
 from pseudoseg_jax.evaluation import predictor as predictors
 from pseudoseg_jax.models import checkpoint_files, pretrained, table, torch_names
 
@@ -109,3 +110,34 @@ def test_a_damaged_file_is_no_traceback(tmp_path, capsys):
   (tmp_path / "bad.pth").write_bytes(b"nothing")
   assert convert_weights.main([f"{tmp_path}/bad.pth", f"{tmp_path}/out.safetensors"]) == 2
   assert "bad.pth" in capsys.readouterr().err
+
+
+def odd_files():
+  """name -> tensors of files that look like a network's, and are none."""
+  third = {f"layer3.{number}.conv1.weight": np.ones(1, np.float32) for number in (0, 1)}
+  telling = {"fuse.0.weight": np.ones(1, np.float32), "classifier.weight": np.float32(1)}
+  stage4 = {"stage4.0.branches.0.0.conv1.weight": np.float32(1)}
+  return {
+    "no first stage": third,
+    "a classifier of no classes": telling | third | {"layer1.0.conv1.weight": np.ones(1, np.float32)},
+    "an HRNet without channels": stage4,
+    "numbers alone": {f"x.{number}": np.float32(1) for number in range(50)},
+  }
+
+
+@pytest.mark.parametrize("name", odd_files())
+def test_files_that_are_no_network_are_told(name, tmp_path, capsys):
+  (tmp_path / "odd.safetensors").write_bytes(checkpoint_files.to_safetensors(odd_files()[name], {}))
+  assert convert_weights.main([f"{tmp_path}/odd.safetensors", f"{tmp_path}/out.safetensors"]) == 2
+  assert "error: " in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()
+
+
+def test_names_are_looked_through_in_little_time():
+  tensors = {f"layer3.{number}.conv1.weight": np.zeros(1, np.float32) for number in range(20_000)}
+  tensors |= {"x." * 100 + str(number): np.zeros(1, np.float32) for number in range(2000)}
+  started = time.process_time()
+  assert pretrained.guess(tensors)[0] == {"name": "deeplabv3plus"}
+  shapes = {"params/backbone/stem/unit1/conv/kernel": (3, 3, 3, 8)}
+  with pytest.raises(checks.InputError) as error:
+    pretrained.fit(tensors, shapes, "deeplabv3plus")
+  assert time.process_time() - started < 5 and len(str(error.value)) < 2000
