@@ -318,14 +318,9 @@ def _opened(config: configs.ConfigDict, workdir: pathlib.Path) -> _Run:
   specs = build.build_pipelines(domains, method)
   weights = functools.cache(lambda: _starting_weights(config, len(data.classes)))
   given = functools.cache(lambda: given_nets(config.nets_from, method))
-  checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.keep_last_checkpoints)
-  if checkpoints.step() is None:
-    try:
-      weights()
-      given()
-    except BaseException:
-      checkpoints.close()
-      raise
+  if Checkpoints(workdir / "checkpoints", read_only=True).step() is None:
+    weights()
+    given()
 
   def prepare(state: State) -> State:
     state = put_nets(_started(state, *weights()), given())
@@ -333,7 +328,7 @@ def _opened(config: configs.ConfigDict, workdir: pathlib.Path) -> _Run:
     given.cache_clear()
     return state
 
-  return _Run(domains, method, specs, checkpoints, prepare)
+  return _Run(domains, method, specs, Checkpoints(workdir / "checkpoints", keep_last=config.keep_last_checkpoints), prepare)
 
 
 def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, records: Records, stop: StopRequest) -> dict:
@@ -363,14 +358,14 @@ def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, reco
       prepare=run.prepare,
       stop=stop,
     )
-    if outcome.finished and jax.process_index() == 0:
-      log.info("%s", _summary(scoring, workdir, source, overrides))
     failed = checkpoints.failed | ({"results": scoring.failed} if scoring.failed else {})
     if failed:
       what = "; ".join(f"{name}: {cause}" for name, cause in failed.items())
       step = checkpoints.step()
       resumes = "starts anew" if step is None else f"resumes at step {step}"
       raise OSError(f"not all of the run could be saved in {workdir} ({what}); free some space: the same command {resumes}")
+    if outcome.finished and jax.process_index() == 0:
+      log.info("%s", _summary(scoring, workdir, source, overrides))
     return (scoring.results or {}) | {"finished": outcome.finished, "stopped_by": outcome.stopped_by}
   finally:
     checkpoints.close()

@@ -13,14 +13,17 @@ import pytest
 from pseudoseg_jax.contract import Method, Needs, NetState, State
 from pseudoseg_jax.engine import loop
 from pseudoseg_jax.engine import mesh as meshes
-from pseudoseg_jax.engine.checkpoints import Checkpoints
+from pseudoseg_jax.engine.checkpoints import Checkpoints, NonFiniteState
 from pseudoseg_jax.engine.records import Records
 
 TX = optax.identity()
 
 
-def make_method():
-  """Adds the mean of the batch and a random number to its one parameter; a NaN image gives a NaN loss."""
+def make_method(ruined_at=-1):
+  """Adds the mean of the batch and a random number to its one parameter; a NaN image gives a NaN loss.
+
+  ruined_at: the step that makes the parameter infinite, by a finite loss.
+  """
 
   def init(key):
     net = NetState.create(apply_fn=None, params={"w": jnp.zeros(4) + jax.random.uniform(key)}, tx=TX, batch_stats={})
@@ -29,7 +32,7 @@ def make_method():
   def update(state, batch, draws):
     net = state.nets["net"]
     loss = jnp.mean(batch["labeled"]["image"])
-    after = net.replace(params={"w": net.params["w"] + loss + draws})
+    after = net.replace(params={"w": net.params["w"] + loss + draws + jnp.where(state.step == ruined_at, jnp.inf, 0.0)})
     return state.replace(step=state.step + 1, nets={"net": after}), {"loss": loss, "loss_other": jnp.ones([]), "kept": loss}
 
   return Method(Needs(unlabeled=False), init, lambda key, batch: jax.random.normal(key), update, {})
@@ -46,8 +49,8 @@ def batches(start, *, at=lambda step: None):
 class Run:
   """fit() in a folder, as often as asked; counts its evaluations."""
 
-  def __init__(self, workdir, total_steps=10, scores=lambda step: step):
-    self.workdir, self.total_steps, self.scores = workdir, total_steps, scores
+  def __init__(self, workdir, total_steps=10, scores=lambda step: step, method=None):
+    self.workdir, self.total_steps, self.scores, self.method = workdir, total_steps, scores, method or make_method()
     self.evaluated = []
 
   def __call__(self, feed=batches, checkpoints=None, **options):
@@ -59,7 +62,7 @@ class Run:
     checkpoints = checkpoints or Checkpoints(self.workdir / "checkpoints")
     try:
       return loop.fit(
-        make_method(), mesh=meshes.make_mesh(), seed=0, total_steps=self.total_steps, batches=feed, images_per_step=8,
+        self.method, mesh=meshes.make_mesh(), seed=0, total_steps=self.total_steps, batches=feed, images_per_step=8,
         every=loop.Every(log_steps=2, eval_steps=4, checkpoint_steps=3), checkpoints=checkpoints, records=records, evaluate=evaluate, **options,
       )  # fmt: skip
     finally:
@@ -173,6 +176,14 @@ def test_a_best_state_of_other_scores_does_not_count(tmp_path):
   assert Checkpoints(tmp_path / "checkpoints", read_only=True).step("best") == 4
   Run(tmp_path, scores={10: 0.1}.__getitem__)(is_comparable=lambda note: False, evaluated_step=8)
   assert Checkpoints(tmp_path / "checkpoints", read_only=True).step("best") == 10
+  # The same state, scored in another way: what is noted with it is its newest score.
+  Run(tmp_path, scores={10: 0.05}.__getitem__)(is_comparable=lambda note: False)
+  assert Checkpoints(tmp_path / "checkpoints", read_only=True).note("best")["score"] == 0.05
+
+
+def test_a_state_that_is_not_finite_ends_the_run_though_its_loss_is(tmp_path):
+  with pytest.raises(NonFiniteState, match=r"step 6 .*net.*resumes at step 4.*learning_rate"):
+    Run(tmp_path, method=make_method(ruined_at=5))()
 
 
 def test_a_signal_in_an_evaluation_leaves_at_once_and_the_resumed_run_evaluates(tmp_path):

@@ -121,7 +121,7 @@ class Checkpoints:
   def save(self, state: State, *, series: str = "last", note: dict[str, Any] | None = None) -> None:
     """Starts writing `state` under its own step; returns once the arrays are copied and digested.
 
-    A save of the series that is still under way is waited for. A step that is there already stays as it is; newer steps, which a
+    A save of the series that is still under way is waited for. A step that is there already with this note stays as it is; newer steps, which a
     run went back from, are set aside.
 
     Raises:
@@ -129,7 +129,7 @@ class Checkpoints:
     """
     self._finish(series)
     step, note = int(state.step), json.loads(json.dumps(note or {}))
-    if _of_first(step in self._steps(series)):
+    if _of_first(step in self._steps(series) and self.note(series) == note):
       return
     leaves = _leaves(state)
     digests, not_finite = _examine(leaves)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from pseudoseg_jax import checks, rng
 from pseudoseg_jax.contract import Method, State
 from pseudoseg_jax.engine import mesh as meshes
-from pseudoseg_jax.engine.checkpoints import Checkpoints
+from pseudoseg_jax.engine.checkpoints import Checkpoints, NonFiniteState
 from pseudoseg_jax.engine.records import Records
 from pseudoseg_jax.engine.stopping import Interrupted, StopRequest
 
@@ -206,6 +206,7 @@ def fit(
 
   Raises:
     NonFiniteLoss: names the step and the loss terms. States that it shows to be ruined are no longer among the checkpoints.
+    NonFiniteState: a state to be saved holds NaN or infinite numbers.
     FileNotFoundError: the folder of the checkpoints was removed meanwhile.
     Interrupted: a signal came before the first step was done, or a second one.
   """
@@ -252,7 +253,7 @@ def fit(
       watch.restart()
 
     def save(state: State) -> None:
-      if not checkpoints.directory.is_dir():
+      if checkpoints.removed():
         raise FileNotFoundError(f"{checkpoints.directory} was removed while the run was going on: nothing of it can be saved there")
       checkpoints.save(state)
 
@@ -337,6 +338,8 @@ def fit(
     except NonFiniteLoss as error:
       checkpoints.drop(error.step)  # its loss was not known when it was saved
       raise NonFiniteLoss(error.step, error.terms, _after_non_finite(checkpoints)) from None
+    except NonFiniteState as error:
+      raise NonFiniteState(f"{error}{_after_non_finite(checkpoints)}") from None
     checkpoints.wait()
     if stopped_by:
       log.info("stopped by %s after step %d of %d; the same command resumes here", stopped_by, int(state.step), total_steps)
@@ -363,6 +366,6 @@ def _after_non_finite(checkpoints: Checkpoints) -> str:
   step = checkpoints.step()
   resumes = "starts anew, since nothing older is kept" if step is None else f"resumes at step {step}"
   return (
-    f". The state of that step is not kept; the same command {resumes}, and meets the same loss again unless something is changed: "
+    f". That state is not kept; the same command {resumes}, and meets the same loss again unless something is changed: "
     "give it a lower --config.optimizer.learning_rate or a lower weight of the term, or check the data (pseudoseg_jax.check_data)"
   )
