@@ -369,6 +369,16 @@ def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, reco
     return (scoring.results or {}) | {"finished": outcome.finished, "stopped_by": outcome.stopped_by}
   finally:
     checkpoints.close()
+    _list_skipped(domains, workdir)
+
+
+def _list_skipped(domains: Sequence[build.Domain], workdir: pathlib.Path) -> None:
+  """Leaves in skipped.json which files this process could not read, and did without."""
+  reasons = {path: reason for domain in domains if domain.data.skipped for path, reason in domain.data.skipped.reasons().items()}
+  if reasons and workdir.is_dir():
+    name = f"skipped_{jax.process_index()}.json" if jax.process_index() else "skipped.json"
+    with contextlib.suppress(OSError):  # each was told when it was met
+      report.write_atomically(workdir / name, json.dumps(reasons, indent=2) + "\n")
 
 
 def _tell_start(config, domains: Sequence[build.Domain], mesh, workdir: pathlib.Path) -> None:
@@ -546,8 +556,10 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], o
     chosen = f" (best by {entry['selected_by']})" if series == "best" else ""
     lines.append(f"  {series:5} step {entry['step']:>6}  mIoU %: {mious}{chosen}")
   drawn = ",".join(sorted(path.stem for path in (workdir / "pictures").glob("*.png")))
+  skipped = sum(len(domain.data.skipped.reasons()) for domain in scoring.domains if domain.data.skipped)
   lines += [
     "",
+    *([f"  {skipped} files could not be read and were left out: {workdir}/skipped.json"] if skipped else []),
     f"  pictures     {workdir}/pictures/{{{drawn}}}.png",
     f"  scores       {workdir}/results.json, {workdir}/scores.csv",
     f"  checkpoints  {workdir}/checkpoints/{{last,best}}",

@@ -641,7 +641,7 @@ def test_errors_of_ours_are_never_skipped():
 
 
 @pytest.mark.parametrize("kind", ["images", "masks"])
-def test_files_without_a_readable_header_are_left_out_at_opening(folder, kind, caplog):
+def test_files_without_a_readable_header_are_told_at_opening_and_skipped(folder, kind, caplog):
   root = folder().root
   for name in "bk":
     (root / kind / f"{name}.png").write_bytes(b"broken")
@@ -649,14 +649,11 @@ def test_files_without_a_readable_header_are_left_out_at_opening(folder, kind, c
   skipped = Skipped()
   with caplog.at_level(logging.WARNING, "pseudoseg_jax"):
     source = folder(skipped=skipped)
-  assert source.ids == tuple("acdefghij") and len(source) == 9
+  assert source.ids == tuple("abcdefghijk")  # by number the same images, whatever was damaged since
   assert set(skipped.reasons()) == {str(root / kind / f"{name}.png") for name in "bk"}
   assert "b.png" in caplog.text and "file 2" in caplog.text
-  for row, name in enumerate(source.ids):
-    original = "abcdefghijk".index(name)
-    np.testing.assert_array_equal(source.image(row), SCENES.image(original))
-    np.testing.assert_array_equal(source.label(row), SCENES.label(original))
-    assert source.size(row) == (32, 40) and source.image_path(row).stem == source.label_path(row).stem == name
+  take(6, spec(labeled=source, needs=Needs(unlabeled=False), skipped=skipped))
+  assert len(skipped.reasons()) == 2
   for name in "acdefghij":
     (root / kind / f"{name}.png").write_bytes(b"broken")
   assert "a.png" in message(lambda: folder(skipped=Skipped()))  # none is left

@@ -67,8 +67,8 @@ class FolderSource:
     ignore_index: the stored value of pixels without a label.
     channels, max_value: of images, see `decode.read_image`.
     exif_orientation: of images and masks, "apply" or "ignore"; see `decode.read_image`.
-    skipped: files that show at construction that they cannot be read are noted there, and their entries left out, unless that
-      leaves none. None: they are errors.
+    skipped: files that show at construction that they cannot be read are noted there, unless all of them do. Their entries stay: a
+      run that goes on when a file was damaged has the same images by number. None: they are errors.
     masks_only: there are no images: of the source, masks and their sizes may be asked.
     check: False opens without looking at any file; whatever is wrong then shows when it is read.
 
@@ -286,11 +286,11 @@ class FolderSource:
       images = list(pool.map(self._header, self._image_paths))
       masks = list(pool.map(self._mask_header, self._label_paths)) if self.has_labels else [None] * len(self)
     damaged = {row for row in rows if isinstance(images[row], Exception) or isinstance(masks[row], Exception)}
-    leave_out = skipped is not None and len(damaged) < len(self)
+    noted = skipped is not None and len(damaged) < len(self)
     for row, image, mask in zip(rows, images, masks, strict=True):
       found = {"image": ("image", self.image_path, image), "label": ("mask", self.label_path, mask)}
       for what, path_of, header in (found[kind] for kind in self._kinds):
-        if isinstance(header, Exception) and leave_out:
+        if isinstance(header, Exception) and noted:
           skipped.add(path_of(row), str(header))
         elif isinstance(header, Exception):
           problems.add(f"{what} {path_of(row)}", **header.problem)
@@ -306,15 +306,6 @@ class FolderSource:
           allowed=f"{image.size[0]} x {image.size[1]}, as its image {self.image_path(row)}",
           remedy=self.orientation_remedy(row) or None,
         )
-    if leave_out and damaged:
-      self._keep([row for row in rows if row not in damaged])
-
-  def _keep(self, rows: Sequence[int]) -> None:
-    """Only these rows remain."""
-    self.entries, self.ids = (tuple(values[row] for row in rows) for values in (self.entries, self.ids))
-    self._image_paths = [self._image_paths[row] for row in rows]
-    self._label_paths = [self._label_paths[row] for row in rows if self.has_labels]
-    self._sizes = self._sizes[rows]
 
   def orientation_in_words(self, row: int) -> str:
     """The EXIF orientation that an image's file has, and what is done with it; "" without one."""
