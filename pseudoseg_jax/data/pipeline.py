@@ -277,7 +277,7 @@ class _Feeder(threading.Thread):
     self.wanted.put(False)
 
   def run(self):
-    while self.wanted.get():
+    while self.wanted.get() and not self.stopped:
       made = self._batch()
       self.made.put(made)
       if isinstance(made, Exception):
