@@ -9,7 +9,6 @@ scenes know their own.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import sys
 
@@ -42,7 +41,8 @@ def _masks(data: configs.ConfigDict, opened: build.Data, split: str, names: tupl
 def score(labels: pathlib.Path, config: configs.ConfigDict) -> tuple[Classes, confusion.Scores]:
   """The classes, and the labels' scores."""
   opened = build.build_data(config.data)
-  split = json.loads((labels / "manifest.json").read_text())["split"]
+  sources.check_labels_folder(labels, opened.classes.names)
+  split = report.read_object(labels / "manifest.json").get("split", "")
   names = splits.read_list(labels / "list.txt")
   masks, num_classes = _masks(config.data, opened, split, names), len(opened.classes)
   matrix = np.zeros((num_classes, num_classes), np.int64)

@@ -28,6 +28,7 @@ from PIL import Image
 
 from pseudoseg_jax import build, checks, config as configs, rng, workdir as workdirs
 from pseudoseg_jax.contract import Method, State
+from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.pipeline import PipelineSpec
 from pseudoseg_jax.engine import agreement, loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
@@ -316,8 +317,8 @@ def _opened(config: configs.ConfigDict, workdir: pathlib.Path) -> _Run:
   data, others = domains[0].data, [domain.data for domain in domains[1:]]
   method = build.build_method(config, len(data.classes), len(data.unlabeled), [len(other.classes) for other in others])
   specs = build.build_pipelines(domains, method)
-  weights = functools.cache(lambda: _starting_weights(config, len(data.classes)))
-  given = functools.cache(lambda: given_nets(config.nets_from, method))
+  weights = functools.cache(lambda: _starting_weights(config, data.classes))
+  given = functools.cache(lambda: given_nets(config.nets_from, method, data.classes))
   if Checkpoints(workdir / "checkpoints", read_only=True).step() is None:
     weights()
     given()
@@ -521,7 +522,7 @@ def load(
   )  # fmt: skip
 
 
-def _starting_weights(config: configs.ConfigDict, num_classes: int) -> tuple[dict[str, np.ndarray], str]:
+def _starting_weights(config: configs.ConfigDict, classes: Classes) -> tuple[dict[str, np.ndarray], str]:
   """What a run of this config starts from, as pretrained.put takes it, and its description; ({}, "") for nothing."""
   source = os.path.expanduser(config.network.pretrained or config.init_from)
   if not source:
@@ -533,7 +534,11 @@ def _starting_weights(config: configs.ConfigDict, num_classes: int) -> tuple[dic
   else:
     trained = open_trained(pathlib.Path(source), meshes.make_mesh(jax.devices()[:1]), "best")
     tensors = weights_of(trained, next(iter(trained.method.predictors)))
-  shapes = network_shapes(build.build_network(config, num_classes))
+    others = workdirs.same_classes(classes, trained.classes, where="classes", allowed=f"of {source}")
+    if others:
+      log.warning("%s; its classifier is not taken", others[0].partition("; a file of classes")[0])
+      tensors = {key: value for key, value in tensors.items() if "/classifier/" not in key}
+  shapes = network_shapes(build.build_network(config, len(classes)))
   values, fitted = pretrained.fit(tensors, shapes, config.network.name, where=source)
   return values, f"weights of {source}, {fitted}"
 
@@ -552,7 +557,7 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], o
   lines = ["", f"Done: {results['method']} on {results['split']}, seed {results['seed']}", ""]
   for series in ("last", "best"):
     entry = results[series]
-    mious = ", ".join(f"{name} {100 * (score['miou'] or 0):.2f}" for name, score in entry["predictors"].items())
+    mious = ", ".join(f"{name} {report.percent(score['miou'])}" for name, score in entry["predictors"].items())
     chosen = f" (best by {entry['selected_by']})" if series == "best" else ""
     lines.append(f"  {series:5} step {entry['step']:>6}  mIoU %: {mious}{chosen}")
   drawn = ",".join(sorted(path.stem for path in (workdir / "pictures").glob("*.png")))

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from pseudoseg_jax import build, checks, command_line
+from pseudoseg_jax import build, checks, command_line, workdir as workdirs
 from pseudoseg_jax.contract import State
 from pseudoseg_jax.data import decode, sources, splits
 from pseudoseg_jax.engine import mesh as meshes
@@ -124,7 +124,12 @@ def export_labels(
     config.pseudo_labels.folder = ""  # those that the run itself learnt from are none of its data, and may be gone
   name = predictor or next(iter(method.predictors))
   checks.check_name("predictor", name, method.predictors)
-  _, config, data = build.build_domains(config)[method.predictor_domains.get(name, 0)]
+  number = method.predictor_domains.get(name, 0)
+  _, config, data = build.build_domains(config)[number]
+  learnt = [trained.classes, *trained.other_classes.values()][number]
+  problems = checks.Problems("cannot export labels of these data")
+  problems.extend(workdirs.same_classes(data.classes, learnt, where="config.data.classes", allowed="of the network"))
+  problems.raise_if_any()
   names = _file_names(build.images_of(data, split).ids)
   say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda line: None
   protocol = _protocol(config, build.images_of(data, split), say)

@@ -147,11 +147,12 @@ def check_plain(method: Method, predictor: str) -> None:
     problems.raise_if_any()
 
 
-def given_nets(named: str, method: Method) -> dict[str, PyTree]:
+def given_nets(named: str, method: Method, classes: Classes | None = None) -> dict[str, PyTree]:
   """The networks of earlier runs that a run starts with: role -> {"params", "batch_stats"} of the last checkpoint.
 
   Args:
     named: config.nets_from, "role=WORKDIR,role=WORKDIR".
+    classes: those that the networks must know, by name and order; None: not compared.
 
   Raises:
     InputError: roles that the method lacks, or wants and does not get, workdirs that hold no such network; all at once.
@@ -170,10 +171,13 @@ def given_nets(named: str, method: Method) -> dict[str, PyTree]:
       problems.add(f"network '{role}'", got="none in this method", allowed=checks.choices(ours), remedy=checks.nearest(role, ours))
       continue
     try:
-      theirs = open_trained(pathlib.Path(os.path.expanduser(folder)), meshes.make_mesh(jax.devices()[:1]), "last").state.nets
+      trained = open_trained(pathlib.Path(os.path.expanduser(folder)), meshes.make_mesh(jax.devices()[:1]), "last")
     except checks.InputError as error:
       problems.add(f"network '{role}'", got=str(error).replace("\n", "\n  "))
       continue
+    if classes is not None:
+      problems.extend(workdirs.same_classes(classes, trained.classes, where=f"network '{role}'", allowed=f"of {folder}"))
+    theirs = trained.state.nets
     if role not in theirs:
       problems.add(f"network '{role}'", got=f"none in {folder}", allowed=f"a run that has one; there are {', '.join(theirs)}")
       continue

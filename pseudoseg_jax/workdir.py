@@ -42,7 +42,7 @@ ROLES = ("labeled", "unlabeled", "evaluated", "pseudo_labeled")
 # run: what was learnt so far would be the result of neither.
 _FREE = (
   "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "keep_last_checkpoints",
-  "evaluation.batch_size", "evaluation.pictures", "evaluation.pad_multiple", "data.skip_unreadable",
+  "evaluation.batch_size", "evaluation.pictures", "data.skip_unreadable",
 )  # fmt: skip
 # Changed at the step where the run is resumed, and told.
 _FROM_NOW_ON = {

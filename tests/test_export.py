@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import shutil
 
 import jax
@@ -14,6 +15,7 @@ from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 from pseudoseg_jax.evaluation import report
 from pseudoseg_jax.methods import table as methods_table
+from mutations import mutated
 
 QUICKSTART = {
   "total_steps": 2, "log_every_steps": 1, "eval_every_steps": 2, "checkpoint_every_steps": 2, "network.width": 4,
@@ -61,12 +63,12 @@ def exported(trained, tmp_path_factory):
   return out
 
 
-def started(argument, **options):
-  """A fresh state of a config, before and after what it starts from."""
+def started(argument, classes=None, **options):
+  """A fresh state of a config, before and after what it starts from; classes: others than the config's."""
   config = configs.load(f"configs/quickstart.py:{argument}", QUICKSTART | options)
   method = build.build_method(config, len(build.build_classes(config.data)))
   fresh = loop.jit_init(method, meshes.make_mesh(), 0)
-  return fresh, api._started(fresh, *api._starting_weights(config, len(build.build_classes(config.data))))
+  return fresh, api._started(fresh, *api._starting_weights(config, classes or build.build_classes(config.data)))
 
 
 def kernel(state, role, part):
@@ -186,3 +188,33 @@ def test_predictors_that_are_named_as_networks_are_these_networks(name):
   for role in method.predictors.keys() & state.nets.keys() - method.predictor_hints.keys():  # those are not exported
     plain = jax.make_jaxpr(lambda state, images, role=role: nets.infer(network, state.nets[role], images))(state, images)
     assert str(jax.make_jaxpr(method.predictors[role])(state, images)) == str(plain)
+
+
+def test_the_classifier_of_classes_in_another_order_is_not_taken(exported, caplog):
+  known = build.build_classes(configs.load("configs/quickstart.py").data)
+  swapped = dataclasses.replace(known, names=(known.names[0], known.names[2], known.names[1], *known.names[3:]))
+  option = {"init_from": str(exported)}
+  fresh, same = started("method=supervised", **option)
+  _, other = started("method=supervised", classes=swapped, **option)
+  leaves = lambda state: jax.tree_util.tree_leaves_with_path(state.nets["student"].params)
+  classifier = lambda state: [leaf for path, leaf in leaves(state) if "classifier" in jax.tree_util.keystr(path)]
+  for before, taken, left in zip(classifier(fresh), classifier(same), classifier(other), strict=True):
+    assert not np.array_equal(before, taken)
+    np.testing.assert_array_equal(before, left)
+  np.testing.assert_array_equal(kernel(same, "student", "backbone"), kernel(other, "student", "backbone"))
+  assert "the same names in another order" in caplog.text and "its classifier is not taken" in caplog.text
+
+
+def test_no_exported_config_that_anybody_edited_is_a_traceback(exported, tmp_path):
+  out = tmp_path / "edited"
+  shutil.copytree(exported, out)
+  rng = random.Random(0)
+  content = json.loads((out / "config.json").read_text())
+  refused = 0
+  for _ in range(60):
+    (out / "config.json").write_text(json.dumps(mutated(content, rng)))
+    try:
+      opened.open_trained(out, meshes.make_mesh(jax.devices()[:1]), "best")
+    except checks.InputError:
+      refused += 1
+  assert refused > 20

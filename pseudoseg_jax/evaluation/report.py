@@ -42,7 +42,7 @@ Results = dict[str, Any]
 def table(classes: Classes, scores: Mapping[str, Scores]) -> str:
   """IoU in % by class, predictors side by side, with their mean and the pixel accuracy; "-" = never seen."""
   rows = _rows(classes, scores)
-  cells = [["IoU %", *scores], *([name, *map(_percent, values)] for name, values in rows)]
+  cells = [["IoU %", *scores], *([name, *map(percent, values)] for name, values in rows)]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
            for row in cells]  # fmt: skip
@@ -69,8 +69,9 @@ def _rows(classes, scores):
   return rows
 
 
-def _percent(value: float) -> str:
-  return "-" if math.isnan(value) else f"{100 * value:.2f}"
+def percent(value: float | None) -> str:
+  """A fraction in %; "-" for none."""
+  return "-" if value is None or math.isnan(value) else f"{100 * value:.2f}"
 
 
 def entry(classes: Classes, step: int, scores: Mapping[str, Scores]) -> Results:
