@@ -65,8 +65,8 @@ def patch(path, offsets, value):
 def header(name, size, kind=b"0", size_field=None):
   """A block of a tar that says `size` of what follows, or holds `size_field` in that place."""
   field = size_field or b"%011o\0" % size
-  block = bytearray(name.encode().ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + field + b"00000000000\0" + b" " * 8 + kind)
-  block += bytes(100) + b"ustar\x0000" + bytes(512 - 265)
+  block = bytearray(name.encode().ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + field + b"00000000000\0")
+  block += b" " * 8 + kind + bytes(100) + b"ustar\x0000" + bytes(512 - 265)
   block[148:156] = b"%06o\0 " % sum(block)
   return bytes(block)
 

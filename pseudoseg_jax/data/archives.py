@@ -18,11 +18,11 @@ from typing import BinaryIO, NamedTuple
 from pseudoseg_jax import checks
 from pseudoseg_jax.data import listing
 
-# Of damaged files; ValueError: names that are no text, numbers that are none, places before the beginning; RecursionError: names of
-# names of names.
+# Of damaged files; ValueError: names that are no text, numbers that are none, places before the beginning; RecursionError: names
+# of names of names.
 _DAMAGED = (
-  tarfile.TarError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, OSError, ValueError, OverflowError,
-  RecursionError,
+  tarfile.TarError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, OSError, ValueError,
+  OverflowError, RecursionError,
 )  # fmt: skip
 _MOST_RATIO, _ANY_RATIO_BYTES = 100, 64 << 20  # of text about 10; what is small may be of any
 _PIECE_BYTES = 1 << 20

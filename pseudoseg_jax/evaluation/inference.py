@@ -32,8 +32,8 @@ _WINDOWS_PER_CALL = 8
 _WINDOWS_OF_FEW_IMAGES = 4
 _PIXELS_PER_CALL = 1 << 20
 
-# Canvases that a network is compiled for, which takes from seconds to a minute each: where they are free to choose, and where more
-# of them, at the price of other scores, are told or avoided.
+# Canvases that a network is compiled for, which takes from seconds to a minute each: where they are free to choose, and where
+# fewer have a price, which are other scores.
 _CANVASES = 4
 _SEEN_CANVASES = 8
 _SPARE = 2.0  # pixels of chosen canvases over those of the images' own: only more than this is worth compiling for one more
@@ -195,7 +195,7 @@ def bounded(protocol: Protocol, sizes: Sequence[tuple[int, int]]) -> tuple[Proto
 
 
 def _few_canvases(own: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-  """A few canvases, so that each of `own` fits one of them and little is padded: the most similar ones are joined, step by step."""
+  """A few canvases, so that each of `own` fits one of them and little is padded: step by step the most similar ones are joined."""
   joined = lambda one, other: tuple(map(max, one, other))
   counts = collections.Counter(own)
   multiple = 1

@@ -1,8 +1,8 @@
 """Tensors of .safetensors and of PyTorch's .pth / .pt files, read without running anything that a file says.
 
 A PyTorch checkpoint is a pickle, a program for a machine that may call any function. Here its instructions are followed on inert
-values: the few calls that rebuild tensors become arrays, every other one becomes a marker that nothing looks into. Time and memory
-that reading takes grow with the file, whatever it says: nothing is unfolded that a file holds once and names often.
+values: the few calls that rebuild tensors become arrays, every other one becomes a marker that nothing looks into. What reading
+takes of time and memory grows with the file, whatever it says: nothing is unfolded that a file holds once and names often.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _item_bytes(kind: str) -> int:
 
 def _tensors(value: Any) -> Iterator[tuple[str, _Tensor]]:
   """(dotted name, tensor) of all tensors in nested dicts, lists and tuples; each is entered once, so that it ends."""
-  # Names are made of tensors alone and where they are short: those of all things along deep nests would take the square of a file.
+  # Names are made of tensors alone, and where they are short: those of all things along deep nests take the square of a file.
   entered, waiting = set(), [((None, ""), 0, value)]
   while waiting:
     path, length, value = waiting.pop()
@@ -216,8 +216,8 @@ def _tensors(value: Any) -> Iterator[tuple[str, _Tensor]]:
     elif isinstance(value, (dict, list, tuple)) and id(value) not in entered:
       entered.add(id(value))
       items = value.items() if isinstance(value, dict) else enumerate(value)
-      items = [((path, key), length + len(str(key)) + 1, item) for key, item in items if isinstance(item, (_Tensor, dict, list, tuple))]
-      waiting.extend(reversed(items))
+      items = [(key, item) for key, item in items if isinstance(item, (_Tensor, dict, list, tuple))]
+      waiting.extend(((path, key), length + len(str(key)) + 1, item) for key, item in reversed(items))
 
 
 def _dotted(path: tuple) -> str:
@@ -272,7 +272,7 @@ def _interpret(data, kinds: dict[str, str] | None = None) -> Any:
   for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
     name = opcode.name
     if number >= _MOST_INSTRUCTIONS:
-      raise _Refused(f"a pickle of more than {_MOST_INSTRUCTIONS} instructions, more than names of tensors take", _STATE_DICT_ALONE)
+      raise _Refused(f"a pickle of more than {_MOST_INSTRUCTIONS} instructions, more than any state dict has", _STATE_DICT_ALONE)
     if name in _LITERALS:
       stack.append(argument)
     elif name in _CONSTANTS:

@@ -285,7 +285,8 @@ def _leftovers(left: Iterable[str], prefix: str, roots: set[str]) -> tuple[dict[
       unused.append(name)
     else:
       others[prefix + _root(name.removeprefix(prefix))].append(name)
-  dropped = {"batch counters": counters, f"not the network's: {shorten(list(others), most=8)}": [*itertools.chain(*others.values())]}
+  foreign = f"not the network's: {shorten(list(others), most=8)}"
+  dropped = {"batch counters": counters, foreign: [*itertools.chain(*others.values())]}
   return {reason: names for reason, names in dropped.items() if names}, unused
 
 
