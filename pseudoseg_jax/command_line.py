@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -49,7 +50,8 @@ def run(command: Callable[[], int | None], *, again: str = "") -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except (OSError, FloatingPointError) as error:
-    print(f"error: {error}{remedy}", file=sys.stderr)
+    full = "; free some space" if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else ""
+    print(f"error: {error}{full}{remedy}", file=sys.stderr)
     return 1
   except KeyboardInterrupt as interrupt:
     print(f"\nstopped{remedy}", file=sys.stderr)

@@ -124,7 +124,7 @@ def test_an_interrupt_during_imports_is_no_traceback():
     assert done.returncode == code and "Traceback" not in done.stderr and done.stderr.strip() == words
 
 
-def test_exit_codes_of_a_command():
+def test_exit_codes_of_a_command(capsys):
   def interrupted():
     raise Interrupted("SIGTERM")
 
@@ -132,6 +132,7 @@ def test_exit_codes_of_a_command():
     raise OSError(28, "No space left on device")
 
   assert command_line.run(interrupted) == 143 and command_line.run(full) == 1 and command_line.run(lambda: None) == 0
+  assert "No space left on device; free some space" in capsys.readouterr().err
 
 
 def test_a_signal_that_the_parent_had_ignored_stays_ignored():

@@ -12,6 +12,7 @@ import pytest
 
 from pseudoseg_jax import checks, config as configs, workdir as workdirs
 from pseudoseg_jax.data.classes import Classes
+from pseudoseg_jax.evaluation import report
 from mutations import mutated
 
 CLASSES = {"": Classes(("background", "red", "green"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)))}
@@ -234,3 +235,13 @@ def test_fingerprints_know_images_and_weak_labels():
   tags = np.eye(3, dtype=np.float32)
   ours, theirs = (workdirs.fingerprint(Data, (None, array)) for array in (tags, 1 - tags))
   assert ours["weak labels"] != theirs["weak labels"] and "weak labels" not in found
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+  def full(self, content):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr("pathlib.Path.write_bytes", full)
+  with pytest.raises(OSError, match="No space left on device: '.*results.json'") as error:
+    report.write_atomically(tmp_path / "results.json", "{}")
+  assert error.value.errno == 28 and not list(tmp_path.iterdir())

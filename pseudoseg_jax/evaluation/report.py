@@ -20,6 +20,7 @@ scored on, so it flatters; `last` does not. An evaluation of one checkpoint (eva
 
 from __future__ import annotations
 
+import contextlib
 import csv as csv_lib
 import io
 import json
@@ -138,7 +139,11 @@ def read_object(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def write_atomically(path: str | pathlib.Path, content: str | bytes) -> None:
-  """Writes a file that is there whole or not at all, whatever happens meanwhile; makes its folder."""
+  """Writes a file that is there whole or not at all, whatever happens meanwhile; makes its folder.
+
+  Raises:
+    OSError: with the path.
+  """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   content = content.encode() if isinstance(content, str) else content
@@ -147,6 +152,9 @@ def write_atomically(path: str | pathlib.Path, content: str | bytes) -> None:
   try:
     temporary.write_bytes(content)
     os.replace(temporary, path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
+  except BaseException as error:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    if isinstance(error, OSError) and error.errno:
+      raise type(error)(error.errno, error.strerror, str(path)) from error  # of a full disk the system names no file
     raise
