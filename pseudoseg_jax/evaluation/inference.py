@@ -195,7 +195,7 @@ def bounded(protocol: Protocol, sizes: Sequence[tuple[int, int]]) -> tuple[Proto
 
 
 def _few_canvases(own: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-  """A few canvases, so that each of `own` fits one of them and little is padded: step by step the most similar ones are joined."""
+  """A few canvases, so that each of `own` fits one of them and little is padded: the most similar ones are joined."""
   joined = lambda one, other: tuple(map(max, one, other))
   counts = collections.Counter(own)
   multiple = 1
