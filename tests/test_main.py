@@ -257,3 +257,12 @@ def test_the_baseline_that_a_summary_names_differs_in_the_method_alone(argument,
   config = configs.load(f"{path}:{argument}", {"data.root": "there"})
   got = api._baseline({"path": path, "argument": argument}, config, {"data.root": "there"})
   assert got == (baseline and f"{path}:{baseline}")
+
+
+def test_without_a_home_compiled_programs_are_kept_elsewhere(monkeypatch):
+  def homeless():
+    raise RuntimeError("Could not determine home directory.")
+
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  monkeypatch.setattr("pathlib.Path.home", homeless)
+  assert command_line._compilation_cache().endswith("pseudoseg_jax/compiled")
