@@ -336,7 +336,8 @@ def from_saved(content: Any) -> ConfigDict:
   if not isinstance(content, dict):
     raise TypeError(f"a {type(content).__name__}, not the options of a run")
   saved = from_json(json.dumps(content))
-  groups = {key: value for key, value in all_options(base(saved.method)).items() if not key.startswith("method.")}
+  own = ("method.", "network.")  # each has options of its own, below
+  groups = {key: value for key, value in all_options(base(saved.method)).items() if not key.startswith(own)}
   config = completed(saved)
   known = {**groups, **all_options({"data": {"folder": folder_data, "tfds": tfds_data}.get(config.data.name, dict)()})}
   known |= all_options({"method": method(config.method.name), "network": network(config.network.name)})

@@ -209,7 +209,7 @@ def segment(
   """
   predictor = bounded(predictor, [job.size(predictor.exif_orientation) for job in jobs])
   files = {"exif_orientation": predictor.exif_orientation, "max_value": predictor.max_value}
-  _claim(out, {**origin, **files, "protocol": predictor.protocol._asdict()})
+  _claim(out, {**origin, **files, "protocol": inference.describe(predictor.protocol)})
   _write(out / "legend.png", pictures.legend(predictor.classes))
   todo = [job for job in jobs if not all(_output(out, folder, job).exists() for folder in FOLDERS)]
   progress = Progress(len(todo), functools.partial(print, flush=True))

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pseudoseg_jax import checks
+from pseudoseg_jax.data.text import LFS_POINTER
 
 EXIF_ORIENTATIONS = ("apply", "ignore")  # pictures as viewers and labeling tools show them, or the pixels as stored
 STORED_VALUES = 2**16  # of masks, from 0 on
@@ -28,7 +29,7 @@ _USUAL_MAXIMA = (1, 255, 1023, 4095, 10000, 16383, 65535)  # of floats; 8, 10, 1
 _LOSSY_FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "AVIF": "AVIF", "HEIF": "HEIF"}  # by PIL's names
 _JPEG_COMPRESSIONS, _WEBP_COMPRESSION = (6, 7, 34892), 50001  # of TIFF
 _STAND_INS = (  # for files: how they begin, what they are, what to do
-  (b"version https://git-lfs.github.com/spec", "a Git LFS pointer in place of the file", "run `git lfs pull` in the data's folder"),
+  (LFS_POINTER, "a Git LFS pointer in place of the file", "run `git lfs pull` in the data's folder"),
   (b"/annex/objects/", "a git-annex pointer in place of the file", "run `git annex get .` in the data's folder"),
   (b"<!doctype html", "an HTML page in place of the file", "download it anew: the server sent a page, maybe of a login"),
   (b"<html", "an HTML page in place of the file", "download it anew: the server sent a page, maybe of a login"),

@@ -11,7 +11,7 @@ from pseudoseg_jax import checks
 _MARKS = {
   codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
-_LFS_POINTER = b"version https://git-lfs.github.com/"
+LFS_POINTER = b"version https://git-lfs.github.com/"
 _HEAD_BYTES = 1 << 16
 
 
@@ -49,7 +49,7 @@ def _no_text(path: str | pathlib.Path, content: bytes) -> tuple[str, str] | None
   encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), None)
   if encoding:
     return f"text in {encoding}", f"save it as UTF-8 (Excel: 'CSV UTF-8'), or: {_iconv(encoding, path)}"
-  if content.startswith(_LFS_POINTER):
+  if content.startswith(LFS_POINTER):
     return "a pointer of Git LFS in the place of the file", f"git -C {shlex.quote(str(pathlib.Path(path).parent))} lfs pull"
   if b"\0" in content:
     return "null bytes, so no text in UTF-8", "save it as plain text in UTF-8 (Excel: 'CSV UTF-8')"

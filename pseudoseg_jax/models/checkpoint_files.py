@@ -22,9 +22,9 @@ import safetensors
 import safetensors.numpy
 
 from pseudoseg_jax import checks
+from pseudoseg_jax.data.text import LFS_POINTER
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # first number of the form that PyTorch wrote before 1.6
-_LFS_POINTER = b"version https://git-lfs.github.com/"
 
 # Far above what networks have, far below what harms. A tensor takes about 40 instructions, and 100 bytes of a header.
 _MOST_NAME_CHARACTERS = 256
@@ -91,10 +91,10 @@ _STATE_DICT_ALONE = "save the weights alone, torch.save(model.state_dict(), path
 
 
 def _check_beginning(file: BinaryIO, path: pathlib.Path) -> None:
-  beginning = file.read(len(_LFS_POINTER))
+  beginning = file.read(len(LFS_POINTER))
   if not beginning:
     raise _Refused("the file is empty")
-  if beginning == _LFS_POINTER:
+  if beginning == LFS_POINTER:
     raise _Refused("a pointer of Git LFS in the place of the file", f"git -C {shlex.quote(str(path.parent))} lfs pull")
   file.seek(0)
 
