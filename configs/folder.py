@@ -2,8 +2,8 @@
 
   --config=configs/folder.py --config.data.root=DIR
 
-  DIR/classes.txt         class names, one a line, the first is class 0; or lines `index name r g b`
-  DIR/images/NAME.jpg     all images
+  DIR/classes.txt         class names, one a line, the first is class 0; or lines `index name r g b`, CVAT's labelmap.txt, ...
+  DIR/images/NAME.jpg     all images, in sub-folders too; also .JPG and .jpeg
   DIR/masks/NAME.png      class indices, grey or palette, 255 = no label; only for the images of the two lists
   DIR/labeled.txt         the images with masks to learn from, NAME a line (or the path of an image, or of image and mask)
   DIR/val.txt             the images with masks to evaluate on
@@ -18,6 +18,9 @@ Images on neither list are the unlabeled ones. Whatever differs is said by an op
   label_map=11:255,12:3             stored mask values that stand for other classes; 255 = no label
   mask_colors=True                  masks drawn in the colours of classes.txt
   reduce_zero_label=True            stored 0 = no label, 1 = class 0, ...
+  exif_orientation=ignore           pixels as they are stored; else pictures as viewers and labeling tools show them
+  max_value=4095                    stored value of full brightness, of 12 bits; 1 of floats on 0..1
+  background=yes                    class 0 is what is left beside things, whatever its name
   channels=1 mean=(0.5,) std=(0.25,)    grey images; or as many channels as yours have, of 8 or 16 bits
 
 `python -m pseudoseg_jax.main ... --print_config` shows all.
