@@ -170,7 +170,7 @@ def prepare_voc(tree: Tree, arguments: argparse.Namespace) -> dict[str, tuple[in
   for member in _members(arguments.sbd, _SBD_MEMBER, "dataset/cls/ID.mat"):
     found = _SBD_MEMBER.search(member.name)
     if found["list"]:
-      sbd[found["list"]] = member.read().decode().split()
+      sbd[found["list"]] = member.read().decode(errors="replace").split()
     elif found["mask"] and found["mask"] not in own:
       _put_member(tree, f"{_VOC}/SegmentationClassAug/{found['mask']}.png", member, official_masks.from_sbd)
     elif found["image"] and found["image"] not in images:
@@ -278,7 +278,7 @@ def write_tfds(tree: Tree, dataset: str) -> None:
     for split, (image, label, listed) in parts.items():
       before, after = image.split("{id}")
       found = [path[len(before) : -len(after)] for path in tree.entries if path.startswith(before) and path.endswith(after)]
-      ids = (tree.root / listed).read_text().split() if listed else sorted(found)
+      ids = (tree.root / listed).read_text(encoding="utf-8", errors="replace").split() if listed else sorted(found)
       ids = [name for name in ids if label is None or label.replace("{id}", name) in tree.entries]
       if ids:
         splits[split] = tfds_builders.Split(ids, in_tree(image), in_tree(label))
@@ -345,7 +345,7 @@ def _put_member(tree: Tree, path: str, member: archives.Member, convert: Callabl
 def _ids(tree: Tree, path: str) -> list[str]:
   if not tree.holds(path):
     _refuse_incomplete(path)
-  return (tree.root / path).read_text().split()
+  return (tree.root / path).read_text(encoding="utf-8", errors="replace").split()
 
 
 def _refuse_incomplete(what: str) -> None:

@@ -1,8 +1,10 @@
 """Real processes: killed, stopped, and several at once; all end where one undisturbed run ends."""
 
+import importlib.util
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -26,6 +28,10 @@ OPTIONS = {
 
 pytestmark = pytest.mark.slow
 
+_SPEC = importlib.util.spec_from_file_location("fault_trials", ROOT / "launch" / "fault_trials.py")
+fault_trials = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(fault_trials)
+
 
 def start(workdir, *extra, devices=2):
   command = [sys.executable, "-m", "pseudoseg_jax.main", "--config=configs/quickstart.py:method=cps_cutmix", f"--workdir={workdir}"]
@@ -36,9 +42,9 @@ def start(workdir, *extra, devices=2):
   )
 
 
-def finish(process):
+def finish(process, code=0):
   output, _ = process.communicate(timeout=400)
-  assert process.returncode == 0, output
+  assert process.returncode == code, output
   return output
 
 
@@ -81,21 +87,60 @@ def test_terminated_and_started_again(undisturbed, tmp_path):
   process = start(tmp_path)
   wait_for_checkpoint(process, tmp_path, 4)
   process.send_signal(signal.SIGTERM)
-  output = finish(process)
+  output = finish(process, code=143)  # as a shell has it: `train && next` ends here
   assert "stopped by SIGTERM" in output and not (tmp_path / "results.json").exists()
   finish(start(tmp_path))
   assert_same_end(tmp_path, undisturbed)
 
 
-def test_two_processes_train_as_one(undisturbed, tmp_path):
+def start_two(workdir, **options):
+  """Two processes of one run; options: a pair of values each."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   several = [f"--coordinator=localhost:{port}", "--process_count=2"]
-  processes = [start(tmp_path, *several, f"--process_index={index}", devices=1) for index in range(2)]
+  own = [[f"--config.{key}={value[index]}" for key, value in options.items()] for index in range(2)]
+  return [start(workdir, *several, f"--process_index={index}", *own[index], devices=1) for index in range(2)]
+
+
+def test_two_processes_train_as_one(undisturbed, tmp_path):
+  processes = start_two(tmp_path)
   outputs = [finish(process) for process in processes]
   assert "Done: cps_cutmix" in outputs[0] and "Done" not in outputs[1]
   # Two processes add up in another order than two devices of one do: float32 round-off.
   assert_same_end(tmp_path, undisturbed, lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-3))
   ours, theirs = (json.loads((workdir / "results.json").read_text())["last"] for workdir in (tmp_path, undisturbed))
   assert ours["predictors"].keys() == theirs["predictors"].keys() and ours["step"] == theirs["step"] == STEPS
+
+
+def test_processes_that_were_started_differently_are_named(tmp_path):
+  processes = start_two(tmp_path, seed=(0, 1))
+  for index, process in enumerate(processes):
+    output = finish(process, code=2)
+    assert "process 1: config" in output and ("seed: 1, in process 0 0" in output) == bool(index)
+  assert not (tmp_path / "config.json").exists()
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
+  processes = start_two(tmp_path, total_steps=(3000, 3000))
+  wait_for_checkpoint(processes[0], tmp_path, 4)
+  processes[1].send_signal(signal.SIGTERM)
+  output = [finish(process, code=143) for process in processes][0]
+  step = re.search(r"stopped by preemption after step (\d+)", output)[1]
+  assert (tmp_path / "checkpoints" / "last" / step).is_dir()
+
+
+def test_the_loss_of_a_process_ends_the_other_and_one_alone_resumes(tmp_path):
+  processes = start_two(tmp_path, total_steps=(3000, 3000))
+  wait_for_checkpoint(processes[0], tmp_path, 4)
+  processes[1].kill()
+  processes[1].communicate()
+  output = finish(processes[0], code=1)
+  assert "error: another process of this run was lost" in output and "Traceback" not in output
+  assert "resumed at step" in finish(start(tmp_path))
+
+
+@pytest.mark.parametrize("fault", sorted(set(fault_trials.FAULTS) - {"disk"}))
+def test_a_trial_of_each_fault(fault, tmp_path):
+  for line in fault_trials.trials(tmp_path, [fault], ["cps_cutmix"], 1, 0):
+    assert line["held"], line["what"]
