@@ -1,3 +1,4 @@
+import ctypes
 import gc
 import os
 import pathlib
@@ -28,13 +29,25 @@ def pytest_collection_modifyitems(items):
     item.add_marker(pytest.mark.xdist_group(f"{item.path.name}:{parameters.get('case', '')}"))
 
 
+_MORE_BYTES = 3 * 2**30  # that a process may take before compiled code is let go of
+_resident_limit = [_MORE_BYTES]
+
+
 @pytest.fixture(autouse=True)
-def few_mappings():
-  """Lets go of compiled code in time: it takes memory mappings, a thousand for a step, and Linux kills at 65530 of them."""
+def little_compiled_code():
+  """Lets go of compiled code in time: it takes memory, and memory mappings, of which Linux kills at 65530."""
   yield
   mappings = pathlib.Path("/proc/self/maps")
-  if mappings.exists() and mappings.read_bytes().count(b"\n") > 30_000:
+  if mappings.exists() and (_resident_bytes() > _resident_limit[0] or mappings.read_bytes().count(b"\n") > 30_000):
     import jax
 
     jax.clear_caches()
     gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+      libc.malloc_trim(0)
+    _resident_limit[0] = _resident_bytes() + _MORE_BYTES  # what is left is no compiled code
+
+
+def _resident_bytes():
+  return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
