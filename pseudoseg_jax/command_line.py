@@ -66,8 +66,10 @@ def run_distributed(command: Callable[[], int | None], *, again: str = "the same
 
     try:
       code = command()
-    except jax.errors.JaxRuntimeError as error:
-      if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+      # What is dispatched in Python tells a broken connection by a ValueError.
+      lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+      if jax.process_count() == 1 or not lost:
         raise
       first = str(error).splitlines()[0]
       print(f"error: another process of this run was lost ({first}); {again}, with as many processes or fewer", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -13,6 +14,8 @@ import numpy as np
 from clu import metric_writers
 
 log = logging.getLogger("pseudoseg_jax")
+# What the writing thread logs as an error is the traceback of what it raises as well; it is told here, in one line.
+logging.getLogger("absl").addFilter(lambda record: not record.pathname.endswith("asynclib.py"))
 
 
 class Records:
@@ -87,9 +90,11 @@ class Records:
       self._to_tensorboard(lambda writer: writer.close())
     for handler in self._handlers:
       log.removeHandler(handler)
-      handler.flush()
+      with contextlib.suppress(OSError):  # of a full disk, which was told
+        handler.flush()
       if isinstance(handler, logging.FileHandler):
-        handler.close()
+        with contextlib.suppress(OSError):
+          handler.close()
     if self._writes:
       log.setLevel(self._log_settings[0])
       log.propagate = self._log_settings[1]
