@@ -101,15 +101,11 @@ def available(workdir: pathlib.Path, checkpoint: str) -> str:
   A run that was stopped before its first evaluation has none.
   """
   checks.check_name("checkpoint", checkpoint, ("best", "last"))
-  steps = {series: _steps(workdir, series) for series in ("best", "last")}
-  if checkpoint == "best" and steps["last"] and not steps["best"]:
+  checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+  if checkpoint == "best" and checkpoints.step("best") is None and checkpoints.step("last") is not None:
     log.warning("%s has no best checkpoint, since no evaluation was finished: its last one is used", workdir)
     return "last"
   return checkpoint
-
-
-def _steps(workdir: pathlib.Path, series: str) -> list[int]:
-  return sorted(int(path.name) for path in (workdir / "checkpoints" / series).glob("*") if path.name.isdigit())
 
 
 def restore(workdir: pathlib.Path, method: Method, mesh, checkpoint: str, step: int | None = None) -> State:
@@ -117,13 +113,13 @@ def restore(workdir: pathlib.Path, method: Method, mesh, checkpoint: str, step: 
   checks.check_name("checkpoint", checkpoint, ("best", "last"))
   if not (workdir / "checkpoints").is_dir():
     raise checks.InputError(f"no checkpoint in {workdir}: train first")
-  kept = _steps(workdir, checkpoint)
+  checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+  kept = sorted(checkpoints.steps(checkpoint))
   if step is not None and step not in kept:
     problems = checks.Problems(f"cannot use workdir {workdir}")
     remedy = "train with a larger config.keep_last_checkpoints to keep more"
     problems.add(f"{checkpoint} checkpoint of step", got=step, allowed=", ".join(map(str, kept)) or "none", remedy=remedy)
     problems.raise_if_any()
-  checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
   try:
     method = method._replace(split_memory=())  # the mesh need not be one that the memory could be split over
     return checkpoints.restore(loop.abstract_state(method, mesh), series=checkpoint, step=step, memory=False)

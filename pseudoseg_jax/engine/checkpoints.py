@@ -104,13 +104,13 @@ class Checkpoints:
       return []
     return sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True)
 
-  def _steps(self, series: str) -> list[int]:
-    """The same without empty folders, which are no checkpoints."""
+  def steps(self, series: str) -> list[int]:
+    """Steps that are on disk, the newest first; empty folders are no checkpoints."""
     return [step for step in self._numbered(series) if not _is_empty(self.directory / series / str(step))]
 
   def step(self, series: str = "last") -> int | None:
     """The newest step of a series that is on disk, None where there is none."""
-    return max(self._steps(series), default=None)
+    return max(self.steps(series), default=None)
 
   def removed(self) -> bool:
     """Whether a series' folder is no longer the one that was opened: what is saved would be half a workdir."""
@@ -129,7 +129,7 @@ class Checkpoints:
     """
     self._finish(series)
     step, note = int(state.step), json.loads(json.dumps(note or {}))
-    if _of_first(step in self._steps(series) and self.note(series) == note):
+    if _of_first(step in self.steps(series) and self.note(series) == note):
       return
     leaves = _leaves(state)
     digests, not_finite = _examine(leaves)
@@ -184,7 +184,7 @@ class Checkpoints:
     except Exception as failure:  # whatever storage can do wrong
       error = error or _before_waiting(failure)
     if jax.process_index() == 0:  # others may see an older listing of the folder
-      if not self._folders[series].is_there() or save.step not in self._steps(series):
+      if not self._folders[series].is_there() or save.step not in self.steps(series):
         error = error or FileNotFoundError(f"{self.directory / series / str(save.step)} was removed while it was written")
       elif error is not None:
         log.warning(
@@ -314,7 +314,7 @@ class Checkpoints:
     """Sets aside every kept step from `first_step` on, in both series: for a run that found out that those states are ruined."""
     self.wait()
     for series in self._managers:
-      ruined = [step for step in self._steps(series) if step >= first_step]
+      ruined = [step for step in self.steps(series) if step >= first_step]
       self._move(series, ruined, f"states from step {first_step} on are of no use")
 
   def _move(self, series: str, steps: Sequence[int] | Mapping[int, str], reason: str) -> None:
