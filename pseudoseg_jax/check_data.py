@@ -357,4 +357,4 @@ def _progress(total: int) -> Progress:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  command_line.leave(main)

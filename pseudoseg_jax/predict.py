@@ -298,4 +298,4 @@ def _write(path: pathlib.Path, picture: Image.Image) -> None:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  command_line.leave(main)
