@@ -40,23 +40,8 @@ def get_config(argument=""):
     crop=321,
     steps=20_000,
   )
-  config = configs.base(configs.method(chosen["method"], chosen["convention"]))
-  config.data.update(configs.folder_data(
-    classes="classes.txt",
-    image_pattern="images/{id}.jpg",
-    label_pattern="masks/{id}.png",
-    split=chosen["split"],
-    eval_list="val.txt",
-  ))  # fmt: skip
-  config.network = configs.network_on(chosen["network"], chosen["backbone"])
-  config.total_steps = chosen["steps"]
-  config.batch_size_global = {"labeled": 8, "unlabeled": 8}
-  config.optimizer.learning_rate = 0.0025  # with weight decay as of CPS on VOC, see voc.py
-  config.optimizer.weight_decay = 4e-4
-  config.views.crop_size = (chosen["crop"], chosen["crop"])
-  config.log_every_steps = 50
-  config.eval_every_steps = 2000
-  config.checkpoint_every_steps = 1000
-  # Windows of the training crop, so that images of any size share a few shapes to compile for: four at most, most often one.
-  config.evaluation.update({"style": "slide", "window_pixels": (chosen["crop"], chosen["crop"]), "batch_size": 4})
-  return config
+  split = chosen.pop("split")
+  data = configs.folder_data(
+    classes="classes.txt", image_pattern="images/{id}.jpg", label_pattern="masks/{id}.png", split=split, eval_list="val.txt"
+  )
+  return configs.make_config(chosen.pop("method"), data=data, **chosen)

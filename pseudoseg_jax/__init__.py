@@ -1,4 +1,4 @@
-"""Semi- and weakly-supervised semantic segmentation in JAX/Flax: train(...), evaluate(...), load(...), export(...)."""
+"""Semi- and weakly-supervised semantic segmentation in JAX/Flax: train, evaluate, load, export; make_config, make_data."""
 
 import importlib
 import os
@@ -10,14 +10,15 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "export", "load", "train"]
+_HOMES = {"evaluate": "api", "export": "trained", "load": "api", "make_config": "config", "make_data": "build", "train": "api"}
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name):
   # On first use: `import pseudoseg_jax` must not start TensorFlow.
-  if name in __all__:
-    module = "trained" if name == "export" else "api"
-    return getattr(importlib.import_module(f"pseudoseg_jax.{module}"), name)
+  if name in _HOMES:
+    with importlib.import_module("pseudoseg_jax.notebook").root_handlers_kept():
+      return getattr(importlib.import_module(f"pseudoseg_jax.{_HOMES[name]}"), name)
   raise AttributeError(f"module 'pseudoseg_jax' has no attribute '{name}'")
 
 

@@ -17,7 +17,6 @@ import os
 import pathlib
 import re
 import shlex
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from pseudoseg_jax import build, checks, config as configs, rng, workdir as workdirs
+from pseudoseg_jax import build, checks, config as configs, notebook, rng, workdir as workdirs
 from pseudoseg_jax.contract import Method, State
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.pipeline import PipelineSpec
@@ -36,10 +35,10 @@ from pseudoseg_jax.engine.loop import Scored
 from pseudoseg_jax.engine.records import Records
 from pseudoseg_jax.engine.stopping import StopRequest
 from pseudoseg_jax.evaluation import panels, pictures, report
+from pseudoseg_jax.evaluation.display import RunResults, ScoreTable
 from pseudoseg_jax.evaluation.evaluator import Evaluator
 from pseudoseg_jax.evaluation.predictor import Predictor
 from pseudoseg_jax.models import pretrained
-from pseudoseg_jax.ops.confusion import Scores
 from pseudoseg_jax.trained import (
   check_plain, given_nets, is_exported, network_shapes, open_trained, put_nets, weights_of,
 )  # fmt: skip
@@ -85,7 +84,8 @@ class _Scoring:
   def __call__(self, state: State) -> Scored:
     """Headline mIoU of a state, and what results.json says of it; reports scores and pictures."""
     step = int(state.step)
-    log.info("step %d: evaluating %d images ...", step, sum(len(domain.data.evaluated) for domain in self.domains))
+    images = sum(len(domain.data.evaluated) for domain in self.domains)
+    log.info("step %d: evaluating %d images ...", step, images, extra={"slot": "evaluation"})
     networks = state.replace(memory={})  # a memory may be large, and split over the devices
     scores = self.scores = self._evaluator(networks)
     other_scores = [evaluator(networks) for evaluator in self._other_evaluators]
@@ -147,7 +147,8 @@ class _Scoring:
     """A domain's table in the log, its numbers for TensorBoard."""
     names, prefix = domain.data.classes.names, "/".join(filter(None, ["evaluation", domain.name]))
     table = report.table(domain.data.classes, scores)
-    log.info("step %d%s (%s)\n%s", step, domain.name and f", {domain.name}", self._about["protocol"], table)
+    heading = f"step {step}{domain.name and f', {domain.name}'} ({self._about['protocol']})"
+    log.info("%s\n%s", heading, table, extra={"slot": f"scores {domain.name}"})
     values = {f"{prefix}/{name}/miou": score.miou for name, score in scores.items()}
     values |= {f"{prefix}/{name}/pixel_accuracy": score.pixel_accuracy for name, score in scores.items()}
     values |= {
@@ -163,7 +164,7 @@ class _Scoring:
     """Overlays of a few images, and the curves so far."""
     folder = self.workdir / "pictures"
     folder.mkdir(exist_ok=True)
-    pictures.curves(self.records.history(), folder / "curves.png")
+    report.write_atomically(folder / "curves.png", pictures.curves(self.records.history()))
     pictures.scores(self.data.classes, self.scores, folder)
     if not rows:
       return
@@ -181,7 +182,8 @@ class _Scoring:
       self.records.scalars(step, {f"panels/{name}": value for name, value in values.items()})
       if values:
         shares = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-        log.info("on %d unlabeled training images, where the pseudo label is kept: %s", _PANEL_IMAGES, shares)
+        text = "on %d unlabeled training images, where the pseudo label is kept: %s"
+        log.info(text, _PANEL_IMAGES, shares, extra={"slot": "panels"})
 
 
 class _PanelScoring:
@@ -216,21 +218,25 @@ def _evaluators(domains: Sequence[build.Domain], method: Method, mesh) -> list[E
   return [build.build_evaluator(config, data, method, mesh, number) for number, (_, config, data) in enumerate(domains)]
 
 
+@notebook.root_handlers_kept()
 def train(
   config: configs.ConfigDict | str,
   workdir: str | pathlib.Path,
   overrides: Mapping[str, Any] | None = None,
   *,
+  data: build.Data | None = None,
   owns_process: bool = False,
-) -> dict:
+) -> RunResults:
   """Trains (or goes on training) in `workdir` and returns its results: the content of results.json, `finished` and `stopped_by`.
 
   SIGTERM and Ctrl-C (in a notebook: interrupting the cell) save and leave; the same call resumes. Where nothing is lost by it, at
   set-up or while compiling, they leave at once, by KeyboardInterrupt.
 
   Args:
-    config: a config, or the path of a config file with its argument, "configs/camvid.py:method=cps".
+    config: a config, or the path of a config file with its argument, "configs/camvid.py:method=cps". A file that is not there is
+      sought among those that are installed with the package.
     overrides: dotted options, {"data.root": "/data/camvid"}.
+    data: of `make_data`, in the place of what config.data says.
     owns_process: a signal may end the process itself where Python does not get to act on it; for commands.
 
   Raises:
@@ -243,7 +249,10 @@ def train(
     path, _, argument = config.partition(":")
     source = {"path": path, "argument": argument}
     config = configs.load(config)
+  config = config.copy_and_resolve_references()
   configs.override(config, overrides or {})
+  if data is not None:
+    build.name_given(config, data)
   workdir = pathlib.Path(os.path.expanduser(workdir))
   with contextlib.ExitStack() as resources:
     stop = resources.enter_context(StopRequest(owns_process=owns_process))
@@ -251,9 +260,9 @@ def train(
       with _together():  # the other processes wait for the lock, which shows them whether they see the same workdir
         if jax.process_index() == 0:
           resources.enter_context(workdirs.locked(workdir))
-      run = _agreed(config, workdir)
+      run = _agreed(config, workdir, data)
       mesh = meshes.make_mesh()
-      records = Records(workdir)
+      records = Records(workdir, draw_curves=pictures.curves)
       resources.callback(records.close)
     with _ending_told(records):
       return _fit(config, source, overrides or {}, workdir, run, mesh, records, stop)
@@ -283,14 +292,14 @@ def _together(compared: Mapping[str, str] | None = None):
     raise failure
 
 
-def _agreed(config: configs.ConfigDict, workdir: pathlib.Path) -> _Run:
+def _agreed(config: configs.ConfigDict, workdir: pathlib.Path, data: build.Data | None) -> _Run:
   """Opens everything, and makes the workdir this run's, unless another process cannot or would run something else."""
   compared = {"config": configs.to_json(config), "images": "", "newest checkpoint": "", "workdir": ""}
   with contextlib.ExitStack() as unless_agreed:
     with _together(compared):
-      run = _opened(config, workdir)
+      run = _opened(config, workdir, data)
       unless_agreed.callback(run.checkpoints.close)
-      data = {
+      images = {
         name: workdirs.fingerprint(
           of_domain,
           (spec.unlabeled_image_labels, spec.labeled_boxes, spec.unlabeled_boxes),
@@ -300,39 +309,39 @@ def _agreed(config: configs.ConfigDict, workdir: pathlib.Path) -> _Run:
       }
       classes = {domain.name: domain.data.classes for domain in run.domains}
       step = run.checkpoints.step()
-      run = run._replace(changes=workdirs.check_claim(workdir, config, classes, data, step=step))
-      compared |= {"images": json.dumps(data), "newest checkpoint": str(step), "workdir": workdirs.token(workdir)}
+      run = run._replace(changes=workdirs.check_claim(workdir, config, classes, images, step=step))
+      compared |= {"images": json.dumps(images), "newest checkpoint": str(step), "workdir": workdirs.token(workdir)}
     unless_agreed.pop_all()
   # Only now: a run that cannot begin must not occupy the workdir.
-  workdirs.claim(workdir, config, classes, data, step=step)
+  workdirs.claim(workdir, config, classes, images, step=step)
   if jax.process_index() == 0:
     for domain in run.domains:
       workdirs.write_lists(workdir / "lists" / domain.name, domain.data)
   return run
 
 
-def _opened(config: configs.ConfigDict, workdir: pathlib.Path) -> _Run:
+def _opened(config: configs.ConfigDict, workdir: pathlib.Path, given: build.Data | None) -> _Run:
   build.check_run(config)
-  domains = build.build_domains(config)
+  domains = build.build_domains(config, given)
   data, others = domains[0].data, [domain.data for domain in domains[1:]]
   method = build.build_method(config, len(data.classes), len(data.unlabeled), [len(other.classes) for other in others])
   specs = build.build_pipelines(domains, method)
   weights = functools.cache(lambda: _starting_weights(config, data.classes))
-  given = functools.cache(lambda: given_nets(config.nets_from, method, data.classes))
+  earlier_nets = functools.cache(lambda: given_nets(config.nets_from, method, data.classes))
   if Checkpoints(workdir / "checkpoints", read_only=True).step() is None:
     weights()
-    given()
+    earlier_nets()
 
   def prepare(state: State) -> State:
-    state = put_nets(_started(state, *weights()), given())
+    state = put_nets(_started(state, *weights()), earlier_nets())
     weights.cache_clear()  # some hundred megabytes that nothing needs again
-    given.cache_clear()
+    earlier_nets.cache_clear()
     return state
 
   return _Run(domains, method, specs, Checkpoints(workdir / "checkpoints", keep_last=config.keep_last_checkpoints), prepare)
 
 
-def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, records: Records, stop: StopRequest) -> dict:
+def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, records: Records, stop: StopRequest) -> RunResults:
   domains, method, checkpoints = run.domains, run.method, run.checkpoints
   try:
     with stop.nothing_to_lose():
@@ -367,7 +376,8 @@ def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, reco
       raise OSError(f"not all of the run could be saved in {workdir} ({what}); free some space: the same command {resumes}")
     if outcome.finished and jax.process_index() == 0:
       log.info("%s", _summary(scoring, workdir, source, overrides))
-    return (scoring.results or {}) | {"finished": outcome.finished, "stopped_by": outcome.stopped_by}
+    ending = {"finished": outcome.finished, "stopped_by": outcome.stopped_by}
+    return RunResults((scoring.results or {}) | ending, domains[0].data.classes, str(workdir))
   finally:
     checkpoints.close()
     _list_skipped(domains, workdir)
@@ -407,20 +417,28 @@ def _ending_told(records: Records) -> Iterator[None]:
     raise
 
 
+@notebook.root_handlers_kept()
 def evaluate(
-  workdir: str | pathlib.Path, *, checkpoint: str = "best", overrides: Mapping[str, Any] | None = None
-) -> dict[str, Scores]:
+  workdir: str | pathlib.Path,
+  *,
+  checkpoint: str = "best",
+  overrides: Mapping[str, Any] | None = None,
+  data: build.Data | None = None,
+) -> ScoreTable:
   """Scores a trained workdir (or an exported folder) again, {predictor: Scores}, and prints protocol, progress and table.
 
   Every predictor is scored on the data of its own domain.
 
   A workdir keeps results.json, scores.csv and pictures below evaluations/PROTOCOL/CHECKPOINT; those of training stay as they are.
-  `overrides` may change evaluation or data.root; the latter is needed with an exported folder, which knows no place.
+  `overrides` may change evaluation or data.root; the latter is needed with an exported folder, which knows no place. `data`, of
+  `make_data`, are scored in the place of those that the config says.
   """
   mesh, workdir = meshes.make_mesh(), pathlib.Path(os.path.expanduser(workdir))
   trained = open_trained(workdir, mesh, checkpoint, overrides)
   config, checkpoint = trained.config, trained.checkpoint or checkpoint
-  domains = build.build_domains(config)
+  if data is not None:
+    build.name_given(config, data)
+  domains = build.build_domains(config, data)
   problems = checks.Problems(f"cannot score {workdir} on these data")
   for (name, _, data), classes in zip(domains, [trained.classes, *trained.other_classes.values()], strict=True):
     where = f"config.other_data.{name}.classes" if name else "config.data.classes"
@@ -434,7 +452,7 @@ def evaluate(
     log.info("%s, step %d, %d images, %s", which, step, images, build.describe_protocol(config))
     scores, *other_scores = (evaluator(trained.state) for evaluator in evaluators)
     for (name, _, of_domain), found in zip(domains, [scores, *other_scores], strict=True):
-      log.info("%s%s", name and f"{name}:\n", report.table(of_domain.classes, found))
+      log.info("%s%s", name and f"{name}:\n", report.table(of_domain.classes, found), extra={"slot": f"scores {name}"})
     if jax.process_index() == 0 and (workdir / "checkpoints").is_dir():
       folder = workdir / "evaluations" / (config.evaluation.preset or _file_name(build.describe_protocol(config))) / checkpoint
       of_training = workdir / "results.json"
@@ -449,7 +467,10 @@ def evaluate(
       report.write_atomically(folder / "scores.csv", report.csv(data.classes, scores))
       pictures.scores(data.classes, scores, folder / "pictures")
       log.info("scores and pictures: %s", folder)
-  return {name: score for found in [scores, *other_scores] for name, score in found.items()}
+  of_all = [(domain, found) for domain, found in zip(domains, [scores, *other_scores], strict=True)]
+  classes = {name: domain.data.classes for domain, found in of_all for name in found}
+  heading = f"{which}, step {step}, {images} images, {build.describe_protocol(config)}"
+  return ScoreTable({name: score for _, found in of_all for name, score in found.items()}, classes, heading)
 
 
 def _about(config: configs.ConfigDict, source: dict[str, str], data: build.Data) -> dict[str, Any]:
@@ -479,7 +500,7 @@ def _file_name(words: str) -> str:
 @contextlib.contextmanager
 def _on_console():
   """Process 0's log appears on the console meanwhile; training has a log of its own."""
-  handler = logging.StreamHandler(sys.stdout) if jax.process_index() == 0 else logging.NullHandler()
+  handler = notebook.console(transient=True) if jax.process_index() == 0 else logging.NullHandler()
   before = log.level, log.propagate
   log.addHandler(handler)
   log.setLevel(logging.INFO)
@@ -488,10 +509,12 @@ def _on_console():
     yield
   finally:
     log.removeHandler(handler)
+    handler.close()
     log.setLevel(before[0])
     log.propagate = before[1]
 
 
+@notebook.root_handlers_kept()
 def load(
   workdir: str | pathlib.Path,
   predictor: str | None = None,

@@ -10,7 +10,7 @@ import os
 import pathlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,11 @@ import numpy as np
 
 from pseudoseg_jax import checks, config as configs, optim
 from pseudoseg_jax.contract import IGNORE_LABEL, Method, Network, Optimizer, Task
-from pseudoseg_jax.data import boxes, classes as classes_lib, decode, listing, pipeline, sources, splits, synthetic, tags
+from pseudoseg_jax.data import boxes, classes as classes_lib, decode, given, listing, pipeline, sources, splits, synthetic, tags
 from pseudoseg_jax.data.classes import Classes
+from pseudoseg_jax.data.decode import ImageLike
 from pseudoseg_jax.data.geometry import Geometry
+from pseudoseg_jax.data.given import GivenImages
 from pseudoseg_jax.data.listing import LeftOut
 from pseudoseg_jax.data.photometry import Photometry
 from pseudoseg_jax.data.pipeline import Feed, PipelineSpec
@@ -43,6 +45,7 @@ class Data(NamedTuple):
   truth_known: the unlabeled images have masks that may be shown, never learnt from.
   pseudo_labeled: images that are learnt from as the labeled ones are, with labels that a network made; or None.
   skipped: the files that are learnt nothing from since they cannot be read, so far; None: such a file is an error.
+  options: what config.data is to say of images that were given from Python, see `name_given`.
   """
 
   classes: Classes
@@ -53,6 +56,7 @@ class Data(NamedTuple):
   split: str  # in words, for reports
   pseudo_labeled: Source | None = None
   skipped: Skipped | None = None
+  options: Mapping[str, Any] = {}
 
 
 class Domain(NamedTuple):
@@ -86,14 +90,23 @@ def build_classes(data: configs.ConfigDict) -> Classes:
     problems.raise_if_any()
   else:
     classes = classes_lib.read_classes(_below(data.root, data.classes))
+  _check_several(classes, f"config.data.classes {data.classes}")
+  return _with_background(classes, background)
+
+
+def _check_several(classes: Classes, where: str) -> None:
+  problems = checks.Problems("config.data cannot be used")
   if len(classes) == 1:
     lines = " and ".join(f"`{line}`" for line in classes_lib.with_background(classes))
     problems.add(
-      f"config.data.classes {data.classes}", got=f"one class, '{classes.names[0]}'",
+      where, got=f"one class, '{classes.names[0]}'",
       allowed="at least two: a network that knows one answer is right everywhere and learns nothing",
       remedy=f"write what is left beside it as class 0: a file of the lines {lines} fits masks of 0 and 1 as they are",
     )  # fmt: skip
-    problems.raise_if_any()
+  problems.raise_if_any()
+
+
+def _with_background(classes: Classes, background: str) -> Classes:
   return classes if background == "auto" else dataclasses.replace(classes, background=background == "yes")
 
 
@@ -102,18 +115,99 @@ def build_data(data: configs.ConfigDict, *, check: bool = True) -> Data:
 
   check=False looks at no file of a folder, and lets roles share images: for `check_data`, which tells of all that.
   """
-  checks.check_name("config.data.name", data.name, ("folder", "synthetic", "tfds"))
+  checks.check_name("config.data.name", data.name, ("folder", "synthetic", "tfds", configs.GIVEN))
+  if data.name == configs.GIVEN:
+    problems = checks.Problems("the images of this run were given from Python, and are in no file")
+    problems.add("data", got="nothing", remedy="give them again, as `data` of pseudoseg_jax.train or pseudoseg_jax.evaluate")
+    problems.raise_if_any()
   if data.name == "folder":
     return _folder(data, check)
   return _synthetic(data) if data.name == "synthetic" else _tfds(data)
 
 
-def build_domains(config: configs.ConfigDict) -> tuple[Domain, ...]:
+def make_data(
+  images: Sequence[ImageLike],
+  masks: Sequence[ImageLike | None],
+  classes: Classes | Sequence[str],
+  *,
+  evaluated: tuple[Sequence[ImageLike], Sequence[ImageLike]],
+  unlabeled: Sequence[ImageLike] = (),
+  background: str = "auto",
+  channels: int = 3,
+  max_value: float = 0.0,
+  exif_orientation: str = "apply",
+  label_map: Mapping[int, int] | None = None,
+) -> Data:
+  """Makes a data set of images that a program has in its hands, for `train(..., data=...)` and `evaluate(..., data=...)`.
+
+  >>> data = make_data(photos, masks, ["background", "leaf"], evaluated=(other_photos, other_masks))
+
+  Args:
+    images: to learn from, each a path, a PIL image or an array [h, w, C] of any type, see `data.decode.read_any_image`; sizes may differ.
+    masks: one for each image: a path, a PIL image or an array [h, w] of class indices, 255 = no label; None: the image is unlabeled.
+    classes: names by class index, or Classes.
+    evaluated: images and masks that nothing is learnt from.
+    unlabeled: further images without masks.
+    background: whether class 0 is what is left beside things, "yes" or "no"; "auto": its name says so.
+    channels, max_value, exif_orientation: of all images: how many channels they have, their value of full brightness (0 = 255, of files by
+      their type), and whether EXIF orientations are applied ("apply") or not ("ignore").
+    label_map: mask value -> class, {11: 255}.
+
+  Raises:
+    InputError: everything that shows without decoding files, all at once.
+  """
+  checks.check_name("background", background, ("auto", "yes", "no"))
+  decode.check_options(exif_orientation, max_value)
+  if not isinstance(classes, Classes):
+    palette = classes_lib.voc_palette(len(classes) + 1)[: len(classes)]
+    classes = Classes(tuple(classes), tuple(tuple(map(int, color)) for color in palette))
+  _check_several(classes, "classes")
+  classes = _with_background(classes, background)
+  problems = checks.Problems("the data cannot be used")
+  images, masks = list(images), list(masks)
+  if len(images) != len(masks):
+    problems.add("masks", got=f"{len(masks)} for {len(images)} images", allowed="one for each, None where there is none")
+    problems.raise_if_any()
+  reading = {"channels": channels, "max_value": max_value, "exif_orientation": exif_orientation}
+  with_masks = reading | {"num_classes": len(classes), "label_map": label_map}
+  has_mask = [mask is not None for mask in masks]
+  labeled_images = [image for image, has in zip(images, has_mask, strict=True) if has]
+  labeled_masks = [mask for mask in masks if mask is not None]
+  unlabeled = [*(image for image, has in zip(images, has_mask, strict=True) if not has), *unlabeled]
+  opened = {}
+  for role, make in (
+    ("labeled", lambda: GivenImages(labeled_images, labeled_masks, name="labeled", **with_masks)),
+    # No images are left over: methods then see the labeled ones as unlabeled ones too, as with folders.
+    ("unlabeled", lambda: GivenImages(unlabeled or labeled_images, name="unlabeled" if unlabeled else "labeled", **reading)),
+    ("evaluated", lambda: GivenImages(*evaluated, name="evaluated", **with_masks)),
+  ):
+    try:
+      opened[role] = make()
+    except checks.InputError as error:
+      problems.extend([str(error).replace("\n", "\n  ")])
+  problems.raise_if_any()
+  given.check_apart(labeled=opened["labeled"], evaluated=opened["evaluated"])
+  split = f"{len(opened['labeled'])} labeled, {len(opened['unlabeled'])} unlabeled"
+  return Data(classes=classes, truth_known=False, split=split, options=reading, **opened)
+
+
+def name_given(config: configs.ConfigDict, data: Data) -> None:
+  """Lets config.data say, in place, that the images are those that were given from Python; the normalization stays."""
+  channels = data.options["channels"]
+  for name, other in (("mean", 0.5), ("std", 0.25)):
+    if len(config.data[name]) != channels and config.data[name] == configs.base(config.method).data[name]:
+      config.data[name] = (other,) * channels  # the default is of red, green and blue
+  normalization = {name: config.data[name] for name in ("mean", "std")}
+  config.data = configs.ConfigDict(configs.given_data(**data.options) | normalization)
+
+
+def build_domains(config: configs.ConfigDict, given_data: Data | None = None) -> tuple[Domain, ...]:
   """The data of config.data and of each of config.other_data, in the order of the domains' numbers; raises as `build_data`.
 
-  config.labeled_every and config.pseudo_labels are about the first one.
+  config.labeled_every and config.pseudo_labels are about the first one, whose images may be given.
   """
-  first = _with_pseudo_labels(config, _every_labeled(config.get("labeled_every", 1), build_data(config.data)))
+  opened = build_data(config.data) if given_data is None else given_data
+  first = _with_pseudo_labels(config, _every_labeled(config.get("labeled_every", 1), opened))
   domains = [Domain("", config, first)]
   for name, options in sorted(config.get("other_data", {}).items()):
     own = config.copy_and_resolve_references()
@@ -642,7 +736,7 @@ def _image_labels(data_config: configs.ConfigDict, data: Data) -> np.ndarray | N
     return tags.tags_of_masks(data.unlabeled, len(data.classes))
   if not data_config.image_labels:
     return None
-  return tags.read_tags(_below(data_config.root, data_config.image_labels), data.unlabeled.ids, data.classes)
+  return tags.read_tags(_below(data_config.get("root", ""), data_config.image_labels), data.unlabeled.ids, data.classes)
 
 
 def _boxes(data_config: configs.ConfigDict, data: Data, source: Source) -> np.ndarray | None:
@@ -651,7 +745,7 @@ def _boxes(data_config: configs.ConfigDict, data: Data, source: Source) -> np.nd
     return boxes.pad_boxes(boxes.boxes_of_masks(source, data.classes))
   if not data_config.boxes:
     return None
-  return boxes.pad_boxes(boxes.read_boxes(_below(data_config.root, data_config.boxes), source.ids, data.classes))
+  return boxes.pad_boxes(boxes.read_boxes(_below(data_config.get("root", ""), data_config.boxes), source.ids, data.classes))
 
 
 def panel_batch(specs: Sequence[PipelineSpec], data: Data, num_images: int) -> dict:
@@ -807,7 +901,7 @@ def _weak_labels(data_config: configs.ConfigDict, data: Data, role: str, kind: s
   path = data_config.get(option)
   if path and not (kind == "image" and masks_known):
     read = {"image": tags.read_tags, "boxes": boxes.read_boxes}[kind]
-    return read(_below(data_config.root, path), source.ids, data.classes).__getitem__
+    return read(_below(data_config.get("root", ""), path), source.ids, data.classes).__getitem__
   if not masks_known:
     problems = checks.Problems(f"the {role} images cannot be predicted with weak labels")
     allowed = {"image": "a CSV or JSON of image-level labels, or a folder of VOC XML", "boxes": "a folder of VOC XML, or a COCO JSON"}

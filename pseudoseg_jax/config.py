@@ -195,6 +195,15 @@ def folder_data(**options) -> dict[str, Any]:
   } | options
 
 
+GIVEN = "given"  # config.data.name of images that were given from Python
+
+
+def given_data(**options) -> dict[str, Any]:
+  """config.data of images that were given from Python: what is known of them beside the images."""
+  known = {name: folder_data()[name] for name in ("channels", "exif_orientation", "max_value", "image_labels", "boxes", "eval_boxes")}
+  return {"name": GIVEN} | known | options
+
+
 def tfds_data(**options) -> dict[str, Any]:
   """config.data of images and masks in a TensorFlow Datasets data set."""
   return {
@@ -241,17 +250,69 @@ def arguments(text: str | None, **allowed: Any) -> dict[str, Any]:
   return values
 
 
+def make_config(
+  method_name: str = "cps",
+  *,
+  convention: str = "",
+  network: str = "deeplabv3plus",
+  backbone: str = "",
+  crop: int = 321,
+  steps: int = 20_000,
+  data: Mapping[str, Any] | None = None,
+  overrides: Mapping[str, Any] | None = None,
+) -> ConfigDict:
+  """Makes a config for photographs of any sizes, without a file; configs/folder.py is this one for a folder.
+
+  Args:
+    convention: of the method, see `method`.
+    network, backbone: names of models.table; "" for the network's own backbone.
+    crop: height and width of the training views in pixels.
+    steps: total_steps.
+    data: config.data, such as `folder_data(root=..., ...)`; None where the images are given to `pseudoseg_jax.train`.
+    overrides: any options, dotted: {"method.weight": 1.0, "batch_size_global.labeled": 4}.
+
+  Raises:
+    InputError: unknown names, or values of another type.
+  """
+  config = base(method(method_name, convention))
+  config.data.update(given_data() if data is None else data)
+  config.network = network_on(network, backbone)
+  config.total_steps = steps
+  config.batch_size_global = {"labeled": 8, "unlabeled": 8}
+  config.optimizer.learning_rate = 0.0025  # with weight decay as of CPS on VOC, see configs/voc.py
+  config.optimizer.weight_decay = 4e-4
+  config.views.crop_size = (crop, crop)
+  config.log_every_steps = 50
+  config.eval_every_steps = 2000
+  config.checkpoint_every_steps = 1000
+  # Windows of the training crop, so that images of any size share a few shapes to compile for: four at most, most often one.
+  config.evaluation.update({"style": "slide", "window_pixels": (crop, crop), "batch_size": 4})
+  override(config, overrides or {})
+  return config
+
+
+def _file(path: str) -> str:
+  """A config file where it is, or the one of that name that is installed with the package: "configs/voc.py" of any folder."""
+  spec = importlib.util.find_spec("pseudoseg_jax.configs")
+  folders = list(spec.submodule_search_locations) if spec else [str(pathlib.Path(__file__).parents[1] / "configs")]
+  parent, name = pathlib.PurePath(path).parent, pathlib.PurePath(path).name
+  if pathlib.Path(path).is_file() or str(parent) != "configs":
+    return path
+  return next((str(pathlib.Path(folder) / name) for folder in folders if (pathlib.Path(folder) / name).is_file()), path)
+
+
 def load(path: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
   """The config of "configs/voc.py:method=cps" (a file and, after a colon, its argument), with dotted overrides applied.
 
   Args:
-    path: config file, optionally with ":argument".
+    path: config file, optionally with ":argument"; also of those that are installed with the package, "configs/voc.py" in any folder.
     overrides: {"data.root": "/data/camvid", "total_steps": 10}.
 
   Raises:
     InputError: no such file, wrong argument, unknown key or a value of the wrong type.
   """
   file, _, argument = str(path).partition(":")
+  file = _file(file)
   if not pathlib.Path(file).is_file():
     near = sorted(str(found) for found in pathlib.Path(file).parent.glob("*.py")) if pathlib.Path(file).parent.is_dir() else []
     problems = checks.Problems("no such config")

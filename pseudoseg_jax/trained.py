@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pseudoseg_jax import build, checks, config as configs, nets, workdir as workdirs
+from pseudoseg_jax import build, checks, config as configs, nets, notebook, workdir as workdirs
 from pseudoseg_jax.contract import Method, Needs, Network, NetState, PyTree, State
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.engine import loop, mesh as meshes
@@ -202,6 +202,7 @@ def _values(net: NetState) -> PyTree:
   return {"params": net.params, "batch_stats": net.batch_stats}
 
 
+@notebook.root_handlers_kept()
 def export(
   workdir: str | pathlib.Path, out: str | pathlib.Path, *, predictor: str | None = None, checkpoint: str = "best"
 ) -> pathlib.Path:

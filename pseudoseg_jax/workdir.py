@@ -229,7 +229,8 @@ def fingerprint(data: Any, arrays: Sequence[np.ndarray | None] = (), labels_fold
   for role in ROLES:
     source = getattr(data, role)
     if source is not None:
-      digest = hashlib.sha256("\n".join(source.ids).encode(errors="surrogateescape")).hexdigest()
+      told = "\n".join([*source.ids, *getattr(source, "digests", ())])
+      digest = hashlib.sha256(told.encode(errors="surrogateescape")).hexdigest()
       found[role] = {"images": len(source.ids), "sha256": digest}
   given = [np.ascontiguousarray(array) for array in arrays if array is not None]
   if given:

@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "pseudoseg_jax"
 # The floor of each room; a module may import lower floors, and its own room.
 FLOORS = {
   "contract": 0, "checks": 0, "rng": 0,
-  "ops": 1, "data": 1, "command_line": 1,
+  "ops": 1, "data": 1, "command_line": 1, "notebook": 1,
   "models": 2, "optim": 2,
   "nets": 3,
   "methods": 4,

@@ -14,7 +14,8 @@ from pseudoseg_jax.checks import InputError
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.evaluation import pictures
 from pseudoseg_jax.evaluation.inference import Protocol
-from pseudoseg_jax.evaluation.predictor import Predictor, read_image
+from pseudoseg_jax.data.decode import read_any_image as read_image
+from pseudoseg_jax.evaluation.predictor import Predictor
 
 CLASSES = Classes(("red", "green", "blue"), ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
 TURNS = (2, 3, 4, 5, 6, 7, 8)  # EXIF orientations other than upright

@@ -93,6 +93,78 @@ def read_picture(
   return levels
 
 
+ImageLike = np.ndarray | Image.Image | str | os.PathLike
+
+
+def read_any_image(
+  image: ImageLike, channels: int = 3, *, exif_orientation: str = "apply", max_value: float = 0.0
+) -> np.ndarray:
+  """`read_image` of a path, `read_picture` of a PIL image, `read_array` of anything that NumPy takes for an array."""
+  if isinstance(image, (str, os.PathLike)):
+    return read_image(image, channels, exif_orientation=exif_orientation, max_value=max_value)
+  if isinstance(image, Image.Image):
+    return read_picture(image, channels, exif_orientation=exif_orientation, max_value=max_value)
+  return read_array(image, channels, max_value=max_value)
+
+
+def read_array(image: np.ndarray, channels: int = 3, *, max_value: float = 0.0) -> np.ndarray:
+  """An image in memory as [h, w, C] of levels 0..255: uint8, or float32 where its numbers are no such integers.
+
+  Args:
+    image: [h, w, C], [h, w, 1] or [h, w] of any integers or floats (NumPy's, JAX's, PyTorch's on the CPU), or of bool: black and white.
+    channels: C; of 3, one channel is shown as grey.
+    max_value: the value of full brightness; 0 = 255, whatever the type: an array's type says little of what is in it.
+
+  Raises:
+    InputError: another shape or type; values that are not on that scale, or so small that the picture would be black.
+  """
+  problems = checks.Problems("cannot use the image")
+  pixels = np.asarray(image)
+  if pixels.dtype.kind == "V" and pixels.dtype.name in ("bfloat16",):  # JAX's, which NumPy does not know
+    pixels = pixels.astype(np.float32)
+  if pixels.ndim == 2:
+    pixels = pixels[..., None]
+  is_grey = channels == 3 and pixels.shape[-1:] == (1,)
+  shaped = pixels.ndim == 3 and pixels.size and (is_grey or pixels.shape[-1] == channels)
+  if pixels.dtype.kind not in "buif" or not shaped:
+    if shaped or pixels.ndim != 3:
+      remedy = None
+    elif pixels.shape[0] in (1, channels):
+      remedy = "channels come last: np.moveaxis(image, 0, -1)"
+    else:
+      remedy = f"image[..., :{channels}] leaves out the others, such as alpha" if pixels.shape[-1] > channels else None
+    allowed = f"[height, width, {channels}] of numbers"
+    problems.add("image", got=f"{pixels.dtype} of shape {np.shape(image)}", allowed=allowed, remedy=remedy)
+    problems.raise_if_any()
+  if pixels.dtype == bool:
+    levels = np.where(pixels, np.uint8(255), np.uint8(0))
+  elif pixels.dtype == np.uint8 and max_value in (0, 255):
+    levels = pixels
+  else:
+    full = max_value or 255
+    flaw, found = scale_flaw(pixels, full)
+    if flaw and not (flaw == "black" and (max_value or pixels.dtype.kind in "ui")):  # integers on 0..1 are a dark picture, or a mask
+      problems.add("image", got=found, allowed=f"levels 0..{full:g}", remedy=_array_remedy(flaw, pixels, max_value))
+      problems.raise_if_any()
+    if pixels.dtype.kind in "ui" and full == 255:
+      levels = pixels.astype(np.uint8)
+    else:
+      wide = np.float64 if pixels.dtype.itemsize > 4 else np.float32
+      levels = (pixels.astype(wide) / wide(full / 255)).astype(np.float32)
+  return np.repeat(levels, 3, axis=-1) if is_grey else levels
+
+
+def _array_remedy(flaw: str, pixels: np.ndarray, max_value: float) -> str:
+  if flaw == "not finite":
+    return "put a level in their place, such as 0"
+  if flaw == "negative":
+    return "undo the normalization: the network has its own"
+  scaled = f"max_value={_next_maximum(float(pixels.max())):g}" + (", one for all images" if max_value else "")
+  if flaw == "above":
+    return f"say what full brightness is, e.g. {scaled}; or give levels, 255 * image / {_next_maximum(float(pixels.max())):g}"
+  return "levels in 0..1 want 255 * image, or max_value=1; a picture as dark as that, np.rint(image).astype(np.uint8)"
+
+
 def read_mask(path: str | os.PathLike, *, exif_orientation: str = "apply") -> np.ndarray:
   """The numbers that a mask file stores, [h, w] of bool or integers, whatever its palette.
 

@@ -426,8 +426,9 @@ class Subset:
     self.dtype = source.dtype
     self._source = source
     self._rows = [row_of[name] for name in ids]
-    if hasattr(source, "entries"):
-      self.entries = tuple(source.entries[row] for row in self._rows)
+    for name in ("entries", "digests"):
+      if hasattr(source, name):
+        setattr(self, name, tuple(getattr(source, name)[row] for row in self._rows))
 
   def __len__(self) -> int:
     return len(self.ids)

@@ -247,6 +247,7 @@ def fit(
         done, total_steps, 100 * done // total_steps, steps_per_second, rates["images_per_second"],
         100 * rates["input_wait_fraction"], _clock((total_steps - done) / steps_per_second),
         "  ".join(f"{name} {value:.4f}" for name, value in means.items() if name.startswith("loss")),
+        extra={"slot": "progress", "fraction": done / total_steps},
       )  # fmt: skip
       records.scalars(done, {f"train/{name}": value for name, value in means.items()} | {f"rate/{k}": v for k, v in rates.items()})
       unlogged.clear()

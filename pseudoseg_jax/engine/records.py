@@ -13,9 +13,12 @@ import jax
 import numpy as np
 from clu import metric_writers
 
+from pseudoseg_jax import notebook
+from pseudoseg_jax.notebook import CellConsole
+
 log = logging.getLogger("pseudoseg_jax")
-# What the writing thread logs as an error is the traceback of what it raises as well; it is told here, in one line.
-logging.getLogger("absl").addFilter(lambda record: not record.pathname.endswith("asynclib.py"))
+
+History = dict[str, list[tuple[int, float]]]  # name -> [(step, value), ...]
 
 
 class Records:
@@ -23,10 +26,14 @@ class Records:
 
   What cannot be written (a full disk, a file in the place of a folder) is told once, and the run goes on without it: it is worth
   more than its curves.
+
+  draw_curves: history -> a PNG, which a notebook shows while the run goes on.
   """
 
-  def __init__(self, workdir: str | pathlib.Path):
+  def __init__(self, workdir: str | pathlib.Path, *, draw_curves: Callable[[History], bytes] | None = None):
     self.workdir = pathlib.Path(workdir)
+    self._draw_curves = draw_curves
+    self._cell: CellConsole | None = None
     self._handlers: list[logging.Handler] = []
     self._tensorboard = None
     self._lost: set[str] = set()  # what was told to be lost
@@ -37,7 +44,11 @@ class Records:
     self._log_settings = log.level, log.propagate
     log.setLevel(logging.INFO)
     log.propagate = False
-    self._add_handler(logging.StreamHandler(sys.stdout))
+    # What the writing thread logs as an error is the traceback of what it raises as well; it is told here, in one line.
+    logging.getLogger("absl").addFilter(_not_of_writer)
+    console = notebook.console()
+    self._add_handler(console)
+    self._cell = console if isinstance(console, CellConsole) else None
     self._attempt("log.txt", lambda: self._add_handler(_LogFile(self.workdir / "log.txt")))
     self._attempt("tensorboard", self._open_tensorboard)
 
@@ -51,6 +62,7 @@ class Records:
     line = json.dumps({"step": step, **{name: float(value) for name, value in values.items()}}) + "\n"
     self._attempt("history.jsonl", lambda: self._append(line))
     self._to_tensorboard(lambda writer: writer.write_scalars(step, values))
+    self._show_curves()
 
   def texts(self, step: int, texts: Mapping[str, str]) -> None:
     self._to_tensorboard(lambda writer: writer.write_texts(step, texts))
@@ -65,7 +77,7 @@ class Records:
       if isinstance(handler, _LogFile):
         handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, "%s", (text,), None))
 
-  def history(self) -> dict[str, list[tuple[int, float]]]:
+  def history(self) -> History:
     """{name: [(step, value), ...]} in the order of steps; a step told twice (after a kill and resume) counts as told last.
 
     Lines that are no such entries (cut short by a kill, or damaged) are left out.
@@ -84,6 +96,7 @@ class Records:
     return {name: sorted(values.items()) for name, values in told.items()}
 
   def close(self) -> None:
+    self._show_curves(now=True)
     if self._tensorboard is not None:
       self._to_tensorboard(lambda writer: writer.flush())
     if self._tensorboard is not None:
@@ -92,12 +105,16 @@ class Records:
       log.removeHandler(handler)
       with contextlib.suppress(OSError):  # of a full disk, which was told
         handler.flush()
-      if isinstance(handler, logging.FileHandler):
-        with contextlib.suppress(OSError):
-          handler.close()
+      with contextlib.suppress(OSError):
+        handler.close()
     if self._writes:
+      logging.getLogger("absl").removeFilter(_not_of_writer)
       log.setLevel(self._log_settings[0])
       log.propagate = self._log_settings[1]
+
+  def _show_curves(self, *, now: bool = False) -> None:
+    if self._cell is not None and self._draw_curves is not None and self.history_path.is_file():
+      self._attempt("curves in the notebook", lambda: self._cell.picture(lambda: self._draw_curves(self.history()), now=now))
 
   def _add_handler(self, handler: logging.Handler) -> None:
     self._handlers.append(handler)
@@ -127,6 +144,10 @@ class Records:
         self._lost.add(name)
         log.error("cannot write %s (%s: %s); the run goes on without it", self.workdir / name, type(error).__name__, error)
       return False
+
+
+def _not_of_writer(record: logging.LogRecord) -> bool:
+  return not record.pathname.endswith("asynclib.py")
 
 
 class _LogFile(logging.FileHandler):

@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -143,7 +144,7 @@ class Evaluator:
       log.info("%s", self.remarks.pop())
     # Added up in int64 on the host: a large set has more pixels than an int32 can count.
     totals: dict[str, np.ndarray] = {}
-    progress = Progress(len(self.source), log.info)
+    progress = Progress(len(self.source), functools.partial(log.info, extra={"slot": "evaluation"}))
     with self._run(self.count, state, range(len(self.source)), with_labels=True) as batches:
       for rows, results in batches:
         for name, (matrix, _) in results.items():

@@ -53,13 +53,17 @@ def indexed(ids: np.ndarray, classes: Classes) -> Image.Image:
   return picture
 
 
-def legend(classes: Classes, width: int = 900, *, with_ignored: bool = False) -> Image.Image:
-  """A strip of colour swatches with the classes' names, wrapped at `width` pixels."""
+def legend(
+  classes: Classes, width: int = 900, *, with_ignored: bool = False, only: Sequence[int] | None = None
+) -> Image.Image:
+  """A strip of colour swatches with the names of the classes (or of `only` some, by index), wrapped at `width` pixels."""
   font = text_font(14)
-  entries = list(zip(classes.names, classes.palette, strict=True)) + ([("ignored", _IGNORE_COLOR)] if with_ignored else [])
+  shown = range(len(classes)) if only is None else only
+  entries = [(classes.names[index], classes.palette[index]) for index in shown]
+  entries += [("ignored", _IGNORE_COLOR)] if with_ignored else []
   swatch, line_height = 16, 26
   # Equal columns: a ragged strip is harder to search.
-  column = max(int(font.getlength(name)) for name, _ in entries) + swatch + 8 + 20
+  column = max((int(font.getlength(name)) for name, _ in entries), default=0) + swatch + 8 + 20
   columns = max(1, (width - 2 * MARGIN) // column)
   rows = -(-len(entries) // columns)
   picture = Image.new("RGB", (width, rows * line_height + 2 * GAP), PAPER)
@@ -115,14 +119,13 @@ def text_font(size: int) -> ImageFont.ImageFont:
   return ImageFont.load_default(size)
 
 
-def curves(history: Mapping[str, Sequence[tuple[int, float]]], path: str | pathlib.Path) -> None:
-  """Draws losses, mIoU, the accuracy of pseudo labels and the learning rate against steps, each where the history has it.
+def curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
+  """A PNG of losses, mIoU, the accuracy of pseudo labels and the learning rate against steps, each where the history has it.
 
   Args:
     history: name -> [(step, value)]. By its last parts a name is a loss ("train/loss_sup"), a predictor's mIoU
       ("evaluation/teacher/miou", a fraction), an accuracy of panels ("panels/CAM_accuracy", likewise) or a learning rate
       ("train/learning_rate"); others are not drawn.
-    path: of the PNG, written whole or not at all.
   """
   titles = ("loss", "mIoU %", "right on unlabeled images %", "learning rate")
   panels: dict[str, dict[str, list[tuple[int, float]]]] = {title: {} for title in titles}
@@ -151,7 +154,7 @@ def curves(history: Mapping[str, Sequence[tuple[int, float]]], path: str | pathl
     axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1 or title == "mIoU %":
       axes.legend(fontsize=9, frameon=False)
-  _save_figure(figure, path)
+  return _png(figure)
 
 
 def scores(classes: Classes, by_predictor: Mapping[str, Scores], folder: str | pathlib.Path) -> None:
@@ -234,10 +237,14 @@ def _figure(width_inches: float, height_inches: float):
   return figure
 
 
-def _save_figure(figure, path: str | pathlib.Path) -> None:
+def _png(figure) -> bytes:
   png = io.BytesIO()
   figure.savefig(png, format="png")
-  report.write_atomically(path, png.getvalue())
+  return png.getvalue()
+
+
+def _save_figure(figure, path: str | pathlib.Path) -> None:
+  report.write_atomically(path, _png(figure))
 
 
 def save(picture: Image.Image, path: str | pathlib.Path) -> None:

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.data import decode
-from pseudoseg_jax.evaluation import inference, pictures
+from pseudoseg_jax.data.decode import ImageLike
+from pseudoseg_jax.evaluation import display, inference, pictures
+from pseudoseg_jax.evaluation.display import ClassMap, Picture
 from pseudoseg_jax.evaluation.inference import Protocol
 
 if TYPE_CHECKING:
   from pseudoseg_jax.data.classes import Classes
-
-_SCALE_REMEDIES = {
-  "not finite": "put a level in their place, such as 0",
-  "negative": "undo the normalization: the predictor has its own",
-  "above": "give 255 * image / m, where m is the value of full brightness",
-  "black": "levels in 0..1 want 255 * image; a picture as dark as that, np.rint(image).astype(np.uint8)",
-}  # by decode.scale_flaw
-
-ImageLike = np.ndarray | Image.Image | str | os.PathLike
-
 
 class Predictor:
   """Segments images of any size; compiles once per canvas (see `inference`).
@@ -39,7 +29,7 @@ class Predictor:
     protocol: how an image is shown to the network; of "center_crop", which leaves the rest of an image out, the whole image.
     mean, std: of C channels in [0, 1].
     name: which predictor this is, for people ("teacher").
-    exif_orientation, max_value: how files and PIL images are read, see `data.decode.read_image`.
+    exif_orientation, max_value: how images are read, see `data.decode.read_any_image`.
     checkpoint, step: where the network is from, for people: "best" or "last" of a run, and its step.
   """
 
@@ -89,28 +79,43 @@ class Predictor:
     """The same network with other keywords of the constructor, such as another `protocol`."""
     return Predictor(self._predict, self.classes, **self._options | options)
 
-  def predict(self, image: ImageLike) -> np.ndarray:
-    """Class ids uint8[h, w] of an image: uint8 or float32 [h, w, C] of levels 0..255, a PIL image, or a file's path.
+  def __repr__(self) -> str:
+    return display.aligned(f"Predictor '{self.name}' of {len(self.classes)} classes", self._facts())
 
-    Ids of files and PIL images that carry an EXIF orientation lie on the upright picture, as viewers show it; see the class.
+  def _repr_html_(self) -> str:
+    return display.facts_html(f"Predictor '{self.name}'", self._facts()) + display.legend_html(self.classes)
+
+  def _facts(self) -> dict[str, str]:
+    return {
+      "classes": ", ".join(self.classes.names),
+      "network": f"{self.checkpoint or 'exported'}, step {self.step}",
+      "images": f"{self.channels} channels, shown as {inference.describe(self.protocol)}",
+      "use": "predict(image), overlay(image), probabilities(image); an image is a path, a PIL image or an array",
+    }
+
+  def predict(self, image: ImageLike) -> ClassMap:
+    """Class ids uint8[h, w] of an image: a file's path, a PIL image, or an array [h, w, C] of levels 0..255 of any type.
+
+    They are an array, which a notebook shows in the classes' colors. Ids of files and PIL images that carry an EXIF orientation lie
+    on the upright picture, as viewers show it; see the class.
 
     Raises:
-      InputError: no such file, no readable image, or an array of another shape, type or scale.
+      InputError: no such file, no readable image, or an array of another shape or scale.
     """
-    return self.ids(self.read(image))
+    return ClassMap(self.ids(self.read(image)), self.classes)
 
   def probabilities(self, image: ImageLike) -> np.ndarray:
     """Class probabilities f32[h, w, K]: their mean over windows, flips and scales, or the softmax of the mean logits."""
     return self._run(self._probabilities, self.read(image))
 
-  def overlay(self, image: ImageLike) -> np.ndarray:
-    """The image with every pixel tinted by its class, uint8[h, w, 3]."""
+  def overlay(self, image: ImageLike) -> Picture:
+    """The image with every pixel tinted by its class, uint8[h, w, 3]: an array, which a notebook shows as a picture."""
     levels = self.read(image)
-    return pictures.overlay(levels, self.ids(levels), self.classes)
+    return Picture(pictures.overlay(levels, self.ids(levels), self.classes))
 
   def read(self, image: ImageLike) -> np.ndarray:
     """The levels [h, w, C] of an image, uint8 or float32 on the scale 0..255, as `predict` shows them to the network."""
-    return read_image(image, self.channels, exif_orientation=self.exif_orientation, max_value=self.max_value)
+    return decode.read_any_image(image, self.channels, exif_orientation=self.exif_orientation, max_value=self.max_value)
 
   def ids(self, levels: np.ndarray) -> np.ndarray:
     """Class ids uint8[h, w] of what `read` gives."""
@@ -148,35 +153,3 @@ def _jit_by_form(fn: Callable) -> Callable:
     return result
 
   return call
-
-
-def read_image(
-  image: ImageLike, channels: int = 3, *, exif_orientation: str = "apply", max_value: float = 0.0
-) -> np.ndarray:
-  """An image as [h, w, C], uint8 or, where it has more than 8 bits, float32 on the scale 0..255.
-
-  Args:
-    image: see `Predictor.predict`; arrays are levels already.
-    channels, exif_orientation, max_value: of files and PIL images, see `data.decode.read_image`.
-
-  Raises:
-    InputError: with the file's path where there is one.
-  """
-  if isinstance(image, (str, os.PathLike)):
-    return decode.read_image(image, channels, exif_orientation=exif_orientation, max_value=max_value)
-  if isinstance(image, Image.Image):
-    return decode.read_picture(image, channels, exif_orientation=exif_orientation, max_value=max_value)
-  levels = np.asarray(image)
-  problems = checks.Problems("cannot segment the image")
-  if levels.dtype not in (np.uint8, np.float32) or levels.ndim != 3 or levels.shape[-1] != channels or not levels.size:
-    problems.add(
-      "image", got=f"{levels.dtype} of shape {levels.shape}",
-      allowed=f"uint8 [height, width, {channels}] of levels 0..255, or float32 on that scale",
-      remedy="levels in 0..1 want 255 * image",
-    )  # fmt: skip
-  elif levels.dtype == np.float32:
-    flaw, found = decode.scale_flaw(levels, 255)
-    if flaw:
-      problems.add("image", got=found, allowed="float32 of levels 0..255", remedy=_SCALE_REMEDIES[flaw])
-  problems.raise_if_any()
-  return levels

@@ -53,6 +53,10 @@ class Scores(NamedTuple):
   pixel_accuracy: float
   matrix: np.ndarray
 
+  def __repr__(self) -> str:
+    shown = " ".join("-" if np.isnan(value) else f"{100 * value:.2f}" for value in self.iou)
+    return f"Scores(mIoU {100 * self.miou:.2f} %, pixel accuracy {100 * self.pixel_accuracy:.2f} %, IoU % by class: {shown})"
+
 
 def scores(matrix: np.ndarray, *, absent_classes: str = "skip") -> Scores:
   """IoU per class, its mean and the pixel accuracy of a confusion matrix [K, K] (row = truth). NaN where nothing was seen.
