@@ -3,12 +3,13 @@
   python launch/local.py --processes=4 --config=configs/voc.py:recipe=cps,split=92 --workdir=W --config.data.root=DIR
   JAX_PLATFORMS=cpu python launch/local.py --processes=2 --devices_per_process=2 --config=configs/quickstart.py --workdir=W
 
-Each process is `python -m pseudoseg_jax.main` with the options given here; all but the launcher's own go to it as they are. Process I
-takes the GPUs from I*K on, with K=--devices_per_process, among those of CUDA_VISIBLE_DEVICES; on a CPU it makes K devices of it. (One
-process alone uses every GPU of a machine: `python -m pseudoseg_jax.main` needs no launcher. A TPU machine wants that one.)
+Each process is `python -m pseudoseg_jax.main` with the options given here; all but the launcher's own go to it as they are. With
+--devices_per_process=K, process I takes the K GPUs from number I*K on, among those of CUDA_VISIBLE_DEVICES; of a CPU it makes K
+devices. (One process alone uses every GPU of a machine: `python -m pseudoseg_jax.main` needs no launcher. On a TPU start that.)
 
 Output: process 0's here, and every process's in WORKDIR/processes/INDEX.txt, which goes on when the run is resumed.
-Stop:   Ctrl-C, or SIGTERM to the launcher: all processes save and leave, with exit code 130 or 143. A second one ends them at once.
+Stop:   Ctrl-C, or SIGTERM to the launcher: all processes save and leave, with exit code 130 or 143. A second one ends them
+        at once; what was saved before stays.
 Resume: the same command.
 
 If a process dies, the others are ended, and the launcher ends with the exit code of the one that died first, and names it.
@@ -66,7 +67,7 @@ def _start(index: int, port: int, known: argparse.Namespace, rest: list[str]) ->
     # A session of its own: Ctrl-C in a terminal reaches it once, through the launcher.
     return subprocess.Popen(
       command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-      preexec_fn=_end_with_launcher,
+      preexec_fn=_end_with_launcher,  # noqa: PLW1509 - there are no threads yet
     )  # fmt: skip
 
 

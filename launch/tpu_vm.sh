@@ -16,8 +16,8 @@
 # Stop:   launch/tpu_vm.sh stop
 # Resume: the same `run` command; after a preemption of a --spot TPU: delete, create, install and run.
 #
-# To fill in: name and zone above; config, workdir and data root, which must be paths that all workers see: a Filestore share mounted on
-# each of them for the workdir; for data a bucket mounted with gcsfuse will do.
+# To fill in: name and zone above; config, workdir and data root, which must be paths that all workers see: a Filestore share
+# mounted on each of them for the workdir; for data a bucket mounted with gcsfuse will do.
 
 set -euo pipefail
 
@@ -80,7 +80,10 @@ python3 -m uv pip install --quiet --python=$PYTHON --editable './pseudoseg_jax[t
     run=$(printf '%q ' "../$PYTHON" -m pseudoseg_jax.main --distributed "$@")
     # A shell around the run notes how it ended; both outlive the connection.
     job="$run & echo \$! > ../$PID; wait \$!; echo \"ended with exit code \$?\""
-    on_workers all "if kill -0 \$(cat $PID 2>/dev/null) 2>/dev/null; then echo 'error: a run is going on here: stop it first' >&2; exit 1; fi
+    on_workers all "if kill -0 \$(cat $PID 2>/dev/null) 2>/dev/null; then
+  echo 'error: a run is going on here: stop it first' >&2
+  exit 1
+fi
 cd pseudoseg_jax
 PYTHONUNBUFFERED=1 nohup bash -c $(printf '%q' "$job") >> ../$LOG 2>&1 < /dev/null &
 echo started"
