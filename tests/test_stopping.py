@@ -42,8 +42,18 @@ def test_elsewhere_it_is_noted_and_acknowledged(number, caplog):
 def test_a_second_one_leaves_at_once(caplog):
   with StopRequest():
     send(signal.SIGINT)
+    time.sleep(stopping._ONE_SIGNAL_SECONDS)
     with pytest.raises(KeyboardInterrupt):
       send(signal.SIGINT)
+  assert "leaving; what was saved" in caplog.text
+
+
+def test_one_that_is_told_to_a_process_and_to_its_group_is_one(caplog):
+  with StopRequest() as stop:
+    for _ in range(3):
+      send(signal.SIGTERM)
+    assert stop.requested(1)
+  assert caplog.text.count("SIGTERM") == 1
 
 
 def test_nothing_is_left_behind():

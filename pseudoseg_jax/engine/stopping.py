@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import jax
@@ -20,6 +21,7 @@ log = logging.getLogger("pseudoseg_jax")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PREEMPTION = "preemption"  # what several processes agree on, whichever of them got the signal
 
+_ONE_SIGNAL_SECONDS = 1.0  # senders such as `timeout` and Slurm tell a process and then its group: that is one signal told twice
 _GRACE_SECONDS = 3.0  # for Python to unwind, before a command that has nothing to lose ends without it
 
 
@@ -33,14 +35,33 @@ class Interrupted(KeyboardInterrupt):
     super().__init__(name)
     self.name, self.exit_code = name, exit_code(name)
 
+  def _render_traceback_(self) -> list[str]:
+    """What IPython shows in the place of a traceback: this is no error."""
+    return [f"stopped by {self.name}; what was saved before stays, and running the cell again goes on from there"]
+
 
 def exit_code(name: str) -> int:
   """The shell's convention for an end by a signal, by name: 130 for "SIGINT", 143 for "SIGTERM" and a preemption."""
   return 128 + (signal.SIGTERM if name == PREEMPTION else signal.Signals[name])
 
 
+class _Count:
+  """How many signals there were; those that follow within a moment count as one."""
+
+  def __init__(self):
+    self.value, self._last = 0, -float("inf")
+
+  def add(self) -> bool:
+    """Counts one more; returns whether it is another one."""
+    now = time.monotonic()
+    if now - self._last < _ONE_SIGNAL_SECONDS:
+      return False
+    self.value, self._last = self.value + 1, now
+    return True
+
+
 class StopRequest:
-  """Context manager over a run: the first SIGTERM or SIGINT is noted and acknowledged, a second one leaves at once.
+  """Context manager over a run: the first SIGTERM or SIGINT is noted and acknowledged, a second one, later, leaves at once.
 
   The loop asks `requested` after each step, saves and leaves. Inside of `nothing_to_lose` the signal raises Interrupted instead.
   Python runs signal handlers only between its own instructions, and compiled code (XLA's compiler) may take minutes: so a thread
@@ -59,8 +80,8 @@ class StopRequest:
     self._several = jax.process_count() > 1
     self._nothing_to_lose = False
     self._leaving = False
-    self._handled = 0  # by the main thread, ...
-    self._count = 0  # ... and by the watcher: compiled code lets several signals become one call of the handler
+    self._handled = _Count()  # by the main thread, ...
+    self._seen = _Count()  # ... and by the watcher: compiled code lets several signals become one call of the handler
     self._previous: dict[int, object] = {}
     self._left = threading.Event()
     self._watcher: threading.Thread | None = None
@@ -119,9 +140,9 @@ class StopRequest:
       self.name = signal.Signals(number).name
       os.kill(os.getpid(), signal.SIGTERM)  # JAX's notice
       return
-    self._handled += 1
+    self._handled.add()
     self.name = signal.Signals(number).name
-    if self._nothing_to_lose or max(self._handled, self._count) > 1:
+    if self._nothing_to_lose or max(self._handled.value, self._seen.value) > 1:
       self._leaving = True
       raise Interrupted(self.name)
 
@@ -133,10 +154,11 @@ class StopRequest:
           self._acknowledge(signal.Signals(number))
 
   def _acknowledge(self, number: signal.Signals):
-    self._count += 1
-    if self._count == 1 and not (self._nothing_to_lose or self._leaving):
+    if not self._seen.add():
+      return
+    if self._seen.value == 1 and not (self._nothing_to_lose or self._leaving):
       log.warning("%s: saving and leaving after the step under way; once more to leave at once, without saving", number.name)
       return
     log.warning("%s: leaving; what was saved before stays", number.name)
-    if self._owns_process and not self._left.wait(_GRACE_SECONDS) and (self._nothing_to_lose or self._count > 1):
+    if self._owns_process and not self._left.wait(_GRACE_SECONDS) and (self._nothing_to_lose or self._seen.value > 1):
       command_line.leave(exit_code(number.name))
