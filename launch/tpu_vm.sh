@@ -78,14 +78,15 @@ python3 -m uv pip install --quiet --python=$PYTHON --editable './pseudoseg_jax[t
   run)
     [ $# -gt 0 ] || usage 2 >&2
     run=$(printf '%q ' "../$PYTHON" -m pseudoseg_jax.main --distributed "$@")
-    # A shell around the run notes how it ended; both outlive the connection.
+    # A shell around the run notes how it ended; both outlive the connection, since they do not hear when it hangs up.
     job="$run & echo \$! > ../$PID; wait \$!; echo \"ended with exit code \$?\""
     on_workers all "if kill -0 \$(cat $PID 2>/dev/null) 2>/dev/null; then
   echo 'error: a run is going on here: stop it first' >&2
   exit 1
 fi
 cd pseudoseg_jax
-PYTHONUNBUFFERED=1 nohup bash -c $(printf '%q' "$job") >> ../$LOG 2>&1 < /dev/null &
+trap '' HUP
+PYTHONUNBUFFERED=1 bash -c $(printf '%q' "$job") >> ../$LOG 2>&1 < /dev/null &
 echo started"
     ;;
 

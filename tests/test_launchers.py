@@ -46,7 +46,8 @@ def environment(**variables):
   """Of a process that finds CPUs alone, and the stand-ins and this Python first."""
   path = os.pathsep.join([*variables.pop("path", ()), str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
   kept = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS" and not key.startswith("SLURM_")}
-  return kept | {"JAX_PLATFORMS": "cpu", "PATH": path} | variables
+  # A few steps take less time than compiling them well.
+  return kept | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PATH": path} | variables
 
 
 def start(command, **variables):
@@ -71,7 +72,7 @@ def pids(workdir):
   for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
     with contextlib.suppress(OSError):
       command = path.read_bytes().decode().split("\0")
-      if "pseudoseg_jax.main" in command and f"--workdir={workdir}" in command:
+      if command[1:3] == ["-m", "pseudoseg_jax.main"] and f"--workdir={workdir}" in command:
         index = next((word.partition("=")[2] for word in command if word.startswith("--process_index=")), len(found))
         found[int(index)] = int(path.parent.name)
   return found
@@ -330,17 +331,18 @@ def test_two_processes_train_and_the_first_line_says_so(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(2, 1), (4, 1), (2, 2)])
 def test_processes_train_as_one_with_as_many_devices(tmp_path, processes, devices):
-  finish(start_local(processes, *arguments(tmp_path / "several", "cps_cutmix"), devices=devices))
+  run = {"method": "cps_cutmix", "total_steps": 4}  # partners from the whole batch; hard labels, which make much of little
+  finish(start_local(processes, *arguments(tmp_path / "several", **run), devices=devices))
   flags = f"--xla_force_host_platform_device_count={processes * devices}"
-  finish(start([sys.executable, "-m", "pseudoseg_jax.main", *arguments(tmp_path / "one", "cps_cutmix")], XLA_FLAGS=flags))
+  finish(start([sys.executable, "-m", "pseudoseg_jax.main", *arguments(tmp_path / "one", **run)], XLA_FLAGS=flags))
   ours, theirs = fault_trials.outcome(tmp_path / "several"), fault_trials.outcome(tmp_path / "one")
   tables = [outcome.pop("results.json")["last"]["predictors"] for outcome in (ours, theirs)]
   assert ours.keys() == theirs.keys() and tables[0].keys() == tables[1].keys()
-  # Sums over processes are taken in another order than sums over devices of one: float32 round-off, which training lets grow.
+  # Sums over processes are taken in another order than sums over devices of one: float32 round-off, which every step makes more.
   for name, array in ours.items():
-    np.testing.assert_allclose(array, theirs[name], rtol=0, atol=5e-3, err_msg=name)
+    np.testing.assert_allclose(array, theirs[name], rtol=0, atol=1e-4, err_msg=name)
   for name, table in tables[0].items():
-    assert abs(table["miou"] - tables[1][name]["miou"]) < 0.02, name
+    assert abs(table["miou"] - tables[1][name]["miou"]) < 0.005, name
 
 
 @pytest.mark.slow
@@ -373,7 +375,7 @@ def test_a_signal_saves_and_the_same_command_resumes(undisturbed, tmp_path, numb
 def test_a_signal_before_the_first_step_of_a_resumed_run_stops_it(undisturbed, tmp_path):
   finish(start_local(2, *arguments(tmp_path, total_steps=6)))
   launcher = start_local(2, *arguments(tmp_path, total_steps=3000))
-  wait_until(lambda: "of 2 processes" in said(tmp_path, 0).rpartition("$ ")[2], "it did not start")
+  wait_until(lambda: said(tmp_path, 0).count("of 2 processes") == 2, "it did not start")
   launcher.send_signal(signal.SIGTERM)
   assert "stopped by preemption after step 7 of 3000" in finish(launcher, code=143, seconds=120)
 
