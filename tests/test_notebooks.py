@@ -176,11 +176,12 @@ def assert_table(cell, names, *headings):
   assert tables and all(name in tables[-1] for name in [*names, *headings])
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs(kernel, tmp_path):
   workdir = tmp_path / "runs"
-  cells = execute("quickstart", kernel, tmp_path, STEPS=6, SCENES=12, LABELED=4, EVALUATED=4, WORKDIR=str(workdir))
-  assert_trained(cells["train"], workdir / "pseudoseg", 6)
-  assert_trained(cells["baseline"], workdir / "supervised", 6)
+  cells = execute("quickstart", kernel, tmp_path, STEPS=3, SCENES=12, LABELED=4, EVALUATED=4, WORKDIR=str(workdir))
+  assert_trained(cells["train"], workdir / "pseudoseg", 3)
+  assert_trained(cells["baseline"], workdir / "supervised", 3)
   assert_table(cells["results"], SCENES, "student, last", "student, best")
   assert_table(cells["evaluate"], SCENES, "flip")
   assert_table(cells["compare"], SCENES, "pseudoseg", "supervised")
