@@ -431,15 +431,20 @@ def evaluate(
 
   A workdir keeps results.json, scores.csv and pictures below evaluations/PROTOCOL/CHECKPOINT; those of training stay as they are.
   `overrides` may change evaluation or data.root; the latter is needed with an exported folder, which knows no place. `data`, of
-  `make_data`, are scored in the place of those that the config says.
+  `make_data`, are scored in the place of those that the config says; their scores are returned, and not written.
   """
   mesh, workdir = meshes.make_mesh(), pathlib.Path(os.path.expanduser(workdir))
   trained = open_trained(workdir, mesh, checkpoint, overrides)
   config, checkpoint = trained.config, trained.checkpoint or checkpoint
-  if data is not None:
+  problems = checks.Problems(f"cannot score {workdir} on these data")
+  is_given = data is not None
+  if is_given:
+    channels = config.data.get("channels", 3)
+    if data.options["channels"] != channels:
+      problems.add("channels of the images", got=data.options["channels"], allowed=f"{channels}, as of the network")
+      problems.raise_if_any()
     build.name_given(config, data)
   domains = build.build_domains(config, data)
-  problems = checks.Problems(f"cannot score {workdir} on these data")
   for (name, _, data), classes in zip(domains, [trained.classes, *trained.other_classes.values()], strict=True):
     where = f"config.other_data.{name}.classes" if name else "config.data.classes"
     problems.extend(workdirs.same_classes(data.classes, classes, where=where, allowed="of the network"))
@@ -449,11 +454,13 @@ def evaluate(
   with _on_console():
     which = "exported network" if is_exported(workdir) else f"{checkpoint} checkpoint"
     images = sum(len(domain.data.evaluated) for domain in domains)
-    log.info("%s, step %d, %d images, %s", which, step, images, build.describe_protocol(config))
+    heading = f"{which}, step {step}, {images} images, {build.describe_protocol(config)}"
+    log.info("%s", heading, extra={"slot": "heading"})  # which the value shows as well
     scores, *other_scores = (evaluator(trained.state) for evaluator in evaluators)
-    for (name, _, of_domain), found in zip(domains, [scores, *other_scores], strict=True):
+    of_domains = list(zip(domains, [scores, *other_scores], strict=True))
+    for (name, _, of_domain), found in of_domains:
       log.info("%s%s", name and f"{name}:\n", report.table(of_domain.classes, found), extra={"slot": f"scores {name}"})
-    if jax.process_index() == 0 and (workdir / "checkpoints").is_dir():
+    if jax.process_index() == 0 and (workdir / "checkpoints").is_dir() and not is_given:
       folder = workdir / "evaluations" / (config.evaluation.preset or _file_name(build.describe_protocol(config))) / checkpoint
       of_training = workdir / "results.json"
       source = _config_of(of_training)
@@ -461,16 +468,14 @@ def evaluate(
       if other_scores:
         results["domains"] = {
           name: {"split": other.split, checkpoint: report.entry(other.classes, step, found)}
-          for (name, _, other), found in zip(domains[1:], other_scores, strict=True)
+          for (name, _, other), found in of_domains[1:]
         }
       report.write_results(folder / "results.json", results)
       report.write_atomically(folder / "scores.csv", report.csv(data.classes, scores))
       pictures.scores(data.classes, scores, folder / "pictures")
       log.info("scores and pictures: %s", folder)
-  of_all = [(domain, found) for domain, found in zip(domains, [scores, *other_scores], strict=True)]
-  classes = {name: domain.data.classes for domain, found in of_all for name in found}
-  heading = f"{which}, step {step}, {images} images, {build.describe_protocol(config)}"
-  return ScoreTable({name: score for _, found in of_all for name, score in found.items()}, classes, heading)
+  classes = {name: domain.data.classes for domain, found in of_domains for name in found}
+  return ScoreTable({name: score for _, found in of_domains for name, score in found.items()}, classes, heading)
 
 
 def _about(config: configs.ConfigDict, source: dict[str, str], data: build.Data) -> dict[str, Any]:

@@ -98,7 +98,8 @@ class CellConsole(logging.Handler):
 
   def _html(self) -> str:
     bar = "" if self._fraction is None else f"<progress value='{self._fraction:.4f}' max='1' style='width:100%'></progress>"
-    texts = "".join(f"<pre style='margin:0.3em 0;white-space:pre-wrap'>{html.escape(text)}</pre>" for text in self._texts.values())
+    style = "margin:0.3em 0;white-space:pre-wrap;font-family:monospace"
+    texts = "".join(f"<pre style='{style}'>{html.escape(text)}</pre>" for text in self._texts.values())
     encoded = base64.b64encode(self._png).decode()
     picture = f"<img src='data:image/png;base64,{encoded}' style='max-width:100%'>" if encoded else ""
     return f"<div>{bar}{texts}{picture}</div>"

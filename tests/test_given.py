@@ -189,7 +189,7 @@ def scene_data(scenes, **changes):
 
 
 TINY = {
-  "network.width": 4, "log_every_steps": 1, "eval_every_steps": 2, "evaluation.style": "whole", "evaluation.pictures": 1,
+  "network.width": 4, "log_every_steps": 1, "eval_every_steps": 2, "evaluation.style": "whole", "evaluation.pictures": 0,
   "batch_size_global.labeled": 8, "batch_size_global.unlabeled": 8,
 }  # fmt: skip
 
@@ -217,6 +217,7 @@ def test_a_run_on_given_images_resumes_with_the_same_ones_only(scenes, tmp_path,
   assert {name: score.miou for name, score in scores.items()} == pytest.approx(
     {name: found["miou"] for name, found in again["last"]["predictors"].items()}
   )
+  assert not (tmp_path / "w" / "evaluations").exists()
   assert "given from Python" in message(lambda: pseudoseg_jax.evaluate(tmp_path / "w"))
   ids = pseudoseg_jax.load(tmp_path / "w").predict(scenes[0][0])
   assert ids.shape == (32, 32) and config.data.name == "given" and config.total_steps == 2  # the caller's config stays
@@ -245,6 +246,8 @@ def test_one_channel_has_a_normalization_of_its_own(scenes, tmp_path):
   data = pseudoseg_jax.make_data(images[:4], masks[:4], synthetic.CLASSES.names, evaluated=(images[4:6], masks[4:6]), channels=1)
   pseudoseg_jax.train(tiny("supervised", total_steps=1), tmp_path / "w", data=data)
   assert pseudoseg_jax.load(tmp_path / "w").predict(images[0]).shape == (32, 32)
+  text = message(lambda: pseudoseg_jax.evaluate(tmp_path / "w", data=scene_data(scenes)))
+  assert "channels of the images: got 3; allowed: 1" in text
 
 
 def test_a_method_that_wants_weak_labels_says_so(scenes, tmp_path):
