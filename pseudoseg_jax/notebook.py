@@ -69,7 +69,10 @@ class CellConsole(logging.Handler):
       self._texts.pop("evaluation", None)  # which is done
     self._texts[slot] = self.format(record)
     self._fraction = getattr(record, "fraction", self._fraction)
-    self._update()
+    try:
+      self._update()
+    except Exception:  # a run is worth more than its display
+      self.handleError(record)
 
   def picture(self, draw: Callable[[], bytes], *, now: bool = False) -> None:
     """Shows the PNG that `draw` makes below the slots, as often as drawing costs little; `now`: in any case."""

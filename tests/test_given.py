@@ -223,29 +223,18 @@ def test_a_run_on_given_images_resumes_with_the_same_ones_only(scenes, tmp_path,
   assert ids.shape == (32, 32) and config.data.name == "given" and config.total_steps == 2  # the caller's config stays
 
 
-def test_given_images_take_the_place_of_those_of_a_config_file(scenes, tmp_path):
-  overrides = TINY | {"total_steps": 1, "views.crop_size": (17, 17)}
-  results = pseudoseg_jax.train("configs/quickstart.py:method=supervised", tmp_path / "w", overrides, data=scene_data(scenes))
-  assert "4 labeled" in results["split"] and results["config"]["path"] == "configs/quickstart.py"
-
-
-def test_the_scale_of_the_images_goes_with_the_network(scenes, tmp_path):
-  images, masks = [image / 255 for image in scenes[0]], scenes[1]
+def test_given_images_take_the_place_of_those_of_a_config_file_and_bring_their_scale_and_channels(scenes, tmp_path):
+  images, masks = [image[..., :1] / 255 for image in scenes[0]], scenes[1]
   data = pseudoseg_jax.make_data(
-    images[:4], masks[:4], synthetic.CLASSES.names, evaluated=(images[4:6], masks[4:6]), max_value=1.0
+    images[:4], masks[:4], synthetic.CLASSES.names, evaluated=(images[4:6], masks[4:6]), channels=1, max_value=1.0
   )
-  pseudoseg_jax.train(tiny("supervised", total_steps=1), tmp_path / "w", data=data)
+  overrides = TINY | {"total_steps": 1, "views.crop_size": (17, 17)}
+  results = pseudoseg_jax.train("configs/quickstart.py:method=supervised", tmp_path / "w", overrides, data=data)
+  assert "4 labeled" in results["split"] and results["config"]["path"] == "configs/quickstart.py"
   predictor = pseudoseg_jax.load(tmp_path / "w")
-  assert predictor.max_value == 1.0
-  as_levels = predictor.with_options(max_value=0.0)
-  np.testing.assert_array_equal(predictor.predict(images[0]), as_levels.predict(scenes[0][0]))
-
-
-def test_one_channel_has_a_normalization_of_its_own(scenes, tmp_path):
-  images, masks = [image[..., :1] for image in scenes[0]], scenes[1]
-  data = pseudoseg_jax.make_data(images[:4], masks[:4], synthetic.CLASSES.names, evaluated=(images[4:6], masks[4:6]), channels=1)
-  pseudoseg_jax.train(tiny("supervised", total_steps=1), tmp_path / "w", data=data)
-  assert pseudoseg_jax.load(tmp_path / "w").predict(images[0]).shape == (32, 32)
+  assert predictor.max_value == 1.0 and predictor.channels == 1
+  levels = predictor.with_options(max_value=0.0)
+  np.testing.assert_array_equal(predictor.predict(images[0]), levels.predict(scenes[0][0][..., :1]))
   text = message(lambda: pseudoseg_jax.evaluate(tmp_path / "w", data=scene_data(scenes)))
   assert "channels of the images: got 3; allowed: 1" in text
 
