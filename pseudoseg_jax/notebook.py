@@ -101,7 +101,7 @@ class CellConsole(logging.Handler):
 
   def _html(self) -> str:
     bar = "" if self._fraction is None else f"<progress value='{self._fraction:.4f}' max='1' style='width:100%'></progress>"
-    style = "margin:0.3em 0;white-space:pre-wrap;font-family:monospace"
+    style = "margin:0.3em 0;white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace"
     texts = "".join(f"<pre style='{style}'>{html.escape(text)}</pre>" for text in self._texts.values())
     encoded = base64.b64encode(self._png).decode()
     picture = f"<img src='data:image/png;base64,{encoded}' style='max-width:100%'>" if encoded else ""

@@ -58,6 +58,13 @@ def test_small_pictures_are_enlarged_by_whole_pixels():
   np.testing.assert_array_equal(shown(Picture(pixels)), pixels.repeat(4, 0).repeat(4, 1))
 
 
+def test_large_pictures_are_shrunk_in_what_is_shown_alone():
+  picture = ClassMap(np.repeat(np.arange(2, dtype=np.uint8), 2000)[:, None].repeat(500, 1), CLASSES)
+  colors = shown(picture)[:1600, :200]
+  assert picture.shape == (4000, 500) and {*map(tuple, colors.reshape(-1, 3))} == {(0, 0, 255), (128, 64, 128)}
+  assert shown(Picture(np.zeros((30, 3200, 3), np.uint8))).shape == (15, 1600, 3)
+
+
 @pytest.mark.parametrize("make", [lambda: Picture(np.zeros((8, 9, 3), np.uint8)), lambda: ClassMap(np.zeros((8, 9), np.uint8), CLASSES)])
 def test_what_is_computed_from_a_picture_is_a_plain_array(make):
   picture = make()

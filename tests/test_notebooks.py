@@ -176,7 +176,6 @@ def assert_table(cell, names, *headings):
   assert tables and all(name in tables[-1] for name in [*names, *headings])
 
 
-@pytest.mark.slow
 def test_the_quickstart_runs(kernel, tmp_path):
   workdir = tmp_path / "runs"
   cells = execute("quickstart", kernel, tmp_path, STEPS=3, SCENES=12, LABELED=4, EVALUATED=4, WORKDIR=str(workdir))

@@ -16,7 +16,7 @@ from pseudoseg_jax.ops.confusion import Scores
 if TYPE_CHECKING:
   from pseudoseg_jax.data.classes import Classes
 
-_LEAST_SIDE = 256  # pixels; smaller pictures are enlarged by a whole factor
+_LEAST_SIDE, _GREATEST_SIDE = 256, 1600  # pixels; smaller pictures are enlarged by a whole factor, larger ones shrunk
 
 
 class _Shown(np.ndarray):
@@ -47,7 +47,7 @@ class Picture(_Shown):
   def _picture(self) -> Image.Image | None:
     if self.dtype != np.uint8 or self.ndim != 3 or self.shape[-1] != 3 or not self.size:
       return None
-    return _enlarged(Image.fromarray(np.ascontiguousarray(self)))
+    return _fitted(Image.fromarray(np.ascontiguousarray(self)), Image.Resampling.BOX)
 
 
 class ClassMap(_Shown):
@@ -69,7 +69,7 @@ class ClassMap(_Shown):
   def _picture(self) -> Image.Image | None:
     if self.classes is None or self.dtype != np.uint8 or self.ndim != 2 or not self.size:
       return None
-    colors = _enlarged(Image.fromarray(pictures.colorize(np.asarray(self), self.classes)))
+    colors = _fitted(Image.fromarray(pictures.colorize(np.asarray(self), self.classes)), Image.Resampling.NEAREST)
     present = [index for index in np.unique(self).tolist() if index < len(self.classes)]
     key = pictures.legend(self.classes, max(colors.width, _LEAST_SIDE), only=present)
     sheet = Image.new("RGB", (max(colors.width, key.width), colors.height + key.height), pictures.PAPER)
@@ -78,9 +78,11 @@ class ClassMap(_Shown):
     return sheet
 
 
-def _enlarged(picture: Image.Image) -> Image.Image:
-  factor = -(-_LEAST_SIDE // max(picture.size))
-  return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST) if factor > 1 else picture
+def _fitted(picture: Image.Image, shrinking: Image.Resampling) -> Image.Image:
+  side = max(picture.size)
+  factor = max(1, -(-_LEAST_SIDE // side)) if side <= _GREATEST_SIDE else _GREATEST_SIDE / side
+  size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
+  return picture.resize(size, shrinking if factor < 1 else Image.Resampling.NEAREST)
 
 
 class ScoreTable(dict):
