@@ -87,8 +87,26 @@ def _free_port() -> int:
     return free.getsockname()[1]
 
 
+def _gpu_count() -> int | None:
+  """How many NVIDIA GPUs there are for these processes; None where there is no saying, or where JAX is not to use them."""
+  platforms = os.environ.get("JAX_PLATFORMS", "")
+  if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
+    return None
+  if "CUDA_VISIBLE_DEVICES" in os.environ:
+    return len([name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip() not in ("", "-1")])
+  try:
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
+  except (OSError, subprocess.TimeoutExpired):
+    return None
+  return listed.stdout.count("GPU ") if listed.returncode == 0 else None
+
+
 def _check(known: argparse.Namespace) -> None:
   problems = checks.Problems("cannot start these processes")
+  wanted, gpus = known.processes * known.devices_per_process, _gpu_count()
+  if gpus and wanted > gpus:  # told here, since the others would wait for one that finds none
+    got = f"{known.processes} processes with {known.devices_per_process} GPU{'s' * (known.devices_per_process > 1)} each"
+    problems.add("--processes", got=got, allowed=f"{gpus} GPU{'s' * (gpus > 1)} in all", remedy="JAX_PLATFORMS=cpu tries it on the CPU")
   for name in ("processes", "devices_per_process"):
     if getattr(known, name) < 1:
       problems.add(f"--{name}", got=getattr(known, name), allowed="1 or more")

@@ -80,6 +80,7 @@ def build_classes(data: configs.ConfigDict) -> Classes:
   background = data.get("background", "auto")
   checks.check_name("config.data.background", background, ("auto", "yes", "no"))
   problems = checks.Problems("config.data cannot be used")
+  _check_in_files(data)
   if data.name == "synthetic":
     classes = synthetic.CLASSES
   elif data.classes in classes_lib.BUILTIN:
@@ -90,8 +91,15 @@ def build_classes(data: configs.ConfigDict) -> Classes:
     problems.raise_if_any()
   else:
     classes = classes_lib.read_classes(_below(data.root, data.classes))
-  _check_several(classes, f"config.data.classes {data.classes}")
+  _check_several(classes, f"config.data.classes {data.get('classes', '')}")
   return _with_background(classes, background)
+
+
+def _check_in_files(data: configs.ConfigDict) -> None:
+  problems = checks.Problems("the images of this run were given from Python, and are in no file")
+  if data.name == configs.GIVEN:
+    problems.add("data", got="nothing", remedy="give them again, as `data` of pseudoseg_jax.train or pseudoseg_jax.evaluate")
+  problems.raise_if_any()
 
 
 def _check_several(classes: Classes, where: str) -> None:
@@ -116,10 +124,7 @@ def build_data(data: configs.ConfigDict, *, check: bool = True) -> Data:
   check=False looks at no file of a folder, and lets roles share images: for `check_data`, which tells of all that.
   """
   checks.check_name("config.data.name", data.name, ("folder", "synthetic", "tfds", configs.GIVEN))
-  if data.name == configs.GIVEN:
-    problems = checks.Problems("the images of this run were given from Python, and are in no file")
-    problems.add("data", got="nothing", remedy="give them again, as `data` of pseudoseg_jax.train or pseudoseg_jax.evaluate")
-    problems.raise_if_any()
+  _check_in_files(data)
   if data.name == "folder":
     return _folder(data, check)
   return _synthetic(data) if data.name == "synthetic" else _tfds(data)

@@ -1,4 +1,5 @@
 import functools
+import io
 import os
 import pathlib
 import subprocess
@@ -18,7 +19,8 @@ from pseudoseg_jax.checks import InputError
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.evaluation import evaluator, inference, pictures, report
 from pseudoseg_jax.evaluation.inference import Protocol
-from pseudoseg_jax.evaluation.predictor import Predictor, read_image
+from pseudoseg_jax.data.decode import read_any_image as read_image
+from pseudoseg_jax.evaluation.predictor import Predictor
 from pseudoseg_jax.ops import confusion, resize
 
 CLASSES = Classes(("red", "green", "blue"), ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
@@ -447,13 +449,12 @@ def test_legend_wraps_many_classes():
   assert narrow.width == 300 and narrow.height > wide.height
 
 
-def test_curves_draw_what_there_is(tmp_path):
+def test_curves_draw_what_there_is():
   history = {"train/loss": [(1, 2.0), (2, 1.0)], "evaluation/a/miou": [(2, 0.5)], "train/learning_rate": [(1, 0.1)]}
   history["rate/images_per_second"] = [(1, 9.0)]  # in the log, but no curve
   widths = {}
   for name, kept in (("all", list(history)), ("loss", ["train/loss"]), ("none", [])):
-    pictures.curves({key: history[key] for key in kept}, tmp_path / f"{name}.png")
-    with Image.open(tmp_path / f"{name}.png") as picture:
+    with Image.open(io.BytesIO(pictures.curves({key: history[key] for key in kept}))) as picture:
       widths[name] = picture.width
   assert widths["all"] == 3 * widths["loss"] and widths["none"] == widths["loss"]
 

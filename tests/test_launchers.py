@@ -240,6 +240,24 @@ def test_all_that_cannot_be_used_is_told_at_once(tmp_path, capsys):
   assert code == 2 and all(word in told for word in ("--processes: got 0", "--devices_per_process: got 0", "got a file"))
 
 
+def test_more_processes_than_gpus_are_told_before_they_start(tmp_path, monkeypatch, capsys):
+  (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA A (UUID: GPU-0)'\necho 'GPU 1: NVIDIA A (UUID: GPU-1)'\n")
+  (tmp_path / "nvidia-smi").chmod(0o755)
+  monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+  for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
+    monkeypatch.delenv(name, raising=False)
+  assert local._gpu_count() == 2
+  assert local.main(["--processes=2", "--devices_per_process=2", f"--workdir={tmp_path / 'w'}"]) == 2
+  told = capsys.readouterr().err
+  assert "got 2 processes with 2 GPUs each; allowed: 2 GPUs in all" in told and "JAX_PLATFORMS=cpu" in told
+  for shown, count in (("0", 1), ("3,5,7", 3), ("", 0), ("-1", 0)):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert local._gpu_count() == count
+  for platforms, count in (("cpu", None), ("tpu", None), ("cuda,cpu", 0)):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert local._gpu_count() == count
+
+
 def start_pretended(tmp_path, script, processes=3):
   """local.py with processes that run a script in place of the command; `index` is its own."""
   package = tmp_path / "pseudoseg_jax"

@@ -216,6 +216,7 @@ def fit(
       state, start = _starting_state(method, mesh, seed, checkpoints, prepare)
       if start:
         log.info("resumed at step %d of %d", start, total_steps)
+    stop.resumed(start)
     best = _best_note(checkpoints, is_comparable)
     step_fn = jit_step(method, mesh, seed)
 

@@ -78,6 +78,7 @@ class StopRequest:
     self.name: str | None = None
     self._owns_process = owns_process
     self._several = jax.process_count() > 1
+    self._noticed_early = False
     self._nothing_to_lose = False
     self._leaving = False
     self._handled = _Count()  # by the main thread, ...
@@ -125,10 +126,20 @@ class StopRequest:
     finally:
       self._nothing_to_lose = False
 
+  def resumed(self, step: int) -> None:
+    """Tells that the first step is after `step`, before it is begun; with several processes all of them do.
+
+    JAX has all processes stop at the step after the newest that any of them has asked for, and takes that to be 0 before the
+    first: a notice until now is due at step 1, which a resumed run never comes to, and JAX tells it once.
+    """
+    if self._several and step > 0:
+      self._noticed_early = multihost_utils.reached_preemption_sync_point(1)
+      multihost_utils.reached_preemption_sync_point(step)
+
   def requested(self, step: int) -> bool:
     """Whether to save and leave after `step`; with several processes, what all of them answer at this step."""
     if self._several:
-      if multihost_utils.reached_preemption_sync_point(step):
+      if self._noticed_early or multihost_utils.reached_preemption_sync_point(step):
         self.name = self.name or PREEMPTION
         return True
       return False
