@@ -440,8 +440,8 @@ def evaluate(
   is_given = data is not None
   if is_given:
     channels = config.data.get("channels", 3)
-    if data.options["channels"] != channels:
-      problems.add("channels of the images", got=data.options["channels"], allowed=f"{channels}, as of the network")
+    if data.evaluated.channels != channels:
+      problems.add("channels of the images", got=data.evaluated.channels, allowed=f"{channels}, as of the network")
       problems.raise_if_any()
     build.name_given(config, data)
   domains = build.build_domains(config, data)

@@ -45,7 +45,7 @@ class Data(NamedTuple):
   truth_known: the unlabeled images have masks that may be shown, never learnt from.
   pseudo_labeled: images that are learnt from as the labeled ones are, with labels that a network made; or None.
   skipped: the files that are learnt nothing from since they cannot be read, so far; None: such a file is an error.
-  options: what config.data is to say of images that were given from Python, see `name_given`.
+  options: what config.data is to say of how images that were given from Python are read, see `name_given`.
   """
 
   classes: Classes
@@ -198,12 +198,12 @@ def make_data(
 
 def name_given(config: configs.ConfigDict, data: Data) -> None:
   """Lets config.data say, in place, that the images are those that were given from Python; the normalization stays."""
-  channels = data.options["channels"]
+  channels = data.labeled.channels
   for name, other in (("mean", 0.5), ("std", 0.25)):
     if len(config.data[name]) != channels and config.data[name] == configs.base(config.method).data[name]:
       config.data[name] = (other,) * channels  # the default is of red, green and blue
   normalization = {name: config.data[name] for name in ("mean", "std")}
-  config.data = configs.ConfigDict(configs.given_data(**data.options) | normalization)
+  config.data = configs.ConfigDict(configs.given_data(**{"channels": channels, **data.options}) | normalization)
 
 
 def build_domains(config: configs.ConfigDict, given_data: Data | None = None) -> tuple[Domain, ...]:
