@@ -168,11 +168,16 @@ def _tell_end(codes: dict[int, int], signals: list[int], workdir: pathlib.Path) 
 def main(arguments: list[str] | None = None) -> int:
   known, rest = _parse(sys.argv[1:] if arguments is None else arguments)
   signals: list[int] = []  # those that came, for all processes
+  count = command_line.SignalCount()
+
+  def note(number, frame):
+    if count.add():
+      signals.append(number)
 
   def command() -> int:
     _check(known)
     for number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(number, lambda number, frame: signals.append(number))
+      signal.signal(number, note)
     first_log, port = _log(known.workdir, 0), _free_port()
     shown = first_log.stat().st_size if first_log.exists() else 0
     processes: list[subprocess.Popen] = []

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -15,6 +16,22 @@ from typing import NoReturn
 from pseudoseg_jax import checks
 
 _INTERRUPTED = 130  # 128 + SIGINT
+ONE_SIGNAL_SECONDS = 1.0  # senders such as `timeout` and Slurm tell a process and then its group: that is one signal told twice
+
+
+class SignalCount:
+  """How many signals there were; those that follow within a moment count as one."""
+
+  def __init__(self):
+    self.value, self._last = 0, -float("inf")
+
+  def add(self) -> bool:
+    """Counts one more; returns whether it is another one."""
+    now = time.monotonic()
+    if now - self._last < ONE_SIGNAL_SECONDS:
+      return False
+    self.value, self._last = self.value + 1, now
+    return True
 
 
 def parse_with_overrides(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:

@@ -320,7 +320,9 @@ for _ in range(6000):
   launcher = start_pretended(tmp_path, script)
   wait_until(all_said(tmp_path, "ready"), "they did not start", 60)
   os.killpg(launcher.pid, number)  # as a terminal does for Ctrl-C
+  launcher.send_signal(number)  # told to it and to its group: that is one
   wait_until(all_said(tmp_path, "got it"), "they were not told", 60)
+  time.sleep(1.5)
   assert launcher.poll() is None
   launcher.send_signal(number)
   output = finish(launcher, code, seconds=60)

@@ -42,7 +42,7 @@ def test_elsewhere_it_is_noted_and_acknowledged(number, caplog):
 def test_a_second_one_leaves_at_once(caplog):
   with StopRequest():
     send(signal.SIGINT)
-    time.sleep(stopping._ONE_SIGNAL_SECONDS)
+    time.sleep(command_line.ONE_SIGNAL_SECONDS)
     with pytest.raises(KeyboardInterrupt):
       send(signal.SIGINT)
   assert "leaving; what was saved" in caplog.text

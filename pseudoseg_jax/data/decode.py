@@ -120,7 +120,7 @@ def read_array(image: np.ndarray, channels: int = 3, *, max_value: float = 0.0) 
   """
   problems = checks.Problems("cannot use the image")
   pixels = np.asarray(image)
-  if pixels.dtype.kind == "V" and pixels.dtype.name in ("bfloat16",):  # JAX's, which NumPy does not know
+  if pixels.dtype.name == "bfloat16":  # JAX's, which NumPy does not know
     pixels = pixels.astype(np.float32)
   if pixels.ndim == 2:
     pixels = pixels[..., None]

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 
 import jax
@@ -21,7 +20,6 @@ log = logging.getLogger("pseudoseg_jax")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PREEMPTION = "preemption"  # what several processes agree on, whichever of them got the signal
 
-_ONE_SIGNAL_SECONDS = 1.0  # senders such as `timeout` and Slurm tell a process and then its group: that is one signal told twice
 _GRACE_SECONDS = 3.0  # for Python to unwind, before a command that has nothing to lose ends without it
 
 
@@ -45,21 +43,6 @@ def exit_code(name: str) -> int:
   return 128 + (signal.SIGTERM if name == PREEMPTION else signal.Signals[name])
 
 
-class _Count:
-  """How many signals there were; those that follow within a moment count as one."""
-
-  def __init__(self):
-    self.value, self._last = 0, -float("inf")
-
-  def add(self) -> bool:
-    """Counts one more; returns whether it is another one."""
-    now = time.monotonic()
-    if now - self._last < _ONE_SIGNAL_SECONDS:
-      return False
-    self.value, self._last = self.value + 1, now
-    return True
-
-
 class StopRequest:
   """Context manager over a run: the first SIGTERM or SIGINT is noted and acknowledged, a second one, later, leaves at once.
 
@@ -81,8 +64,8 @@ class StopRequest:
     self._noticed_early = False
     self._nothing_to_lose = False
     self._leaving = False
-    self._handled = _Count()  # by the main thread, ...
-    self._seen = _Count()  # ... and by the watcher: compiled code lets several signals become one call of the handler
+    self._handled = command_line.SignalCount()  # by the main thread, ...
+    self._seen = command_line.SignalCount()  # ... and by the watcher: compiled code lets several signals become one call of the handler
     self._previous: dict[int, object] = {}
     self._left = threading.Event()
     self._watcher: threading.Thread | None = None
