@@ -17,10 +17,11 @@ def normal(seed, *shape):
 # --- depthwise convolution and pooling
 
 
-def plain_depthwise(x, kernel, stride, dilation):
-  """The textbook sum, padded symmetrically."""
-  pad = dilation * (kernel.shape[0] // 2)
-  padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+def plain_depthwise(x, kernel, stride, dilation, same=False):
+  """The textbook sum, padded symmetrically or as TensorFlow's documentation says of "SAME"."""
+  reach = dilation * (kernel.shape[0] // 2)
+  totals = [max((-(-size // stride) - 1) * stride + 2 * reach + 1 - size, 0) if same else 2 * reach for size in x.shape[1:3]]
+  padded = np.pad(x, ((0, 0), *((total // 2, total - total // 2) for total in totals), (0, 0)))
   height, width = ((size - 1) // stride + 1 for size in x.shape[1:3])
   y = np.zeros((x.shape[0], height, width, x.shape[-1]))
   for i in range(kernel.shape[0]):
@@ -30,19 +31,34 @@ def plain_depthwise(x, kernel, stride, dilation):
   return y
 
 
+def _gradients_by_taps(x, kernel, stride, dilation, same):
+  y = layers._depthwise_by_taps(x, kernel, stride, dilation, same)
+  return y, lambda gradient: layers._depthwise_gradients_by_taps(x, kernel, gradient, stride, dilation, same)
+
+
+def _gradients_of(form):
+  return lambda x, kernel, *options: jax.vjp(lambda x, kernel: form(x, kernel, *options), x, kernel)
+
+
 # This platform's way, and both ways by name: only one of them runs on a platform. With the last sizes some taps see nothing.
-@pytest.mark.parametrize("form", [layers.convolve_depthwise, layers._depthwise_by_taps, layers._depthwise_grouped])
 @pytest.mark.parametrize(
-  "size,k,stride,dilation", [((6, 7), 3, 1, 1), ((6, 7), 3, 2, 1), ((7, 5), 5, 1, 1), ((9, 8), 3, 1, 2), ((4, 7), 3, 1, 6)]
+  "form", [_gradients_of(layers.convolve_depthwise), _gradients_by_taps, _gradients_of(layers._depthwise_grouped)],
+  ids=["platform", "taps", "grouped"],
+)  # fmt: skip
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize(
+  "size,k,stride,dilation",
+  [((6, 7), 3, 1, 1), ((6, 7), 3, 2, 1), ((8, 6), 5, 2, 1), ((7, 5), 5, 1, 1), ((9, 8), 3, 1, 2), ((4, 7), 3, 1, 6), ((1, 2), 5, 2, 1)],
 )
-def test_depthwise_convolution_is_the_textbook_sum_and_its_gradient_the_adjoint(form, size, k, stride, dilation):
+def test_depthwise_convolution_is_the_textbook_sum_and_its_gradient_the_adjoint(form, size, k, stride, dilation, same):
   x, kernel = normal(0, 2, *size, 3), normal(1, k, k, 1, 3)
-  y, pull = jax.vjp(lambda x, kernel: form(x, kernel, stride, dilation), x, kernel)
-  np.testing.assert_allclose(y, plain_depthwise(np.asarray(x), kernel, stride, dilation), atol=1e-5)
+  y, pull = form(x, kernel, stride, dilation, same)
+  textbook = functools.partial(plain_depthwise, stride=stride, dilation=dilation, same=same)
+  np.testing.assert_allclose(y, textbook(np.asarray(x), kernel), atol=1e-5)
   # <g, conv(u)> = <pull(g), u> for every u, because convolution is linear in the map and in the kernel.
   g, u, v = normal(2, *y.shape), normal(3, *x.shape), normal(4, *kernel.shape)
   by_x, by_kernel = pull(g)
-  along_u, along_v = plain_depthwise(np.asarray(u), kernel, stride, dilation), plain_depthwise(np.asarray(x), v, stride, dilation)
+  along_u, along_v = textbook(np.asarray(u), kernel), textbook(np.asarray(x), v)
   np.testing.assert_allclose((by_x * u).sum(), (g * along_u).sum(), rtol=1e-3, atol=1e-3)
   np.testing.assert_allclose((by_kernel * v).sum(), (g * along_v).sum(), rtol=1e-3, atol=1e-3)
 

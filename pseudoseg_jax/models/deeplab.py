@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pseudoseg_jax.contract import Array
-from pseudoseg_jax.models import resnet
+from pseudoseg_jax.models.backbones import Widths, make_backbone, widths_of
 from pseudoseg_jax.models.layers import BatchNorm, Conv, ConvBN
-from pseudoseg_jax.models.resnet import ResNet
 from pseudoseg_jax.ops import resize
 
 LEAK = 0.01  # PyTorch's default slope
@@ -45,24 +44,39 @@ class Head(nn.Module):
   """ASPP on the last stage, joined with the first stage; per-class scores at stride 4, float32."""
 
   num_classes: int
-  rates: Sequence[int]
+  widths: Widths
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, stages: Sequence[Array], *, train: bool, groups: int = 1) -> Array:
-    context = ASPP(self.rates, dtype=self.dtype, name="aspp")(stages[-1], train=train, groups=groups)
-    low = ConvBN(48, dtype=self.dtype, name="low")(stages[0], train=train, groups=groups)
+    features, low_features, rates = self.widths
+    context = ASPP(rates, features, dtype=self.dtype, name="aspp")(stages[-1], train=train, groups=groups)
+    low = ConvBN(low_features, dtype=self.dtype, name="low")(stages[0], train=train, groups=groups)
     x = jnp.concatenate([resize.bilinear_align_corners(context, low.shape[1:3]), low], -1)
-    x = ConvBN(256, 3, dtype=self.dtype, name="unit1")(x, train=train, groups=groups)
-    x = ConvBN(256, 3, dtype=self.dtype, name="unit2")(x, train=train, groups=groups)
+    x = ConvBN(features, 3, dtype=self.dtype, name="unit1")(x, train=train, groups=groups)
+    x = ConvBN(features, 3, dtype=self.dtype, name="unit2")(x, train=train, groups=groups)
     return Conv(self.num_classes, use_bias=True, name="classifier")(x)
 
 
 def deeplabv3plus(
-  num_classes: int, *, backbone: str = "resnet50", stem: str = "deep", output_stride: int = 16, dtype: Any = jnp.float32
-) -> tuple[ResNet, Head]:
-  """Backbone and head on a ResNet; backbone, stem and output_stride: one of those in `resnet`."""
-  resnet.check_options(backbone=backbone, stem=stem, output_stride=output_stride)
-  # Rates 6, 12, 18 are for stride 16; a map twice as fine needs them twice as large to see as far (DeepLabv3, section 3.3).
-  rates = tuple(rate * max(16 // output_stride, 1) for rate in (6, 12, 18))
-  return ResNet(backbone, stem, output_stride, multi_grid=(1, 2, 4), dtype=dtype), Head(num_classes, rates, dtype=dtype)
+  num_classes: int,
+  *,
+  backbone: str = "resnet50",
+  stem: str = "deep",
+  output_stride: int = 16,
+  head_channels: int = 0,
+  low_channels: int = 0,
+  aspp_rates: Sequence[int] = (),
+  drop_connect: float = 0.0,
+  dtype: Any = jnp.float32,
+) -> tuple[nn.Module, Head]:
+  """Backbone and head.
+
+  Args:
+    backbone, stem, output_stride, drop_connect: as in `backbones.make_backbone`.
+    head_channels, low_channels, aspp_rates: as in `backbones.widths_of`; by default 256, 48 and (6, 12, 18) on ResNets (CPS).
+  """
+  body = make_backbone(
+    backbone, stem=stem, output_stride=output_stride, multi_grid=(1, 2, 4), drop_connect=drop_connect, dtype=dtype
+  )
+  return body, Head(num_classes, widths_of(backbone, head_channels, low_channels, aspp_rates, output_stride), dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pseudoseg_jax.contract import Array
+
 
 def _matrix_product(x: Array, matrix: Array) -> Array:
   # Two-dimensional on purpose: XLA on CPU then needs no transposed copy of the map for the gradient.
@@ -32,71 +34,147 @@ def _convolve_by_taps(x: Array, kernel: Array, dilation: int) -> Array:
   return y
 
 
-def convolve(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Array:
-  """Convolution of [B, H, W, Cin] with [k, k, Cin, Cout], k odd, padded by dilation * (k - 1) / 2 on every side."""
+def _padding(size: int, kernel_size: int, stride: int, dilation: int, same: bool) -> tuple[int, int]:
+  """Pixels before and after an axis: dilation * (k - 1) / 2 on both sides, or as TensorFlow's "SAME" has them."""
+  reach = dilation * (kernel_size // 2)
+  if not same:
+    return reach, reach
+  total = max((-(-size // stride) - 1) * stride + 2 * reach + 1 - size, 0)
+  return total // 2, total - total // 2
+
+
+def convolve(x: Array, kernel: Array, stride: int = 1, dilation: int = 1, same: bool = False) -> Array:
+  """Convolution of [B, H, W, Cin] with [k, k, Cin, Cout], k odd -> [B, ceil(H / stride), ceil(W / stride), Cout].
+
+  same: False pads by dilation * (k - 1) / 2 on every side (PyTorch code); True as TensorFlow's "SAME", which differs where a stride
+    divides a side: there the window starts a pixel later.
+  """
   reach = kernel.shape[0] // 2
   if reach == 0:
     return _matrix_product(x[:, ::stride, ::stride], kernel[0, 0])
   if stride == 1 and 2 * dilation > max(x.shape[1:3]):
     # Most taps read mostly padding (atrous convolutions on small maps): skipping it saves two thirds of the work and more.
     return _convolve_by_taps(x, kernel, dilation)
-  return _library_convolution(x, kernel, stride, dilation)
+  return _library_convolution(x, kernel, stride, dilation, same)
 
 
-def _library_convolution(x: Array, kernel: Array, stride: int, dilation: int, channel_groups: int = 1) -> Array:
-  pad = dilation * (kernel.shape[0] // 2)
+def _library_convolution(x: Array, kernel: Array, stride: int, dilation: int, same: bool, channel_groups: int = 1) -> Array:
   return jax.lax.conv_general_dilated(
     x,
     kernel,
     window_strides=(stride, stride),
-    padding=((pad, pad), (pad, pad)),
+    padding=[_padding(size, kernel.shape[0], stride, dilation, same) for size in x.shape[1:3]],
     rhs_dilation=(dilation, dilation),
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
     feature_group_count=channel_groups,
   )
 
 
-def _depthwise_by_taps(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
-  height, width = x.shape[1:3]
-  reach = kernel.shape[0] // 2
-  # Taps that would read nothing but padding are left out.
-  down, right = (min(reach, (size - 1) // dilation) for size in (height, width))
-  padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (down * dilation,) * 2, (right * dilation,) * 2, (0, 0)))
-  y = 0
-  for i in range(-down, down + 1):
-    for j in range(-right, right + 1):
-      top, left = (i + down) * dilation, (j + right) * dilation
-      y += padded[:, top : top + height : stride, left : left + width : stride] * kernel[i + reach, j + reach, 0]
-  return y.astype(x.dtype)
+class _Taps:
+  """Where the taps of a depthwise convolution read, for one size of the map."""
+
+  def __init__(self, x_shape, kernel_size: int, stride: int, dilation: int, same: bool):
+    self.sides = x_shape[1:3]
+    self.stride, self.dilation = stride, dilation
+    self.pads = [_padding(size, kernel_size, stride, dilation, same) for size in self.sides]
+    self.outputs = [-(-size // stride) for size in self.sides]
+    self.kernel_size = kernel_size
+
+  def of_axis(self, axis: int) -> list[int]:
+    """The taps that read anything but padding."""
+    size, (before, _), last = self.sides[axis], self.pads[axis], (self.outputs[axis] - 1) * self.stride
+    starts = [tap * self.dilation - before for tap in range(self.kernel_size)]
+    return [tap for tap, start in enumerate(starts) if start < size and start + last >= 0]
+
+  def __iter__(self):
+    return itertools.product(self.of_axis(0), self.of_axis(1))
+
+  def padded(self, x: Array) -> Array:
+    return jnp.pad(x.astype(jnp.float32), ((0, 0), *self.pads, (0, 0)))
+
+  def seen(self, padded: Array, i: int | Array, j: int | Array) -> Array:
+    """What tap (i, j) reads: [B, H / stride, W / stride, C]."""
+    spans = ((count - 1) * self.stride + 1 for count in self.outputs)
+    start = (0, i * self.dilation, j * self.dilation, 0)
+    part = jax.lax.dynamic_slice(padded, start, (padded.shape[0], *spans, padded.shape[-1]))
+    return part[:, :: self.stride, :: self.stride]
 
 
-def _depthwise_grouped(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
-  return _library_convolution(x, kernel, stride, dilation, channel_groups=x.shape[-1])
+def _depthwise_by_taps(x: Array, kernel: Array, stride: int, dilation: int, same: bool) -> Array:
+  taps = _Taps(x.shape, kernel.shape[0], stride, dilation, same)
+  padded = taps.padded(x)
+  return sum(taps.seen(padded, i, j) * kernel[i, j, 0] for i, j in taps).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolve_depthwise(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
+def _depthwise_gradients_by_taps(x: Array, kernel: Array, gradient: Array, stride: int, dilation: int, same: bool):
+  """The gradients by x and by the kernel, each as sums over taps.
+
+  That by x gathers: a row of x is read by the taps of one parity alone where the stride is 2. (XLA's own derivative of strided
+  slices scatters into a padded map for every tap.)
+  """
+  taps = _Taps(x.shape, kernel.shape[0], stride, dilation, same)
+  padded, gradient = taps.padded(x), gradient.astype(jnp.float32)
+
+  # A loop over the taps, not one sum beside the other: XLA then compiles one of them instead of 9 or 25, and runs it faster.
+  def of_tap(tap):
+    return jnp.sum(taps.seen(padded, *jnp.divmod(tap, taps.kernel_size)) * gradient, axis=(0, 1, 2))
+
+  by_kernel = jax.lax.map(of_tap, jnp.arange(taps.kernel_size**2)).reshape(kernel.shape)
+
+  # Row r of x is read by output o at tap i where r = o * stride + i * dilation - before.
+  before = [pads[0] for pads in taps.pads]
+  sizes = [-(-size // stride) for size in taps.sides]  # of each phase
+  reach = max(taps.kernel_size * dilation, *before) // stride + 1
+  far = jnp.pad(gradient, ((0, 0), (reach, reach), (reach, reach), (0, 0)))
+
+  def outputs(axis, phase, tap):  # the first output that reads this phase at the tap; None where none does
+    first, rest = divmod(phase + before[axis] - tap * dilation, stride)
+    return None if rest else first
+
+  def phase(a, b):
+    total = jnp.zeros((x.shape[0], *sizes, x.shape[-1]), jnp.float32)
+    for i, j in taps:
+      row, column = outputs(0, a, i), outputs(1, b, j)
+      if row is not None and column is not None:
+        top, left = reach + row, reach + column
+        total += far[:, top : top + sizes[0], left : left + sizes[1]] * kernel[i, j, 0]
+    return total
+
+  phases = jnp.stack([jnp.stack([phase(a, b) for b in range(stride)], 3) for a in range(stride)], 2)
+  whole = phases.reshape(x.shape[0], sizes[0] * stride, sizes[1] * stride, x.shape[-1])
+  return whole[:, : x.shape[1], : x.shape[2]].astype(x.dtype), by_kernel.astype(kernel.dtype)
+
+
+def _depthwise_grouped(x: Array, kernel: Array, stride: int, dilation: int, same: bool) -> Array:
+  return _library_convolution(x, kernel, stride, dilation, same, channel_groups=x.shape[-1])
+
+
+def _depthwise_gradients_grouped(x: Array, kernel: Array, gradient: Array, stride: int, dilation: int, same: bool):
+  grouped = functools.partial(_depthwise_grouped, stride=stride, dilation=dilation, same=same)
+  return jax.vjp(grouped, x, kernel)[1](gradient)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def convolve_depthwise(x: Array, kernel: Array, stride: int, dilation: int, same: bool = False) -> Array:
   """Each channel of [B, H, W, C] by itself with its part of [k, k, 1, C], k odd; padded as in `convolve`.
 
   On CPU a sum over taps, since XLA's grouped convolution takes ten times as long there, with its gradient up to thirty times.
   """
-  by_taps, grouped = (functools.partial(f, stride=stride, dilation=dilation) for f in (_depthwise_by_taps, _depthwise_grouped))
+  options = {"stride": stride, "dilation": dilation, "same": same}
+  by_taps, grouped = (functools.partial(f, **options) for f in (_depthwise_by_taps, _depthwise_grouped))
   return jax.lax.platform_dependent(x, kernel, cpu=by_taps, default=grouped)
 
 
-def _convolve_depthwise(x, kernel, stride, dilation):
-  return convolve_depthwise(x, kernel, stride, dilation), (x, kernel)
+def _convolve_depthwise(x, kernel, stride, dilation, same):
+  return convolve_depthwise(x, kernel, stride, dilation, same), (x, kernel)
 
 
-def _convolve_depthwise_gradient(stride, dilation, residuals, gradient):
+def _convolve_depthwise_gradient(stride, dilation, same, residuals, gradient):
   # By hand, because the derivative of platform_dependent would keep what both ways need.
-  def pull(one_way):
-    def gradients(x, kernel, gradient):
-      return jax.vjp(functools.partial(one_way, stride=stride, dilation=dilation), x, kernel)[1](gradient)
-
-    return gradients
-
-  return jax.lax.platform_dependent(*residuals, gradient, cpu=pull(_depthwise_by_taps), default=pull(_depthwise_grouped))
+  options = {"stride": stride, "dilation": dilation, "same": same}
+  ways = (functools.partial(f, **options) for f in (_depthwise_gradients_by_taps, _depthwise_gradients_grouped))
+  by_taps, grouped = ways
+  return jax.lax.platform_dependent(*residuals, gradient, cpu=by_taps, default=grouped)
 
 
 convolve_depthwise.defvjp(_convolve_depthwise, _convolve_depthwise_gradient)
@@ -171,6 +249,7 @@ class Conv(nn.Module):
   stride: int = 1
   dilation: int = 1
   use_bias: bool = False
+  same: bool = False  # pads as TensorFlow's "SAME" does
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -178,7 +257,7 @@ class Conv(nn.Module):
     """x: [B, H, W, Cin] -> `dtype` [B, ceil(H / stride), ceil(W / stride), features]."""
     shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
     kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
-    y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.dilation)
+    y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.dilation, self.same)
     if self.use_bias:
       y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
     return y
@@ -193,6 +272,7 @@ class DepthwiseConv(nn.Module):
   kernel_size: int = 3
   stride: int = 1
   dilation: int = 1
+  same: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -200,11 +280,12 @@ class DepthwiseConv(nn.Module):
     """x: [B, H, W, C] -> `dtype` [B, ceil(H / stride), ceil(W / stride), C]."""
     shape = (self.kernel_size, self.kernel_size, 1, x.shape[-1])
     kernel = self.param("depthwise", nn.initializers.zeros, shape, jnp.float32)
-    return convolve_depthwise(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.dilation)
+    return convolve_depthwise(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.dilation, self.same)
 
 
-def _leaky(z: Array, negative_slope: float) -> Array:
-  return z if negative_slope == 1 else jnp.where(z > 0, z, negative_slope * z)
+def _activate(z: Array, negative_slope: float, ceiling: float) -> Array:
+  y = z if negative_slope == 1 else jnp.where(z > 0, z, negative_slope * z)
+  return y if ceiling == jnp.inf else jnp.minimum(y, ceiling)
 
 
 def _per_channel(values: Array) -> Array:
@@ -212,32 +293,36 @@ def _per_channel(values: Array) -> Array:
   return values[None, :, None, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def normalize_batch(x: Array, scale: Array, bias: Array, eps: float, negative_slope: float) -> tuple[Array, Array, Array]:
-  """Batch norm with the batch's own statistics, then leaky ReLU: x [B / G, G, H, W, C] -> y, mean and variance f32 [G, C].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def normalize_batch(
+  x: Array, scale: Array, bias: Array, eps: float, negative_slope: float, ceiling: float = jnp.inf
+) -> tuple[Array, Array, Array]:
+  """Batch norm with the batch's own statistics, then leaky ReLU up to a ceiling: x [B / G, G, H, W, C] -> y, mean and variance f32 [G, C].
 
   The gradient keeps nothing but x: the normalised map and the sign for the ReLU are cheaper to redo than to store. `mean` and
   `variance` (over n, not n - 1) are for the running statistics and carry no gradient.
   """
-  return _normalize_batch(x, scale, bias, eps, negative_slope)[0]
+  return _normalize_batch(x, scale, bias, eps, negative_slope, ceiling)[0]
 
 
-def _normalize_batch(x, scale, bias, eps, negative_slope):
+def _normalize_batch(x, scale, bias, eps, negative_slope, ceiling):
   x32 = x.astype(jnp.float32)
   mean = jnp.mean(x32, axis=(0, 2, 3))
   variance = jnp.mean(jnp.square(x32 - _per_channel(mean)), axis=(0, 2, 3))
   inverse = jax.lax.rsqrt(variance + eps)
   factor = inverse * scale
-  y = _leaky(x32 * _per_channel(factor) + _per_channel(bias - mean * factor), negative_slope).astype(x.dtype)
+  y = _activate(x32 * _per_channel(factor) + _per_channel(bias - mean * factor), negative_slope, ceiling).astype(x.dtype)
   return (y, mean, variance), (x, scale, bias, mean, inverse)
 
 
-def _normalize_batch_gradient(eps, negative_slope, residuals, gradients):
+def _normalize_batch_gradient(eps, negative_slope, ceiling, residuals, gradients):
   x, scale, bias, mean, inverse = residuals
   gradient = gradients[0].astype(jnp.float32)
   normalized = (x.astype(jnp.float32) - _per_channel(mean)) * _per_channel(inverse)
   if negative_slope != 1:
     gradient = jnp.where(normalized * scale + bias > 0, gradient, negative_slope * gradient)
+  if ceiling != jnp.inf:
+    gradient = jnp.where(normalized * scale + bias < ceiling, gradient, 0)
   count = x.size // mean.size
   bias_gradient = jnp.sum(gradient, axis=(0, 2, 3))
   scale_gradient = jnp.sum(gradient * normalized, axis=(0, 2, 3))
@@ -258,12 +343,14 @@ class BatchNorm(nn.Module):
 
   momentum: what the running statistics keep per batch; 0.9 is PyTorch's 0.1.
   negative_slope: 0 is a ReLU, 0.01 PyTorch's leaky ReLU, 1 no activation.
+  ceiling: the greatest value that is passed on; 6 with negative_slope 0 is a ReLU6.
   use_scale: without it the scale is 1 and no parameter.
   """
 
   momentum: float = 0.9
   eps: float = 1e-5
   negative_slope: float = 1.0
+  ceiling: float = jnp.inf
   use_scale: bool = True
 
   @nn.compact
@@ -282,10 +369,10 @@ class BatchNorm(nn.Module):
     running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
     if not train:
       factor = scale * jax.lax.rsqrt(running_var.value + self.eps)
-      y = _leaky(x.astype(jnp.float32) * factor + (bias - running_mean.value * factor), self.negative_slope)
+      y = _activate(x.astype(jnp.float32) * factor + (bias - running_mean.value * factor), self.negative_slope, self.ceiling)
       return y.astype(x.dtype)
     grouped = x.reshape(-1, groups, *x.shape[1:])
-    y, mean, variance = normalize_batch(grouped, scale, bias, self.eps, self.negative_slope)
+    y, mean, variance = normalize_batch(grouped, scale, bias, self.eps, self.negative_slope, self.ceiling)
     if not self.is_initializing():
       count = x.size // (groups * channels)
       for group in range(groups):

@@ -15,9 +15,8 @@ import numpy as np
 from flax import linen as nn
 
 from pseudoseg_jax.contract import Array
-from pseudoseg_jax.models import resnet
+from pseudoseg_jax.models.backbones import make_backbone
 from pseudoseg_jax.models.layers import Conv, ConvBN
-from pseudoseg_jax.models.resnet import ResNet
 from pseudoseg_jax.ops import resize
 
 BINS = (1, 2, 3, 6)
@@ -62,9 +61,9 @@ class PyramidPooling(nn.Module):
 
 
 class Backbone(nn.Module):
-  """A ResNet and pyramid pooling on its last stage; parameters of the ResNet stand beside "psp", where those of others stand."""
+  """A backbone and pyramid pooling on its last map; the backbone's parameters stand beside "psp", where those of others stand."""
 
-  body: ResNet
+  body: nn.Module
 
   def setup(self):
     nn.share_scope(self, self.body)
@@ -90,16 +89,30 @@ class Decoder(nn.Module):
 
 
 def pspnet(
-  num_classes: int, *, backbone: str = "resnet50", stem: str = "deep", output_stride: int = 8, dtype: Any = jnp.float32
+  num_classes: int,
+  *,
+  backbone: str = "resnet50",
+  stem: str = "deep",
+  output_stride: int = 8,
+  drop_connect: float = 0.0,
+  dtype: Any = jnp.float32,
 ) -> tuple[Backbone, Decoder]:
-  """CCT's network; backbone, stem and output_stride: one of those in `resnet`."""
-  resnet.check_options(backbone=backbone, stem=stem, output_stride=output_stride)
-  return Backbone(ResNet(backbone, stem, output_stride, dtype=dtype)), Decoder(num_classes)
+  """CCT's network; the options are those of `backbones.make_backbone`."""
+  body = make_backbone(backbone, stem=stem, output_stride=output_stride, drop_connect=drop_connect, dtype=dtype)
+  return Backbone(body), Decoder(num_classes)
 
 
 def pspnet_pixelssl(
-  num_classes: int, *, backbone: str = "resnet50", stem: str = "plain", output_stride: int = 16, dtype: Any = jnp.float32
+  num_classes: int,
+  *,
+  backbone: str = "resnet50",
+  stem: str = "plain",
+  output_stride: int = 16,
+  drop_connect: float = 0.0,
+  dtype: Any = jnp.float32,
 ) -> tuple[Backbone, Decoder]:
   """PixelSSL's network: as `pspnet`, but dilations 2, 4, 8 in the last stage, and a decoder that overshoots stride 1."""
-  resnet.check_options(backbone=backbone, stem=stem, output_stride=output_stride)
-  return Backbone(ResNet(backbone, stem, output_stride, multi_grid=(1, 2, 4), dtype=dtype)), Decoder(num_classes)
+  body = make_backbone(
+    backbone, stem=stem, output_stride=output_stride, multi_grid=(1, 2, 4), drop_connect=drop_connect, dtype=dtype
+  )
+  return Backbone(body), Decoder(num_classes)

@@ -11,7 +11,6 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pseudoseg_jax import checks
 from pseudoseg_jax.contract import Array
 from pseudoseg_jax.models.layers import ConvBN, max_pool, max_pool_same
 
@@ -19,16 +18,6 @@ BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4,
 BOTTLENECK = ("resnet50", "resnet101")
 STEMS = ("plain", "deep")
 OUTPUT_STRIDES = (8, 16, 32)
-
-
-def check_options(*, backbone: str, stem: str, output_stride: int) -> None:
-  """Raises checks.InputError unless a `ResNet` can be built with these options of a network."""
-  checks.check_name("network.backbone", backbone, BLOCKS)
-  checks.check_name("network.stem", stem, STEMS)
-  if output_stride not in OUTPUT_STRIDES:
-    problems = checks.Problems("the network cannot be built")
-    problems.add("network.output_stride", got=output_stride, allowed=OUTPUT_STRIDES)
-    problems.raise_if_any()
 
 
 def strides_and_dilations(

@@ -15,7 +15,7 @@ from flax import traverse_util
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import PyTree
 
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_LEAVES = {"kernel": "weight", "depthwise": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 # A row is one brick: the pattern of our module, their convolution, their batch norm. Our halves of a brick end in "/conv" and
 # "/bn"; a module that is only one of the two has no such ending, and None stands for what it lacks. Bare numbers are places in
@@ -43,6 +43,12 @@ _HIGH_RESOLUTION: Rows = [
   ),
   (r"stage(\d)_(\d)/fuse(\d)_(\d)", r"stage\1.\2.fuse_layers.\3.\4.0", r"stage\1.\2.fuse_layers.\3.\4.1"),
   (r"stage(\d)_(\d)/fuse(\d)_(\d)_(\d)", r"stage\1.\2.fuse_layers.\3.\4.\5.0", r"stage\1.\2.fuse_layers.\3.\4.\5.1"),
+]
+_EFFICIENTNET: Rows = [
+  (r"stem", "_conv_stem", "_bn0"),
+  (r"block(\d+)/expand", r"_blocks.\1._expand_conv", r"_blocks.\1._bn0"),
+  (r"block(\d+)/depthwise", r"_blocks.\1._depthwise_conv", r"_blocks.\1._bn1"),
+  (r"block(\d+)/project", r"_blocks.\1._project_conv", r"_blocks.\1._bn2"),
 ]
 
 _CPS_HEAD: Rows = [
@@ -89,6 +95,7 @@ def _below(ours: str, theirs: str, rows: Rows) -> Rows:
 _HEADS: dict[str, Rows] = {
   "deeplabv3plus": _below("head/", "", _CPS_HEAD),
   "deeplabv3plus_unimatch": _below("head/", "", _UNIMATCH_HEAD),
+  "efficientnet_lite": _below("head/", "", [(r"unit", "_conv_head", "_bn1"), (r"classifier", "_fc", None)]),  # of whole images
   "hrnet": _below("head/", "", _HRNET_HEAD),
   "pspnet": [
     *_below("backbone/", "encoder.base.", _CCT_RESNET),
@@ -102,13 +109,14 @@ _BACKBONE_PREFIX = {
   "deeplabv3plus_unimatch": "backbone.",
   "pspnet_pixelssl": "backbone.",
   "hrnet": "",
+  "efficientnet_lite": "",
 }
 
 
 def _backbone_rows(paths: Iterable[str], prefix: str) -> Rows:
   deep_stem = any(path.startswith("backbone/stem/unit3/") for path in paths)
   stem = _DEEP_STEM if deep_stem else _PLAIN_STEM
-  return _below("backbone/", prefix, [*stem, *_BLOCKS, *_HIGH_RESOLUTION])
+  return _below("backbone/", prefix, [*stem, *_BLOCKS, *_HIGH_RESOLUTION, *_EFFICIENTNET])
 
 
 def _name(path: str, rows: Rows) -> str | None:
@@ -142,7 +150,8 @@ def names(paths: Iterable[str], network: str) -> dict[str, str | None]:
 
 
 def backbone_names(paths: Iterable[str]) -> dict[str, str | None]:
-  """As `names`, for files of a backbone alone: torchvision's names of ResNets, the official (and timm's) of HRNets.
+  """As `names`, for files of a backbone alone: torchvision's names of ResNets, the official (and timm's) of HRNets, those of the
+  PyPI package efficientnet_lite_pytorch.
 
   A deep stem has the names of CPS, UniMatch and timm ("conv1.0" ...). None for what is no part of the backbone proper (heads,
   pyramid pooling).
@@ -153,9 +162,12 @@ def backbone_names(paths: Iterable[str]) -> dict[str, str | None]:
 
 
 def to_ours(value: np.ndarray, path: str) -> np.ndarray:
-  """One tensor in our layout: kernels go from [Cout, Cin, k, k] to [k, k, Cin, Cout], or from [Cout, Cin] to [Cin, Cout]."""
+  """One tensor in our layout: kernels go from [Cout, Cin, k, k] to [k, k, Cin, Cout], or from [Cout, Cin] to [Cin, Cout].
+
+  Of depthwise ones Cin is 1.
+  """
   value = np.asarray(value)
-  if path.endswith("kernel") and value.ndim in (2, 4):
+  if path.endswith(("kernel", "depthwise")) and value.ndim in (2, 4):
     return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
   return value
 

@@ -90,8 +90,11 @@ def check_activations(golden, outputs, atol):
       np.testing.assert_allclose(value, golden[f"act_{key}"][i], rtol=0, atol=atol, err_msg=f"{name} {key}")
 
 
-def check_tensors(record_file, state_dict):
-  """Names, shapes and, where recorded, first values and checksums are those of the published network; neither side has more."""
+def check_tensors(record_file, state_dict, gain=1.0):
+  """Names, shapes and, where recorded, first values and checksums are those of the published network; neither side has more.
+
+  gain: of the convolutions' recorded first values.
+  """
   record = json.loads(record_file.read_text())
   entries = record.get("entries") or [
     {"name": name, "shape": shape, **record["check"].get(name, {})} for name, shape in record["shapes"].items()
@@ -101,7 +104,7 @@ def check_tensors(record_file, state_dict):
   for name, entry in entries.items():
     if "first3" in entry:
       assert zlib.crc32(name.encode()) == entry["crc32"]
-      np.testing.assert_allclose(drawn(name, entry["shape"]).ravel()[:3], entry["first3"], rtol=1e-6)
+      np.testing.assert_allclose(drawn(name, entry["shape"], gain).ravel()[:3], entry["first3"], rtol=1e-6)
   counted = sum(value.size for name, value in state_dict.items() if not name.endswith(("running_mean", "running_var")))
   assert counted == record["n_params"]
 
