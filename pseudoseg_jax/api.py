@@ -38,7 +38,7 @@ from pseudoseg_jax.evaluation import panels, pictures, report
 from pseudoseg_jax.evaluation.display import RunResults, ScoreTable
 from pseudoseg_jax.evaluation.evaluator import Evaluator
 from pseudoseg_jax.evaluation.predictor import Predictor
-from pseudoseg_jax.models import pretrained
+from pseudoseg_jax.models import imagenet, pretrained
 from pseudoseg_jax.trained import (
   check_plain, given_nets, is_exported, network_shapes, open_trained, put_nets, weights_of,
 )  # fmt: skip
@@ -253,6 +253,7 @@ def train(
   configs.override(config, overrides or {})
   if data is not None:
     build.name_given(config, data)
+  build.take_normalization(config)
   workdir = pathlib.Path(os.path.expanduser(workdir))
   with contextlib.ExitStack() as resources:
     stop = resources.enter_context(StopRequest(owns_process=owns_process))
@@ -557,6 +558,9 @@ def _starting_weights(config: configs.ConfigDict, classes: Classes) -> tuple[dic
     if config.method.get("frozen_batch_norm", "none") != "none" or config.optimizer.freeze_batch_norm:
       log.warning("batch norm is frozen, but no weights are loaded: set config.network.pretrained, or do not freeze it")
     return {}, ""
+  if config.network.pretrained == "imagenet":
+    options = config.network
+    source = imagenet.source_of(options.name, options.get("backbone", ""), options.get("stem", ""))
   if config.network.pretrained:
     tensors = pretrained.read(source)
   else:

@@ -33,7 +33,7 @@ from pseudoseg_jax.evaluation import hints, inference
 from pseudoseg_jax.evaluation.evaluator import Evaluator, make_evaluator
 from pseudoseg_jax.evaluation.inference import Protocol
 from pseudoseg_jax.methods import table as methods_table
-from pseudoseg_jax.models import table as models_table
+from pseudoseg_jax.models import imagenet, table as models_table
 from pseudoseg_jax.ops import losses, schedules
 
 log = logging.getLogger("pseudoseg_jax")
@@ -601,6 +601,28 @@ def build_network(config: configs.ConfigDict, num_classes: int) -> Network:
   options["dtype"] = jnp.dtype(options["dtype"])
   channels = config.data.get("channels", 3)
   return models_table.make_network(config.network.name, num_classes=num_classes, in_channels=channels, **options)
+
+
+def take_normalization(config: configs.ConfigDict) -> None:
+  """Lets config.data say, in place, how images were normalized for the weights of network.pretrained=imagenet.
+
+  The default of config.data is nobody's choice and makes way; another one stays, with a warning.
+  """
+  backbone = config.network.get("backbone", "")
+  if config.network.pretrained != "imagenet" or backbone not in imagenet.BACKBONES or config.data.get("channels", 3) != 3:
+    return
+  wanted, default = imagenet.normalization_of(backbone), configs.base(config.method).data
+  said = (tuple(config.data.mean), tuple(config.data.std))
+  in_words = "mean {} and deviation {}".format(*(",".join(f"{value:.3f}" for value in values) for values in wanted))
+  if said == wanted:
+    return
+  if said == (tuple(default.mean), tuple(default.std)):
+    config.data.mean, config.data.std = wanted
+    log.info("images are normalized as for the weights of %s: %s", backbone, in_words)
+  else:
+    log.warning(
+      "config.data.mean=%s and config.data.std=%s are kept, but the weights of %s were trained with %s", *said, backbone, in_words
+    )
 
 
 def build_optimizer(config: configs.ConfigDict) -> Optimizer:

@@ -35,7 +35,8 @@ def network(name: str, **options) -> ConfigDict:
   checks.check_name("network", name, models_table.NETWORKS)
   defaults = defaults_of(models_table.NETWORKS[name]) | {
     "dtype": "float32",  # "bfloat16": activations only
-    "pretrained": "",  # weights to start from: a file (.safetensors, .pth) or "hf://organisation/name[/file]"
+    # Weights to start from: "imagenet", a file (.safetensors, .pth), or "hf://organisation/name[/file]".
+    "pretrained": "",
   }
   return _differing(ConfigDict({"name": name, **defaults}), options)
 

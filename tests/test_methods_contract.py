@@ -279,13 +279,16 @@ KINDS = ("deeplabv3plus", "deeplabv3plus_tf", "pspnet", "hrnet")
 OF_MAPS = ("ael", "ancillary", "cct", "cutmix_seg:cutout", "pseudoseg", "self_correcting", "unimatch")
 PAIRS = [("supervised", name) for name in NETWORKS if name != "tiny"]
 PAIRS += [(case, name) for case in CASES for name in KINDS if case in OF_MAPS or (":" not in case and name == "deeplabv3plus_tf")]
+PAIRS += [(case, "deeplabv3plus on efficientnet_lite0") for case in CASES if ":" not in case]
+PAIRS += [(case, "pspnet on efficientnet_lite0") for case in OF_MAPS]
 PAIRS = list(dict.fromkeys(PAIRS))
 
 
 @functools.cache
 def large_network(name):
-  options = {"backbone": "hrnet_w18_small_v1"} if name == "hrnet" else {}
-  return make_network(name, num_classes=K, **options)
+  name, _, backbone = name.partition(" on ")
+  backbone = backbone or ("hrnet_w18_small_v1" if name == "hrnet" else "")
+  return make_network(name, num_classes=K, **({"backbone": backbone} if backbone else {}))
 
 
 @pytest.mark.slow
