@@ -1,0 +1,256 @@
+"""Runs a benchmark: methods x seeds x data sets x label shares, each run a fresh process; tables and plots are made from what they leave.
+
+  python launch/benchmark.py run launch/benchmarks/photographs.py --data_root=DIR --workdir=W --workers=2
+  python launch/benchmark.py run launch/benchmarks/photographs.py --data_root=DIR --workdir=W --only=leeds_butterfly/fixmatch
+  python launch/benchmark.py table launch/benchmarks/photographs.py --data_root=DIR --workdir=W
+
+Every finished run is one line of JSON in launch/benchmarks/results/NAME.jsonl, with a digest of its settings: a run is done again when
+its settings have changed, and only then; one that was interrupted resumes where it was. A failed run is told with its log and stops
+no other. The table holds the runs with the settings of now, and says what is missing; it is written beside the results, as NAME.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import datetime
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """config: an ml_collections config that is evaluated on val. test: overrides that evaluate on test instead.
+  variant: what the method is given beside images, in words; "" for nothing. labels: the labeled share, in words."""
+
+  data_set: str
+  method: str
+  variant: str
+  labels: str
+  seed: int
+  config: Any
+  test: Mapping[str, str]
+
+  @property
+  def key(self) -> str:
+    """"leeds_butterfly/pseudoseg+image-level labels/5 a class/0": unique in a benchmark, also the name of its folder."""
+    return "/".join([self.data_set, self.method + f"+{self.variant}" * bool(self.variant), self.labels, str(self.seed)])
+
+  def digest(self) -> str:
+    """Of all settings; where the data lie is none of them."""
+    options = self.config.to_dict()
+    options["data"]["root"] = ""
+    options["data"]["split"] = pathlib.PurePath(options["data"]["split"]).name
+    text = json.dumps([self.data_set, options, dict(self.test)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load(path: pathlib.Path):
+  """A benchmark file as a module: `runs(data_root, workdir, seeds)` yields Run, its docstring is the protocol."""
+  sys.modules.setdefault("benchmark", sys.modules[__name__])
+  spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def read_results(path: pathlib.Path) -> list[dict]:
+  """The lines of a results file; one that a kill cut short is told and left out."""
+  results = []
+  for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+    try:
+      results.append(json.loads(line))
+    except json.JSONDecodeError:
+      print(f"{path}, line {number}: no JSON, left out", file=sys.stderr)
+  return results
+
+
+def newest(results: list[dict], runs: list[Run]) -> dict[str, dict]:
+  """key -> the newest result of each run with the settings of now."""
+  digests = {run.key: run.digest() for run in runs}
+  return {result["key"]: result for result in results if digests.get(result["key"]) == result["digest"]}
+
+
+# --- one run
+
+
+def do_one(run: Run, workdir: pathlib.Path) -> dict:
+  """Trains and scores a run in this process, and returns its result."""
+  import jax
+
+  import pseudoseg_jax
+
+  folder, begun = workdir / "runs" / run.digest(), time.time()
+  trained = pseudoseg_jax.train(run.config, folder)
+  if not trained["finished"]:
+    raise SystemExit(f"stopped by {trained['stopped_by']}")
+  last, best = trained["last"], trained["best"]
+
+  def on_test(checkpoint):
+    scores = pseudoseg_jax.evaluate(folder, checkpoint=checkpoint, overrides=dict(run.test))
+    return {name: round(100 * float(score.miou), 2) for name, score in scores.items()}, scores
+
+  test, scores = on_test("last")
+  headline = next(iter(test))
+  val = {name: round(100 * score["miou"], 2) for name, score in last["predictors"].items()}
+  best_val = {"step": best["step"], "val": round(100 * best["predictors"][headline]["miou"], 2)}
+  best_val["test"] = test[headline] if best["step"] == last["step"] else on_test("best")[0][headline]
+  minutes = json.loads((folder / "minutes.json").read_text()) if (folder / "minutes.json").exists() else 0.0
+  return {
+    "key": run.key, "digest": run.digest(), "data_set": run.data_set, "method": run.method, "variant": run.variant, "labels": run.labels,
+    "seed": run.seed, "steps": last["step"], "headline": headline, "test": test, "val": val, "best_val": best_val,
+    "iou": [None if value != value else round(100 * float(value), 1) for value in scores[headline].iou],
+    "minutes": round(minutes + (time.time() - begun) / 60, 1), "date": datetime.date.today().isoformat(),
+    "device": jax.devices()[0].device_kind, "jax": jax.__version__, "pseudoseg_jax": pseudoseg_jax.__version__,
+  }  # fmt: skip
+
+
+def _environment(core: int | None, workdir: pathlib.Path) -> dict[str, str]:
+  """One core for a run where several run side by side; all share what the compiler made."""
+  cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1"}
+  if core is None:
+    return os.environ | cache
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+  threads = dict.fromkeys(("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"), "1")
+  return os.environ | cache | threads | {"XLA_FLAGS": flags.strip()}
+
+
+def _start(known, run: Run, core: int | None, children: set) -> dict | None:
+  """Runs one in a process of its own; its result, None where it failed."""
+  folder = known.workdir / "runs" / run.digest()
+  folder.mkdir(parents=True, exist_ok=True)
+  told, log = folder.with_suffix(".json"), folder.with_suffix(".log")
+  command = [sys.executable, __file__, "one", str(known.benchmark), f"--data_root={known.data_root}", f"--workdir={known.workdir}",
+             f"--seeds={run.seed}", f"--only=^{re.escape(run.key)}$"]  # fmt: skip
+  with log.open("a") as file:
+    pinned = {"preexec_fn": lambda: os.sched_setaffinity(0, {core})} if core is not None and hasattr(os, "sched_setaffinity") else {}
+    child = subprocess.Popen(command, env=_environment(core, known.workdir), stdout=file, stderr=file, **pinned)
+  children.add(child)
+  code = child.wait()
+  children.discard(child)
+  if code or not told.exists():
+    print(f"FAILED  {run.key}: exit status {code}, see {log}", flush=True)
+    return None
+  return json.loads(told.read_text())
+
+
+def do_run(known, runs: list[Run]) -> int:
+  """Runs what has no result yet; the number of those that failed."""
+  done = newest(read_results(known.results), runs)
+  left = [run for run in runs if run.key not in done]
+  print(f"{len(runs)} runs, {len(runs) - len(left)} done, {len(left)} to do", flush=True)
+  cores = collections.deque(range(known.workers)) if known.workers > 1 else collections.deque([None])
+  lock, children, failed, stopping = threading.Lock(), set(), [], threading.Event()
+
+  def work(number_and_run):
+    number, run = number_and_run
+    if stopping.is_set():
+      return
+    with lock:
+      core = cores.popleft()
+    result = _start(known, run, core, children)
+    with lock:
+      cores.append(core)
+      if result is None:
+        failed.append(run.key)
+        return
+      known.results.parent.mkdir(parents=True, exist_ok=True)
+      with known.results.open("a") as file:
+        file.write(json.dumps(result) + "\n")
+      print(f"{number}/{len(left)}  {run.key}: test {result['test'][result['headline']]:.1f}  ({result['minutes']:.1f} min)", flush=True)
+
+  with concurrent.futures.ThreadPoolExecutor(max(known.workers, 1)) as pool:
+    try:
+      list(pool.map(work, enumerate(left, start=1)))
+    except KeyboardInterrupt:
+      stopping.set()
+      for child in list(children):
+        child.terminate()
+      raise
+  return len(failed)
+
+
+# --- tables
+
+
+def _mean(values: list[float]) -> str:
+  return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def table(protocol: str, runs: list[Run], done: Mapping[str, dict]) -> str:
+  """One section a data set and label share: mean, standard deviation and number of seeds, and what that is above supervised.
+
+  The difference is taken seed by seed, over the seeds that both have.
+  """
+  groups = collections.defaultdict(lambda: collections.defaultdict(dict))
+  for run in runs:
+    if run.key in done:
+      groups[run.data_set, run.labels][run.method, run.variant][run.seed] = done[run.key]
+  lines = [protocol.strip(), "", f"{len(done)} of {len(runs)} runs are done."]
+  for (data_set, labels), methods in groups.items():
+    of_headline = lambda result: result["test"][result["headline"]]
+    baseline = {seed: of_headline(result) for seed, result in methods.get(("supervised", ""), {}).items()}
+    lines += ["", f"## {data_set}, labels: {labels.replace('_', '/')}", "",
+              "| method | seeds | test mIoU % | above supervised | at the best val | minutes |", "|---|---|---|---|---|---|"]  # fmt: skip
+    order = sorted(methods.items(), key=lambda item: -statistics.mean(map(of_headline, item[1].values())))
+    for (method, variant), by_seed in order:
+      above = [of_headline(result) - baseline[seed] for seed, result in by_seed.items() if seed in baseline]
+      gain = "-" if method == "supervised" or not above else re.sub(r"^(?=\d)", "+", _mean(above))
+      best = statistics.mean(result["best_val"]["test"] for result in by_seed.values())
+      minutes = statistics.mean(result["minutes"] for result in by_seed.values())
+      name = method + f" + {variant}" * bool(variant)
+      values = [of_headline(result) for result in by_seed.values()]
+      lines.append(f"| {name} | {len(by_seed)} | {_mean(values)} | {gain} | {best:.1f} | {minutes:.0f} |")
+  return "\n".join(lines) + "\n"
+
+
+def _parse(arguments=None):
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser.add_argument("action", choices=("run", "table", "one"), help="'one' is what 'run' starts for each")
+  parser.add_argument("benchmark", type=pathlib.Path, help="a file of launch/benchmarks")
+  parser.add_argument("--data_root", required=True, type=pathlib.Path, help="the folder that holds the data sets")
+  parser.add_argument("--workdir", required=True, type=pathlib.Path, help="for checkpoints and logs; may be deleted when all is done")
+  parser.add_argument("--results", type=pathlib.Path, help="default: results/NAME.jsonl beside the benchmark file")
+  parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: 0,1,2)")
+  parser.add_argument("--only", action="append", default=[], help="runs whose key this pattern finds; may be repeated")
+  parser.add_argument("--workers", default=1, type=int, help="runs side by side, each on a core of its own where more than one")
+  known = parser.parse_args(arguments)
+  known.results = known.results or known.benchmark.parent / "results" / f"{known.benchmark.stem}.jsonl"
+  return known
+
+
+def main(arguments=None) -> int:
+  known = _parse(arguments)
+  benchmark = load(known.benchmark)
+  runs = list(benchmark.runs(known.data_root, known.workdir, [int(seed) for seed in known.seeds.split(",")]))
+  runs = [run for run in runs if not known.only or any(re.search(pattern, run.key) for pattern in known.only)]
+  if not runs:
+    print(f"no run fits {known.only}", file=sys.stderr)
+    return 2
+  if known.action == "run":
+    return 1 if do_run(known, runs) else 0
+  if known.action == "one":
+    result = do_one(runs[0], known.workdir)
+    (known.workdir / "runs" / f"{runs[0].digest()}.json").write_text(json.dumps(result))
+    return 0
+  text = table(benchmark.__doc__, runs, newest(read_results(known.results), runs))
+  known.results.with_suffix(".md").write_text(text)
+  print(text)
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

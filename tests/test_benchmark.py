@@ -1,0 +1,168 @@
+"""The benchmark tool: real runs of a tiny benchmark in processes of their own, and tables of results made by hand."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pseudoseg_jax import config as configs
+
+LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+  spec = importlib.util.spec_from_file_location("benchmark", LAUNCH / "benchmark.py")
+  module = importlib.util.module_from_spec(spec)
+  sys.modules["benchmark"] = module  # where benchmark files import Run from
+  spec.loader.exec_module(module)
+  yield module
+  del sys.modules["benchmark"]
+
+
+TINY = '''"""Tiny."""
+from benchmark import Run
+from pseudoseg_jax import config as configs
+
+
+def runs(root, workdir, seeds):
+  for seed in seeds:
+    for method in ("supervised", "single_pseudo"):
+      config = configs.make_config(method, network="tiny", crop=16, steps=STEPS, data=configs.folder_data(
+        root=str(root), classes="classes.txt", image_pattern="images/train/{id}.png", label_pattern="labels/train/{id}.png",
+        split="1_2", eval_image_pattern="images/val/{id}.png", eval_label_pattern="labels/val/{id}.png"))
+      config.seed, config.network.width, config.evaluation.pictures = seed, 4, 0
+      config.batch_size_global = {"labeled": 2, "unlabeled": 2}
+      if method == "single_pseudo" and BROKEN:
+        config.method.weight, config.optimizer.learning_rate = 1.0, -1.0
+      yield Run("squares", method, "", "1_2", seed, config, {"data.eval_image_pattern": "images/test/{id}.png",
+                                                             "data.eval_label_pattern": "labels/test/{id}.png"})
+'''
+
+
+@pytest.fixture
+def squares(tmp_path):
+  """A folder of images with a bright square each, in the layout of the data sets."""
+  rng = np.random.default_rng(0)
+  for split, count in {"train": 4, "val": 2, "test": 3}.items():
+    for number in range(count):
+      mask = np.zeros((20, 24), np.uint8)
+      top, left = rng.integers(0, 10, 2)
+      mask[top : top + 8, left : left + 8] = 1
+      for kind, array in {"images": np.repeat(40 + 160 * mask[..., None], 3, -1), "labels": mask}.items():
+        path = tmp_path / "data" / kind / split / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path)
+  (tmp_path / "data" / "classes.txt").write_text("background\nsquare\n")
+  return tmp_path
+
+
+def write(folder, steps=2, broken=False):
+  (folder / "tiny.py").write_text(TINY.replace("STEPS", str(steps)).replace("BROKEN", str(broken)))
+
+
+def command(folder, action, *options):
+  paths = [f"--data_root={folder}/data", f"--workdir={folder}/work", f"--results={folder}/results.jsonl"]
+  return [sys.executable, str(LAUNCH / "benchmark.py"), action, str(folder / "tiny.py"), *paths, *options]
+
+
+def call(folder, action, *options):
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device is enough
+  return subprocess.run(command(folder, action, *options), capture_output=True, text=True, env=environment, check=False)
+
+
+def results(folder):
+  path = folder / "results.jsonl"
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_runs_are_done_once_again_where_settings_changed_and_a_failure_stops_no_other(squares):
+  write(squares, broken=True)
+  first = call(squares, "run", "--seeds=0")
+  assert first.returncode == 1 and "FAILED  squares/single_pseudo/1_2/0" in first.stdout, first.stderr
+  (result,) = results(squares)
+  assert result["key"] == "squares/supervised/1_2/0" and result["steps"] == 2
+  assert set(result["test"]) == {"student"} and len(result["iou"]) == 2 and result["best_val"]["step"] == 2
+  log = pathlib.Path(first.stdout.partition("see ")[2].strip().splitlines()[0])
+  assert "config.optimizer.learning_rate" in log.read_text()
+
+  write(squares)
+  second = call(squares, "run", "--seeds=0", "--workers=2")
+  assert second.returncode == 0 and "2 runs, 1 done, 1 to do" in second.stdout, second.stdout + second.stderr
+  assert [one["method"] for one in results(squares)] == ["supervised", "single_pseudo"]
+  assert "2 runs, 2 done, 0 to do" in call(squares, "run", "--seeds=0").stdout
+
+  with (squares / "results.jsonl").open("a") as file:
+    file.write('{"key": "cut sho')  # as a kill leaves it
+  table = call(squares, "table", "--seeds=0")
+  assert "2 of 2 runs are done" in table.stdout and "left out" in table.stderr
+  assert (squares / "results.md").read_text() in table.stdout
+
+  write(squares, steps=3)
+  assert "0 of 2 runs are done" in call(squares, "table", "--seeds=0").stdout
+
+
+def test_an_interrupted_benchmark_takes_its_children_along(squares):
+  write(squares, steps=100_000)
+  child = subprocess.Popen(command(squares, "run", "--seeds=0"), stdout=subprocess.PIPE, text=True, start_new_session=True)
+  until = time.time() + 120
+  while not list(squares.glob("work/runs/*/history.jsonl")) and time.time() < until:
+    time.sleep(0.2)
+  child.send_signal(signal.SIGINT)
+  assert child.wait(60) != 0
+  group = subprocess.run(["ps", "-o", "pid=", "-g", str(child.pid)], capture_output=True, text=True, check=False).stdout.split()
+  assert not group and not results(squares)
+
+
+def result_of(run, test, best=None, minutes=2.0):
+  return {
+    "key": run.key, "digest": run.digest(), "headline": "student", "test": {"student": test, "teacher": 99.0},
+    "best_val": {"step": 1, "val": 0.0, "test": best or test}, "minutes": minutes,
+  }  # fmt: skip
+
+
+def make_runs(benchmark, methods, seeds, **data):
+  config = lambda method: configs.make_config(method, network="tiny", data=configs.folder_data(**data))
+  return [benchmark.Run("leaves", method, "", "1_8", seed, config(method), {}) for method in methods for seed in seeds]
+
+
+def test_the_table_takes_differences_seed_by_seed(benchmark):
+  runs = make_runs(benchmark, ["supervised", "cps", "fixmatch"], [0, 1])
+  scores = {"leaves/supervised/1_8/0": 40.0, "leaves/supervised/1_8/1": 44.0, "leaves/cps/1_8/0": 43.0, "leaves/cps/1_8/1": 45.0}
+  done = {run.key: result_of(run, scores[run.key]) for run in runs if run.key in scores}
+  done |= {run.key: result_of(run, 39.0, best=50.0) for run in runs if run.key == "leaves/fixmatch/1_8/1"}
+  lines = benchmark.table("Words.", runs, done).splitlines()
+  assert lines[0] == "Words." and "5 of 6 runs are done." in lines and "## leaves, labels: 1/8" in lines
+  assert lines[-3:] == [
+    "| cps | 2 | 44.0 ± 1.4 | +2.0 ± 1.4 | 44.0 | 2 |",
+    "| supervised | 2 | 42.0 ± 2.8 | - | 42.0 | 2 |",
+    "| fixmatch | 1 | 39.0 | -5.0 | 50.0 | 2 |",
+  ]
+
+
+def test_the_digest_is_of_settings_and_not_of_places(benchmark):
+  (here,), (there,), (other,) = (
+    make_runs(benchmark, ["cps"], [0], root=root, split=split)
+    for root, split in (("/a", "/a/lists/x.txt"), ("/b", "/b/lists/x.txt"), ("/a", "/a/lists/y.txt"))
+  )
+  assert here.digest() == there.digest() != other.digest()
+  assert benchmark.newest([result_of(here, 1.0), result_of(there, 2.0)], [here])[here.key]["test"]["student"] == 2.0
+
+
+def test_the_runs_of_the_photographs_are_distinct_and_their_configs_are_of_methods(benchmark, tmp_path):
+  for number in range(12):
+    path = tmp_path / "leeds_butterfly" / "images" / "train" / f"{number // 6:03}{number:04}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+  runs = list(benchmark.load(LAUNCH / "benchmarks" / "photographs.py").runs(tmp_path, tmp_path / "work", [0, 1]))
+  assert len({run.key for run in runs}) == len({run.digest() for run in runs}) == len(runs)
+  listed = pathlib.Path(runs[0].config.data.split).read_text().split()
+  assert len(listed) == 10 and sum(name.startswith("000") for name in listed) == 5
