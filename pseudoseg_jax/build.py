@@ -664,6 +664,19 @@ def build_criterion(config: configs.ConfigDict):
   return functools.partial(losses.cross_entropy_mean, denominator=options.denominator)
 
 
+def _unlabeled_weight(config: configs.ConfigDict) -> Callable:
+  """step -> the factor of config.unlabeled_loss."""
+  options, problems = config.unlabeled_loss, checks.Problems("the config cannot be run")
+  if not options.factor > 0:
+    remedy = "without such a loss: --config=configs/folder.py:method=supervised"
+    problems.add("config.unlabeled_loss.factor", got=options.factor, allowed="above 0", remedy=remedy)
+  if not 0 <= options.rampup_fraction <= 1:
+    problems.add("config.unlabeled_loss.rampup_fraction", got=options.rampup_fraction, allowed="0..1, a part of the run")
+  problems.raise_if_any()
+  length_steps = options.rampup_fraction * config.total_steps
+  return lambda step: options.factor * (schedules.sigmoid_rampup(step, length_steps) if length_steps else 1.0)
+
+
 def build_method(
   config: configs.ConfigDict, num_classes: int, num_unlabeled: int = 0, other_classes: Sequence[int] = ()
 ) -> Method:
@@ -686,6 +699,7 @@ def build_method(
     other_classes=tuple(other_classes),
     mean=tuple(config.data.mean),
     std=tuple(config.data.std),
+    unlabeled_weight=_unlabeled_weight(config),
   )
   return methods_table.METHODS[config.method.name](task, **options)
 

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.methods import mean_teacher, table as methods_table
-from pseudoseg_jax.models import table as models_table
+from pseudoseg_jax.models import imagenet, table as models_table
 
 ConfigDict = ml_collections.ConfigDict
 
@@ -109,6 +109,12 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "classifier_multiplier": 1.0,  # of the classifiers, relative to the rest of their heads (Learning Pseudo Labels: 10)
       "bias_multiplier": 1.0,  # learning rate of the classifiers' biases, relative to the rest (TensorFlow DeepLab: 2)
       "freeze_batch_norm": False,  # True: scales and offsets of the backbone's batch norms stay as pretrained (ClassMix, CutMix-Seg)
+    },
+    # Of whatever a method learns without pixel labels, on top of its own weight and ramp. Published weights are of runs of tens of
+    # thousands of steps: in a short one there is nothing to learn from a network that knows nothing yet.
+    "unlabeled_loss": {
+      "factor": 1.0,  # on the weight
+      "rampup_fraction": 0.0,  # part of the run over which it rises as exp(-5 (1 - t)^2), from 0.0067
     },
     "criterion": {
       "name": "cross_entropy",  # or "ohem"
@@ -255,7 +261,7 @@ def make_config(
   method_name: str = "cps",
   *,
   convention: str = "",
-  network: str = "deeplabv3plus",
+  network: str = "",
   backbone: str = "",
   crop: int = 321,
   steps: int = 20_000,
@@ -266,7 +272,8 @@ def make_config(
 
   Args:
     convention: of the method, see `method`.
-    network, backbone: names of models.table; "" for the network's own backbone.
+    network, backbone: names of models.table, from random weights; with neither, DeepLabv3+ on EfficientNet-Lite0 with ImageNet's
+      weights where their package is installed, else on a ResNet-50 from random weights, which the run warns of.
     crop: height and width of the training views in pixels.
     steps: total_steps.
     data: config.data, such as `folder_data(root=..., ...)`; None where the images are given to `pseudoseg_jax.train`.
@@ -277,11 +284,16 @@ def make_config(
   """
   config = base(method(method_name, convention))
   config.data.update(given_data() if data is None else data)
-  config.network = network_on(network, backbone)
   config.total_steps = steps
   config.batch_size_global = {"labeled": 8, "unlabeled": 8}
-  config.optimizer.learning_rate = 0.0025  # with weight decay as of CPS on VOC, see configs/voc.py
-  config.optimizer.weight_decay = 4e-4
+  if not (network or backbone) and imagenet.installed("efficientnet_lite0"):
+    config.network = network_on("deeplabv3plus", "efficientnet_lite0")
+    config.network.pretrained = "imagenet"
+    # Ten times the rate for what starts fresh. As in launch/benchmarks/photographs.py.
+    config.optimizer.update({"learning_rate": 0.01, "head_multiplier": 10.0, "weight_decay": 1e-4, "decay_scope": "all"})
+  else:
+    config.network = network_on(network or "deeplabv3plus", backbone)
+    config.optimizer.update({"learning_rate": 0.0025, "weight_decay": 4e-4})  # as of CPS on VOC, see configs/voc.py
   config.views.crop_size = (crop, crop)
   config.log_every_steps = 50
   config.eval_every_steps = 2000

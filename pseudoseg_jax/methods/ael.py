@@ -245,7 +245,8 @@ def ael(
 
       terms, kept, logits = {"loss_supervised": supervised}, {}, {"labeled": labeled, "unlabeled": unlabeled}
       for name, opinion in opinions.items():
-        terms[f"loss_{name}"], kept[name] = consistency(logits[name], *opinion, rate, draws["sample"][name])
+        value, kept[name] = consistency(logits[name], *opinion, rate, draws["sample"][name])
+        terms[f"loss_{name}"] = task.unlabeled_weight(state.step) * value
       loss = sum(terms.values())
       told = {"loss": loss, "kept_fraction": jnp.mean(kept["unlabeled"]), "region_fraction": jnp.mean(mix.by_class)}
       return loss, ({"student": net}, terms | told | {"bank": after})

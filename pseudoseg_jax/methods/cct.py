@@ -242,7 +242,7 @@ class _Domain(NamedTuple):
     (on_labeled, on_unlabeled), net = self.main(net, *maps, dropout=draws["dropout_keys"]["main"])
     features = _features(maps[1])
     target = jax.lax.stop_gradient(jax.nn.softmax(self.upsample(on_unlabeled, unlabeled["weak"].shape[1:3])))
-    ramp = schedules.rampup(
+    ramp = self.task.unlabeled_weight(step) * schedules.rampup(
       step, shape=settings.rampup, start_steps=settings.rampup_start_fraction * total_steps,
       length_steps=settings.rampup_fraction * total_steps,
     )  # fmt: skip

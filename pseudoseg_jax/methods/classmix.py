@@ -157,7 +157,8 @@ def classmix(
       dropout = draws["dropout"]["student"]
       (on_labeled, on_mixed), net = nets.forward(task.network, live["student"], labeled, mixed, dropout=dropout)
       supervised = task.criterion(on_labeled, label)
-      unsupervised = weight * jnp.mean(by_pixel * consistency(loss, on_mixed, mixed_logits))  # over all pixels
+      apart = by_pixel * consistency(loss, on_mixed, mixed_logits)
+      unsupervised = task.unlabeled_weight(state.step) * weight * jnp.mean(apart)  # over all pixels
 
       total = supervised + unsupervised
       terms = {

@@ -56,7 +56,7 @@ def cps(task: Task, *, weight: float = 1.5, on_labeled: bool = True) -> Method:
       views = [_with_own_labels(unlabeled_a, unlabeled_b)]
       if on_labeled:
         views.append(_with_own_labels(labeled_a, labeled_b))
-      cross = weight * cross_supervision(*views)
+      cross = task.unlabeled_weight(state.step) * weight * cross_supervision(*views)
 
       loss = supervised_a + supervised_b + cross
       terms = {"loss": loss, "loss_supervised_a": supervised_a, "loss_supervised_b": supervised_b, "loss_cross": cross}
@@ -116,7 +116,7 @@ def cps_cutmix(
       views = [(mixed_a, mixed_b, label_a, label_b)]
       if on_labeled:
         views.append(_with_own_labels(labeled_a, labeled_b))
-      cross = weight * cross_supervision(*views)
+      cross = task.unlabeled_weight(state.step) * weight * cross_supervision(*views)
 
       loss = supervised_a + supervised_b + cross
       terms = {"loss": loss, "loss_supervised_a": supervised_a, "loss_supervised_b": supervised_b, "loss_cross": cross}

@@ -60,7 +60,7 @@ def cross_prob(task: Task, *, weight: float = 1.5, distance: str = "l2", on_labe
       views = [(unlabeled_a, unlabeled_b)]
       if on_labeled:
         views.append((labeled_a, labeled_b))
-      cross = weight * cross_consistency(*views, distance=distance)
+      cross = task.unlabeled_weight(state.step) * weight * cross_consistency(*views, distance=distance)
 
       loss = supervised_a + supervised_b + cross
       terms = {"loss": loss, "loss_supervised_a": supervised_a, "loss_supervised_b": supervised_b, "loss_cross": cross}

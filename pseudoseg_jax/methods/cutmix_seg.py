@@ -159,7 +159,7 @@ def cutmix_seg(
     labeled, label = batch["labeled"]["image"], batch["labeled"]["label"]
     (seen, taught, valid), teacher = teach(state.nets["teacher"], batch, draws)
     sure = jnp.max(jax.nn.softmax(taught), axis=-1)
-    ramp = schedules.sigmoid_rampup(state.step, rampup_fraction * task.total_steps)
+    ramp = task.unlabeled_weight(state.step) * schedules.sigmoid_rampup(state.step, rampup_fraction * task.total_steps)
 
     def objective(live):
       (on_labeled, on_seen), student = forward(live["student"], labeled, seen, dropout=draws["student"])

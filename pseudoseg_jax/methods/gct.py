@@ -132,7 +132,7 @@ def gct(
   def update(state, batch, draws):
     label, num_labeled = batch["labeled"]["label"], len(batch["labeled"]["image"])
     images = jnp.concatenate([batch["labeled"]["image"], batch["unlabeled"]["weak"]])
-    ramp = schedules.sigmoid_rampup(state.step, rampup_fraction * task.total_steps)
+    ramp = task.unlabeled_weight(state.step) * schedules.sigmoid_rampup(state.step, rampup_fraction * task.total_steps)
 
     def objective(live):
       said, seen, _, targets, both_bad, moved = judge(live, images, num_labeled, draws)
@@ -142,7 +142,8 @@ def gct(
         judged_by = jax.lax.stop_gradient(live["detector"].params)
         flaw_map, moved["detector"] = detect(moved["detector"], judged_by, images, probabilities)
         terms[f"loss_supervised_{role}"] = task.criterion(logits[:num_labeled], label)
-        terms[f"loss_flaw_correction_{role}"] = flaw_correction_weight * flaw_correction(flaw_map, both_bad)
+        correction = flaw_correction(flaw_map, both_bad)
+        terms[f"loss_flaw_correction_{role}"] = task.unlabeled_weight(state.step) * flaw_correction_weight * correction
         terms[f"loss_consistency_{role}"] = ramp * weight * consistency(probabilities, targets[role])
       for role in PAIR:
         target = flaws.flaw_target(said[role][:num_labeled], label, base_pixels=base_pixels(images), dilations=dilations)

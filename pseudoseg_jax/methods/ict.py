@@ -76,7 +76,7 @@ def ict(
       supervised = task.criterion(on_labeled, label)
       apart = consistency(on_seen, target)
       agreement, confident = cutmix_seg.confident_mean(apart, sure, valid, min_confidence=min_confidence)
-      agreement = weight * agreement
+      agreement = task.unlabeled_weight(state.step) * weight * agreement
       loss = supervised + agreement
       terms = {"loss": loss, "loss_supervised": supervised, "loss_consistency": agreement, "confident_fraction": confident}
       return loss, ({"student": student}, terms)

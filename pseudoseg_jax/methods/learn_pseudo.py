@@ -154,7 +154,8 @@ def learn_pseudo(
       supervised = cross_entropy_mean(hybrid_labeled, labeled_classes, label)
       taught = cross_entropy_mean(pseudo_unlabeled, classes, by_hybrid)
       per_pixel = class_aware.cross_entropy(hybrid_unlabeled, classes, by_pseudo) * trusted[:, None, None]
-      progressive = weight * jnp.mean(per_pixel)  # over all pixels, ignored ones of labeled images among them
+      # Over all pixels, ignored ones of labeled images among them.
+      progressive = task.unlabeled_weight(state.step) * weight * jnp.mean(per_pixel)
 
       loss = supervised + taught + classified + progressive
       terms = {

@@ -102,7 +102,7 @@ def mean_teacher(
     seen = batch["unlabeled"]["strong"][:, 0] if strong_views else weak
     student = state.nets["student"]
     (teacher_labeled, teacher_unlabeled), teacher = teach(state.nets["teacher"], student, state.step, labeled, weak, draws)
-    ramp = schedules.sigmoid_rampup(state.step, rampup_fraction * task.total_steps)
+    ramp = task.unlabeled_weight(state.step) * schedules.sigmoid_rampup(state.step, rampup_fraction * task.total_steps)
 
     def objective(live):
       (student_labeled, student_unlabeled), net = passes(live["student"], labeled, seen, draws["student"])

@@ -48,7 +48,7 @@ def pi_model(task: Task, *, weight: float = 100 / 8, rampup_fraction: float = 80
   def update(state, batch, draws):
     label = batch["labeled"]["label"]
     valid = jnp.concatenate([batch["labeled"]["valid"], batch["unlabeled"]["valid"]])
-    ramp = schedules.sigmoid_rampup(state.step, rampup_fraction * task.total_steps)
+    ramp = task.unlabeled_weight(state.step) * schedules.sigmoid_rampup(state.step, rampup_fraction * task.total_steps)
 
     def objective(live):
       (first, second), net = passes(live["student"], batch, draws)

@@ -158,7 +158,7 @@ def pseudoseg(
       per_class = optax.sigmoid_binary_cross_entropy(class_logits(net, classified_maps), present)
       classified = classification_weight * jnp.mean(per_class)
       per_pixel = losses.soft_cross_entropy(strong, taught["target"]) * taught["kept"]
-      consistency = weight * losses.mean_over(per_pixel, taught["valid"])
+      consistency = task.unlabeled_weight(state.step) * weight * losses.mean_over(per_pixel, taught["valid"])
 
       loss = supervised + refined + classified + consistency
       terms = {

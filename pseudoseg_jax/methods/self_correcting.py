@@ -207,7 +207,8 @@ def self_correcting(
       if learn_weak:
         target = weak_target(state, logits[count:], on_weak, planes)
         kept = valid & jnp.any(target > 0, axis=-1)
-        terms["loss_weak"] = weight * losses.mean_over(losses.soft_cross_entropy(logits[count:], target), kept)
+        weak_loss = losses.mean_over(losses.soft_cross_entropy(logits[count:], target), kept)
+        terms["loss_weak"] = task.unlabeled_weight(state.step) * weight * weak_loss
       if convolutional:
         seen = jax.lax.stop_gradient(logits[:count]) if detach_primary else logits[:count]
         terms["loss_correction"] = task.criterion(corrected(live["correction"], seen, on_labeled), label)

@@ -38,7 +38,7 @@ def single_pseudo(task: Task, *, weight: float = 1.5, on_labeled: bool = True) -
       logits, net = nets.forward(task.network, live["student"], labeled, batch["unlabeled"]["weak"], dropout=draws["student"])
       on_labeled_, on_unlabeled = logits
       supervised = task.criterion(on_labeled_, label)
-      pseudo = weight * self_supervision(*(logits if on_labeled else (on_unlabeled,)))
+      pseudo = task.unlabeled_weight(state.step) * weight * self_supervision(*(logits if on_labeled else (on_unlabeled,)))
       loss = supervised + pseudo
       return loss, ({"student": net}, {"loss": loss, "loss_supervised": supervised, "loss_pseudo": pseudo})
 
@@ -89,7 +89,7 @@ def single_pseudo_cutmix(
       values = [losses.cross_entropy(on_mixed, pseudo_label)]
       if on_labeled:
         values.append(losses.cross_entropy(on_labeled_, jnp.argmax(on_labeled_, axis=-1)))
-      pseudo = weight * losses.joint_mean(*values)
+      pseudo = task.unlabeled_weight(state.step) * weight * losses.joint_mean(*values)
       loss = supervised + pseudo
       return loss, ({"student": net}, {"loss": loss, "loss_supervised": supervised, "loss_pseudo": pseudo})
 

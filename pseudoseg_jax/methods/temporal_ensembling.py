@@ -87,7 +87,7 @@ def temporal_ensembling(
     label, unlabeled = batch["labeled"]["label"], batch["unlabeled"]
     remembered = recall(state, unlabeled)
     target, known = teach(remembered, unlabeled)
-    ramp = schedules.sigmoid_rampup(state.step, rampup_fraction * task.total_steps)
+    ramp = task.unlabeled_weight(state.step) * schedules.sigmoid_rampup(state.step, rampup_fraction * task.total_steps)
 
     def objective(live):
       labeled_logits, unlabeled_logits, net = run(live["student"], batch, draws)

@@ -119,14 +119,16 @@ def unimatch(
     partner_taught = opinion(nets.infer(network, student, partner["weak"]), partner["valid"])
     strong = _cutmix(batch, box)
 
+    share = task.unlabeled_weight(state.step) * weight
+
     def objective(live):
       (on_labeled, on_weak, on_perturbed), net = perturbed_pass(live["student"], batch, draws)
       (on_strong,), net = nets.forward(network, net, strong, dropout=draws["dropout"]["strong"])
       taught = opinion(on_weak, batch["unlabeled"]["valid"])
 
       supervised = task.criterion(on_labeled, batch["labeled"]["label"]) / 2
-      by_views = weight / 4 * strong_agreement(on_strong, taught, partner_taught, box, min_confidence=min_confidence)
-      by_features = weight / 4 * agreement(on_perturbed, taught, min_confidence=min_confidence)
+      by_views = share / 4 * strong_agreement(on_strong, taught, partner_taught, box, min_confidence=min_confidence)
+      by_features = share / 4 * agreement(on_perturbed, taught, min_confidence=min_confidence)
       loss = supervised + by_views + by_features
       terms = {
         "loss": loss, "loss_supervised": supervised, "loss_strong": by_views, "loss_features": by_features,
@@ -175,13 +177,15 @@ def fixmatch(task: Task, *, weight: float = 1.0, min_confidence: float = 0.95, b
     partner_taught = opinion(nets.infer(network, student, partner["weak"]), partner["valid"])
     strong = _cutmix(batch, box)
 
+    share = task.unlabeled_weight(state.step) * weight
+
     def objective(live):
       (on_labeled, on_weak), net = weak_pass(live["student"], batch, draws)
       (on_strong,), net = nets.forward(network, net, strong, dropout=draws["dropout"]["strong"])
       taught = opinion(on_weak, batch["unlabeled"]["valid"])
 
       supervised = task.criterion(on_labeled, batch["labeled"]["label"]) / 2
-      by_view = weight / 2 * strong_agreement(on_strong, taught, partner_taught, box, min_confidence=min_confidence)
+      by_view = share / 2 * strong_agreement(on_strong, taught, partner_taught, box, min_confidence=min_confidence)
       loss = supervised + by_view
       terms = {
         "loss": loss, "loss_supervised": supervised, "loss_strong": by_view,
