@@ -19,6 +19,7 @@ import datetime
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -112,7 +113,7 @@ def do_one(run: Run, workdir: pathlib.Path) -> dict:
   return {
     "key": run.key, "digest": run.digest(), "data_set": run.data_set, "method": run.method, "variant": run.variant, "labels": run.labels,
     "seed": run.seed, "steps": last["step"], "headline": headline, "test": test, "val": val, "best_val": best_val,
-    "iou": [None if value != value else round(100 * float(value), 1) for value in scores[headline].iou],
+    "iou": [None if math.isnan(value) else round(100 * float(value), 1) for value in scores[headline].iou],
     "minutes": round(minutes + (time.time() - begun) / 60, 1), "date": datetime.date.today().isoformat(),
     "device": jax.devices()[0].device_kind, "jax": jax.__version__, "pseudoseg_jax": pseudoseg_jax.__version__,
   }  # fmt: skip
@@ -152,7 +153,8 @@ def do_run(known, runs: list[Run]) -> int:
   done = newest(read_results(known.results), runs)
   left = [run for run in runs if run.key not in done]
   print(f"{len(runs)} runs, {len(runs) - len(left)} done, {len(left)} to do", flush=True)
-  cores = collections.deque(range(known.workers)) if known.workers > 1 else collections.deque([None])
+  allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+  cores = collections.deque([allowed[index % len(allowed)] for index in range(known.workers)] if known.workers > 1 else [None])
   lock, children, failed, stopping = threading.Lock(), set(), [], threading.Event()
 
   def work(number_and_run):
