@@ -23,6 +23,7 @@ import math
 import os
 import pathlib
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """config: an ml_collections config that is evaluated on val. test: overrides that evaluate on test instead.
+  """config: an ml_collections config that is evaluated on val. test: overrides that evaluate on test instead; {}: val is all.
   variant: what the method is given beside images, in words; "" for nothing. labels: the labeled share, in words."""
 
   data_set: str
@@ -62,6 +63,8 @@ class Run:
 def load(path: pathlib.Path):
   """A benchmark file as a module: `runs(data_root, workdir, seeds)` yields Run, its docstring is the protocol."""
   sys.modules.setdefault("benchmark", sys.modules[__name__])
+  if str(path.parent) not in sys.path:
+    sys.path.append(str(path.parent))  # one benchmark may be made of another
   spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -104,16 +107,19 @@ def do_one(run: Run, workdir: pathlib.Path) -> dict:
     scores = pseudoseg_jax.evaluate(folder, checkpoint=checkpoint, overrides=dict(run.test))
     return {name: round(100 * float(score.miou), 2) for name, score in scores.items()}, scores
 
-  test, scores = on_test("last")
-  headline = next(iter(test))
   val = {name: round(100 * score["miou"], 2) for name, score in last["predictors"].items()}
+  headline = next(iter(val))
   best_val = {"step": best["step"], "val": round(100 * best["predictors"][headline]["miou"], 2)}
-  best_val["test"] = test[headline] if best["step"] == last["step"] else on_test("best")[0][headline]
+  test, iou = {}, list(last["predictors"][headline]["iou"].values())
+  if run.test:
+    test, scores = on_test("last")
+    iou = scores[headline].iou.tolist()
+    best_val["test"] = test[headline] if best["step"] == last["step"] else on_test("best")[0][headline]
   minutes = json.loads((folder / "minutes.json").read_text()) if (folder / "minutes.json").exists() else 0.0
   return {
     "key": run.key, "digest": run.digest(), "data_set": run.data_set, "method": run.method, "variant": run.variant, "labels": run.labels,
     "seed": run.seed, "steps": last["step"], "headline": headline, "test": test, "val": val, "best_val": best_val,
-    "iou": [None if math.isnan(value) else round(100 * float(value), 1) for value in scores[headline].iou],
+    "iou": [None if value is None or math.isnan(value) else round(100 * value, 1) for value in iou],
     "minutes": round(minutes + (time.time() - begun) / 60, 1), "date": datetime.date.today().isoformat(),
     "device": jax.devices()[0].device_kind, "jax": jax.__version__, "pseudoseg_jax": pseudoseg_jax.__version__,
   }  # fmt: skip
@@ -172,7 +178,7 @@ def do_run(known, runs: list[Run]) -> int:
       known.results.parent.mkdir(parents=True, exist_ok=True)
       with known.results.open("a") as file:
         file.write(json.dumps(result) + "\n")
-      print(f"{number}/{len(left)}  {run.key}: test {result['test'][result['headline']]:.1f}  ({result['minutes']:.1f} min)", flush=True)
+      print(f"{number}/{len(left)}  {run.key}: {scored(result)} {score(result):.1f}  ({result['minutes']:.1f} min)", flush=True)
 
   with concurrent.futures.ThreadPoolExecutor(max(known.workers, 1)) as pool:
     try:
@@ -186,6 +192,16 @@ def do_run(known, runs: list[Run]) -> int:
 
 
 # --- tables
+
+
+def scored(result: Mapping[str, Any]) -> str:
+  """The split that a result is reported on."""
+  return "test" if result["test"] else "val"
+
+
+def score(result: Mapping[str, Any]) -> float:
+  """mIoU in % of the method's first predictor after the last step, on the split that `scored` names."""
+  return result[scored(result)][result["headline"]]
 
 
 def _mean(values: list[float]) -> str:
@@ -203,19 +219,19 @@ def table(protocol: str, runs: list[Run], done: Mapping[str, dict]) -> str:
       groups[run.data_set, run.labels][run.method, run.variant][run.seed] = done[run.key]
   lines = [protocol.strip(), "", f"{len(done)} of {len(runs)} runs are done."]
   for (data_set, labels), methods in groups.items():
-    of_headline = lambda result: result["test"][result["headline"]]
-    baseline = {seed: of_headline(result) for seed, result in methods.get(("supervised", ""), {}).items()}
+    baseline = {seed: score(result) for seed, result in methods.get(("supervised", ""), {}).items()}
+    split = scored(next(iter(next(iter(methods.values())).values())))
     lines += ["", f"## {data_set}, labels: {labels.replace('_', '/')}", "",
-              "| method | seeds | test mIoU % | above supervised | at the best val | minutes |", "|---|---|---|---|---|---|"]  # fmt: skip
-    order = sorted(methods.items(), key=lambda item: -statistics.mean(map(of_headline, item[1].values())))
+              f"| method | seeds | {split} mIoU % | above supervised | at the best val | minutes |", "|---|---|---|---|---|---|"]  # fmt: skip
+    order = sorted(methods.items(), key=lambda item: -statistics.mean(map(score, item[1].values())))
     for (method, variant), by_seed in order:
-      above = [of_headline(result) - baseline[seed] for seed, result in by_seed.items() if seed in baseline]
+      above = [score(result) - baseline[seed] for seed, result in by_seed.items() if seed in baseline]
       gain = "-" if method == "supervised" or not above else re.sub(r"^(?=\d)", "+", _mean(above))
-      best = statistics.mean(result["best_val"]["test"] for result in by_seed.values())
+      best = statistics.mean(result["best_val"][split] for result in by_seed.values())
       minutes = statistics.mean(result["minutes"] for result in by_seed.values())
       name = method + f" + {variant}" * bool(variant)
-      values = [of_headline(result) for result in by_seed.values()]
-      lines.append(f"| {name} | {len(by_seed)} | {_mean(values)} | {gain} | {best:.1f} | {minutes:.0f} |")
+      scores = _mean([score(result) for result in by_seed.values()])
+      lines.append(f"| {name} | {len(by_seed)} | {scores} | {gain} | {best:.1f} | {minutes:.0f} |")
   return "\n".join(lines) + "\n"
 
 
@@ -243,6 +259,9 @@ def main(arguments=None) -> int:
     print(f"no run fits {known.only}", file=sys.stderr)
     return 2
   if known.action == "run":
+    # Both, whatever the shell has made of them: one that starts this in the background has SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, signal.default_int_handler)
     return 1 if do_run(known, runs) else 0
   if known.action == "one":
     result = do_one(runs[0], known.workdir)

@@ -110,13 +110,15 @@ def test_runs_are_done_once_again_where_settings_changed_and_a_failure_stops_no_
   assert "0 of 2 runs are done" in call(squares, "table", "--seeds=0").stdout
 
 
-def test_an_interrupted_benchmark_takes_its_children_along(squares):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_benchmark_takes_its_children_along(squares, number):
   write(squares, steps=100_000)
-  child = subprocess.Popen(command(squares, "run", "--seeds=0"), stdout=subprocess.PIPE, text=True, start_new_session=True)
+  child = subprocess.Popen(command(squares, "run", "--seeds=0"), stdout=subprocess.PIPE, text=True, start_new_session=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as a shell does for a command in the background
   until = time.time() + 120
   while not list(squares.glob("work/runs/*/history.jsonl")) and time.time() < until:
     time.sleep(0.2)
-  child.send_signal(signal.SIGINT)
+  child.send_signal(number)
   assert child.wait(60) != 0
   group = subprocess.run(["ps", "-o", "pid=", "-g", str(child.pid)], capture_output=True, text=True, check=False).stdout.split()
   assert not group and not results(squares)

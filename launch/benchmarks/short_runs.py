@@ -1,0 +1,52 @@
+"""What short runs on small photographs make of published settings; all figures are on val, none on test.
+
+The setting is the one of photographs.py (leeds_butterfly, 5 labeled photographs a class, 400 steps, one seed). Two things are chosen
+here, once for all methods:
+
+- of `supervised`: by which factors photographs are resized before they are cropped (a crop at twice the size shows a wing, not a
+  butterfly), the output stride, and the learning rate;
+- of three methods together: config.unlabeled_loss, over which share of the run the unlabeled losses rise, and a factor on their
+  published weights, which are of runs fifty times as long.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import photographs
+from benchmark import Run
+
+from pseudoseg_jax import config as configs
+
+SETTINGS = {
+  "scales 0.5-1.5": {"views.scales": (0.5, 1.5)},
+  "scales 0.75-1.5": {"views.scales": (0.75, 1.5)},
+  "scales 0.5-2": {"views.scales": (0.5, 2.0)},
+  "output stride 16": {"network.output_stride": 16},
+  "learning rate 0.02": {"optimizer.learning_rate": 0.02},
+}
+METHODS = ("fixmatch", "cps_cutmix", "mean_teacher")
+RULES = [
+  {"factor": 1.0, "rampup_fraction": 0.5}, {"factor": 0.1, "rampup_fraction": 0.5},
+  {"factor": 1.0, "rampup_fraction": 1.0}, {"factor": 1.0, "rampup_fraction": 0.0},
+]  # fmt: skip
+
+
+def runs(root: pathlib.Path, workdir: pathlib.Path, seeds: list[int]) -> Iterator[Run]:
+  """Supervised as in photographs.py, rule by rule, then other settings of supervised; the first seed alone."""
+  data_set, seed = photographs.DATA_SETS[0], seeds[0]
+
+  def run(method: str, variant: str, overrides: Mapping[str, Any]):
+    config = photographs.config_of(root, data_set, method, "", data_set.labels, seed, workdir)
+    configs.override(config, overrides)
+    return Run(data_set.name, method, variant, data_set.labels, seed, config, {})
+
+  yield run("supervised", "", {})
+  for rule in RULES:
+    for method in METHODS:
+      variant = f"factor {rule['factor']:g}, rises over {rule['rampup_fraction']:g} of the run"
+      yield run(method, variant, {f"unlabeled_loss.{key}": value for key, value in rule.items()})
+  for variant, overrides in SETTINGS.items():
+    yield run("supervised", variant, overrides)
