@@ -74,9 +74,12 @@ def command(folder, action, *options):
   return [sys.executable, str(LAUNCH / "benchmark.py"), action, str(folder / "tiny.py"), *paths, *options]
 
 
+def one_device():
+  return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
 def call(folder, action, *options):
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device is enough
-  return subprocess.run(command(folder, action, *options), capture_output=True, text=True, env=environment, check=False)
+  return subprocess.run(command(folder, action, *options), capture_output=True, text=True, env=one_device(), check=False)
 
 
 def results(folder):
@@ -113,11 +116,15 @@ def test_runs_are_done_once_again_where_settings_changed_and_a_failure_stops_no_
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_benchmark_takes_its_children_along(squares, number):
   write(squares, steps=100_000)
-  child = subprocess.Popen(command(squares, "run", "--seeds=0"), stdout=subprocess.PIPE, text=True, start_new_session=True,
-                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as a shell does for a command in the background
+  in_background = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # as shells make it
+  child = subprocess.Popen(
+    command(squares, "run", "--seeds=0"), stdout=subprocess.PIPE, text=True, env=one_device(), start_new_session=True,
+    preexec_fn=in_background,
+  )  # fmt: skip
   until = time.time() + 120
-  while not list(squares.glob("work/runs/*/history.jsonl")) and time.time() < until:
+  while not (begun := list(squares.glob("work/runs/*/history.jsonl"))) and child.poll() is None and time.time() < until:
     time.sleep(0.2)
+  assert begun
   child.send_signal(number)
   assert child.wait(60) != 0
   group = subprocess.run(["ps", "-o", "pid=", "-g", str(child.pid)], capture_output=True, text=True, check=False).stdout.split()
