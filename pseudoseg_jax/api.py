@@ -568,7 +568,13 @@ def _starting_weights(config: configs.ConfigDict, classes: Classes) -> tuple[dic
   """What a run of this config starts from, as pretrained.put takes it, and its description; ({}, "") for nothing."""
   source = os.path.expanduser(config.network.pretrained or config.init_from)
   if not source:
-    if config.method.get("frozen_batch_norm", "none") != "none" or config.optimizer.freeze_batch_norm:
+    if config.network.freeze == "encoder" and not config.nets_from:
+      problems = checks.Problems("the config cannot be run")
+      remedy = "--config.network.pretrained=imagenet (or a file), or --config.network.freeze=none"
+      problems.add("config.network.freeze", got="'encoder' with random weights", allowed="an encoder that has learnt something", remedy=remedy)
+      problems.raise_if_any()
+    frozen = config.method.get("frozen_batch_norm", "none") != "none" or config.optimizer.freeze_batch_norm
+    if frozen or config.network.freeze == "batch_norm":
       log.warning("batch norm is frozen, but no weights are loaded: set config.network.pretrained, or do not freeze it")
     return {}, ""
   if config.network.pretrained == "imagenet":

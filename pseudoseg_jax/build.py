@@ -662,8 +662,11 @@ def build_optimizer(config: configs.ConfigDict) -> Optimizer:
     },
   )
   if options.name == "adamw":
-    return optim.adamw(learning_rate, **common)
-  return optim.sgd(learning_rate, momentum=options.momentum, **common)
+    optimizer = optim.adamw(learning_rate, **common)
+  else:
+    optimizer = optim.sgd(learning_rate, momentum=options.momentum, **common)
+  frozen = models_table.FROZEN[config.network.freeze]
+  return optim.freeze(optimizer, frozen) if frozen else optimizer
 
 
 def build_criterion(config: configs.ConfigDict):

@@ -37,6 +37,9 @@ def network(name: str, **options) -> ConfigDict:
     "dtype": "float32",  # "bfloat16": activations only
     # Weights to start from: "imagenet", a file (.safetensors, .pth), or "hf://organisation/name[/file]".
     "pretrained": "",
+    # "encoder": it does not learn, which takes less time and memory; "batch_norm": its batch norms alone do not. Both keep the running
+    # statistics of the pretrained weights, in every network of a method.
+    "freeze": "none",
   }
   return _differing(ConfigDict({"name": name, **defaults}), options)
 
@@ -108,7 +111,9 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "head_multiplier": 1.0,  # learning rate of everything but the backbone, relative to it
       "classifier_multiplier": 1.0,  # of the classifiers, relative to the rest of their heads (Learning Pseudo Labels: 10)
       "bias_multiplier": 1.0,  # learning rate of the classifiers' biases, relative to the rest (TensorFlow DeepLab: 2)
-      "freeze_batch_norm": False,  # True: scales and offsets of the backbone's batch norms stay as pretrained (ClassMix, CutMix-Seg)
+      # True: scales and offsets of the backbone's batch norms stay as pretrained, while its statistics move (ClassMix, CutMix-Seg; with
+      # network.freeze=batch_norm both stay).
+      "freeze_batch_norm": False,
     },
     # Of whatever a method learns without pixel labels, on top of its own weight and ramp. Published weights are of runs of tens of
     # thousands of steps: in a short one there is nothing to learn from a network that knows nothing yet.
@@ -442,6 +447,7 @@ def completed(saved: ConfigDict) -> ConfigDict:
   factories = {"method": methods_table.METHODS, "network": models_table.NETWORKS}
   for part, table in factories.items():
     defaults[part] = defaults_of(table[saved[part].name]) if saved[part].name in table else {}
+  defaults["network"]["freeze"] = "none"
 
   def fill(config: ConfigDict, defaults: Mapping[str, Any]) -> None:
     for key, value in defaults.items():

@@ -170,21 +170,29 @@ def descend(
     The nets after the step, and the metrics with `learning_rate` added, that of the first net.
   """
 
-  def loss(params: dict[str, PyTree]):
-    return objective({name: net.replace(params=params[name]) for name, net in nets.items()})
-
-  params = {name: net.params for name, net in nets.items()}
-  gradients, (moved, metrics) = jax.grad(loss, has_aux=True)(params)
   optimizers = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(nets, optimizer)
+  params = {name: net.params for name, net in nets.items()}
+  rates = {name: optim.by_path(optimizers[name].multiplier, net.params) for name, net in nets.items()}
+  # What has a rate of 0 is not differentiated: no backward pass runs through a part that is frozen as a whole.
+  learning = jax.tree.map(lambda rate, value: value if rate else None, rates, params)
 
-  def stepped(optimizer: Optimizer, net: NetState, gradient: PyTree, batch_stats: PyTree) -> NetState:
-    direction, opt_state = net.tx.update(gradient, net.opt_state, net.params)
-    learning_rate = optimizer.learning_rate(step)
-    rates = optim.by_path(optimizer.multiplier, net.params)
-    params = jax.tree.map(lambda value, way, rate: value - learning_rate * rate * way, net.params, direction, rates)
-    return net.replace(step=net.step + 1, params=params, opt_state=opt_state, batch_stats=batch_stats)
+  def whole(part: PyTree, default: Callable[[Array], Array]) -> PyTree:
+    return jax.tree.map(lambda value, own: default(own) if value is None else value, part, params, is_leaf=lambda value: value is None)
 
-  after = {name: stepped(optimizers[name], net, gradients[name], moved[name].batch_stats) for name, net in nets.items()}
+  def loss(learning: dict[str, PyTree]):
+    filled = whole(learning, lambda own: own)
+    return objective({name: net.replace(params=filled[name]) for name, net in nets.items()})
+
+  gradients, (moved, metrics) = jax.grad(loss, has_aux=True)(learning)
+  gradients = whole(gradients, jnp.zeros_like)
+
+  def stepped(name: str, net: NetState) -> NetState:
+    direction, opt_state = net.tx.update(gradients[name], net.opt_state, net.params)
+    learning_rate = optimizers[name].learning_rate(step)
+    params = jax.tree.map(lambda value, way, rate: value - learning_rate * rate * way, net.params, direction, rates[name])
+    return net.replace(step=net.step + 1, params=params, opt_state=opt_state, batch_stats=moved[name].batch_stats)
+
+  after = {name: stepped(name, net) for name, net in nets.items()}
   return after, metrics | {"learning_rate": optimizers[next(iter(nets))].learning_rate(step)}
 
 
@@ -196,7 +204,8 @@ def ema(teacher: NetState, student: NetState, decay: Array | float, *, statistic
   """
 
   def average(old, new):
-    return decay * old + (1 - decay) * new
+    # Rounding must not move what is frozen, and thus the same on both sides.
+    return jnp.where(old == new, old, decay * old + (1 - decay) * new)
 
   teacher = teacher.replace(params=jax.tree.map(average, teacher.params, student.params))
   if statistics == "average":

@@ -35,6 +35,16 @@ def multiplier_table(factors: Mapping[str, float]) -> Callable[[str], float]:
   return multiplier
 
 
+def freeze(optimizer: Optimizer, pattern: str) -> Optimizer:
+  """The optimizer with the parameters whose path `pattern` finds at rest: no rate, hence no gradient, and no state."""
+
+  def frozen(path: str) -> bool:
+    return re.search(pattern, path) is not None
+
+  transform = optax.masked(optimizer.transform, lambda params: by_path(lambda path: not frozen(path), params))
+  return Optimizer(transform, optimizer.learning_rate, lambda path: 0.0 if frozen(path) else optimizer.multiplier(path))
+
+
 def sgd(
   learning_rate: Callable, *, momentum: float = 0.9, weight_decay: float = 0.0, decay_scope: str = "kernels", factors=None
 ) -> Optimizer:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pseudoseg_jax import checks
+from pseudoseg_jax.contract import Array
 from pseudoseg_jax.models import efficientnet, resnet
 from pseudoseg_jax.models.efficientnet import EfficientNetLite
 from pseudoseg_jax.models.resnet import ResNet
@@ -63,6 +64,22 @@ def make_backbone(
   if name in efficientnet.VERSIONS:
     return EfficientNetLite(name, output_stride, drop_connect, dtype=dtype)
   return ResNet(name, stem, output_stride, multi_grid, dtype=dtype)
+
+
+class Still(nn.Module):
+  """A backbone that runs as in inference whatever is asked: batch norm on its running statistics, which stay; no drop-connect."""
+
+  inner: nn.Module
+
+  def setup(self):
+    nn.share_scope(self, self.inner)
+
+  @property
+  def dtype(self) -> Any:
+    return self.inner.dtype
+
+  def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, ...]:
+    return self.inner(x, train=False)
 
 
 def widths_of(backbone: str, head_channels: int, low_channels: int, aspp_rates: Sequence[int], output_stride: int) -> Widths:

@@ -11,12 +11,13 @@ from flax import linen as nn
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import Array, Network, PyTree
+from pseudoseg_jax.models.backbones import Still
 from pseudoseg_jax.models.deeplab import deeplabv3plus
 from pseudoseg_jax.models.deeplab_tf import deeplabv3plus_tf
 from pseudoseg_jax.models.deeplab_unimatch import deeplabv3plus_unimatch
 from pseudoseg_jax.models.hrnet import hrnet
 from pseudoseg_jax.models.initial import initial_values
-from pseudoseg_jax.models.pspnet import pspnet, pspnet_pixelssl
+from pseudoseg_jax.models.pspnet import Backbone as PyramidBackbone, pspnet, pspnet_pixelssl
 from pseudoseg_jax.models.tiny import tiny
 from pseudoseg_jax.ops import resize
 
@@ -33,15 +34,28 @@ NETWORKS = {
 }
 
 
-def make_network(name: str, *, num_classes: int, in_channels: int = 3, **options) -> Network:
+# What stays as it is of the encoder -> the paths of its parameters. PSPNet's pyramid ends its backbone, but starts as fresh as its head.
+FROZEN = {
+  "none": "",
+  "batch_norm": r"^backbone/(?!psp/).*bn/(scale|bias)$",
+  "encoder": r"^backbone/(?!psp/)",
+}
+
+
+def make_network(name: str, *, num_classes: int, in_channels: int = 3, freeze: str = "none", **options) -> Network:
   """The network `name` with its own options (the keywords of its factory in NETWORKS).
 
   Parameters are float32 in a dict tree whose first level is "backbone" and "head"; logits are float32 whatever the dtype.
+
+  Args:
+    freeze: a name of FROZEN; but for "none" the encoder's batch norm runs on its stored statistics, which stay. That its parameters
+      stay too is up to the optimizer: `optim.freeze` with FROZEN's pattern.
 
   Raises:
     checks.InputError: unknown name, or an option this network does not have or allow.
   """
   checks.check_name("network.name", name, NETWORKS)
+  checks.check_name("network.freeze", freeze, FROZEN)
   factory = NETWORKS[name]
   known = [option for option in inspect.signature(factory).parameters if option != "num_classes"]
   for option in options:
@@ -50,7 +64,11 @@ def make_network(name: str, *, num_classes: int, in_channels: int = 3, **options
     problems = checks.Problems("the network cannot be built")
     problems.add("in_channels", got=in_channels, allowed="1 or more: 1 grey, 3 colour, more for other sensors")
     problems.raise_if_any()
-  return compose(*factory(num_classes, **options), in_channels=in_channels)
+  backbone, *rest = factory(num_classes, **options)
+  if freeze != "none":
+    pyramid = isinstance(backbone, PyramidBackbone)
+    backbone = PyramidBackbone(Still(backbone.body)) if pyramid else Still(backbone)
+  return compose(backbone, *rest, in_channels=in_channels)
 
 
 def compose(
