@@ -326,6 +326,7 @@ def _opened(config: configs.ConfigDict, workdir: pathlib.Path, given: build.Data
   build.check_run(config)
   domains = build.build_domains(config, given)
   data, others = domains[0].data, [domain.data for domain in domains[1:]]
+  build.weigh_classes(config, data)
   method = build.build_method(config, len(data.classes), len(data.unlabeled), [len(other.classes) for other in others])
   specs = build.build_pipelines(domains, method)
   weights = functools.cache(lambda: _starting_weights(config, data.classes))
@@ -347,7 +348,7 @@ def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, reco
   domains, method, checkpoints = run.domains, run.method, run.checkpoints
   try:
     with stop.nothing_to_lose():
-      _tell_start(config, domains, mesh, workdir, fresh=checkpoints.step() is None)
+      _tell_start(config, domains, run.specs[0], mesh, workdir, fresh=checkpoints.step() is None)
       for change in run.changes:
         log.warning("resumed with a change: %s", change)
       scoring = _Scoring(config, source, domains, method, run.specs, workdir, records, mesh)
@@ -399,7 +400,7 @@ _RANDOM_WEIGHTS = """the network starts from RANDOM weights. With few labels tha
   start from an encoder that knows photographs (other backbones have weights too, --config.network.pretrained=imagenet says which)"""
 
 
-def _tell_start(config, domains: Sequence[build.Domain], mesh, workdir: pathlib.Path, *, fresh: bool) -> None:
+def _tell_start(config, domains: Sequence[build.Domain], spec: PipelineSpec, mesh, workdir: pathlib.Path, *, fresh: bool) -> None:
   devices = f"{mesh.size} device{'s' * (mesh.size > 1)} ({jax.devices()[0].device_kind})"
   if jax.process_count() > 1:
     devices += f" of {jax.process_count()} processes"
@@ -409,6 +410,7 @@ def _tell_start(config, domains: Sequence[build.Domain], mesh, workdir: pathlib.
   backbone = config.network.get("backbone", "")
   log.info("network %s%s: %s parameters", config.network.name, f" on {backbone}" * bool(backbone), f"{count:,}")
   build.tell_normalization(config)
+  build.tell_imbalance(config, domains[0].data, spec)
   if fresh and not (config.network.pretrained or config.init_from or config.nets_from) and backbone in imagenet.BACKBONES:
     log.warning("%s", _RANDOM_WEIGHTS)
   for name, _, other in domains[1:]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 import pathlib
 import shlex
@@ -15,10 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from pseudoseg_jax import checks, config as configs, optim
 from pseudoseg_jax.contract import IGNORE_LABEL, Method, Network, Optimizer, Task
-from pseudoseg_jax.data import boxes, classes as classes_lib, decode, given, listing, pipeline, sources, splits, synthetic, tags
+from pseudoseg_jax.data import boxes, classes as classes_lib, decode, frequencies, given, listing, pipeline, sources, splits, synthetic, tags
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.decode import ImageLike
 from pseudoseg_jax.data.geometry import Geometry
@@ -665,20 +667,78 @@ def build_optimizer(config: configs.ConfigDict) -> Optimizer:
     optimizer = optim.adamw(learning_rate, **common)
   else:
     optimizer = optim.sgd(learning_rate, momentum=options.momentum, **common)
+  if options.clip_norm:
+    optimizer = optimizer._replace(transform=optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer.transform))
   frozen = models_table.FROZEN[config.network.freeze]
   return optim.freeze(optimizer, frozen) if frozen else optimizer
 
 
-def build_criterion(config: configs.ConfigDict):
-  options = config.criterion
-  checks.check_name("config.criterion.name", options.name, ("cross_entropy", "ohem"))
+def build_criterion(config: configs.ConfigDict, num_classes: int) -> Callable:
+  """(logits, label) -> the supervised loss; a sum where config.criterion.name is one, "cross_entropy+dice"."""
+  options, names = config.criterion, config.criterion.name.split("+")
+  weights = _class_weights(config, num_classes)
+  known = {
+    "cross_entropy": functools.partial(losses.cross_entropy_mean, denominator=options.denominator, class_weights=weights),
+    "ohem": functools.partial(
+      losses.ohem_cross_entropy, min_confidence=options.min_confidence, min_kept=options.min_kept, scope=options.scope,
+      class_weights=weights,
+    ),
+    "focal": functools.partial(losses.focal_mean, gamma=options.focal_gamma, class_weights=weights),
+    "dice": losses.dice_loss,
+  }  # fmt: skip
+  for name in names:
+    checks.check_name("config.criterion.name", name, known)
   checks.check_name("config.criterion.denominator", options.denominator, ("valid", "all"))
   checks.check_name("config.criterion.scope", options.scope, ("image", "batch"))
-  if options.name == "ohem":
-    return functools.partial(
-      losses.ohem_cross_entropy, min_confidence=options.min_confidence, min_kept=options.min_kept, scope=options.scope
-    )
-  return functools.partial(losses.cross_entropy_mean, denominator=options.denominator)
+  problems = checks.Problems("the config cannot be run")
+  if not options.focal_gamma >= 0:
+    problems.add("config.criterion.focal_gamma", got=options.focal_gamma, allowed="0 or more; 2 in the paper")
+  if weights and names == ["dice"]:
+    remedy = "--config.criterion.name=cross_entropy+dice, or --config.criterion.class_weights="
+    problems.add("config.criterion.class_weights", got="weights", allowed="none with dice, to which all classes are alike", remedy=remedy)
+  problems.raise_if_any()
+  if len(names) == 1:
+    return known[names[0]]
+  return lambda logits, label: sum(known[name](logits, label) for name in names)
+
+
+def _class_weights(config: configs.ConfigDict, num_classes: int) -> tuple[float, ...]:
+  """Those that config.criterion.class_weights gives; () for none, and for those that `weigh_classes` has not computed yet."""
+  text = config.criterion.class_weights
+  if text in ("", *frequencies.WEIGHTS):
+    return ()
+  problems = checks.Problems("the config cannot be run")
+  try:
+    weights = tuple(float(part) for part in text.split(","))
+  except ValueError:
+    weights = ()
+  if len(weights) != num_classes or not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+    allowed = f"'', {', '.join(map(repr, frequencies.WEIGHTS))}, or {num_classes} numbers of 0 or more, by class: 0.2,1,..."
+    problems.add("config.criterion.class_weights", got=repr(text), allowed=allowed)
+  if config.other_data:
+    remedy = "--config.criterion.class_weights="
+    problems.add("config.criterion.class_weights", got="weights of one data set", allowed="none where several are learnt", remedy=remedy)
+  problems.raise_if_any()
+  return weights
+
+
+def weigh_classes(config: configs.ConfigDict, data: Data) -> None:
+  """Puts numbers, in place, where config.criterion.class_weights names a way to compute them: from the masks that are learnt from."""
+  way = config.criterion.class_weights
+  if way not in frequencies.WEIGHTS:
+    return
+  weights = frequencies.class_weights(frequencies.count_pixels(data.labeled, len(data.classes)), way)
+  config.criterion.class_weights = ",".join(f"{weight:.6g}" for weight in weights)
+
+
+def tell_imbalance(config: configs.ConfigDict, data: Data, spec: PipelineSpec) -> None:
+  """Says in the log what is done for rare classes."""
+  weights = _class_weights(config, len(data.classes))
+  if weights:
+    log.info("class weights: %s", ", ".join(f"{name} {weight:.2f}" for name, weight in zip(data.classes.names, weights, strict=True)))
+  if config.oversampling_threshold:
+    met = len(spec.labeled) - len(data.pseudo_labeled or ())
+    log.info("one pass over the %d labeled images meets %d: those with rare classes more than once", len(data.labeled), met)
 
 
 def _unlabeled_weight(config: configs.ConfigDict) -> Callable:
@@ -711,7 +771,7 @@ def build_method(
     total_steps=config.total_steps,
     network=build_network(config, num_classes),
     optimizer=build_optimizer(config),
-    criterion=build_criterion(config),
+    criterion=build_criterion(config, num_classes),
     num_unlabeled=num_unlabeled,
     other_classes=tuple(other_classes),
     mean=tuple(config.data.mean),
@@ -748,7 +808,11 @@ def build_pipeline(config: configs.ConfigDict, data: Data, method: Method) -> Pi
 
 
 def _learnt_from(config: configs.ConfigDict, data: Data) -> Source:
-  """The labeled images and, after them, those with pseudo labels."""
+  """The labeled images, some of them several times, and, after them, those with pseudo labels."""
+  if config.oversampling_threshold:
+    pixels = frequencies.count_pixels(data.labeled, len(data.classes))
+    rows = frequencies.repeated_rows(frequencies.repeat_factors(pixels, config.oversampling_threshold), config.seed)
+    data = data._replace(labeled=sources.Subset(data.labeled, [data.labeled.ids[row] for row in rows]))
   if data.pseudo_labeled is None:
     return data.labeled
   # As often as ST++ repeats them (Yang et al. 2022; dataset/semi.py).
@@ -840,6 +904,10 @@ def check_run(config: configs.ConfigDict) -> None:
     problems.add("config.init_from", got="a second start beside config.network.pretrained", remedy="keep one of the two")
   if not config.optimizer.learning_rate > 0:
     problems.add("config.optimizer.learning_rate", got=config.optimizer.learning_rate, allowed="above 0")
+  if not config.optimizer.clip_norm >= 0:
+    problems.add("config.optimizer.clip_norm", got=config.optimizer.clip_norm, allowed="above 0; 0 for no clipping")
+  if not 0 <= config.oversampling_threshold <= 1:
+    problems.add("config.oversampling_threshold", got=config.oversampling_threshold, allowed="0..1, a share of the labeled images")
   problems.raise_if_any()
   build_protocol(config)
 

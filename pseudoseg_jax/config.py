@@ -99,6 +99,8 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "repeat_labeled": False,  # True: the labeled images as often as it takes to be half of those learnt from
     },
     "labeled_every": 1,  # 2: only every second of the labeled images, and so on
+    # Labeled images with a class that a smaller share of them holds are met more often, by LVIS's repeat factors; 0 = all alike.
+    "oversampling_threshold": 0.0,
     "optimizer": {
       "name": "sgd",  # or "adamw"
       "learning_rate": 0.01,
@@ -107,6 +109,7 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "shift_steps": 0,  # -1: the rate lags one step, as in loops that set it after the step (UniMatch)
       "momentum": 0.9,  # sgd only
       "weight_decay": 1e-4,
+      "clip_norm": 0.0,  # gradients of a network are scaled to this norm where theirs is larger; 0 = as they are
       "decay_scope": "kernels",  # or "all": batch norm and biases too
       "head_multiplier": 1.0,  # learning rate of everything but the backbone, relative to it
       "classifier_multiplier": 1.0,  # of the classifiers, relative to the rest of their heads (Learning Pseudo Labels: 10)
@@ -122,7 +125,11 @@ def base(method_config: ConfigDict) -> ConfigDict:
       "rampup_fraction": 0.0,  # part of the run over which it rises as exp(-5 (1 - t)^2), from 0.0067
     },
     "criterion": {
-      "name": "cross_entropy",  # or "ohem"
+      "name": "cross_entropy",  # or "ohem", "focal", "dice"; or a sum, "cross_entropy+dice"
+      # Of cross_entropy, ohem and focal: "inverse" or "effective" of how often classes are in the labeled masks, or numbers, one for
+      # each class in their order, "0.2,1,3".
+      "class_weights": "",
+      "focal_gamma": 2.0,  # focal: 0 is cross entropy
       "denominator": "valid",  # cross_entropy: "valid" pixels or "all" pixels
       "min_confidence": 0.7,  # ohem
       "min_kept": 100_000,  # ohem: pixels, per image or batch as scope says

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -88,13 +90,62 @@ def joint_mean(*values: jax.Array) -> jax.Array:
   return sum(jnp.sum(value) for value in values) / sum(value.size for value in values)
 
 
-def cross_entropy_mean(logits: jax.Array, label: jax.Array, *, denominator: str = "valid") -> jax.Array:
-  """Mean cross entropy over the pixels that have a label.
+def pixel_weight(label: jax.Array, class_weights: Sequence[float] = ()) -> jax.Array:
+  """What each pixel counts: bool[...], whether it has a label; with class_weights, K of them, f32[...], that of its class or 0."""
+  if not class_weights:
+    return label != IGNORE_LABEL
+  return jnp.sum(jax.nn.one_hot(label, len(class_weights)) * jnp.asarray(class_weights), axis=-1)
 
-  denominator: "valid" divides by the pixels with a label (CPS and most others), "all" by all pixels (PixelSSL).
+
+def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
+  """sum(values * weight) / sum(weight), as PyTorch's losses with `weight` have it; 0 where all weights are 0."""
+  total = jnp.sum(weight)
+  return jnp.sum(values * weight) / jnp.where(total > 0, total, 1)
+
+
+def cross_entropy_mean(
+  logits: jax.Array, label: jax.Array, *, denominator: str = "valid", class_weights: Sequence[float] = ()
+) -> jax.Array:
+  """Mean cross entropy over the pixels that have a label, each weighted as its class.
+
+  denominator: "valid" divides by the pixels with a label (CPS and most others), or by their weights; "all" by all pixels (PixelSSL).
   """
-  values = cross_entropy(logits, label)
-  return jnp.mean(values) if denominator == "all" else mean_over(values, label != IGNORE_LABEL)
+  values, weight = cross_entropy(logits, label), pixel_weight(label, class_weights)
+  if denominator == "all":
+    return jnp.mean(values * weight if class_weights else values)
+  return weighted_mean(values, weight) if class_weights else mean_over(values, weight)
+
+
+def focal_mean(logits: jax.Array, label: jax.Array, *, gamma: float = 2.0, class_weights: Sequence[float] = ()) -> jax.Array:
+  """Mean of (1 - p)^gamma times the cross entropy, p the probability of the true class: pixels that are easy count little.
+
+  Lin et al., "Focal loss", ICCV 2017, equation 4, of the softmax. optax's focal loss takes each class for a yes or no of its own, so
+  that its logits are no softmax's, which all methods here take their confidences from.
+  """
+  values, weight = cross_entropy(logits, label), pixel_weight(label, class_weights)
+  # 1 - p by expm1: exact where p is nearly 1. Its gradient at gamma < 1 would be infinite at p = 1, as a power's at 0.
+  wrong = jnp.maximum(-jnp.expm1(-values), jnp.finfo(values.dtype).tiny)
+  return weighted_mean(wrong**gamma * values, weight.astype(values.dtype))
+
+
+def dice_loss(logits: jax.Array, label: jax.Array) -> jax.Array:
+  """1 - 2 |P Y| / (|P| + |Y|), averaged over the classes that the batch's labels hold; rare and frequent ones count alike.
+
+  Sums are over all labeled pixels of the batch; P are probabilities, which stand without a square as in most of today's codes
+  (Milletari et al., V-Net, 3DV 2016, section 3, squares them). optax's loss knows neither pixels without a label nor absent classes.
+
+  Args:
+    logits: f32[B, H, W, K]; label: i32[B, H, W].
+
+  Returns:
+    f32[], 0..1; 0 where no pixel has a label.
+  """
+  truth = jax.nn.one_hot(label, logits.shape[-1])  # all 0 for the ignore label
+  probability = jax.nn.softmax(logits) * (label != IGNORE_LABEL)[..., None]
+  axes = tuple(range(logits.ndim - 1))
+  size_truth, size_said = jnp.sum(truth, axes), jnp.sum(probability, axes)
+  overlap = 2 * jnp.sum(probability * truth, axes) / jnp.maximum(size_truth + size_said, 1e-6)
+  return mean_over(1 - overlap, size_truth > 0)
 
 
 def ohem_kept(logits: jax.Array, label: jax.Array, *, min_confidence: float, min_kept: int) -> jax.Array:
@@ -121,7 +172,13 @@ def ohem_kept(logits: jax.Array, label: jax.Array, *, min_confidence: float, min
 
 
 def ohem_cross_entropy(
-  logits: jax.Array, label: jax.Array, *, min_confidence: float = 0.7, min_kept: int, scope: str = "image"
+  logits: jax.Array,
+  label: jax.Array,
+  *,
+  min_confidence: float = 0.7,
+  min_kept: int,
+  scope: str = "image",
+  class_weights: Sequence[float] = (),
 ) -> jax.Array:
   """Mean cross entropy over the pixels that OHEM keeps.
 
@@ -130,11 +187,13 @@ def ohem_cross_entropy(
     min_kept: pixels kept at least, per image or per batch as `scope` says.
     scope: "image" mines each image alone and averages the image losses (CPS on Cityscapes: one image a GPU);
       "batch" mines all pixels of the batch together (the official function on one process).
+    class_weights: of the pixels that are kept; they have no part in which ones are.
   """
 
   def mined(logits, label):
     kept = ohem_kept(logits, label, min_confidence=min_confidence, min_kept=min_kept)
-    return mean_over(cross_entropy(logits, label), kept)
+    values = cross_entropy(logits, label)
+    return weighted_mean(values, kept * pixel_weight(label, class_weights)) if class_weights else mean_over(values, kept)
 
   return jnp.mean(jax.vmap(mined)(logits, label)) if scope == "image" else mined(logits, label)
 
