@@ -131,6 +131,10 @@ class _Scoring:
         for name, _, data in self.domains[1:]
       }
     if jax.process_index() == 0:
+      of_headline = next(iter(last["predictors"].values()))
+      if self.config.method.name != "supervised" and last["step"] >= self.config.total_steps and of_headline["miou"] is not None:
+        if baseline := workdirs.supervised_beside(self.workdir, self.config, self.results):
+          self.results["baseline"] = baseline
       with self._unless_failed():
         report.write_results(self._results_path, self.results)
 
@@ -613,6 +617,7 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], o
     mious = ", ".join(f"{name} {report.percent(score['miou'])}" for name, score in entry["predictors"].items())
     chosen = f" (best by {entry['selected_by']})" if series == "best" else ""
     lines.append(f"  {series:5} step {entry['step']:>6}  mIoU %: {mious}{chosen}")
+  lines += _findings(scoring.results, scoring.config)
   drawn = ",".join(sorted(path.stem for path in (workdir / "pictures").glob("*.png")))
   skipped = sum(len(domain.data.skipped.reasons()) for domain in scoring.domains if domain.data.skipped)
   lines += [
@@ -633,6 +638,25 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], o
     command = [f"--config={baseline}", f"--workdir={workdir}_supervised", *options]
     lines.append(f"  python -m pseudoseg_jax.main {shlex.join(command)}      the baseline to compare with")
   return "\n".join(lines)
+
+
+def _findings(results: report.Results, config: configs.ConfigDict) -> list[str]:
+  """What the scores mean: the gain over a supervised run beside this one, and a network that has learnt next to nothing."""
+  lines = []
+  if baseline := results.get("baseline"):
+    differs = f", though it differs in {', '.join(baseline['differs'])}" if baseline["differs"] else ""
+    where = f"{report.percent(baseline['miou'])} in {baseline['workdir']}{differs}"
+    lines.append(f"  {100 * baseline['gain']:+.2f} mIoU against supervised, {where}")
+  name, score = next(iter(results["last"]["predictors"].items()))
+  seen = [kind for kind, iou in score["iou"].items() if iou is not None]
+  said = score.get("predicted_classes", seen)  # which older releases did not write
+  if len(said) == 1 and len(seen) > 1:
+    lines.append(
+      f"  '{name}' SAYS '{said[0]}' OF EVERY PIXEL: it has learnt nothing yet. Where the loss falls, it needs more"
+      f" steps (--config.total_steps={2 * config.total_steps}) or more weight on rare classes (--config.criterion.class_weights=effective);"
+      f" where it does not, a smaller --config.optimizer.learning_rate={config.optimizer.learning_rate / 10:g}"
+    )
+  return lines
 
 
 def _as_flag(value: Any) -> str:

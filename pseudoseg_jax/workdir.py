@@ -328,6 +328,38 @@ def _check_resumable(workdir, config, classes, data, step) -> list[str]:
   return told
 
 
+# What is another method's business, or nobody's.
+_OF_THE_METHOD = ("method.*", "unlabeled_loss.*", "batch_size_global.unlabeled", "nets_from", *_FREE)
+
+
+def supervised_beside(workdir: pathlib.Path, config: configs.ConfigDict, results: Mapping[str, Any]) -> dict[str, Any] | None:
+  """What results.json says under "baseline", see `report`: of the finished supervised run that differs least; None for none.
+
+  Folders beside `workdir` that are no run, or cannot be read, are passed over.
+  """
+  found = []
+  of_ours = results["last"]["predictors"]
+  miou = next(iter(of_ours.values()))["miou"]
+  images = report.read_object(workdir / "data.json")[""]["evaluated"]
+  workdir = workdir.absolute()
+  for folder in sorted(path.parent for path in workdir.parent.glob("*/results.json") if path.parent != workdir):
+    try:
+      theirs = report.read_results(folder / "results.json")
+      if theirs["method"] != "supervised" or theirs["protocol"] != results["protocol"]:
+        continue
+      saved = configs.from_saved(report.read_object(folder / "config.json"))
+      last = next(iter(theirs["last"]["predictors"].values()))["miou"]
+      finished = theirs["last"]["step"] >= saved.total_steps and last is not None
+      if not finished or report.read_object(folder / "data.json")[""]["evaluated"] != images:
+        continue
+    except Exception:  # whatever lies there is not ours to judge
+      continue
+    different = configs.changes(config, saved)
+    differs = [key for key in different if not any(fnmatch.fnmatch(key, pattern) for pattern in _OF_THE_METHOD)]
+    found.append({"workdir": str(folder), "miou": last, "gain": miou - last, "differs": differs})
+  return min(found, key=lambda entry: len(entry["differs"]), default=None)
+
+
 def _effect(key: str, ours: Any, theirs: Any) -> str | None:
   """What a changed option does to a resumed run: "" for nothing, None for making it another run."""
   if fnmatch.fnmatch(key, "other_data.*"):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import io
 import os
@@ -419,8 +420,23 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_colours_and_overlay_by_hand():
   ids = np.array([[0, 2, 255]], np.uint8)
   np.testing.assert_array_equal(pictures.colorize(ids, CLASSES), [[[255, 0, 0], [0, 0, 255], [224, 224, 224]]])
-  gray = np.full((1, 3, 3), 100, np.uint8)
-  np.testing.assert_array_equal(pictures.overlay(gray, ids, CLASSES, 0.5)[0, 0], [178, 50, 50])  # 177.5, half to even
+
+
+def test_overlays_tint_areas_outline_them_and_leave_the_background():
+  ids = np.zeros((7, 8), np.uint8)
+  ids[1:6, 1:6] = 2
+  ids[:, 7] = 255
+  gray = np.full((7, 8, 3), 100, np.uint8)
+  things = dataclasses.replace(CLASSES, background=True)
+  for classes, ground in ((things, [100, 100, 100]), (dataclasses.replace(CLASSES, background=False), [178, 50, 50])):
+    shown = pictures.overlay(gray, ids, classes, 0.5)
+    np.testing.assert_array_equal(shown[3, 3], [50, 50, 178])  # 177.5, half to even
+    for row, column in ((1, 1), (1, 3), (3, 1), (5, 5), (3, 5)):
+      np.testing.assert_array_equal(shown[row, column], [0, 0, 255])
+    np.testing.assert_array_equal(shown[0, 0], ground)
+    np.testing.assert_array_equal(shown[3, 7], [162, 162, 162])  # ignored: grey, without an outline
+  outlined = np.all(pictures.overlay(gray, ids, things, 0.5) == [0, 0, 255], axis=-1)
+  assert outlined.sum() == 16 and pictures.overlay(gray, np.full((7, 8), 2, np.uint8), things, 0.0).tolist() == gray.tolist()
 
 
 def test_indexed_pictures_hold_ids_and_show_colours(tmp_path):

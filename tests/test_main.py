@@ -1,6 +1,7 @@
 """The command line as a user meets it: a whole small run, and the errors."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 import pseudoseg_jax
-from pseudoseg_jax import api, config as configs, main as command_line
+from pseudoseg_jax import api, config as configs, main as command_line, workdir as workdirs
 
 # Small enough for a few seconds; every batch divides by the eight simulated devices.
 SMALL = {
@@ -49,6 +50,54 @@ def test_a_run_leaves_what_its_summary_names(trained):
   assert set(results["last"]["predictors"]) == {"a", "b"} and "selected_by" in results["best"]
   text = (trained / "log.txt").read_text()
   assert "Done: cps" in text and "mean IoU" in text and "pseudoseg_jax.predict" in text
+
+
+def beside(trained, folder, miou, changed=None, **results):
+  """A finished supervised run of the quickstart, as far as its files tell."""
+  folder.mkdir()
+  shutil.copy(trained / "data.json", folder)
+  config = json.loads((trained / "config.json").read_text()) | {"method": {"name": "supervised"}} | (changed or {})
+  of_run = json.loads((trained / "results.json").read_text()) | {"method": "supervised"} | results
+  of_run["last"]["predictors"] = {"student": of_run["last"]["predictors"]["a"] | {"miou": miou}}
+  (folder / "config.json").write_text(json.dumps(config))
+  (folder / "results.json").write_text(json.dumps(of_run))
+
+
+def test_the_gain_over_a_supervised_run_beside_it(trained, tmp_path):
+  workdir = tmp_path / "cps"
+  shutil.copytree(trained, workdir)
+  config, results = workdirs.saved_config(workdir), json.loads((workdir / "results.json").read_text())
+  gain = lambda: workdirs.supervised_beside(workdir, config, results)
+  assert gain() is None
+  for name, content in {"empty": "", "no_run": "{}", "of_nothing": "[]"}.items():
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "results.json").write_text(content)
+  beside(trained, tmp_path / "other_protocol", 0.5, protocol="sliding windows")
+  beside(trained, tmp_path / "unfinished", 0.5, {"total_steps": 5})
+  beside(trained, tmp_path / "of_cps", 0.5, method="cps")
+  beside(trained, tmp_path / "other_images", 0.5)
+  (tmp_path / "other_images" / "data.json").write_text(json.dumps({"": {"evaluated": {"images": 1}}}))
+  assert gain() is None
+  beside(trained, tmp_path / "another_seed", 0.25, {"seed": 1, "batch_size_global": {"labeled": 8, "unlabeled": 16}})
+  miou = results["last"]["predictors"]["a"]["miou"]
+  assert gain() == {"workdir": str(tmp_path / "another_seed"), "miou": 0.25, "gain": miou - 0.25, "differs": ["seed"]}
+  beside(trained, tmp_path / "supervised", 0.02)
+  assert gain() == {"workdir": str(tmp_path / "supervised"), "miou": 0.02, "gain": miou - 0.02, "differs": []}
+  (line,) = api._findings(results | {"baseline": gain()}, config)
+  assert line == f"  {100 * miou - 2:+.2f} mIoU against supervised, 2.00 in {tmp_path / 'supervised'}"
+
+
+def test_a_network_that_says_one_class_of_every_pixel_is_told():
+  config = configs.make_config("cps", network="tiny")
+  scores = {"miou": 0.1, "iou": {"ground": 0.3, "leaf": 0.0, "wing": None}, "predicted_classes": ["ground"]}
+  results = {"last": {"predictors": {"a": scores}}}
+  (line,) = api._findings(results, config)
+  assert "'a' SAYS 'ground' OF EVERY PIXEL" in line
+  told = dict(re.findall(r"--config\.([\w.]+)=([\w.]+)", line))
+  configs.override(config, told)
+  assert config.total_steps == 40_000 and config.criterion.class_weights == "effective"
+  for better in ({"predicted_classes": ["ground", "leaf"]}, {"iou": {"ground": 0.3, "leaf": None, "wing": None}}):
+    assert api._findings({"last": {"predictors": {"a": scores | better}}}, config) == []
 
 
 def test_the_same_command_again_trains_nothing_more(trained, capsys):

@@ -225,7 +225,7 @@ def test_the_remedy_for_another_scale_works_as_it_is_printed(folder, capsys):
   assert str(folder / "images" / "c.tif") in captured.err and "2 images segmented" in captured.out
   remedy = re.search(r"config\.data\.max_value=1\b", captured.err)[0]
   assert run(folder, f"--{remedy}", images="images/c.tif", out="floats") == 0
-  np.testing.assert_allclose(written(folder, "overlay", "c", "floats")[..., 1], 0.4 * picture(3)[..., 0], atol=1)
+  np.testing.assert_allclose(written(folder, "overlay", "c", "floats")[..., 1], 0.6 * picture(3)[..., 0], atol=1)
 
 
 def test_unreadable_images_are_told_at_the_end_and_stop_no_other(folder, capsys):

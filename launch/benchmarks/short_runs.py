@@ -1,6 +1,6 @@
 """What short runs on small photographs make of published settings; all figures are on val, none on test.
 
-The setting is the one of photographs.py (leeds_butterfly, 5 labeled photographs a class, 400 steps, one seed). Two things are chosen
+The setting is the one of photographs.py (leeds_butterfly, 5 labeled photographs a class, 1000 steps, one seed). Two things are chosen
 here, once for all methods:
 
 - of `supervised`: by which factors photographs are resized before they are cropped (a crop at twice the size shows a wing, not a
@@ -29,8 +29,8 @@ SETTINGS = {
 }
 METHODS = ("fixmatch", "cps_cutmix", "mean_teacher")
 RULES = [
-  {"factor": 1.0, "rampup_fraction": 0.5}, {"factor": 0.1, "rampup_fraction": 0.5},
-  {"factor": 1.0, "rampup_fraction": 1.0}, {"factor": 1.0, "rampup_fraction": 0.0},
+  {"factor": 1.0, "rampup_fraction": 0.25}, {"factor": 0.1, "rampup_fraction": 0.25},
+  {"factor": 1.0, "rampup_fraction": 0.5}, {"factor": 1.0, "rampup_fraction": 0.0},
 ]  # fmt: skip
 
 

@@ -41,9 +41,31 @@ def visible(images: np.ndarray) -> np.ndarray:
   return rgb if rgb.dtype == np.uint8 else np.rint(rgb.clip(0, 255)).astype(np.uint8)
 
 
-def overlay(image: np.ndarray, ids: np.ndarray, classes: Classes, opacity: float = 0.6) -> np.ndarray:
-  """The image [h, w, C] of levels 0..255, tinted by class: uint8[h, w, 3]; opacity 1 shows the colours alone."""
-  return np.rint(visible(image) * (1 - opacity) + colorize(ids, classes) * opacity).astype(np.uint8)
+def overlay(image: np.ndarray, ids: np.ndarray, classes: Classes, opacity: float = 0.4) -> np.ndarray:
+  """The image [h, w, C] of levels 0..255, tinted by class, each area with an outline in its full colour: uint8[h, w, 3].
+
+  The photograph stays as it is where the background is, if the classes have one.
+  """
+  image = visible(image)
+  tinted = np.rint(image * (1 - opacity) + colorize(ids, classes) * opacity).astype(np.uint8)
+  outline = _edges(ids, max(1, round(min(ids.shape) / 250))) & (ids != IGNORE_LABEL)
+  tinted[outline] = colorize(ids, classes)[outline]
+  if classes.background_index is not None:
+    background = ids == classes.background_index
+    tinted[background] = image[background]
+  return tinted
+
+
+def _edges(ids: np.ndarray, width: int) -> np.ndarray:
+  """bool[h, w]: pixels with one of another class at most `width` pixels away in their row or column."""
+  edges = np.zeros(ids.shape, bool)
+  for distance in range(1, width + 1):
+    for axis in (0, 1):
+      before, after = np.moveaxis(ids, axis, 0)[:-distance], np.moveaxis(ids, axis, 0)[distance:]
+      along = np.moveaxis(edges, axis, 0)
+      along[:-distance] |= before != after
+      along[distance:] |= before != after
+  return edges
 
 
 def indexed(ids: np.ndarray, classes: Classes) -> Image.Image:
@@ -87,7 +109,7 @@ def contact_sheet(
   """
   columns = {"image": [visible(image) for image in images]}
   for title, maps in {"truth": labels, **predictions}.items():
-    columns[title] = [overlay(image, ids, classes, 0.75) for image, ids in zip(images, maps, strict=True)]
+    columns[title] = [overlay(image, ids, classes) for image, ids in zip(images, maps, strict=True)]
   cell = 300 if len(columns) <= 4 else 220  # pixels
   tallest = max((image.shape[0] / image.shape[1] for image in images), default=1.0)
   cell_height = min(cell, round(cell * tallest))
@@ -142,6 +164,7 @@ def curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
       panels["learning rate"][parts[-1]] = list(points)
   panels = {title: lines for title, lines in panels.items() if lines} or {"nothing recorded yet": {}}
 
+  last_step = max((step for lines in panels.values() for points in lines.values() for step, _ in points), default=1)
   figure = _figure(5.2 * len(panels), 3.8)
   for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
     for label, points in lines.items():
@@ -150,6 +173,12 @@ def curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
       axes.plot(steps, values, label=label, linewidth=1.6, marker=marker, markersize=3.5)
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel("step")
+    axes.set_xlim(0, 1.03 * last_step)  # the same for all; around a single point matplotlib would choose one of its own
+    if "%" in title:
+      for points in lines.values():
+        step, value = points[-1]
+        axes.annotate(f"{value:.1f}", (step, value), (-4, 5), textcoords="offset points", ha="right", fontsize=8)
+      axes.set_ylim(0, min(103, 5 + 1.15 * max(value for points in lines.values() for _, value in points)))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1 or title == "mIoU %":

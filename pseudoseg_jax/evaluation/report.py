@@ -7,8 +7,13 @@ results.json:
    "split": str, "protocol": str,                 in words
    "preset": str | null,                          the protocol's name, where it has one
    "last": {"step": int, "predictors": {NAME: {"miou": number | null, "pixel_accuracy": number | null,
-                                               "iou": {CLASS: number | null}}}},
+                                               "iou": {CLASS: number | null},
+                                               "predicted_classes": [CLASS, ...]}}},   of at least one pixel
    "best": the same of the best step so far, and "selected_by": str, what it is best by,
+   "baseline": {"workdir": str, "miou": number, "gain": number, "differs": [str]},
+                                                  a finished supervised run beside this one, on the same images and protocol: the
+                                                  first predictor's last mIoU, how much this run's is above it, and which options
+                                                  differ but for those of the method; where there is one
    "domains": {name: {"split": str, "last": ..., "best": the same of the first data set's best step}}, where there are further ones}
 
 NAME+image_labels is the predictor NAME with its answers kept to the classes that are in each image, as the truth says: what it is
@@ -84,6 +89,7 @@ def entry(classes: Classes, step: int, scores: Mapping[str, Scores]) -> Results:
         "miou": _number(score.miou),
         "pixel_accuracy": _number(score.pixel_accuracy),
         "iou": dict(zip(classes.names, map(_number, score.iou), strict=True)),
+        "predicted_classes": [name for name, count in zip(classes.names, score.matrix.sum(0), strict=True) if count],
       }
       for name, score in scores.items()
     },

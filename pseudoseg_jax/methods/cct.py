@@ -286,7 +286,7 @@ class _Domain(NamedTuple):
       shown["G-Cutout"] = box.astype(jnp.float32)
     if self.classifier:
       cam, _ = self.class_maps(net, features, unlabeled)
-      shown["CAM"] = cams.with_background(cam) if self.settings.background else cam
+      shown["CAM"] = cams.with_uncertain_background(cam) if self.settings.background else cam
     shown["auxiliary decoders"] = self.auxiliary(net, features, target, draws, jax.nn.softmax)
     return shown | {"main decoder": target}, jnp.max(target, axis=-1) > self.settings.min_confidence
 

@@ -172,7 +172,7 @@ def pseudoseg(
 
   def show(state, batch, draws):
     taught, _ = teach(state.nets["student"], batch, draws)
-    cam = cams.with_background(taught["cam"]) if background else taught["cam"]
+    cam = cams.with_uncertain_background(taught["cam"]) if background else taught["cam"]
     decoder, sgc = jax.nn.softmax(taught["decoder"]), jax.nn.softmax(taught["sgc"])
     shown = batch["unlabeled"]["weak"], taught["strong"], decoder, cam, sgc, taught["target"]
     return shown, taught["kept"] & taught["valid"]

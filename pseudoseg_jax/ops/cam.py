@@ -34,6 +34,12 @@ def with_background(cam: Array, total: float = 1.0) -> Array:
   return jnp.concatenate([total - jnp.max(cam, axis=-1, keepdims=True), cam], axis=-1)
 
 
+def with_uncertain_background(cam: Array) -> Array:
+  """As `with_background`, for people: what no map claims is at most half sure, for nothing there says that it is background."""
+  filled = with_background(cam)
+  return filled.at[..., 0].min(0.5)
+
+
 def image_labels(label: Array, num_classes: int) -> Array:
   """f32[B, K], 1 for every class that occurs in a mask i32[B, H, W]; IGNORE_LABEL is no class."""
   # One class after the other: a [B, H, W, K] comparison would be the largest array of a training step.
