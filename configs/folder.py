@@ -26,7 +26,10 @@ Images on neither list are the unlabeled ones. Whatever differs is said by an op
   background=yes                    class 0 is what is left beside things, whatever its name
   channels=1 mean=(0.5,) std=(0.25,)    grey images; or as many channels as yours have, of 8 or 16 bits
 
-`python -m pseudoseg_jax.main ... --print_config` shows all.
+Crop, scales, batch sizes, steps and the form of the evaluation are chosen from the data and the machine when the run begins, with the
+reasons told; any of them that you set stays: crop=321,steps=20000 after a colon, or --config.KEY=VALUE.
+
+`python -m pseudoseg_jax.main ... --print_config` shows all; -1, [] and "auto" are what is chosen later.
 """
 
 from pseudoseg_jax import config as configs
@@ -40,8 +43,8 @@ def get_config(argument=""):
     split="labeled.txt",
     network="",
     backbone="",
-    crop=321,
-    steps=20_000,
+    crop=0,
+    steps=0,
   )
   split = chosen.pop("split")
   data = configs.folder_data(

@@ -16,7 +16,7 @@ import os
 import statistics
 import time
 
-from pseudoseg_jax import build, config as configs  # before TensorFlow, whose options the package sets
+from pseudoseg_jax import build, config as configs, settings  # before TensorFlow, whose options the package sets
 from pseudoseg_jax.command_line import parse_with_overrides
 from pseudoseg_jax.contract import Needs
 from pseudoseg_jax.data import geometry, photometry, pipeline, views
@@ -89,6 +89,7 @@ def main(arguments=None) -> None:
   known, overrides = _parse(arguments)
   config = configs.load(known.config, overrides)
   data = build.build_data(config.data)
+  settings.settle_from(config, data)
   spec = build.build_pipeline(config, data, build.build_method(config, len(data.classes), len(data.unlabeled)))
   if known.strong_views is not None:
     spec = dataclasses.replace(spec, unlabeled=data.unlabeled, needs=Needs(strong_views=known.strong_views))

@@ -20,7 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
 
-from pseudoseg_jax import build, config as configs
+from pseudoseg_jax import build, config as configs, settings
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.command_line import parse_with_overrides
 
@@ -57,6 +57,7 @@ def measure(path: str, method: str, *, images: int, steps: int, overrides: dict[
   """One method on a config (path, with its argument), `images` a step in all streams together."""
   config = _load(path, method, overrides)
   data = build.build_data(config.data)
+  settings.settle_from(config, data)
   method = build.build_method(config, len(data.classes), len(data.unlabeled))
   labeled = images // 2 if method.needs.unlabeled else images
   config.batch_size_global = {"labeled": labeled, "unlabeled": (images - labeled) // (1 + method.needs.partner) or 1}

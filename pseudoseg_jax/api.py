@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from pseudoseg_jax import build, checks, config as configs, notebook, rng, workdir as workdirs
+from pseudoseg_jax import build, checks, config as configs, notebook, rng, settings, workdir as workdirs
 from pseudoseg_jax.contract import Method, State
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.pipeline import PipelineSpec
@@ -283,6 +283,7 @@ class _Run(NamedTuple):
   checkpoints: Checkpoints
   prepare: Callable[[State], State]
   changes: Sequence[str] = ()  # of options, since the run was last resumed or begun
+  chosen: Sequence[settings.Choice] = ()
 
 
 @contextlib.contextmanager
@@ -329,13 +330,19 @@ def _agreed(config: configs.ConfigDict, workdir: pathlib.Path, data: build.Data 
 def _opened(config: configs.ConfigDict, workdir: pathlib.Path, given: build.Data | None) -> _Run:
   build.check_run(config)
   domains = build.build_domains(config, given)
+  begun = Checkpoints(workdir / "checkpoints", read_only=True).step() is not None
+  if begun:
+    settings.settle_as(config, workdirs.saved_config(workdir))
+  if chosen := settings.settle_from(config, domains[0].data):
+    build.check_run(config)
+    domains = build.build_domains(config, given)  # further ones have a copy of the config
   data, others = domains[0].data, [domain.data for domain in domains[1:]]
   build.weigh_classes(config, data)
   method = build.build_method(config, len(data.classes), len(data.unlabeled), [len(other.classes) for other in others])
   specs = build.build_pipelines(domains, method)
   weights = functools.cache(lambda: _starting_weights(config, data.classes))
   earlier_nets = functools.cache(lambda: given_nets(config.nets_from, method, data.classes))
-  if Checkpoints(workdir / "checkpoints", read_only=True).step() is None:
+  if not begun:
     weights()
     earlier_nets()
 
@@ -345,7 +352,8 @@ def _opened(config: configs.ConfigDict, workdir: pathlib.Path, given: build.Data
     earlier_nets.cache_clear()
     return state
 
-  return _Run(domains, method, specs, Checkpoints(workdir / "checkpoints", keep_last=config.keep_last_checkpoints), prepare)
+  checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.keep_last_checkpoints)
+  return _Run(domains, method, specs, checkpoints, prepare, chosen=chosen)
 
 
 def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, records: Records, stop: StopRequest) -> RunResults:
@@ -353,6 +361,8 @@ def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, reco
   try:
     with stop.nothing_to_lose():
       _tell_start(config, domains, run.specs[0], mesh, workdir, fresh=checkpoints.step() is None)
+      if run.chosen:
+        log.info("%s", settings.in_words(run.chosen))
       for change in run.changes:
         log.warning("resumed with a change: %s", change)
       scoring = _Scoring(config, source, domains, method, run.specs, workdir, records, mesh)

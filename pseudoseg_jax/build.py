@@ -879,11 +879,11 @@ def panel_batch(specs: Sequence[PipelineSpec], data: Data, num_images: int) -> d
 
 
 def check_run(config: configs.ConfigDict) -> None:
-  """What can be said of a config's numbers before anything is opened: all of it at once."""
+  """What can be said of a config's numbers before anything is opened: all of it at once. Open options are passed over."""
   problems = checks.Problems("the config cannot be run")
   devices = jax.device_count()
   for stream, size in config.batch_size_global.items():
-    if size < 1 or size % devices:
+    if not configs.is_open(size) and (size < 1 or size % devices):
       near = max(devices, round(size / devices) * devices)
       problems.add(
         f"config.batch_size_global.{stream}",
@@ -892,7 +892,8 @@ def check_run(config: configs.ConfigDict) -> None:
         remedy=f"e.g. {near}",
       )
   for name in ("total_steps", "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "keep_last_checkpoints"):
-    if config[name] < 1:
+    may_be_open = name in ("total_steps", "eval_every_steps", "checkpoint_every_steps")
+    if config[name] < 1 and not (may_be_open and configs.is_open(config[name])):
       problems.add(f"config.{name}", got=config[name], allowed="1 or more")
   channels = config.data.get("channels", 3)
   for name, other in config.get("other_data", {}).items():
@@ -909,7 +910,8 @@ def check_run(config: configs.ConfigDict) -> None:
   if not 0 <= config.oversampling_threshold <= 1:
     problems.add("config.oversampling_threshold", got=config.oversampling_threshold, allowed="0..1, a share of the labeled images")
   problems.raise_if_any()
-  build_protocol(config)
+  if not any(configs.is_open(config.evaluation[name]) for name in ("style", "scales", "window_pixels", "pad_multiple")):
+    build_protocol(config)
 
 
 def _check_normalization(where: str, values, channels: int, problems: checks.Problems, *, least_excluded: bool) -> None:

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pseudoseg_jax import build, checks, command_line, config as configs
+from pseudoseg_jax import build, checks, command_line, config as configs, settings
 from pseudoseg_jax.data import audit
 from pseudoseg_jax.data.audit import Audit, Finding, Item
 from pseudoseg_jax.data.classes import Classes
@@ -148,6 +148,8 @@ def refusals(config: configs.ConfigDict, looked: Sequence[Looked], known: Sequen
 
   tried(lambda: build.check_run(config))
   domains = tried(lambda: build.build_domains(config)) or _unchecked(config, looked)
+  if tried(lambda: settings.settle_from(config, domains[0].data)):
+    domains = tried(lambda: build.build_domains(config)) or _unchecked(config, looked)  # whose configs are copies
   (data, *others), mesh = (domain.data for domain in domains), meshes.make_mesh()
   sizes = len(data.classes), len(data.unlabeled), [len(other.classes) for other in others]
   method = tried(lambda: build.build_method(config, *sizes))

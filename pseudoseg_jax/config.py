@@ -275,8 +275,8 @@ def make_config(
   convention: str = "",
   network: str = "",
   backbone: str = "",
-  crop: int = 321,
-  steps: int = 20_000,
+  crop: int = 0,
+  steps: int = 0,
   data: Mapping[str, Any] | None = None,
   overrides: Mapping[str, Any] | None = None,
 ) -> ConfigDict:
@@ -286,8 +286,9 @@ def make_config(
     convention: of the method, see `method`.
     network, backbone: names of models.table, from random weights; with neither, DeepLabv3+ on EfficientNet-Lite0 with ImageNet's
       weights where their package is installed, else on a ResNet-50 from random weights, which the run warns of.
-    crop: height and width of the training views in pixels.
-    steps: total_steps.
+    crop: height and width of the training views in pixels. Where it is 0, it is chosen when the run begins, from the data and the
+      machine, as are batch sizes, scales and the form of the evaluation, unless `overrides` set them; see `settings.choose`.
+    steps: total_steps; likewise.
     data: config.data, such as `folder_data(root=..., ...)`; None where the images are given to `pseudoseg_jax.train`.
     overrides: any options, dotted: {"method.weight": 1.0, "batch_size_global.labeled": 4}.
 
@@ -296,8 +297,10 @@ def make_config(
   """
   config = base(method(method_name, convention))
   config.data.update(given_data() if data is None else data)
-  config.total_steps = steps
-  config.batch_size_global = {"labeled": 8, "unlabeled": 8}
+  config.total_steps = steps or -1
+  config.batch_size_global = {"labeled": -1, "unlabeled": -1}
+  # Published weights are of runs of tens of thousands of steps. As in launch/benchmarks/photographs.py.
+  config.unlabeled_loss.rampup_fraction = 0.25
   if not (network or backbone) and imagenet.installed("efficientnet_lite0"):
     config.network = network_on("deeplabv3plus", "efficientnet_lite0")
     config.network.pretrained = "imagenet"
@@ -306,12 +309,10 @@ def make_config(
   else:
     config.network = network_on(network or "deeplabv3plus", backbone)
     config.optimizer.update({"learning_rate": 0.0025, "weight_decay": 4e-4})  # as of CPS on VOC, see configs/voc.py
-  config.views.crop_size = (crop, crop)
+  config.views.update({"crop_size": (crop, crop) if crop else (), "scales": (), "continuous": True})
   config.log_every_steps = 50
-  config.eval_every_steps = 2000
-  config.checkpoint_every_steps = 1000
-  # Windows of the training crop, so that images of any size share a few shapes to compile for: four at most, most often one.
-  config.evaluation.update({"style": "slide", "window_pixels": (crop, crop), "batch_size": 4})
+  config.eval_every_steps = config.checkpoint_every_steps = -1
+  config.evaluation.update({"style": "auto", "window_pixels": (), "pad_multiple": -1, "scales": (), "batch_size": 4})
   override(config, overrides or {})
   return config
 
@@ -349,6 +350,11 @@ def load(path: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
   config = module.get_config(argument)
   override(config, overrides or {})
   return config
+
+
+def is_open(value: Any) -> bool:
+  """Whether an option's value leaves it to `settings`: -1, () or "auto"."""
+  return value in (-1, (), "auto")
 
 
 def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ FLOORS = {
   "engine": 5, "evaluation": 5,
   "config": 6,
   "build": 7, "recipes": 7, "workdir": 7,
-  "trained": 8,
+  "trained": 8, "settings": 8,
   "api": 9,
   "main": 10, "predict": 10, "prepare": 10, "check_data": 10, "convert_weights": 10, "export_model": 10,
   "export_labels": 10, "reliable": 10,

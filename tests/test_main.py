@@ -88,7 +88,7 @@ def test_the_gain_over_a_supervised_run_beside_it(trained, tmp_path):
 
 
 def test_a_network_that_says_one_class_of_every_pixel_is_told():
-  config = configs.make_config("cps", network="tiny")
+  config = configs.make_config("cps", network="tiny", steps=20_000)
   scores = {"miou": 0.1, "iou": {"ground": 0.3, "leaf": 0.0, "wing": None}, "predicted_classes": ["ground"]}
   results = {"last": {"predictors": {"a": scores}}}
   (line,) = api._findings(results, config)

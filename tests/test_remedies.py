@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pseudoseg_jax import build, checks, config as configs
+from pseudoseg_jax import build, checks, config as configs, settings
 
 PACKAGE = pathlib.Path(build.__file__).parent
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "launch").glob("*.py"), *(PACKAGE.parent / "configs").glob("*.py")])
@@ -81,6 +81,7 @@ def open_data(tree, options, argument="method=supervised,network=tiny,crop=33"):
   build.check_run(config)
   domains = build.build_domains(config)
   data = domains[0].data
+  settings.settle_from(config, data)
   method = build.build_method(config, len(data.classes), len(data.unlabeled))
   build.build_pipelines(domains, method)
   for source in (data.labeled, data.evaluated):
