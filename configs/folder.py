@@ -38,7 +38,7 @@ from pseudoseg_jax import config as configs
 def get_config(argument=""):
   chosen = configs.arguments(
     argument,
-    method="cps",
+    method="cps_cutmix",
     convention="",
     split="labeled.txt",
     network="",

@@ -683,9 +683,11 @@ def _baseline(source: dict[str, str], config: configs.ConfigDict, flags: Mapping
   for recipe in ([], [f"recipe={config.method.name}"]):
     path = f"{source['path']}:{','.join(['method=supervised', *kept, *recipe])}"
     try:
-      different = configs.differences(config, configs.load(path, flags))
+      other = configs.load(path, flags)
     except checks.InputError:
       continue
+    settings.settle_as(other, config)
+    different = configs.differences(config, other)
     if all(line.startswith("method.") for line in different):
       return path
   return None

@@ -270,7 +270,7 @@ def arguments(text: str | None, **allowed: Any) -> dict[str, Any]:
 
 
 def make_config(
-  method_name: str = "cps",
+  method_name: str = "cps_cutmix",
   *,
   convention: str = "",
   network: str = "",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pseudoseg_jax import build, config as configs
+from pseudoseg_jax import config as configs
 from pseudoseg_jax.build import Data
 
 # Those that may be open.
@@ -27,14 +27,13 @@ _SAMPLED = 200  # images whose size is looked up
 class Facts(NamedTuple):
   """What settings are chosen from.
 
-  num_labeled, num_unlabeled: images. sizes: (height, width) of some of them, in pixels. learns_unlabeled: whether the method does.
+  num_labeled, num_unlabeled: images. sizes: (height, width) of some of them, in pixels.
   accelerator: whether a GPU or TPU is at hand. num_devices: of all processes. memory_gib: of one device; 0 where it does not say.
   """
 
   num_labeled: int
   num_unlabeled: int
   sizes: Sequence[tuple[int, int]]
-  learns_unlabeled: bool
   accelerator: bool
   num_devices: int
   memory_gib: float
@@ -85,7 +84,7 @@ def choose(facts: Facts, *, crop: int = 0, steps: int = 0) -> list[Choice]:
   add("batch_size_global.unlabeled", batch, "as many as labeled ones, as in nearly all published runs")
 
   # --- how long
-  images = facts.num_labeled + (facts.num_unlabeled if facts.learns_unlabeled else 0)
+  images = facts.num_labeled + facts.num_unlabeled  # whatever the method, so that runs of two methods can be compared
   fewest, most = (2000, 20_000) if facts.accelerator else (1000, 2000)
   passes = 40
   steps = steps or int(np.clip(passes * images / batch, fewest, most)) // 100 * 100
@@ -106,25 +105,20 @@ def open_options(config: configs.ConfigDict) -> list[str]:
   return [option for option in OPTIONS if configs.is_open(options[option])]
 
 
-def facts_of(data: Data, *, learns_unlabeled: bool) -> Facts:
+def facts_of(data: Data) -> Facts:
   """Looks at sizes of images, without decoding them, and at the devices."""
   rows = np.unique(np.linspace(0, len(data.labeled) - 1, min(_SAMPLED, len(data.labeled))).astype(int))
   device = jax.devices()[0]
   memory = (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else 0
   return Facts(
     num_labeled=len(data.labeled), num_unlabeled=len(data.unlabeled), sizes=[data.labeled.size(int(row)) for row in rows],
-    learns_unlabeled=learns_unlabeled, accelerator=device.platform != "cpu", num_devices=jax.device_count(), memory_gib=memory / 2**30,
+    accelerator=device.platform != "cpu", num_devices=jax.device_count(), memory_gib=memory / 2**30,
   )  # fmt: skip
 
 
 def settle_from(config: configs.ConfigDict, data: Data) -> list[Choice]:
   """Sets the open options of a config, in place, from the data of its first domain; those that were set."""
-  if not open_options(config):
-    return []
-  closed = config.copy_and_resolve_references()
-  closed.total_steps = max(closed.total_steps, 1)
-  method = build.build_method(closed, len(data.classes), len(data.unlabeled))
-  return settle(config, facts_of(data, learns_unlabeled=method.needs.unlabeled))
+  return settle(config, facts_of(data)) if open_options(config) else []
 
 
 def settle(config: configs.ConfigDict, facts: Facts) -> list[Choice]:

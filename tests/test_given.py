@@ -250,7 +250,7 @@ def test_a_method_that_wants_weak_labels_says_so(scenes, tmp_path):
 
 def test_a_config_without_a_file_is_that_of_a_folder():
   data = configs.load("configs/folder.py").data.to_dict()
-  ours = configs.make_config("cps", data={name: value for name, value in data.items() if name not in ("mean", "std")})
+  ours = configs.make_config("cps_cutmix", data={name: value for name, value in data.items() if name not in ("mean", "std")})
   assert configs.differences(ours, configs.load("configs/folder.py")) == []
   assert configs.make_config("cps", backbone="resnet18", overrides={"method.weight": 0.5}).method.weight == 0.5
   assert "did you mean 'cps'" in message(lambda: configs.make_config("cpss"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pseudoseg_jax
-from pseudoseg_jax import build, config as configs, settings
+from pseudoseg_jax import api, build, config as configs, settings
 
 
 def draw_facts(seed):
@@ -15,7 +15,7 @@ def draw_facts(seed):
   accelerator = bool(rng.integers(2))
   return settings.Facts(
     num_labeled=int(rng.integers(1, 3000)), num_unlabeled=int(rng.integers(1, 100_000)), sizes=sizes,
-    learns_unlabeled=bool(rng.integers(2)), accelerator=accelerator, num_devices=int(rng.choice([1, 2, 3, 8, 64])),
+    accelerator=accelerator, num_devices=int(rng.choice([1, 2, 3, 8, 64])),
     memory_gib=float(rng.choice([0, 8, 80])) * accelerator,
   )  # fmt: skip
 
@@ -85,7 +85,7 @@ def test_a_run_chooses_tells_and_keeps_its_settings(tmp_path, monkeypatch):
     *labeled, ["dark", "bright"], unlabeled=[images[name] for name in "4567"], evaluated=([images["8"]], [masks["8"]]), background="no"
   )
   options = {"network.width": 4, "evaluation.pictures": 0, "checkpoint_every_steps": 1}
-  monkeypatch.setattr(settings, "facts_of", lambda data, learns_unlabeled: draw_facts(0)._replace(num_devices=8, sizes=[(20, 40)]))
+  monkeypatch.setattr(settings, "facts_of", lambda data: draw_facts(0)._replace(num_devices=8, sizes=[(20, 40)]))
   choose = settings.choose
 
   def briefly(facts, crop, steps):
@@ -107,3 +107,10 @@ def test_what_is_set_wrongly_is_told_although_the_rest_is_open():
   config = configs.make_config("supervised", network="tiny", overrides={"batch_size_global.labeled": -2, "total_steps": -5})
   with pytest.raises(pseudoseg_jax.checks.InputError, match="labeled: got -2(.|\n)*total_steps: got -5"):
     build.check_run(config)
+
+
+def test_the_supervised_run_to_compare_with_is_named_although_the_file_leaves_settings_open():
+  source = {"path": "configs/folder.py", "argument": "method=fixmatch"}
+  config = configs.load("configs/folder.py:method=fixmatch")
+  settings.settle(config, draw_facts(0))
+  assert api._baseline(source, config, {}) == "configs/folder.py:method=supervised"
