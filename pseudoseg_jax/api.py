@@ -383,6 +383,7 @@ def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, reco
       evaluated_step=scoring.evaluated_step,
       is_comparable=scoring.is_comparable,
       prepare=run.prepare,
+      patience=config.early_stopping_patience,
       stop=stop,
     )
     failed = checkpoints.failed | ({"results": scoring.failed} if scoring.failed else {})

@@ -905,6 +905,8 @@ def check_run(config: configs.ConfigDict) -> None:
     problems.add("config.init_from", got="a second start beside config.network.pretrained", remedy="keep one of the two")
   if not config.optimizer.learning_rate > 0:
     problems.add("config.optimizer.learning_rate", got=config.optimizer.learning_rate, allowed="above 0")
+  if config.early_stopping_patience < 0:
+    problems.add("config.early_stopping_patience", got=config.early_stopping_patience, allowed="1 or more evaluations; 0 for no early end")
   if not config.optimizer.clip_norm >= 0:
     problems.add("config.optimizer.clip_norm", got=config.optimizer.clip_norm, allowed="above 0; 0 for no clipping")
   if not 0 <= config.oversampling_threshold <= 1:

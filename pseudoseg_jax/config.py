@@ -86,6 +86,9 @@ def base(method_config: ConfigDict) -> ConfigDict:
     "batch_size_global": {"labeled": 8, "unlabeled": 8},
     "log_every_steps": 50,
     "eval_every_steps": 500,
+    # Evaluations in a row without a better one, after which the run ends; 0 = never. What it ends with was chosen by the evaluated images
+    # and flatters on them: a comparison of methods runs to the end.
+    "early_stopping_patience": 0,
     "checkpoint_every_steps": 500,
     "keep_last_checkpoints": 2,
     "method": method_config,

@@ -49,6 +49,7 @@ _FROM_NOW_ON = {
   "total_steps": "the learning rate, and whatever else depends on how long the run is, follows the new length from here on",
   "optimizer.*": "it holds from here on",
   "method.*": "it holds from here on",  # of options that are numbers: weights, thresholds, momenta
+  "early_stopping_patience": "it holds from here on",
   "evaluation.*": "scores from here on are of this protocol, and the best state is chosen anew among them",
 }
 _NEVER = ("optimizer.name", "method.name")

@@ -118,6 +118,29 @@ def test_a_signal_saves_and_the_same_call_goes_on_to_the_same_end(tmp_path):
   np.testing.assert_array_equal(parameters(again), parameters(whole))
 
 
+@pytest.mark.parametrize("patience, last", [(0, 20), (1, 12), (2, 16), (3, 20)])
+def test_a_run_ends_when_nothing_gets_better(tmp_path, patience, last):
+  scores = lambda step: {4: 0.2, 8: 0.9, 12: 0.5, 16: 0.9, 20: 0.3}[step]  # as good is not better
+  run = Run(tmp_path / "run", total_steps=20, scores=scores)
+  outcome = run(patience=patience)
+  assert outcome.finished and outcome.stopped_by is None and int(outcome.state.step) == last == run.evaluated[-1]
+  checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
+  assert checkpoints.step("last") == last and checkpoints.step("best") == 8
+  again = run(patience=patience, evaluated_step=last)
+  assert again.finished and int(again.state.step) == last  # it has ended
+  np.testing.assert_array_equal(parameters(again), parameters(outcome))
+
+  def at(step):
+    if step == 6:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  interrupted = Run(tmp_path / "interrupted", total_steps=20, scores=scores)
+  assert not interrupted(lambda start: batches(start, at=at), patience=patience).finished
+  resumed = interrupted(patience=patience)
+  assert int(resumed.state.step) == last
+  np.testing.assert_array_equal(parameters(resumed), parameters(outcome))
+
+
 def test_a_finished_run_only_evaluates(tmp_path):
   Run(tmp_path)()
   again = Run(tmp_path)

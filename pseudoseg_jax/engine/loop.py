@@ -185,6 +185,7 @@ def fit(
   evaluated_step: int | None = None,
   is_comparable: Callable[[dict[str, Any]], bool] = lambda note: True,
   prepare: Callable[[State], State] = lambda state: state,
+  patience: int = 0,
   stop: StopRequest | None = None,
 ) -> Outcome:
   """Trains from the newest checkpoint (or from the start) to `total_steps`.
@@ -199,6 +200,7 @@ def fit(
       before it was, evaluates first.
     is_comparable: whether the state that was kept as the best, by its note, was chosen by the scores that `evaluate` gives now.
     prepare: fresh state -> the state to start from (pretrained weights), outside of jit; not called where a run is resumed.
+    patience: evaluations in a row that may find nothing better; after so many the run has ended. 0: as many as there are.
     stop: the signals that end a run early; None: SIGTERM and SIGINT, for the time of this call.
 
   Returns:
@@ -298,17 +300,28 @@ def fit(
           log.info("saved after step %d; the same command resumes there", done - 1)
         raise
 
+    def outlasted(done: int) -> bool:
+      """Whether patience has run out, for good: a run that is resumed there has ended too."""
+      if not patience or best is None or done - best["step"] < patience * every.eval_steps:
+        return False
+      log.info(
+        "ended at step %d of %d: nothing better than step %d in %d evaluations. The learning rate has not come down to what total_steps"
+        " foresees, and a step that the evaluated images have chosen looks better on them than it is",
+        done, total_steps, best["step"], patience,
+      )  # fmt: skip
+      return True
+
     stopped_by = None
     try:
       # Killed between a save and the evaluation of what was saved: without it, `best` would not be what it is undisturbed.
       if start and start != evaluated_step and (start >= total_steps or start % every.eval_steps == 0):
         stopped_by = score(state)
-      feed = iter(())
-      if start < total_steps and not stopped_by:
+      feed, ended = iter(()), bool(start) and not stopped_by and start < total_steps and outlasted(start)
+      if start < total_steps and not stopped_by and not ended:
         source = batches(start)
         open_resources.callback(getattr(source, "close", lambda: None))
         feed = _on_device(mesh, source)
-      for done in () if stopped_by else range(start + 1, total_steps + 1):
+      for done in () if stopped_by or ended else range(start + 1, total_steps + 1):
         with stop.nothing_to_lose() if done == start + 1 else contextlib.nullcontext():
           batch = next_batch(done)
           state, metrics = step_fn(state, batch)
@@ -335,7 +348,7 @@ def fit(
           break
         if evaluating:
           stopped_by = score(state)
-          if stopped_by:
+          if stopped_by or (done < total_steps and outlasted(done)):
             break
     except NonFiniteLoss as error:
       checkpoints.drop(error.step)  # its loss was not known when it was saved
