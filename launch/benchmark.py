@@ -6,7 +6,8 @@
 
 Every finished run is one line of JSON in launch/benchmarks/results/NAME.jsonl, with a digest of its settings: a run is done again when
 its settings have changed, and only then; one that was interrupted resumes where it was. A failed run is told with its log and stops
-no other. The table holds the runs with the settings of now, and says what is missing; it is written beside the results, as NAME.md.
+no other. The table holds the runs with the settings of now, and says what is missing; it is written beside the results, as NAME.md, and drawn in
+NAME.png.
 """
 
 from __future__ import annotations
@@ -52,11 +53,17 @@ class Run:
     return "/".join([self.data_set, self.method + f"+{self.variant}" * bool(self.variant), self.labels, str(self.seed)])
 
   def digest(self) -> str:
-    """Of all settings; where the data lie is none of them."""
-    options = self.config.to_dict()
-    options["data"]["root"] = ""
-    options["data"]["split"] = pathlib.PurePath(options["data"]["split"]).name
-    text = json.dumps([self.data_set, options, dict(self.test)], sort_keys=True)
+    """Of all options of the method, and of those others that are not at their default: an option that a later release adds, and whose
+    default changes nothing, leaves it as it is. Where the data lie is no part of it."""
+    from pseudoseg_jax import config as configs
+
+    config = self.config.copy_and_resolve_references()
+    defaults = configs.all_options(configs.base(config.method))
+    defaults |= configs.all_options({"network": configs.network(config.network.name)})
+    options = configs.all_options(config)
+    chosen = {key: value for key, value in options.items() if key.startswith("method.") or value != defaults.get(key)}
+    chosen |= {"data.root": "", "data.split": pathlib.PurePath(options["data.split"]).name}
+    text = json.dumps([self.data_set, chosen, dict(self.test)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -235,6 +242,34 @@ def table(protocol: str, runs: list[Run], done: Mapping[str, dict]) -> str:
   return "\n".join(lines) + "\n"
 
 
+def draw(runs: list[Run], done: Mapping[str, dict], path: pathlib.Path) -> None:
+  """A PNG: for each data set and label share a row a method, a dot a seed, a bar at their mean; dashed: supervised."""
+  from matplotlib.figure import Figure
+
+  groups = collections.defaultdict(lambda: collections.defaultdict(list))
+  for run in runs:
+    if run.key in done:
+      name = run.method + f" + {run.variant}" * bool(run.variant)
+      groups[run.data_set, run.labels][name].append(score(done[run.key]))
+  rows = [len(methods) for methods in groups.values()]
+  figure = Figure(figsize=(8, 0.9 * len(rows) + 0.27 * sum(rows)), dpi=110, layout="constrained")
+  all_axes = figure.subplots(len(rows), 1, squeeze=False, gridspec_kw={"height_ratios": [count + 1 for count in rows]})[:, 0]
+  for axes, ((data_set, labels), methods) in zip(all_axes, groups.items(), strict=True):
+    order = sorted(methods, key=lambda name: statistics.mean(methods[name]))
+    for place, name in enumerate(order):
+      color = "0.35" if name == "supervised" else "tab:blue"
+      axes.plot(methods[name], [place] * len(methods[name]), "o", color=color, markersize=4, alpha=0.6)
+      axes.plot(statistics.mean(methods[name]), place, "|", color=color, markersize=13, markeredgewidth=2)
+    if "supervised" in methods:
+      axes.axvline(statistics.mean(methods["supervised"]), color="0.35", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(order)), order, fontsize=8)
+    axes.set_title(f"{data_set}, labels: {labels.replace('_', '/')}", fontsize=10, loc="left")
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+  all_axes[-1].set_xlabel(f"{scored(next(iter(done.values())))} mIoU %, a dot a seed")
+  figure.savefig(path)
+
+
 def _parse(arguments=None):
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
   parser.add_argument("action", choices=("run", "table", "one"), help="'one' is what 'run' starts for each")
@@ -267,8 +302,11 @@ def main(arguments=None) -> int:
     result = do_one(runs[0], known.workdir)
     (known.workdir / "runs" / f"{runs[0].digest()}.json").write_text(json.dumps(result))
     return 0
-  text = table(benchmark.__doc__, runs, newest(read_results(known.results), runs))
+  done = newest(read_results(known.results), runs)
+  text = table(benchmark.__doc__, runs, done)
   known.results.with_suffix(".md").write_text(text)
+  if done:
+    draw(runs, done, known.results.with_suffix(".png"))
   print(text)
   return 0
 

@@ -1,5 +1,6 @@
 """The benchmark tool: real runs of a tiny benchmark in processes of their own, and tables of results made by hand."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -108,6 +109,8 @@ def test_runs_are_done_once_again_where_settings_changed_and_a_failure_stops_no_
   table = call(squares, "table", "--seeds=0")
   assert "2 of 2 runs are done" in table.stdout and "left out" in table.stderr
   assert (squares / "results.md").read_text() in table.stdout
+  with Image.open(squares / "results.png") as drawn:
+    assert drawn.width > 500
 
   write(squares, steps=3)
   assert "0 of 2 runs are done" in call(squares, "table", "--seeds=0").stdout
@@ -157,12 +160,26 @@ def test_the_table_takes_differences_seed_by_seed(benchmark):
   ]
 
 
-def test_the_digest_is_of_settings_and_not_of_places(benchmark):
+def with_nesterov(config):
+  """The config as of a release with an option more."""
+  with config.unlocked():
+    config.optimizer.nesterov = False
+  return config
+
+
+def test_the_digest_is_of_settings_and_not_of_places_or_releases(benchmark, monkeypatch):
   (here,), (there,), (other,) = (
     make_runs(benchmark, ["cps"], [0], root=root, split=split)
     for root, split in (("/a", "/a/lists/x.txt"), ("/b", "/b/lists/x.txt"), ("/a", "/a/lists/y.txt"))
   )
   assert here.digest() == there.digest() != other.digest()
+  for change in ({"method.weight": 0.5}, {"optimizer.power": 0.5}, {"network.width": 4}):
+    changed = here.config.copy_and_resolve_references()
+    configs.override(changed, change)
+    assert dataclasses.replace(here, config=changed).digest() != here.digest()
+  before, later = here.digest(), with_nesterov(here.config.copy_and_resolve_references())
+  monkeypatch.setattr(configs, "base", lambda method, base=configs.base: with_nesterov(base(method)))
+  assert dataclasses.replace(here, config=later).digest() == before
   assert benchmark.newest([result_of(here, 1.0), result_of(there, 2.0)], [here])[here.key]["test"]["student"] == 2.0
 
 
