@@ -37,7 +37,10 @@ from typing import Any
 @dataclasses.dataclass(frozen=True)
 class Run:
   """config: an ml_collections config that is evaluated on val. test: overrides that evaluate on test instead; {}: val is all.
-  variant: what the method is given beside images, in words; "" for nothing. labels: the labeled share, in words."""
+  variant: what the method is given beside images, in words; "" for nothing. labels: the labeled share, in words.
+  before: configs of stages to be trained first, by name, in their order. In config.nets_from and config.pseudo_labels.folder of what
+  follows, {NAME} is a stage's workdir, and {NAME_labels} the labels that it gives to the unlabeled images, kept to the image-level
+  labels where it has some."""
 
   data_set: str
   method: str
@@ -46,6 +49,7 @@ class Run:
   seed: int
   config: Any
   test: Mapping[str, str]
+  before: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def key(self) -> str:
@@ -55,16 +59,18 @@ class Run:
   def digest(self) -> str:
     """Of all options of the method, and of those others that are not at their default: an option that a later release adds, and whose
     default changes nothing, leaves it as it is. Where the data lie is no part of it."""
-    from pseudoseg_jax import config as configs
-
-    config = self.config.copy_and_resolve_references()
-    defaults = configs.all_options(configs.base(config.method))
-    defaults |= configs.all_options({"network": configs.network(config.network.name)})
-    options = configs.all_options(config)
-    chosen = {key: value for key, value in options.items() if key.startswith("method.") or value != defaults.get(key)}
-    chosen |= {"data.root": "", "data.split": pathlib.PurePath(options["data.split"]).name}
-    text = json.dumps([self.data_set, chosen, dict(self.test)], sort_keys=True)
+    earlier = {name: _chosen(config) for name, config in self.before.items()}
+    text = json.dumps([self.data_set, _chosen(self.config), dict(self.test), *([earlier] if earlier else [])], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _chosen(config) -> dict[str, Any]:
+  from pseudoseg_jax import config as configs
+
+  options, defaults = configs.all_options(config), configs.all_options(configs.base(config.method))
+  defaults |= configs.all_options({"network": configs.network(config.network.name)})
+  chosen = {key: value for key, value in options.items() if key.startswith("method.") or value != defaults.get(key)}
+  return chosen | {"data.root": "", "data.split": pathlib.PurePath(options["data.split"]).name}
 
 
 def load(path: pathlib.Path):
@@ -103,9 +109,19 @@ def do_one(run: Run, workdir: pathlib.Path) -> dict:
   import jax
 
   import pseudoseg_jax
+  from pseudoseg_jax import export_labels
 
   folder, begun = workdir / "runs" / run.digest(), time.time()
-  trained = pseudoseg_jax.train(run.config, folder)
+  places: dict[str, str] = {}
+  for name, config in run.before.items():
+    places[name] = f"{folder}_{name}"
+    if not pseudoseg_jax.train(_placed(config, places), places[name])["finished"]:
+      raise SystemExit("stopped in an earlier stage")
+    if f"{{{name}_labels}}" in "".join(later.pseudo_labels.folder for later in (*run.before.values(), run.config)):
+      places[f"{name}_labels"] = f"{folder}_{name}_labels"
+      out = pathlib.Path(places[f"{name}_labels"])
+      export_labels.export_labels(pathlib.Path(places[name]), out, image_labels=bool(config.data.image_labels))
+  trained = pseudoseg_jax.train(_placed(run.config, places), folder)
   if not trained["finished"]:
     raise SystemExit(f"stopped by {trained['stopped_by']}")
   last, best = trained["last"], trained["best"]
@@ -130,6 +146,14 @@ def do_one(run: Run, workdir: pathlib.Path) -> dict:
     "minutes": round(minutes + (time.time() - begun) / 60, 1), "date": datetime.date.today().isoformat(),
     "device": jax.devices()[0].device_kind, "jax": jax.__version__, "pseudoseg_jax": pseudoseg_jax.__version__,
   }  # fmt: skip
+
+
+def _placed(config, places: Mapping[str, str]):
+  """The config with the places of earlier stages in it."""
+  config = config.copy_and_resolve_references()
+  config.nets_from = config.nets_from.format_map(places)
+  config.pseudo_labels.folder = config.pseudo_labels.folder.format_map(places)
+  return config
 
 
 def _environment(core: int | None, workdir: pathlib.Path) -> dict[str, str]:

@@ -3,10 +3,13 @@
 Protocol. One encoder (EfficientNet-Lite0), one head (DeepLabv3+ of 96 channels), one crop, batch and number of steps for all. Nothing
 is chosen on `test`; every figure is mIoU on `test` after the LAST step, over the seeds with mean and standard
 deviation. The labeled photographs are the same for all methods and seeds. The step with the best `val` is scored on `test` apart.
+Image-level labels and boxes, where a method is given them, are those of the unlabeled photographs, read off their masks. Methods of several
+stages have as many steps in each: learn_pseudo's is that of a network which learns from masks and from the labels of its first stage.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Iterator
@@ -27,9 +30,11 @@ NETWORK = {"backbone": "efficientnet_lite0", "pretrained": "imagenet", "output_s
 RULE = {"factor": 1.0, "rampup_fraction": 0.25}
 # These halve the sum of both losses: at twice the rate a labeled photograph moves the network as far as in any other method.
 _HALVED = ("fixmatch", "unimatch")
-# Methods of one stage that learn one data set; what needs boxes or an earlier stage is no part of this benchmark yet.
+# Methods of one stage that learn one data set.
 ALONE = [name for name in METHODS if name not in ("cct_domains", "ancillary", "self_correcting", "learn_pseudo")]
 ELSEWHERE = ["supervised", "mean_teacher", "cps_cutmix", "unimatch", "fixmatch", "classmix", "pseudoseg", "ael"]
+# Methods and numbers of labels of the curve, on the first data set.
+CURVE, CURVE_LABELS = ("supervised", "fixmatch", "cps_cutmix"), ("1 a class", "2 a class", "10 a class")
 # Options that follow from the crop, the data or the run's length, not from scores.
 _OPTIONS = {
   "gct": {"detector_stages": 3, "detector_width": 32},
@@ -41,14 +46,14 @@ _OPTIONS = {
 class DataSet:
   """name: of a folder in the layout images/SPLIT/NAME.jpg, labels/SPLIT/NAME.png. labels: what share is labeled, "5 a class" or "1_8"."""
 
-  def __init__(self, name: str, labels: str, background: bool = True, **data):
-    self.name, self.labels, self.background, self.data = name, labels, background, data
+  def __init__(self, name: str, labels: str, background: bool = True, boxes: bool = True, **data):
+    self.name, self.labels, self.background, self.boxes, self.data = name, labels, background, boxes, data
 
 
 DATA_SETS = [
   DataSet("leeds_butterfly", "5 a class"),
   DataSet("msrc", "1_4"),
-  DataSet("ccp_clothing", "1_8"),
+  DataSet("ccp_clothing", "1_8", boxes=False),
   DataSet("camvid", "1_8", background=False, label_map="11:255"),
 ]
 
@@ -76,7 +81,7 @@ def labeled_list(root: pathlib.Path, data_set: str, labels: str, workdir: pathli
 def config_of(root: pathlib.Path, data_set: DataSet, method: str, variant: str, labels: str, seed: int, workdir: pathlib.Path):
   """The config of one run, evaluated on val."""
   options = dict(_OPTIONS.get(method, {}))
-  if variant == "image-level labels":
+  if variant == "image-level labels" and "image_labels" in configs.method(method):
     options["image_labels"] = True
   if not data_set.background and "background" in configs.method(method):
     options["background"] = False
@@ -86,6 +91,7 @@ def config_of(root: pathlib.Path, data_set: DataSet, method: str, variant: str, 
     "split": labeled_list(root, data_set.name, labels, workdir),
     "eval_image_pattern": "images/val/{id}.jpg", "eval_label_pattern": "labels/val/{id}.png",
     "image_labels": "tags.csv" if variant == "image-level labels" else "",
+    "boxes": "boxes/train" if variant == "boxes" else "", "eval_boxes": "boxes/val" if variant == "boxes" else "",
   }  # fmt: skip
   config = configs.make_config(method, crop=CROP, steps=STEPS, data=configs.folder_data(**data | data_set.data))
   config.method.update(options)
@@ -102,6 +108,18 @@ def config_of(root: pathlib.Path, data_set: DataSet, method: str, variant: str, 
   return config
 
 
+def staged(make, *, boxes: bool) -> Iterator[Run]:
+  """The methods of several stages; make: (method, variant) -> Run of one stage. boxes: whether the data set has some."""
+  if boxes:
+    ancillary, primary = make("ancillary", "boxes"), make("self_correcting", "boxes")
+    primary.config.nets_from = "ancillary={ancillary}"
+    yield dataclasses.replace(primary, before={"ancillary": ancillary.config})
+  hybrid, retrained = make("learn_pseudo", "image-level labels"), make("supervised", "")
+  retrained.config.pseudo_labels.folder = "{hybrid_labels}"
+  retrained.config.batch_size_global.labeled = 2 * BATCH  # as many photographs a step as the others, all of which have labels now
+  yield dataclasses.replace(retrained, method="learn_pseudo", variant="image-level labels", before={"hybrid": hybrid.config})
+
+
 TEST = {"data.eval_image_pattern": "images/test/{id}.jpg", "data.eval_label_pattern": "labels/test/{id}.png"}
 
 
@@ -111,7 +129,8 @@ def runs(root: pathlib.Path, workdir: pathlib.Path, seeds: list[int]) -> Iterato
   def run(data_set, method, seed, variant="", labels=""):
     labels = labels or data_set.labels
     config = config_of(root, data_set, method, variant, labels, seed, workdir)
-    return Run(data_set.name, method, variant, labels, seed, config, TEST)
+    test = TEST | ({"data.eval_boxes": "boxes/test"} if variant == "boxes" else {})
+    return Run(data_set.name, method, variant, labels, seed, config, test)
 
   for seed in seeds:
     for data_set in DATA_SETS:
@@ -121,4 +140,8 @@ def runs(root: pathlib.Path, workdir: pathlib.Path, seeds: list[int]) -> Iterato
       if data_set.background:
         for method in ("pseudoseg", "cct") if first else ("pseudoseg",):
           yield run(data_set, method, seed, "image-level labels")
+        yield from staged(lambda method, variant, seed=seed, data_set=data_set: run(data_set, method, seed, variant), boxes=data_set.boxes)
       yield run(data_set, "supervised", seed, labels="full")
+    for labels in CURVE_LABELS:
+      for method in CURVE:
+        yield run(DATA_SETS[0], method, seed, labels=labels)
