@@ -40,7 +40,7 @@ def runs(root, workdir, seeds):
       config = configs.make_config(method, network="tiny", crop=16, steps=STEPS, data=configs.folder_data(
         root=str(root), classes="classes.txt", image_pattern="images/train/{id}.png", label_pattern="labels/train/{id}.png",
         split="1_2", eval_image_pattern="images/val/{id}.png", eval_label_pattern="labels/val/{id}.png"))
-      config.seed, config.network.width, config.evaluation.pictures = seed, 4, 0
+      config.seed, config.network.width, config.evaluation.pictures, config.eval_every_steps = seed, 4, 0, STEPS
       config.batch_size_global = {"labeled": 2, "unlabeled": 2}
       if method == "single_pseudo" and BROKEN:
         config.method.weight, config.optimizer.learning_rate = 1.0, -1.0

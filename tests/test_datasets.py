@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from pseudoseg_jax import api, build, checks, config as configs
+from pseudoseg_jax import api, build, checks, config as configs, settings
 from pseudoseg_jax.contract import Needs
 from pseudoseg_jax.data import pipeline, sources, splits
 from pseudoseg_jax.evaluation import inference
@@ -157,6 +157,7 @@ def test_every_data_set_takes_two_steps(trees, name):
   assert (len(data.labeled), len(data.unlabeled), len(data.evaluated)) == counts
   assert not data.unlabeled.has_labels
   assert set(np.unique([data.labeled.label(row) for row in range(counts[0])])) <= {*labels, 255}
+  settings.settle_from(config, data)
   batches = pipeline.train_batches(build.build_pipeline(config, data, shared_method()))
   state = shared_method().init(jax.random.key(0))
   for _ in range(2):
@@ -305,7 +306,9 @@ def test_boxes_of_an_option_reach_the_batches(trees, tmp_path):
     (tmp_path / f"p{index:02}.xml").write_text(f"<annotation>{size}<object><name>cat</name>{box}</object></annotation>")
   method = shared_method()._replace(needs=Needs(weak_label="boxes"))
   config = load("folder", trees("folder"), **{"data.boxes": str(tmp_path)})
-  spec = build.build_pipeline(config, build.build_data(config.data), method)
+  data = build.build_data(config.data)
+  settings.settle_from(config, data)
+  spec = build.build_pipeline(config, data, method)
   np.testing.assert_allclose(spec.unlabeled_boxes[0], [[1, 0, 13 / 52, 20 / 40, 26 / 52]])
   assert spec.labeled_boxes.shape == (3, 1, 5) and spec.unlabeled_boxes.shape == (11, 1, 5)
   with pytest.raises(checks.InputError, match="config.data.boxes"):

