@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pseudoseg_jax import config as configs
+from pseudoseg_jax import config as configs, settings
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 
@@ -31,7 +31,7 @@ def benchmark():
 
 TINY = '''"""Tiny."""
 from benchmark import Run
-from pseudoseg_jax import config as configs
+from pseudoseg_jax import config as configs, settings
 
 
 def runs(root, workdir, seeds):
@@ -191,4 +191,5 @@ def test_the_runs_of_the_photographs_are_distinct_and_their_configs_are_of_metho
   runs = list(benchmark.load(LAUNCH / "benchmarks" / "photographs.py").runs(tmp_path, tmp_path / "work", [0, 1]))
   assert len({run.key for run in runs}) == len({run.digest() for run in runs}) == len(runs)
   listed = pathlib.Path(runs[0].config.data.split).read_text().split()
+  assert not [run.key for run in runs if settings.open_options(run.config)]  # nothing depends on the machine
   assert len(listed) == 10 and sum(name.startswith("000") for name in listed) == 5

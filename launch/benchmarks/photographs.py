@@ -103,7 +103,9 @@ def config_of(root: pathlib.Path, data_set: DataSet, method: str, variant: str, 
   })  # fmt: skip
   config.unlabeled_loss.update(RULE)
   config.views.update({"scales": SCALES, "continuous": True})
-  config.evaluation.update({"style": "whole", "pad_multiple": 32, "batch_size": 8, "pictures": 0})
+  config.evaluation.update({
+    "style": "whole", "pad_multiple": 32, "scales": (1.0,), "window_pixels": (CROP, CROP), "batch_size": 8, "pictures": 0,
+  })  # fmt: skip
   config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps = 50, STEPS // 2, STEPS // 4
   return config
 
