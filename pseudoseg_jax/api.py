@@ -331,7 +331,7 @@ def _opened(config: configs.ConfigDict, workdir: pathlib.Path, given: build.Data
   build.check_run(config)
   domains = build.build_domains(config, given)
   begun = Checkpoints(workdir / "checkpoints", read_only=True).step() is not None
-  if begun:
+  if begun and settings.open_options(config):
     settings.settle_as(config, workdirs.saved_config(workdir))
   if chosen := settings.settle_from(config, domains[0].data):
     build.check_run(config)
