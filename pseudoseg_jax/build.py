@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from pseudoseg_jax import checks, config as configs, optim
 from pseudoseg_jax.contract import IGNORE_LABEL, Method, Network, Optimizer, Task
@@ -668,7 +667,7 @@ def build_optimizer(config: configs.ConfigDict) -> Optimizer:
   else:
     optimizer = optim.sgd(learning_rate, momentum=options.momentum, **common)
   if options.clip_norm:
-    optimizer = optimizer._replace(transform=optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer.transform))
+    optimizer = optim.clip(optimizer, options.clip_norm)
   frozen = models_table.FROZEN[config.network.freeze]
   return optim.freeze(optimizer, frozen) if frozen else optimizer
 
@@ -722,12 +721,16 @@ def _class_weights(config: configs.ConfigDict, num_classes: int) -> tuple[float,
   return weights
 
 
+def _class_pixels(data: Data) -> np.ndarray:
+  return frequencies.count_pixels(data.labeled, len(data.classes), skip_unreadable=data.skipped is not None)
+
+
 def weigh_classes(config: configs.ConfigDict, data: Data) -> None:
   """Puts numbers, in place, where config.criterion.class_weights names a way to compute them: from the masks that are learnt from."""
   way = config.criterion.class_weights
   if way not in frequencies.WEIGHTS:
     return
-  weights = frequencies.class_weights(frequencies.count_pixels(data.labeled, len(data.classes)), way)
+  weights = frequencies.class_weights(_class_pixels(data), way)
   config.criterion.class_weights = ",".join(f"{weight:.6g}" for weight in weights)
 
 
@@ -810,8 +813,8 @@ def build_pipeline(config: configs.ConfigDict, data: Data, method: Method) -> Pi
 def _learnt_from(config: configs.ConfigDict, data: Data) -> Source:
   """The labeled images, some of them several times, and, after them, those with pseudo labels."""
   if config.oversampling_threshold:
-    pixels = frequencies.count_pixels(data.labeled, len(data.classes))
-    rows = frequencies.repeated_rows(frequencies.repeat_factors(pixels, config.oversampling_threshold), config.seed)
+    factors = frequencies.repeat_factors(_class_pixels(data), config.oversampling_threshold)
+    rows = frequencies.repeated_rows(factors, config.seed)
     data = data._replace(labeled=sources.Subset(data.labeled, [data.labeled.ids[row] for row in rows]))
   if data.pseudo_labeled is None:
     return data.labeled

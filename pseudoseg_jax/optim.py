@@ -45,6 +45,20 @@ def freeze(optimizer: Optimizer, pattern: str) -> Optimizer:
   return Optimizer(transform, optimizer.learning_rate, lambda path: 0.0 if frozen(path) else optimizer.multiplier(path))
 
 
+def clip(optimizer: Optimizer, norm: float) -> Optimizer:
+  """The optimizer with gradients whose global norm is above `norm` scaled down to it, before all else.
+
+  Its state is that of the optimizer (optax.chain would nest it), so that a run can be resumed with another norm, or with none.
+  """
+  clipping, inner = optax.clip_by_global_norm(norm), optimizer.transform
+
+  def update(gradients, state, params=None):
+    gradients, _ = clipping.update(gradients, optax.EmptyState())
+    return inner.update(gradients, state, params)
+
+  return optimizer._replace(transform=optax.GradientTransformation(inner.init, update))
+
+
 def sgd(
   learning_rate: Callable, *, momentum: float = 0.9, weight_decay: float = 0.0, decay_scope: str = "kernels", factors=None
 ) -> Optimizer:

@@ -103,6 +103,26 @@ def make_masks(seed):
   return Masks(labels)
 
 
+@pytest.mark.parametrize("error", [checks.InputError, OSError])
+def test_masks_that_cannot_be_read_count_nothing_where_they_are_skipped(error):
+  source = make_masks(0)
+  expected = frequencies.count_pixels(source, K)
+  expected[2] = 0
+  readable = source.label
+
+  def label(row):
+    if row == 2:
+      raise error("truncated")
+    return readable(row)
+
+  source.label = label
+  np.testing.assert_array_equal(frequencies.count_pixels(source, K, skip_unreadable=True), expected)
+  with pytest.raises(error):
+    frequencies.count_pixels(source, K)
+  for by in frequencies.WEIGHTS:
+    assert np.all(np.isfinite(frequencies.class_weights(expected, by))) and np.all(frequencies.class_weights(0 * expected, by) == 1)
+
+
 @pytest.mark.parametrize("by", frequencies.WEIGHTS)
 @pytest.mark.parametrize("seed", range(3))
 def test_weights_have_a_mean_of_1_and_favor_the_rare(by, seed):
@@ -138,7 +158,7 @@ def make_config(**overrides):
 def test_weights_become_numbers_of_the_config_once(way):
   source = make_masks(0)
   classes = type("Classes", (), {"names": ("ground", "wall", "door", "roof"), "__len__": lambda self: K})()
-  data = types.SimpleNamespace(labeled=source, classes=classes)
+  data = types.SimpleNamespace(labeled=source, classes=classes, skipped=None)
   config = make_config(criterion__class_weights=way)
   build.weigh_classes(config, data)
   text = config.criterion.class_weights
@@ -188,6 +208,9 @@ def test_gradients_are_clipped_by_their_norm(freeze):
     way, _ = clipped.transform.update(scaled, clipped.transform.init(params), params)
     expected = jax.tree.map(lambda value: value * min(1, 0.5 / norm), scaled)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), way, expected)
+  without = build.build_optimizer(make_config(optimizer__weight_decay=0.0, network__freeze=freeze))
+  states = [optimizer.transform.init(params) for optimizer in (clipped, without)]
+  assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])  # or a run could not be resumed with another norm
 
 
 def test_a_run_with_all_of_it_resumes_with_the_same_weights(tmp_path):
@@ -198,15 +221,17 @@ def test_a_run_with_all_of_it_resumes_with_the_same_weights(tmp_path):
     "batch_size_global.labeled": 8,
   }  # fmt: skip
 
-  def train(name, steps):
+  def train(name, steps, **changed):
     config = "configs/quickstart.py:method=supervised,labels=6"
-    return pseudoseg_jax.train(config, tmp_path / name, options | {"total_steps": steps})
+    return pseudoseg_jax.train(config, tmp_path / name, options | {"total_steps": steps} | changed)
 
   # One run that is extended, rather than a second one to compare it with: that those agree is every run's, see test_engine.
-  train("run", 1)
+  train("run", 1, **{"optimizer.clip_norm": 0.0})
   train("run", 2)
   saved = json.loads((tmp_path / "run" / "config.json").read_text())
   assert len([float(part) for part in saved["criterion"]["class_weights"].split(",")]) == 7
   log = (tmp_path / "run" / "log.txt").read_text()
   assert log.count("class weights: background") == log.count("one pass over the 6 labeled images meets") == 2
-  assert "resumed with a change: total_steps" in log and "class_weights" not in log
+  for change in ("total_steps: 2 now", "optimizer.clip_norm: 1.0 now"):
+    assert f"resumed with a change: {change}" in log
+  assert "class_weights" not in log

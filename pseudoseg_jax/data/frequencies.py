@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 
+from pseudoseg_jax import checks
 from pseudoseg_jax.data.sources import Source
 
 WEIGHTS = ("inverse", "effective")
 
 
-def count_pixels(source: Source, num_classes: int) -> np.ndarray:
+def count_pixels(source: Source, num_classes: int, *, skip_unreadable: bool = False) -> np.ndarray:
   """i64 [N, K]: pixels of each class in each image's mask; those without a label are of none. Reads all masks.
 
+  skip_unreadable: a mask that cannot be read has no pixel. The pipeline tells of it when it leaves its image out.
+
   Raises:
-    InputError: a mask that cannot be read.
+    InputError or OSError: a mask that cannot be read, unless those are skipped.
   """
-  counts = [np.bincount(source.label(row).ravel(), minlength=256)[:num_classes] for row in range(len(source))]
-  return np.array(counts, np.int64).reshape(len(source), num_classes)
+  counts = np.zeros((len(source), num_classes), np.int64)
+  for row in range(len(source)):
+    try:
+      counts[row] = np.bincount(source.label(row).ravel(), minlength=256)[:num_classes]
+    except (checks.InputError, OSError):
+      if not skip_unreadable:
+        raise
+  return counts
 
 
 def class_weights(pixels: np.ndarray, by: str) -> np.ndarray:
