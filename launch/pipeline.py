@@ -237,7 +237,7 @@ def outcome(step: Step, folder: pathlib.Path) -> tuple[str | None, dict[str, Any
   content = json.loads(path.read_text())
   if step.kind == "export":
     return content["labels_sha256"] if content["finished"] else None, {"images": content["images"]}
-  if content["last"]["step"] != step.config.total_steps:
+  if content["last"]["step"] != step.config.total_steps and not content.get("ended_early"):
     return None, {}
   mious = {name: scores["miou"] for name, scores in content["last"]["predictors"].items()}
   return _hash({key: value for key, value in content.items() if key != "config"}), {"miou": mious}

@@ -28,6 +28,7 @@ from PIL import Image
 
 from pseudoseg_jax import build, checks, config as configs, notebook, rng, settings, workdir as workdirs
 from pseudoseg_jax.contract import Method, State
+from pseudoseg_jax.data import frequencies
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.pipeline import PipelineSpec
 from pseudoseg_jax.engine import agreement, loop, mesh as meshes
@@ -130,9 +131,17 @@ class _Scoring:
         name: {"split": data.split, "last": of_domains[0][name], "best": of_domains[1].get(name, of_domains[0][name])}
         for name, _, data in self.domains[1:]
       }
+    self._write_results(finished=last["step"] >= self.config.total_steps)
+
+  def end_early(self):
+    """Notes in results.json that nothing better was found for so long that the run has ended."""
+    self.results = {**self.results, "ended_early": True}
+    self._write_results(finished=True)
+
+  def _write_results(self, *, finished: bool):
     if jax.process_index() == 0:
-      of_headline = next(iter(last["predictors"].values()))
-      if self.config.method.name != "supervised" and last["step"] >= self.config.total_steps and of_headline["miou"] is not None:
+      of_headline = next(iter(self.results["last"]["predictors"].values()))
+      if self.config.method.name != "supervised" and finished and of_headline["miou"] is not None:
         if baseline := workdirs.supervised_beside(self.workdir, self.config, self.results):
           self.results["baseline"] = baseline
       with self._unless_failed():
@@ -386,6 +395,8 @@ def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, reco
       patience=config.early_stopping_patience,
       stop=stop,
     )
+    if outcome.finished and int(outcome.state.step) < config.total_steps:
+      scoring.end_early()
     failed = checkpoints.failed | ({"results": scoring.failed} if scoring.failed else {})
     if failed:
       what = "; ".join(f"{name}: {cause}" for name, cause in failed.items())
@@ -628,6 +639,11 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], o
     mious = ", ".join(f"{name} {report.percent(score['miou'])}" for name, score in entry["predictors"].items())
     chosen = f" (best by {entry['selected_by']})" if series == "best" else ""
     lines.append(f"  {series:5} step {entry['step']:>6}  mIoU %: {mious}{chosen}")
+  if results.get("ended_early"):
+    lines += [
+      f"  ended before step {scoring.config.total_steps}, as nothing got better (early_stopping_patience): the learning rate has not come down to",
+      "  what total_steps foresees, and best was chosen on the evaluated images, on which it looks better than it is",
+    ]
   lines += _findings(scoring.results, scoring.config)
   drawn = ",".join(sorted(path.stem for path in (workdir / "pictures").glob("*.png")))
   skipped = sum(len(domain.data.skipped.reasons()) for domain in scoring.domains if domain.data.skipped)
@@ -662,9 +678,10 @@ def _findings(results: report.Results, config: configs.ConfigDict) -> list[str]:
   seen = [kind for kind, iou in score["iou"].items() if iou is not None]
   said = score.get("predicted_classes", seen)  # which older releases did not write
   if len(said) == 1 and len(seen) > 1:
+    more = "--config.early_stopping_patience=0" if results.get("ended_early") else f"--config.total_steps={2 * config.total_steps}"
     lines.append(
       f"  '{name}' SAYS '{said[0]}' OF EVERY PIXEL: it has learnt nothing yet. Where the loss falls, it needs more"
-      f" steps (--config.total_steps={2 * config.total_steps}) or more weight on rare classes (--config.criterion.class_weights=effective);"
+      f" steps ({more}) or more weight on rare classes (--config.criterion.class_weights=effective);"
       f" where it does not, a smaller --config.optimizer.learning_rate={config.optimizer.learning_rate / 10:g}"
     )
   return lines
@@ -688,6 +705,8 @@ def _baseline(source: dict[str, str], config: configs.ConfigDict, flags: Mapping
     except checks.InputError:
       continue
     settings.settle_as(other, config)
+    if other.criterion.class_weights in frequencies.WEIGHTS:  # computed by now
+      other.criterion.class_weights = config.criterion.class_weights
     different = configs.differences(config, other)
     if all(line.startswith("method.") for line in different):
       return path

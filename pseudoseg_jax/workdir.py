@@ -350,7 +350,7 @@ def supervised_beside(workdir: pathlib.Path, config: configs.ConfigDict, results
         continue
       saved = configs.from_saved(report.read_object(folder / "config.json"))
       last = next(iter(theirs["last"]["predictors"].values()))["miou"]
-      finished = theirs["last"]["step"] >= saved.total_steps and last is not None
+      finished = (theirs["last"]["step"] >= saved.total_steps or theirs.get("ended_early")) and last is not None
       if not finished or report.read_object(folder / "data.json")[""]["evaluated"] != images:
         continue
     except Exception:  # whatever lies there is not ours to judge

@@ -126,9 +126,10 @@ def test_a_run_ends_when_nothing_gets_better(tmp_path, patience, last):
   assert outcome.finished and outcome.stopped_by is None and int(outcome.state.step) == last == run.evaluated[-1]
   checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
   assert checkpoints.step("last") == last and checkpoints.step("best") == 8
-  again = run(patience=patience, evaluated_step=last)
-  assert again.finished and int(again.state.step) == last  # it has ended
-  np.testing.assert_array_equal(parameters(again), parameters(outcome))
+  for evaluated_step in (last, None):  # None: killed before its scores were published
+    again = run(patience=patience, evaluated_step=evaluated_step)
+    assert again.finished and int(again.state.step) == last  # it has ended
+    np.testing.assert_array_equal(parameters(again), parameters(outcome))
 
   def at(step):
     if step == 6:

@@ -78,6 +78,8 @@ def test_the_gain_over_a_supervised_run_beside_it(trained, tmp_path):
   beside(trained, tmp_path / "other_images", 0.5)
   (tmp_path / "other_images" / "data.json").write_text(json.dumps({"": {"evaluated": {"images": 1}}}))
   assert gain() is None
+  beside(trained, tmp_path / "ended_early", 0.5, {"total_steps": 5, "seed": 2}, ended_early=True)
+  assert gain()["workdir"] == str(tmp_path / "ended_early")
   beside(trained, tmp_path / "another_seed", 0.25, {"seed": 1, "batch_size_global": {"labeled": 8, "unlabeled": 16}})
   miou = results["last"]["predictors"]["a"]["miou"]
   assert gain() == {"workdir": str(tmp_path / "another_seed"), "miou": 0.25, "gain": miou - 0.25, "differs": ["seed"]}
@@ -96,6 +98,8 @@ def test_a_network_that_says_one_class_of_every_pixel_is_told():
   told = dict(re.findall(r"--config\.([\w.]+)=([\w.]+)", line))
   configs.override(config, told)
   assert config.total_steps == 40_000 and config.criterion.class_weights == "effective"
+  (line,) = api._findings(results | {"ended_early": True}, config)
+  assert "steps (--config.early_stopping_patience=0)" in line  # with more of them, it would end where it did
   for better in ({"predicted_classes": ["ground", "leaf"]}, {"iou": {"ground": 0.3, "leaf": None, "wing": None}}):
     assert api._findings({"last": {"predictors": {"a": scores | better}}}, config) == []
 
@@ -306,6 +310,9 @@ def test_the_baseline_that_a_summary_names_differs_in_the_method_alone(argument,
   config = configs.load(f"{path}:{argument}", {"data.root": "there"})
   got = api._baseline({"path": path, "argument": argument}, config, {"data.root": "there"})
   assert got == (baseline and f"{path}:{baseline}")
+  flags = {"data.root": "there", "criterion.class_weights": "effective"}
+  config.criterion.class_weights = "0.5,2"  # what a run makes of it
+  assert api._baseline({"path": path, "argument": argument}, config, flags) == got
 
 
 def test_without_a_home_compiled_programs_are_kept_elsewhere(monkeypatch):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -112,6 +113,15 @@ def outcomes(workdir):
 
 
 # --- with fake stages ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last, more, finished", [(4, {}, True), (2, {}, False), (2, {"ended_early": True}, True)])
+def test_a_training_is_finished_at_its_last_step_or_where_it_ended_early(tmp_path, last, more, finished):
+  step = types.SimpleNamespace(kind="train", config=types.SimpleNamespace(total_steps=4))
+  content = {"config": {}, "last": {"step": last, "predictors": {"student": {"miou": 0.5}}}} | more
+  (tmp_path / "results.json").write_text(json.dumps(content))
+  made, told = load().outcome(step, tmp_path)
+  assert (made is not None, told) == ((True, {"miou": {"student": 0.5}}) if finished else (False, {}))
 
 
 def test_stages_run_in_order_once_and_read_what_earlier_ones_made(runner, tmp_path, capfd):

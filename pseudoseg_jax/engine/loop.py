@@ -204,7 +204,8 @@ def fit(
     stop: the signals that end a run early; None: SIGTERM and SIGINT, for the time of this call.
 
   Returns:
-    The last state; `finished` is False where a signal ended the run early (it is saved, and the same call resumes it).
+    The last state; `finished` is False where a signal ended the run early (it is saved, and the same call resumes it), and True
+    where patience did.
 
   Raises:
     NonFiniteLoss: names the step and the loss terms. States that it shows to be ruined are no longer among the checkpoints.
@@ -316,7 +317,9 @@ def fit(
       # Killed between a save and the evaluation of what was saved: without it, `best` would not be what it is undisturbed.
       if start and start != evaluated_step and (start >= total_steps or start % every.eval_steps == 0):
         stopped_by = score(state)
-      feed, ended = iter(()), bool(start) and not stopped_by and start < total_steps and outlasted(start)
+        evaluated_step = None if stopped_by else start
+      # Only where this state was evaluated: what results.json says is of the last state.
+      feed, ended = iter(()), 0 < start == evaluated_step and start < total_steps and outlasted(start)
       if start < total_steps and not stopped_by and not ended:
         source = batches(start)
         open_resources.callback(getattr(source, "close", lambda: None))

@@ -10,6 +10,7 @@ results.json:
                                                "iou": {CLASS: number | null},
                                                "predicted_classes": [CLASS, ...]}}},   of at least one pixel
    "best": the same of the best step so far, and "selected_by": str, what it is best by,
+   "ended_early": true,                           where config.early_stopping_patience ended the run before its total_steps
    "baseline": {"workdir": str, "miou": number, "gain": number, "differs": [str]},
                                                   a finished supervised run beside this one, on the same images and protocol: the
                                                   first predictor's last mIoU, how much this run's is above it, and which options
