@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -701,6 +702,18 @@ def build_criterion(config: configs.ConfigDict, num_classes: int) -> Callable:
   return lambda logits, label: sum(known[name](logits, label) for name in names)
 
 
+def _check_criterion(config: configs.ConfigDict, method: Method) -> None:
+  """Raises InputError where a criterion is asked for that the method would not use."""
+  problems = checks.Problems(f"method '{config.method.name}' has a supervised loss of its own")
+  if method.needs.criterion:
+    return
+  for name in ("name", "class_weights"):
+    asked, default = config.criterion[name], configs.base(config.method).criterion[name]
+    if asked not in (default, "ohem"):  # which recipes set for a data set, whatever the method
+      problems.add(f"config.criterion.{name}", got=repr(asked), allowed=repr(default), remedy=f"--config.criterion.{name}={default}")
+  problems.raise_if_any()
+
+
 def _class_weights(config: configs.ConfigDict, num_classes: int) -> tuple[float, ...]:
   """Those that config.criterion.class_weights gives; () for none, and for those that `weigh_classes` has not computed yet."""
   text = config.criterion.class_weights
@@ -714,9 +727,6 @@ def _class_weights(config: configs.ConfigDict, num_classes: int) -> tuple[float,
   if len(weights) != num_classes or not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
     allowed = f"'', {', '.join(map(repr, frequencies.WEIGHTS))}, or {num_classes} numbers of 0 or more, by class: 0.2,1,..."
     problems.add("config.criterion.class_weights", got=repr(text), allowed=allowed)
-  if config.other_data:
-    remedy = "--config.criterion.class_weights="
-    problems.add("config.criterion.class_weights", got="weights of one data set", allowed="none where several are learnt", remedy=remedy)
   problems.raise_if_any()
   return weights
 
@@ -740,8 +750,11 @@ def tell_imbalance(config: configs.ConfigDict, data: Data, spec: PipelineSpec) -
   if weights:
     log.info("class weights: %s", ", ".join(f"{name} {weight:.2f}" for name, weight in zip(data.classes.names, weights, strict=True)))
   if config.oversampling_threshold:
-    met = len(spec.labeled) - len(data.pseudo_labeled or ())
-    log.info("one pass over the %d labeled images meets %d: those with rare classes more than once", len(data.labeled), met)
+    times = collections.Counter(spec.labeled.ids[: len(spec.labeled) - len(data.pseudo_labeled or ())]).values()
+    log.info(
+      "one pass over the %d labeled images meets %d: %d of them, with rare classes, more often than the others, up to %g times as often",
+      len(data.labeled), sum(times), sum(count > min(times) for count in times), max(times) / min(times),
+    )  # fmt: skip
 
 
 def _unlabeled_weight(config: configs.ConfigDict) -> Callable:
@@ -825,6 +838,7 @@ def _learnt_from(config: configs.ConfigDict, data: Data) -> Source:
 
 def build_pipelines(domains: Sequence[Domain], method: Method) -> tuple[PipelineSpec, ...]:
   """What the batches of each domain are made of; raises InputError for whatever does not fit."""
+  _check_criterion(domains[0].config, method)
   others = [domain.name for domain in domains[1:]]
   if bool(others) != method.needs.domains:
     problems = checks.Problems(f"method '{domains[0].config.method.name}' does not fit the data")
@@ -912,6 +926,9 @@ def check_run(config: configs.ConfigDict) -> None:
     problems.add("config.early_stopping_patience", got=config.early_stopping_patience, allowed="1 or more evaluations; 0 for no early end")
   if not config.optimizer.clip_norm >= 0:
     problems.add("config.optimizer.clip_norm", got=config.optimizer.clip_norm, allowed="above 0; 0 for no clipping")
+  if config.criterion.class_weights and config.get("other_data"):
+    remedy = "--config.criterion.class_weights="
+    problems.add("config.criterion.class_weights", got="weights of one data set", allowed="none where several are learnt", remedy=remedy)
   if not 0 <= config.oversampling_threshold <= 1:
     problems.add("config.oversampling_threshold", got=config.oversampling_threshold, allowed="0..1, a share of the labeled images")
   problems.raise_if_any()

@@ -49,7 +49,7 @@ Batch = Mapping[str, Mapping[str, Array]]
 
 
 class Needs(NamedTuple):
-  """What a method wants from the input pipeline beyond labeled images."""
+  """What a method wants from the input pipeline beyond labeled images, and whether from the task's criterion."""
 
   unlabeled: bool = True
   partner: bool = False
@@ -58,6 +58,7 @@ class Needs(NamedTuple):
   weak_label: str | None = None  # None, "image" or "boxes"
   domains: bool = False  # further data sets with classes of their own
   labeled_too: bool = False  # "unlabeled" draws the labeled images as well, with their masks
+  criterion: bool = True  # False: its supervised loss is its own, and not the task's criterion
 
 
 class NetState(train_state.TrainState):

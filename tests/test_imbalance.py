@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import types
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import pseudoseg_jax
-from pseudoseg_jax import build, checks, config as configs
+from pseudoseg_jax import api, build, checks, config as configs
 from pseudoseg_jax.contract import IGNORE_LABEL
 from pseudoseg_jax.data import frequencies
 from pseudoseg_jax.ops import losses
@@ -53,6 +54,19 @@ def test_losses_are_weighted_means_over_labeled_pixels(seed):
   kept = [(p, k) for p, k in pairs if p <= 0.4]
   expected = sum(-weights[k] * np.log(p) for p, k in kept) / sum(weights[k] for _, k in kept)
   close(mined(class_weights=by_class), expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_weighted_cross_entropy_and_its_gradient_are_those_of_pytorch(seed):
+  torch = pytest.importorskip("torch")
+  logits, label, weights = draw(seed)
+  loss, gradient = jax.value_and_grad(functools.partial(losses.cross_entropy_mean, class_weights=tuple(weights)))(logits, label)
+  theirs = torch.tensor(logits.reshape(-1, K), requires_grad=True)
+  flat = torch.tensor(label.reshape(-1), dtype=torch.long)
+  their_loss = torch.nn.functional.cross_entropy(theirs, flat, torch.tensor(weights, dtype=torch.float32), ignore_index=IGNORE_LABEL)
+  their_loss.backward()
+  np.testing.assert_allclose(loss, their_loss.item(), rtol=1e-5)
+  np.testing.assert_allclose(np.reshape(gradient, (-1, K)), theirs.grad.numpy(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -191,6 +205,22 @@ def test_what_cannot_be_meant_is_told(overrides, told):
     build.build_criterion(make_config(**overrides), K)
 
 
+@pytest.mark.parametrize("method, option", [("learn_pseudo", None), ("cct", "method.bootstrapped"), ("cps", None)])
+def test_a_criterion_that_a_method_would_not_use_is_told(method, option):
+  config = configs.make_config(method, network="tiny", steps=10, overrides={option: True} if option else {})
+  domain = types.SimpleNamespace(config=config, name="")
+  config.criterion.update({"name": "cross_entropy+dice", "class_weights": "1,2,3,4"})
+  if method == "cps":
+    build._check_criterion(config, build.build_method(config, K))
+    return
+  with pytest.raises(checks.InputError) as told:
+    build.build_pipelines([domain], build.build_method(config, K))
+  options = dict(re.findall(r"--config\.([\w.]+)=(\w*)", str(told.value)))
+  assert set(options) == {"criterion.name", "criterion.class_weights"}
+  configs.override(config, options)
+  build._check_criterion(config, build.build_method(config, K))
+
+
 def test_numbers_out_of_range_are_told_together():
   with pytest.raises(checks.InputError, match="clip_norm(.|\n)*oversampling_threshold"):
     build.check_run(make_config(optimizer__clip_norm=-1.0, oversampling_threshold=2.0))
@@ -213,7 +243,7 @@ def test_gradients_are_clipped_by_their_norm(freeze):
   assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])  # or a run could not be resumed with another norm
 
 
-def test_a_run_with_all_of_it_resumes_with_the_same_weights(tmp_path):
+def test_a_run_with_all_of_it_resumes_with_the_same_weights_and_ends_early(tmp_path, monkeypatch):
   options = {
     "criterion.name": "cross_entropy+dice", "criterion.class_weights": "effective", "oversampling_threshold": 0.9,
     "optimizer.clip_norm": 1.0, "optimizer.power": 0.0, "checkpoint_every_steps": 2, "eval_every_steps": 2, "evaluation.pictures": 0,
@@ -225,13 +255,19 @@ def test_a_run_with_all_of_it_resumes_with_the_same_weights(tmp_path):
     config = "configs/quickstart.py:method=supervised,labels=6"
     return pseudoseg_jax.train(config, tmp_path / name, options | {"total_steps": steps} | changed)
 
+  evaluate = api._Scoring.__call__
+  monkeypatch.setattr(api._Scoring, "__call__", lambda self, state: evaluate(self, state)._replace(score=0.5))  # never better
+
   # One run that is extended, rather than a second one to compare it with: that those agree is every run's, see test_engine.
   train("run", 1, **{"optimizer.clip_norm": 0.0})
-  train("run", 2)
+  results = train("run", 6, early_stopping_patience=1)
   saved = json.loads((tmp_path / "run" / "config.json").read_text())
   assert len([float(part) for part in saved["criterion"]["class_weights"].split(",")]) == 7
   log = (tmp_path / "run" / "log.txt").read_text()
   assert log.count("class weights: background") == log.count("one pass over the 6 labeled images meets") == 2
-  for change in ("total_steps: 2 now", "optimizer.clip_norm: 1.0 now"):
+  for change in ("total_steps: 6 now", "early_stopping_patience: 1 now", "optimizer.clip_norm: 1.0 now"):
     assert f"resumed with a change: {change}" in log
   assert "class_weights" not in log
+  assert results["finished"] and results["last"]["step"] == 4 and results["best"]["step"] == 1
+  assert json.loads((tmp_path / "run" / "results.json").read_text())["ended_early"] and "Done: " in log
+  assert "ended at step 4 of 6: nothing better than step 1" in log and "ended before step 6" in log

@@ -409,7 +409,7 @@ def cct(
     decoders, weight, distance, min_confidence, rampup, rampup_start_fraction, rampup_fraction, bootstrapped, xi, eps,
     image_labels, weak_weight, classification_weight, background,
   )  # fmt: skip
-  return _method(task, settings, Needs(weak_label="image" if image_labels else None))
+  return _method(task, settings, Needs(weak_label="image" if image_labels else None, criterion=not bootstrapped))
 
 
 def cct_domains(
@@ -434,4 +434,4 @@ def cct_domains(
   settings = _Settings(
     decoders, weight, distance, min_confidence, rampup, rampup_start_fraction, rampup_fraction, bootstrapped, xi, eps
   )
-  return _method(task, settings, Needs(domains=True))
+  return _method(task, settings, Needs(domains=True, criterion=not bootstrapped))

@@ -181,5 +181,5 @@ def learn_pseudo(
 
   names = ("weak view", "pseudo", "IoU of its class", "sample weight", "hybrid")
   panels = Panels(names, ("image", "classes", "heat", "heat", "classes"), show)
-  needs = Needs(weak_label="image", labeled_too=True)
+  needs = Needs(weak_label="image", labeled_too=True, criterion=False)
   return Method(needs, init, draw, update, nets.predictors(network, "hybrid", "pseudo"), panels)
