@@ -6,13 +6,14 @@
 
 Every finished run is one line of JSON in launch/benchmarks/results/NAME.jsonl, with a digest of its settings: a run is done again when
 its settings have changed, and only then; one that was interrupted resumes where it was. A failed run is told with its log and stops
-no other. The table holds the runs with the settings of now, and says what is missing; it is written beside the results, as NAME.md, and drawn in
-NAME.png.
+no other. The table holds the runs with the settings of now, and says what is missing; it is written beside the results, as NAME.md,
+and drawn in NAME.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import collections
 import concurrent.futures
 import dataclasses
@@ -67,10 +68,11 @@ class Run:
 def _chosen(config) -> dict[str, Any]:
   from pseudoseg_jax import config as configs
 
-  options, defaults = configs.all_options(config), configs.all_options(configs.base(config.method))
-  defaults |= configs.all_options({"network": configs.network(config.network.name)})
-  chosen = {key: value for key, value in options.items() if key.startswith("method.") or value != defaults.get(key)}
-  return chosen | {"data.root": "", "data.split": pathlib.PurePath(options["data.split"]).name}
+  defaults = configs.base(config.method)
+  defaults.network = configs.network(config.network.name)
+  chosen = configs.all_options({"method": config.method})
+  chosen |= {key: ours for key, (ours, _) in configs.changes(config, defaults).items() if ours != "absent"}
+  return chosen | {"data.root": "", "data.split": pathlib.PurePath(config.data.split).name}
 
 
 def load(path: pathlib.Path):
@@ -112,6 +114,9 @@ def do_one(run: Run, workdir: pathlib.Path) -> dict:
   from pseudoseg_jax import export_labels
 
   folder, begun = workdir / "runs" / run.digest(), time.time()
+  earlier = folder.with_suffix(".minutes")  # of processes that were stopped
+  before = float(earlier.read_text()) if earlier.exists() else 0.0
+  atexit.register(lambda: earlier.write_text(f"{before + (time.time() - begun) / 60}"))
   places: dict[str, str] = {}
   for name, config in run.before.items():
     places[name] = f"{folder}_{name}"
@@ -138,12 +143,11 @@ def do_one(run: Run, workdir: pathlib.Path) -> dict:
     test, scores = on_test("last")
     iou = scores[headline].iou.tolist()
     best_val["test"] = test[headline] if best["step"] == last["step"] else on_test("best")[0][headline]
-  minutes = json.loads((folder / "minutes.json").read_text()) if (folder / "minutes.json").exists() else 0.0
   return {
     "key": run.key, "digest": run.digest(), "data_set": run.data_set, "method": run.method, "variant": run.variant, "labels": run.labels,
     "seed": run.seed, "steps": last["step"], "headline": headline, "test": test, "val": val, "best_val": best_val,
     "iou": [None if value is None or math.isnan(value) else round(100 * value, 1) for value in iou],
-    "minutes": round(minutes + (time.time() - begun) / 60, 1), "date": datetime.date.today().isoformat(),
+    "minutes": round(before + (time.time() - begun) / 60, 1), "date": datetime.date.today().isoformat(),
     "device": jax.devices()[0].device_kind, "jax": jax.__version__, "pseudoseg_jax": pseudoseg_jax.__version__,
   }  # fmt: skip
 
@@ -239,28 +243,32 @@ def _mean(values: list[float]) -> str:
   return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def _groups(runs: list[Run], done: Mapping[str, dict]) -> dict[tuple[str, str], dict[str, dict[int, dict]]]:
+  """(data set, labels) -> method with its variant -> seed -> result, of the runs that are done."""
+  groups = collections.defaultdict(lambda: collections.defaultdict(dict))
+  for run in runs:
+    if run.key in done:
+      groups[run.data_set, run.labels][run.method + f" + {run.variant}" * bool(run.variant)][run.seed] = done[run.key]
+  return groups
+
+
 def table(protocol: str, runs: list[Run], done: Mapping[str, dict]) -> str:
   """One section a data set and label share: mean, standard deviation and number of seeds, and what that is above supervised.
 
   The difference is taken seed by seed, over the seeds that both have.
   """
-  groups = collections.defaultdict(lambda: collections.defaultdict(dict))
-  for run in runs:
-    if run.key in done:
-      groups[run.data_set, run.labels][run.method, run.variant][run.seed] = done[run.key]
   lines = [protocol.strip(), "", f"{len(done)} of {len(runs)} runs are done."]
-  for (data_set, labels), methods in groups.items():
-    baseline = {seed: score(result) for seed, result in methods.get(("supervised", ""), {}).items()}
+  for (data_set, labels), methods in _groups(runs, done).items():
+    baseline = {seed: score(result) for seed, result in methods.get("supervised", {}).items()}
     split = scored(next(iter(next(iter(methods.values())).values())))
     lines += ["", f"## {data_set}, labels: {labels.replace('_', '/')}", "",
               f"| method | seeds | {split} mIoU % | above supervised | at the best val | minutes |", "|---|---|---|---|---|---|"]  # fmt: skip
     order = sorted(methods.items(), key=lambda item: -statistics.mean(map(score, item[1].values())))
-    for (method, variant), by_seed in order:
+    for name, by_seed in order:
       above = [score(result) - baseline[seed] for seed, result in by_seed.items() if seed in baseline]
-      gain = "-" if method == "supervised" or not above else re.sub(r"^(?=\d)", "+", _mean(above))
+      gain = "-" if name == "supervised" or not above else re.sub(r"^(?=\d)", "+", _mean(above))
       best = statistics.mean(result["best_val"][split] for result in by_seed.values())
       minutes = statistics.mean(result["minutes"] for result in by_seed.values())
-      name = method + f" + {variant}" * bool(variant)
       scores = _mean([score(result) for result in by_seed.values()])
       lines.append(f"| {name} | {len(by_seed)} | {scores} | {gain} | {best:.1f} | {minutes:.0f} |")
   return "\n".join(lines) + "\n"
@@ -270,11 +278,10 @@ def draw(runs: list[Run], done: Mapping[str, dict], path: pathlib.Path) -> None:
   """A PNG: for each data set and label share a row a method, a dot a seed, a bar at their mean; dashed: supervised."""
   from matplotlib.figure import Figure
 
-  groups = collections.defaultdict(lambda: collections.defaultdict(list))
-  for run in runs:
-    if run.key in done:
-      name = run.method + f" + {run.variant}" * bool(run.variant)
-      groups[run.data_set, run.labels][name].append(score(done[run.key]))
+  groups = {
+    group: {name: [score(result) for result in by_seed.values()] for name, by_seed in methods.items()}
+    for group, methods in _groups(runs, done).items()
+  }
   rows = [len(methods) for methods in groups.values()]
   figure = Figure(figsize=(8, 0.9 * len(rows) + 0.27 * sum(rows)), dpi=110, layout="constrained")
   all_axes = figure.subplots(len(rows), 1, squeeze=False, gridspec_kw={"height_ratios": [count + 1 for count in rows]})[:, 0]

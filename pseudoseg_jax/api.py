@@ -344,7 +344,8 @@ def _opened(config: configs.ConfigDict, workdir: pathlib.Path, given: build.Data
     settings.settle_as(config, workdirs.saved_config(workdir))
   if chosen := settings.settle_from(config, domains[0].data):
     build.check_run(config)
-    domains = build.build_domains(config, given)  # further ones have a copy of the config
+    if config.other_data:
+      domains = build.build_domains(config, given)  # further domains have a copy of the config
   data, others = domains[0].data, [domain.data for domain in domains[1:]]
   build.weigh_classes(config, data)
   method = build.build_method(config, len(data.classes), len(data.unlabeled), [len(other.classes) for other in others])
@@ -596,11 +597,6 @@ def _starting_weights(config: configs.ConfigDict, classes: Classes) -> tuple[dic
   """What a run of this config starts from, as pretrained.put takes it, and its description; ({}, "") for nothing."""
   source = os.path.expanduser(config.network.pretrained or config.init_from)
   if not source:
-    if config.network.freeze == "encoder" and not config.nets_from:
-      problems = checks.Problems("the config cannot be run")
-      remedy = "--config.network.pretrained=imagenet (or a file), or --config.network.freeze=none"
-      problems.add("config.network.freeze", got="'encoder' with random weights", allowed="an encoder that has learnt something", remedy=remedy)
-      problems.raise_if_any()
     frozen = config.method.get("frozen_batch_norm", "none") != "none" or config.optimizer.freeze_batch_norm
     if frozen or config.network.freeze == "batch_norm":
       log.warning("batch norm is frozen, but no weights are loaded: set config.network.pretrained, or do not freeze it")
@@ -661,7 +657,7 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], o
   flags = {key: value for key, value in overrides.items() if not key.startswith(("method.", "nets_from"))}
   baseline = _baseline(source, scoring.config, flags)
   if baseline is not None:
-    options = [f"--config.{key}={_as_flag(value)}" for key, value in flags.items()]
+    options = [f"--config.{key}={configs.as_flag(value)}" for key, value in flags.items()]
     command = [f"--config={baseline}", f"--workdir={workdir}_supervised", *options]
     lines.append(f"  python -m pseudoseg_jax.main {shlex.join(command)}      the baseline to compare with")
   return "\n".join(lines)
@@ -685,11 +681,6 @@ def _findings(results: report.Results, config: configs.ConfigDict) -> list[str]:
       f" where it does not, a smaller --config.optimizer.learning_rate={config.optimizer.learning_rate / 10:g}"
     )
   return lines
-
-
-def _as_flag(value: Any) -> str:
-  """A value of an override as the command line reads it: tuples and lists without brackets."""
-  return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def _baseline(source: dict[str, str], config: configs.ConfigDict, flags: Mapping[str, Any]) -> str | None:

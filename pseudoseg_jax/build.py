@@ -704,9 +704,9 @@ def build_criterion(config: configs.ConfigDict, num_classes: int) -> Callable:
 
 def _check_criterion(config: configs.ConfigDict, method: Method) -> None:
   """Raises InputError where a criterion is asked for that the method would not use."""
-  problems = checks.Problems(f"method '{config.method.name}' has a supervised loss of its own")
   if method.needs.criterion:
     return
+  problems = checks.Problems(f"method '{config.method.name}' has a supervised loss of its own")
   for name in ("name", "class_weights"):
     asked, default = config.criterion[name], configs.base(config.method).criterion[name]
     if asked not in (default, "ohem"):  # which recipes set for a data set, whatever the method
@@ -920,6 +920,9 @@ def check_run(config: configs.ConfigDict) -> None:
     _check_normalization(f"config.data.{name}", config.data[name], channels, problems, least_excluded=name == "std")
   if config.network.pretrained and config.init_from:
     problems.add("config.init_from", got="a second start beside config.network.pretrained", remedy="keep one of the two")
+  if config.network.freeze == "encoder" and not (config.network.pretrained or config.init_from or config.nets_from):
+    remedy = "--config.network.pretrained=imagenet (or a file), or --config.network.freeze=none"
+    problems.add("config.network.freeze", got="'encoder' with random weights", allowed="an encoder that has learnt something", remedy=remedy)
   if not config.optimizer.learning_rate > 0:
     problems.add("config.optimizer.learning_rate", got=config.optimizer.learning_rate, allowed="above 0")
   if config.early_stopping_patience < 0:

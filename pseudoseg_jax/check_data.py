@@ -148,7 +148,7 @@ def refusals(config: configs.ConfigDict, looked: Sequence[Looked], known: Sequen
 
   tried(lambda: build.check_run(config))
   domains = tried(lambda: build.build_domains(config)) or _unchecked(config, looked)
-  if tried(lambda: settings.settle_from(config, domains[0].data)):
+  if tried(lambda: settings.settle_from(config, domains[0].data)) and config.other_data:
     domains = tried(lambda: build.build_domains(config)) or _unchecked(config, looked)  # whose configs are copies
   (data, *others), mesh = (domain.data for domain in domains), meshes.make_mesh()
   sizes = len(data.classes), len(data.unlabeled), [len(other.classes) for other in others]

@@ -360,6 +360,11 @@ def is_open(value: Any) -> bool:
   return value in (-1, (), "auto")
 
 
+def as_flag(value: Any) -> str:
+  """A value as `override` and the command line read it: tuples and lists without brackets."""
+  return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
 def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
   """Sets dotted keys in place, {"optimizer.learning_rate": "0.1"}; text is read as the type of what stands there.
 

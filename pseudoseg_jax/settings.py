@@ -53,9 +53,8 @@ def choose(facts: Facts, *, crop: int = 0, steps: int = 0) -> list[Choice]:
   short, long = min(height, width), max(height, width)
   choices = []
 
-  def add(option: str, value: Any, reason: str) -> Any:
+  def add(option: str, value: Any, reason: str) -> None:
     choices.append(Choice(option, value, reason))
-    return value
 
   # --- how large the network sees a photograph
   most = 320 if facts.accelerator else 112
@@ -140,10 +139,6 @@ def settle_as(config: configs.ConfigDict, saved: configs.ConfigDict) -> None:
 
 def in_words(chosen: Sequence[Choice]) -> str:
   """A table of choices with their reasons."""
-  rows = [(f"--config.{choice.option}={_as_flag(choice.value)}", choice.reason) for choice in chosen]
+  rows = [(f"--config.{choice.option}={configs.as_flag(choice.value)}", choice.reason) for choice in chosen]
   width = max((len(flag) for flag, _ in rows), default=0)
   return "\n".join(["chosen from the data; what you set yourself wins:", *(f"  {flag.ljust(width)}  {reason}" for flag, reason in rows)])
-
-
-def _as_flag(value: Any) -> str:
-  return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

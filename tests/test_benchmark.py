@@ -31,7 +31,7 @@ def benchmark():
 
 TINY = '''"""Tiny."""
 from benchmark import Run
-from pseudoseg_jax import config as configs, settings
+from pseudoseg_jax import config as configs
 
 
 def runs(root, workdir, seeds):

@@ -473,6 +473,8 @@ def test_curves_draw_what_there_is():
     with Image.open(io.BytesIO(pictures.curves({key: history[key] for key in kept}))) as picture:
       widths[name] = picture.width
   assert widths["all"] == 3 * widths["loss"] and widths["none"] == widths["loss"]
+  nothing_seen = {"evaluation/a/miou": [(2, float("nan"))], "evaluation/b/miou": [(2, 0.5), (4, float("nan"))]}
+  assert pictures.curves(nothing_seen)  # where no evaluated image has a class
 
 
 # Predictor

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from pseudoseg_jax import api, build, checks, config as configs, nets, optim
+from pseudoseg_jax import build, checks, config as configs, nets, optim
 from pseudoseg_jax.config import defaults_of
 from pseudoseg_jax.contract import Task
 from pseudoseg_jax.methods.table import METHODS
@@ -116,7 +116,7 @@ def test_a_config_builds_it_and_refuses_a_frozen_encoder_that_knows_nothing(tmp_
   config.network.freeze = "encoder"
   assert build.build_optimizer(config).multiplier("backbone/stem/conv/kernel") == 0
   with pytest.raises(checks.InputError, match="config.network.freeze: got 'encoder' with random weights.*pretrained=imagenet"):
-    api._starting_weights(config, None)
+    build.check_run(config)
   config.network.freeze = "all"
   with pytest.raises(checks.InputError, match="network.freeze.*allowed: batch_norm, encoder, none"):
     build.build_network(config, K)

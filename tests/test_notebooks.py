@@ -80,6 +80,7 @@ def options_of(config):
 
 
 PAGES = [*NOTEBOOKS, ROOT / "docs" / "notebooks.md"]
+TEXTS = [*PAGES, ROOT / "docs" / "your_data.md"]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=named)
@@ -91,7 +92,7 @@ def test_what_is_taken_from_the_package_exists(path):
   assert not [ast.unparse(node) for node in used if not hasattr(names[node.value.id], node.attr)]
 
 
-@pytest.mark.parametrize("path", PAGES, ids=named)
+@pytest.mark.parametrize("path", TEXTS, ids=named)
 def test_commands_files_and_options_that_are_named_exist(path):
   text = text_of(path)
   commands = re.findall(r"-m pseudoseg_jax\.(\w+)", text)
@@ -109,7 +110,7 @@ def test_commands_files_and_options_that_are_named_exist(path):
   assert quoted | given and not (quoted | given) - known
 
 
-@pytest.mark.parametrize("path", PAGES, ids=named)
+@pytest.mark.parametrize("path", TEXTS, ids=named)
 def test_configs_that_are_named_can_be_made(path):
   plain = re.sub(r",?\w+=\{\w+\}", "", text_of(path))  # without the arguments that are parameters
   texts = re.findall(r"configs/\w+\.py(?::[\w=,]*\w)?", plain)

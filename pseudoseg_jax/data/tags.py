@@ -17,7 +17,7 @@ from xml.parsers import expat
 import numpy as np
 
 from pseudoseg_jax import checks
-from pseudoseg_jax.data import listing, splits
+from pseudoseg_jax.data import frequencies, listing, splits
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.listing import IMAGE_SUFFIXES, normalized
 from pseudoseg_jax.data.sources import Source
@@ -102,8 +102,7 @@ def tags_of_masks(source: Source, num_classes: int) -> np.ndarray:
   """
   if not source.has_labels:
     raise checks.InputError("cannot read image labels off masks: the source has none; give it a label_pattern")
-  counts = [np.bincount(source.label(row).ravel(), minlength=256)[:num_classes] for row in range(len(source))]
-  return (np.stack(counts) > 0).astype(np.float32)
+  return (frequencies.count_pixels(source, num_classes) > 0).astype(np.float32)
 
 
 def without_suffix(name: str) -> str:

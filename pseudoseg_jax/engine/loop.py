@@ -305,11 +305,7 @@ def fit(
       """Whether patience has run out, for good: a run that is resumed there has ended too."""
       if not patience or best is None or done - best["step"] < patience * every.eval_steps:
         return False
-      log.info(
-        "ended at step %d of %d: nothing better than step %d in %d evaluations. The learning rate has not come down to what total_steps"
-        " foresees, and a step that the evaluated images have chosen looks better on them than it is",
-        done, total_steps, best["step"], patience,
-      )  # fmt: skip
+      log.info("ended at step %d of %d: nothing better than step %d in %d evaluations", done, total_steps, best["step"], patience)
       return True
 
     stopped_by = None

@@ -175,10 +175,10 @@ def curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
     axes.set_xlabel("step")
     axes.set_xlim(0, 1.03 * last_step)  # the same for all; around a single point matplotlib would choose one of its own
     if "%" in title:
-      for points in lines.values():
-        step, value = points[-1]
+      known = [[(step, value) for step, value in points if np.isfinite(value)] for points in lines.values()]
+      for step, value in (points[-1] for points in known if points):
         axes.annotate(f"{value:.1f}", (step, value), (-4, 5), textcoords="offset points", ha="right", fontsize=8)
-      axes.set_ylim(0, min(103, 5 + 1.15 * max(value for points in lines.values() for _, value in points)))
+      axes.set_ylim(0, min(103, 5 + 1.15 * max((value for points in known for _, value in points), default=80)))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1 or title == "mIoU %":

@@ -91,9 +91,9 @@ def joint_mean(*values: jax.Array) -> jax.Array:
 
 
 def pixel_weight(label: jax.Array, class_weights: Sequence[float] = ()) -> jax.Array:
-  """What each pixel counts: bool[...], whether it has a label; with class_weights, K of them, f32[...], that of its class or 0."""
+  """What each pixel counts, f32[...]: 1, or with class_weights, K of them, that of its class; 0 without a label."""
   if not class_weights:
-    return label != IGNORE_LABEL
+    return (label != IGNORE_LABEL).astype(jnp.float32)
   return jnp.sum(jax.nn.one_hot(label, len(class_weights)) * jnp.asarray(class_weights), axis=-1)
 
 
@@ -111,9 +111,7 @@ def cross_entropy_mean(
   denominator: "valid" divides by the pixels with a label (CPS and most others), or by their weights; "all" by all pixels (PixelSSL).
   """
   values, weight = cross_entropy(logits, label), pixel_weight(label, class_weights)
-  if denominator == "all":
-    return jnp.mean(values * weight if class_weights else values)
-  return weighted_mean(values, weight) if class_weights else mean_over(values, weight)
+  return jnp.mean(values * weight) if denominator == "all" else weighted_mean(values, weight)
 
 
 def focal_mean(logits: jax.Array, label: jax.Array, *, gamma: float = 2.0, class_weights: Sequence[float] = ()) -> jax.Array:
@@ -125,7 +123,7 @@ def focal_mean(logits: jax.Array, label: jax.Array, *, gamma: float = 2.0, class
   values, weight = cross_entropy(logits, label), pixel_weight(label, class_weights)
   # 1 - p by expm1: exact where p is nearly 1. Its gradient at gamma < 1 would be infinite at p = 1, as a power's at 0.
   wrong = jnp.maximum(-jnp.expm1(-values), jnp.finfo(values.dtype).tiny)
-  return weighted_mean(wrong**gamma * values, weight.astype(values.dtype))
+  return weighted_mean(wrong**gamma * values, weight)
 
 
 def dice_loss(logits: jax.Array, label: jax.Array) -> jax.Array:
@@ -192,8 +190,7 @@ def ohem_cross_entropy(
 
   def mined(logits, label):
     kept = ohem_kept(logits, label, min_confidence=min_confidence, min_kept=min_kept)
-    values = cross_entropy(logits, label)
-    return weighted_mean(values, kept * pixel_weight(label, class_weights)) if class_weights else mean_over(values, kept)
+    return weighted_mean(cross_entropy(logits, label), kept * pixel_weight(label, class_weights))
 
   return jnp.mean(jax.vmap(mined)(logits, label)) if scope == "image" else mined(logits, label)
 
