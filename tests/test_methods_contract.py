@@ -47,7 +47,7 @@ CASES["cross_prob:kl"] = {"distance": "kl"}
 @pytest.fixture(autouse=True)
 def quick_to_compile(request):
   """Steps that are few take less time than compiling them well; what a test learns in hundreds of steps is compiled well."""
-  before = jax.config.jax_disable_most_optimizations
+  before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", before or request.node.get_closest_marker("slow") is None)
   yield
   jax.config.update("jax_disable_most_optimizations", before)
