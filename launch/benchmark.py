@@ -4,10 +4,16 @@
   python launch/benchmark.py run launch/benchmarks/photographs.py --data_root=DIR --workdir=W --only=leeds_butterfly/fixmatch
   python launch/benchmark.py table launch/benchmarks/photographs.py --data_root=DIR --workdir=W
 
-Every finished run is one line of JSON in launch/benchmarks/results/NAME.jsonl, with a digest of its settings: a run is done again when
-its settings have changed, and only then; one that was interrupted resumes where it was. A failed run is told with its log and stops
-no other. The table holds the runs with the settings of now, and says what is missing; it is written beside the results, as NAME.md,
-and drawn in NAME.png.
+or, of any config, the methods that you name (or `all`), scored on what the config evaluates on:
+
+  python launch/benchmark.py run configs/quickstart.py --methods=supervised,pseudoseg+image_labels=1 --seeds=0,1 --workdir=W
+  python launch/benchmark.py run configs/folder.py --methods=supervised,cps_cutmix+method.weight=0.5 --workdir=W --config.data.root=DIR
+
+Every finished run is one line of JSON in launch/benchmarks/results/NAME.jsonl (of a config: WORKDIR/NAME.jsonl), with a digest of its
+settings: a run is done again when its settings have changed, and only then; one that was interrupted resumes where it was. A failed
+run is told with its log and stops no other. The table holds the runs with the settings of now, and says what is missing: `run` prints it
+at its end, `table` also writes it beside the results, as NAME.md, and draws it in NAME.png. `table --check` writes nothing, and says
+whether NAME.md is what the results make.
 """
 
 from __future__ import annotations
@@ -31,7 +37,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -55,7 +61,7 @@ class Run:
   @property
   def key(self) -> str:
     """"leeds_butterfly/pseudoseg+image-level labels/5 a class/0": unique in a benchmark, also the name of its folder."""
-    return "/".join([self.data_set, self.method + f"+{self.variant}" * bool(self.variant), self.labels, str(self.seed)])
+    return "/".join(filter(None, [self.data_set, self.method + f"+{self.variant}" * bool(self.variant), self.labels, str(self.seed)]))
 
   def digest(self) -> str:
     """Of all options of the method, and of those others that are not at their default: an option that a later release adds, and whose
@@ -72,7 +78,7 @@ def _chosen(config) -> dict[str, Any]:
   defaults.network = configs.network(config.network.name)
   chosen = configs.all_options({"method": config.method})
   chosen |= {key: ours for key, (ours, _) in configs.changes(config, defaults).items() if ours != "absent"}
-  return chosen | {"data.root": "", "data.split": pathlib.PurePath(config.data.split).name}
+  return chosen | {"data.root": "", "data.split": pathlib.PurePath(config.data.get("split", "")).name}
 
 
 def load(path: pathlib.Path):
@@ -84,6 +90,34 @@ def load(path: pathlib.Path):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
+
+
+def alone() -> list[str]:
+  """The methods that learn in one run from one data set."""
+  from pseudoseg_jax.methods.table import METHODS
+
+  return [name for name in METHODS if name not in ("cct_domains", "ancillary", "self_correcting", "learn_pseudo")]
+
+
+def of_config(path: str, methods: str, overrides: Mapping[str, Any], seeds: list[int]) -> Iterator[Run]:
+  """Runs of one config, scored on what it evaluates on.
+
+  Args:
+    path: config file with its argument, without the method.
+    methods: comma-separated, or "all" that learn in one run; "mean_teacher+convention=official" adds an argument of the config,
+      "pseudoseg+method.image_labels=True" an option.
+    overrides: of every config, as `config.load` takes them.
+  """
+  from pseudoseg_jax import config as configs
+
+  file, _, argument = path.partition(":")
+  for seed in seeds:
+    for method in alone() if methods == "all" else methods.split(","):
+      name, *extra = method.split("+")
+      options = {key: value for key, _, value in (part.partition("=") for part in extra) if "." in key}
+      arguments = [argument, f"method={name}", *(part for part in extra if part.partition("=")[0] not in options)]
+      config = configs.load(f"{file}:{','.join(filter(None, arguments))}", {**overrides, **options, "seed": seed})
+      yield Run(pathlib.Path(file).stem, name, "+".join(extra), argument, seed, config, {})
 
 
 def read_results(path: pathlib.Path) -> list[dict]:
@@ -175,8 +209,7 @@ def _start(known, run: Run, core: int | None, children: set) -> dict | None:
   folder = known.workdir / "runs" / run.digest()
   folder.mkdir(parents=True, exist_ok=True)
   told, log = folder.with_suffix(".json"), folder.with_suffix(".log")
-  command = [sys.executable, __file__, "one", str(known.benchmark), f"--data_root={known.data_root}", f"--workdir={known.workdir}",
-             f"--seeds={run.seed}", f"--only=^{re.escape(run.key)}$"]  # fmt: skip
+  command = [sys.executable, __file__, "one", *known.again, f"--seeds={run.seed}", f"--only=^{re.escape(run.key)}$"]
   with log.open("a") as file:
     pinned = {"preexec_fn": lambda: os.sched_setaffinity(0, {core})} if core is not None and hasattr(os, "sched_setaffinity") else {}
     child = subprocess.Popen(command, env=_environment(core, known.workdir), stdout=file, stderr=file, **pinned)
@@ -252,6 +285,11 @@ def _groups(runs: list[Run], done: Mapping[str, dict]) -> dict[tuple[str, str], 
   return groups
 
 
+def _title(data_set: str, labels: str) -> str:
+  """labels: "5 a class", "1_8" or the argument of a config."""
+  return f"{data_set}, {labels}" if "=" in labels else data_set + f", labels: {labels.replace('_', '/')}" * bool(labels)
+
+
 def table(protocol: str, runs: list[Run], done: Mapping[str, dict]) -> str:
   """One section a data set and label share: mean, standard deviation and number of seeds, and what that is above supervised.
 
@@ -261,7 +299,7 @@ def table(protocol: str, runs: list[Run], done: Mapping[str, dict]) -> str:
   for (data_set, labels), methods in _groups(runs, done).items():
     baseline = {seed: score(result) for seed, result in methods.get("supervised", {}).items()}
     split = scored(next(iter(next(iter(methods.values())).values())))
-    lines += ["", f"## {data_set}, labels: {labels.replace('_', '/')}", "",
+    lines += ["", f"## {_title(data_set, labels)}", "",
               f"| method | seeds | {split} mIoU % | above supervised | at the best val | minutes |", "|---|---|---|---|---|---|"]  # fmt: skip
     order = sorted(methods.items(), key=lambda item: -statistics.mean(map(score, item[1].values())))
     for name, by_seed in order:
@@ -294,7 +332,7 @@ def draw(runs: list[Run], done: Mapping[str, dict], path: pathlib.Path) -> None:
     if "supervised" in methods:
       axes.axvline(statistics.mean(methods["supervised"]), color="0.35", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(order)), order, fontsize=8)
-    axes.set_title(f"{data_set}, labels: {labels.replace('_', '/')}", fontsize=10, loc="left")
+    axes.set_title(_title(data_set, labels), fontsize=10, loc="left")
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
   all_axes[-1].set_xlabel(f"{scored(next(iter(done.values())))} mIoU %, a dot a seed")
@@ -302,45 +340,78 @@ def draw(runs: list[Run], done: Mapping[str, dict], path: pathlib.Path) -> None:
 
 
 def _parse(arguments=None):
+  from pseudoseg_jax.command_line import parse_with_overrides
+
+  arguments = sys.argv[1:] if arguments is None else list(arguments)
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
   parser.add_argument("action", choices=("run", "table", "one"), help="'one' is what 'run' starts for each")
-  parser.add_argument("benchmark", type=pathlib.Path, help="a file of launch/benchmarks")
-  parser.add_argument("--data_root", required=True, type=pathlib.Path, help="the folder that holds the data sets")
+  parser.add_argument("benchmark", help="a file of launch/benchmarks; with --methods a config, as --config takes it, without the method")
+  parser.add_argument("--data_root", default="", help="the folder that holds a benchmark's data sets")
+  parser.add_argument("--methods", default="", help="of a config: comma-separated, or all; NAME+KEY=VALUE sets an argument or option")
   parser.add_argument("--workdir", required=True, type=pathlib.Path, help="for checkpoints and logs; may be deleted when all is done")
-  parser.add_argument("--results", type=pathlib.Path, help="default: results/NAME.jsonl beside the benchmark file")
+  parser.add_argument("--results", type=pathlib.Path, help="default: results/NAME.jsonl beside the benchmark, WORKDIR/NAME.jsonl of a config")
   parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: 0,1,2)")
   parser.add_argument("--only", action="append", default=[], help="runs whose key this pattern finds; may be repeated")
   parser.add_argument("--workers", default=1, type=int, help="runs side by side, each on a core of its own where more than one")
-  known = parser.parse_args(arguments)
-  known.results = known.results or known.benchmark.parent / "results" / f"{known.benchmark.stem}.jsonl"
-  return known
+  parser.add_argument("--check", action="store_true", help="of table: exit with 1 where the written table is another one")
+  known, overrides = parse_with_overrides(parser, arguments)
+  if bool(known.data_root) == bool(known.methods):
+    parser.error("a benchmark file needs --data_root=DIR; a config needs --methods=NAME,NAME and has --config.data.root=DIR")
+  if overrides and not known.methods:
+    parser.error("--config.KEY=VALUE is for a config with --methods; the settings of a benchmark file stand in it")
+  name = pathlib.Path(known.benchmark.partition(":")[0] if known.methods else known.benchmark)
+  results = known.workdir if known.methods else name.parent / "results"
+  known.results = known.results or results / f"{name.stem}.jsonl"
+  # What a process for one of the runs is started with.
+  known.again = [known.benchmark, f"--workdir={known.workdir}", f"--data_root={known.data_root}", f"--methods={known.methods}"]
+  known.again += [f"--config.{key}={value}" for key, value in overrides.items()]
+  return known, overrides
+
+
+def _runs(known, overrides: Mapping[str, str]) -> tuple[str, list[Run]]:
+  """The protocol in words, and the runs that are asked for."""
+  seeds = [int(seed) for seed in known.seeds.split(",")]
+  if known.methods:
+    options = "".join(f" --config.{key}={value}" for key, value in overrides.items() if key != "data.root")
+    protocol = f"`{known.benchmark}{options}`; mIoU after the last step on what the config evaluates on, here called val."
+    runs = of_config(known.benchmark, known.methods, overrides, seeds)
+  else:
+    benchmark = load(pathlib.Path(known.benchmark))
+    protocol, runs = benchmark.__doc__, benchmark.runs(pathlib.Path(known.data_root), known.workdir, seeds)
+  return protocol, [run for run in runs if not known.only or any(re.search(pattern, run.key) for pattern in known.only)]
 
 
 def main(arguments=None) -> int:
-  known = _parse(arguments)
-  benchmark = load(known.benchmark)
-  runs = list(benchmark.runs(known.data_root, known.workdir, [int(seed) for seed in known.seeds.split(",")]))
-  runs = [run for run in runs if not known.only or any(re.search(pattern, run.key) for pattern in known.only)]
+  known, overrides = _parse(arguments)
+  protocol, runs = _runs(known, overrides)
   if not runs:
     print(f"no run fits {known.only}", file=sys.stderr)
     return 2
-  if known.action == "run":
-    # Both, whatever the shell has made of them: one that starts this in the background has SIGINT ignored.
-    for number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(number, signal.default_int_handler)
-    return 1 if do_run(known, runs) else 0
   if known.action == "one":
     result = do_one(runs[0], known.workdir)
     (known.workdir / "runs" / f"{runs[0].digest()}.json").write_text(json.dumps(result))
     return 0
+  failed = 0
+  if known.action == "run":
+    # Both, whatever the shell has made of them: one that starts this in the background has SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, signal.default_int_handler)
+    failed = do_run(known, runs)
   done = newest(read_results(known.results), runs)
-  text = table(benchmark.__doc__, runs, done)
-  known.results.with_suffix(".md").write_text(text)
-  if done:
-    draw(runs, done, known.results.with_suffix(".png"))
+  text, written = table(protocol, runs, done), known.results.with_suffix(".md")
+  if known.check:
+    same = written.exists() and written.read_text() == text
+    print(f"{written} is {'what the results make' if same else 'another table: make it anew without --check'}")
+    return 0 if same else 1
+  if known.action == "table":
+    written.write_text(text)
+    if done:
+      draw(runs, done, known.results.with_suffix(".png"))
   print(text)
-  return 0
+  return 1 if failed else 0
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  from pseudoseg_jax import command_line
+
+  sys.exit(command_line.run(main, again="the same command goes on there"))

@@ -23,12 +23,16 @@ import jax
 from pseudoseg_jax import build, config as configs, settings
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.command_line import parse_with_overrides
+from pseudoseg_jax.methods.table import METHODS
+
+
+_ALL = [name for name in METHODS if name != "cct_domains"]  # which learns two data sets at once
 
 
 def _parse(arguments):
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
   parser.add_argument("--config", required=True, help="config file with its argument, without the method")
-  parser.add_argument("--methods", required=True, help="comma-separated; 'pseudoseg+method.image_labels=True' sets an option")
+  parser.add_argument("--methods", required=True, help="comma-separated, or all; 'pseudoseg+method.image_labels=True' sets an option")
   parser.add_argument("--images", type=int, default=8, help="images of a step, all streams together (default: 8)")
   parser.add_argument("--steps", type=int, default=5, help="steps to time after the first (default: 5)")
   return parse_with_overrides(parser, arguments)
@@ -84,7 +88,7 @@ def main(arguments=None) -> None:
   print(f"{jax.device_count()} x {jax.devices()[0].device_kind}\n")
   print("| method | step s | ratio | compile s | MiB |\n|---|---|---|---|---|")
   reference = None
-  for method in known.methods.split(","):
+  for method in _ALL if known.methods == "all" else known.methods.split(","):
     told = measure(known.config, method, images=known.images, steps=known.steps, overrides=overrides)
     reference = reference or told.step_seconds
     ratio = told.step_seconds / reference

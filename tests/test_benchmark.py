@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pseudoseg_jax import config as configs, settings
+from pseudoseg_jax import command_line, config as configs, settings
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 
@@ -83,9 +83,12 @@ def call(folder, action, *options):
   return subprocess.run(command(folder, action, *options), capture_output=True, text=True, env=one_device(), check=False)
 
 
-def results(folder):
-  path = folder / "results.jsonl"
+def results_of(path):
   return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def results(folder):
+  return results_of(folder / "results.jsonl")
 
 
 def test_runs_are_done_once_again_where_settings_changed_and_a_failure_stops_no_other(squares):
@@ -183,6 +186,65 @@ def test_the_digest_is_of_settings_and_not_of_places_or_releases(benchmark, monk
   assert benchmark.newest([result_of(here, 1.0), result_of(there, 2.0)], [here])[here.key]["test"]["student"] == 2.0
 
 
+def test_runs_of_a_config_are_of_the_methods_and_options_that_were_named(benchmark):
+  methods = "supervised,pseudoseg+image_labels=1+method.temperature=0.7"
+  runs = list(benchmark.of_config("configs/quickstart.py:labels=16", methods, {"total_steps": "7"}, [0, 3]))
+  assert [run.key for run in runs] == [
+    f"quickstart/{method}/labels=16/{seed}"
+    for seed in (0, 3) for method in ("supervised", "pseudoseg+image_labels=1+method.temperature=0.7")
+  ]  # fmt: skip
+  assert [(run.config.seed, run.config.method.name, run.config.total_steps) for run in runs] == [
+    (seed, method, 7) for seed in (0, 3) for method in ("supervised", "pseudoseg")
+  ]  # fmt: skip
+  assert runs[1].config.method.image_labels and runs[1].config.method.temperature == 0.7
+  assert all(run.config.data.num_labeled == 16 for run in runs)
+  everything = [run.method for run in benchmark.of_config("configs/quickstart.py", "all", {}, [0])]
+  assert everything[0] == "supervised" and "fixmatch" in everything and "cct_domains" not in everything
+
+
+def test_a_config_is_a_benchmark_and_its_table_can_be_checked(tmp_path):
+  words = [
+    "configs/quickstart.py:labels=8", f"--workdir={tmp_path}", "--methods=supervised,single_pseudo", "--seeds=1",
+    "--config.total_steps=2", "--config.eval_every_steps=2", "--config.network.width=4", "--config.views.crop_size=32,32",
+    "--config.batch_size_global.labeled=2", "--config.batch_size_global.unlabeled=2", "--config.evaluation.pictures=0",
+    "--config.data.num_eval_scenes=4",
+  ]  # fmt: skip
+
+  def call(action, *more):
+    tool = [sys.executable, str(LAUNCH / "benchmark.py"), action, *words, *more]
+    return subprocess.run(tool, capture_output=True, text=True, env=one_device(), cwd=LAUNCH.parent, check=False)
+
+  ran = call("run")
+  assert ran.returncode == 0 and "## quickstart, labels: labels=8" not in ran.stdout, ran.stdout + ran.stderr
+  assert "2 of 2 runs are done" in ran.stdout and "## quickstart, labels=8" in ran.stdout
+  assert call("table", "--check").returncode == 1
+  assert call("table").returncode == 0
+  checked = call("table", "--check")
+  assert checked.returncode == 0 and "is what the results make" in checked.stdout
+  with (tmp_path / "quickstart.jsonl").open("a") as file:
+    file.write(json.dumps(results_of(tmp_path / "quickstart.jsonl")[0] | {"val": {"student": 99.0}}) + "\n")
+  assert call("table", "--check").returncode == 1
+
+
+@pytest.mark.parametrize(("words", "told"), [
+  (["configs/quickstart.py", "--methods=cps_cutmixx"], "cps_cutmix"),
+  (["configs/no_such.py", "--methods=cps"], "no_such.py"),
+  (["configs/quickstart.py"], "--methods=NAME"),
+  (["launch/benchmarks/photographs.py", "--data_root=DIR", "--config.total_steps=3"], "the settings of a benchmark file stand in it"),
+])  # fmt: skip
+def test_what_is_no_benchmark_is_told(benchmark, capsys, monkeypatch, tmp_path, words, told):
+  monkeypatch.chdir(LAUNCH.parent)
+  code = command_line.run(lambda: leaves(benchmark.main, ["run", *words, f"--workdir={tmp_path}"]))
+  assert code == 2 and told in capsys.readouterr().err
+
+
+def leaves(main, arguments):
+  try:
+    return main(arguments)
+  except SystemExit as error:  # of argparse
+    return error.code
+
+
 def test_the_runs_of_the_photographs_are_distinct_and_their_configs_are_of_methods(benchmark, tmp_path):
   for number in range(12):
     path = tmp_path / "leeds_butterfly" / "images" / "train" / f"{number // 6:03}{number:04}.jpg"
@@ -193,3 +255,10 @@ def test_the_runs_of_the_photographs_are_distinct_and_their_configs_are_of_metho
   listed = pathlib.Path(runs[0].config.data.split).read_text().split()
   assert not [run.key for run in runs if settings.open_options(run.config)]  # nothing depends on the machine
   assert len(listed) == 10 and sum(name.startswith("000") for name in listed) == 5
+
+
+def test_the_table_of_the_readme_is_that_of_the_results():
+  rows = [line for line in (LAUNCH / "benchmarks/results/photographs.md").read_text().splitlines() if line.startswith("| ")]
+  section = (LAUNCH.parent / "README.md").read_text().partition("**Photographs.**")[2].partition("**From scratch**")[0]
+  shown = [line for line in section.splitlines() if line.startswith("| ")]
+  assert len(shown) > 2 and set(shown) <= set(rows)

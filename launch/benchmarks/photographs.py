@@ -18,11 +18,10 @@ import pathlib
 from collections.abc import Iterator
 
 import numpy as np
-from benchmark import Run
+from benchmark import Run, alone
 
 from pseudoseg_jax import config as configs
 from pseudoseg_jax.data import listing
-from pseudoseg_jax.methods.table import METHODS
 
 CROP, BATCH, STEPS = 112, 4, 1000
 # Crops that hold half of a photograph at least; what else was tried for `supervised`, on val, is in short_runs.py.
@@ -33,8 +32,6 @@ NETWORK = {"backbone": "efficientnet_lite0", "pretrained": "imagenet", "output_s
 RULE = {"factor": 1.0, "rampup_fraction": 0.25}
 # These halve the sum of both losses: at twice the rate a labeled photograph moves the network as far as in any other method.
 _HALVED = ("fixmatch", "unimatch")
-# Methods of one stage that learn one data set.
-ALONE = [name for name in METHODS if name not in ("cct_domains", "ancillary", "self_correcting", "learn_pseudo")]
 ELSEWHERE = ["supervised", "mean_teacher", "cps_cutmix", "unimatch", "fixmatch", "classmix", "pseudoseg", "ael"]
 # Methods and numbers of labels of the curve, on the first data set.
 CURVE, CURVE_LABELS = ("supervised", "fixmatch", "cps_cutmix"), ("1 a class", "2 a class", "10 a class")
@@ -141,7 +138,7 @@ def runs(root: pathlib.Path, workdir: pathlib.Path, seeds: list[int]) -> Iterato
   for seed in seeds:
     for data_set in DATA_SETS:
       first = data_set is DATA_SETS[0]
-      for method in ALONE if first else ELSEWHERE:
+      for method in alone() if first else ELSEWHERE:
         yield run(data_set, method, seed)
       if data_set.background:
         for method in ("pseudoseg", "cct") if first else ("pseudoseg",):

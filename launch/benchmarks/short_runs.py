@@ -26,6 +26,15 @@ SETTINGS = {
   "scales 0.5-2": {"views.scales": (0.5, 2.0)},
   "output stride 16": {"network.output_stride": 16},
   "learning rate 0.02": {"optimizer.learning_rate": 0.02},
+  "frozen encoder": {"network.freeze": "encoder"},
+  "frozen encoder, scales 0.75-1.5": {"network.freeze": "encoder", "views.scales": (0.75, 1.5)},
+  "frozen batch norm, learning rate 0.001": {"network.freeze": "batch_norm", "optimizer.learning_rate": 0.001},
+}
+# What else learns in which of these settings: the methods that gain most, and the one that sees classes on a grid of that stride.
+OTHERS = {
+  "scales 0.75-1.5": ["cps_cutmix", "fixmatch"],
+  "frozen encoder, scales 0.75-1.5": ["cps_cutmix", "fixmatch"],
+  "output stride 16": ["pseudoseg+image-level labels"],
 }
 METHODS = ("fixmatch", "cps_cutmix", "mean_teacher")
 RULES = [
@@ -39,9 +48,10 @@ def runs(root: pathlib.Path, workdir: pathlib.Path, seeds: list[int]) -> Iterato
   data_set, seed = photographs.DATA_SETS[0], seeds[0]
 
   def run(method: str, variant: str, overrides: Mapping[str, Any]):
-    config = photographs.config_of(root, data_set, method, "", data_set.labels, seed, workdir)
+    method, _, given = method.partition("+")
+    config = photographs.config_of(root, data_set, method, given, data_set.labels, seed, workdir)
     configs.override(config, overrides)
-    return Run(data_set.name, method, variant, data_set.labels, seed, config, {})
+    return Run(data_set.name, method, ", ".join(filter(None, [given, variant])), data_set.labels, seed, config, {})
 
   yield run("supervised", "", {})
   for rule in RULES:
@@ -49,4 +59,5 @@ def runs(root: pathlib.Path, workdir: pathlib.Path, seeds: list[int]) -> Iterato
       variant = f"factor {rule['factor']:g}, rises over {rule['rampup_fraction']:g} of the run"
       yield run(method, variant, {f"unlabeled_loss.{key}": value for key, value in rule.items()})
   for variant, overrides in SETTINGS.items():
-    yield run("supervised", variant, overrides)
+    for method in ("supervised", *OTHERS.get(variant, ())):
+      yield run(method, variant, overrides)
