@@ -61,12 +61,6 @@ def blocks(page):
   return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def text_of(path):
-  if path.suffix == ".ipynb":
-    return "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
-  return path.read_text()
-
-
 def imported(tree):
   """What the code imports from the package, by name."""
   nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -75,12 +69,7 @@ def imported(tree):
   return scope
 
 
-def options_of(config):
-  return set(configs.all_options(config))
-
-
 PAGES = [*NOTEBOOKS, ROOT / "docs" / "notebooks.md"]
-TEXTS = [*PAGES, ROOT / "docs" / "your_data.md"]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=named)
@@ -90,33 +79,6 @@ def test_what_is_taken_from_the_package_exists(path):
   used = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in names]
   assert "pseudoseg_jax" in names and used
   assert not [ast.unparse(node) for node in used if not hasattr(names[node.value.id], node.attr)]
-
-
-@pytest.mark.parametrize("path", TEXTS, ids=named)
-def test_commands_files_and_options_that_are_named_exist(path):
-  text = text_of(path)
-  commands = re.findall(r"-m pseudoseg_jax\.(\w+)", text)
-  assert not [name for name in commands if not (ROOT / "pseudoseg_jax" / f"{name}.py").is_file()]
-  assert not [name for name in re.findall(r"launch/(\w+\.\w+)", text) if not (ROOT / "launch" / name).is_file()]
-  links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-  assert not [link for link in links if not (path.parent / link).exists()]
-  known = options_of(configs.base(configs.method("supervised"))) | options_of(configs.load("configs/quickstart.py"))
-  known |= {f"data.{name}" for name in configs.folder_data()}
-  known |= {option for name in configs.models_table.NETWORKS for option in options_of({"network": configs.network(name)})}
-  known |= {option for name in configs.methods_table.METHODS for option in options_of({"method": configs.method(name)})}
-  groups = {option.split(".")[0] for option in known if "." in option}
-  quoted = {key for key in re.findall(r'"([a-z_]+(?:\.[a-z_]+)+)"', text) if key.split(".")[0] in groups}
-  given = set(re.findall(r"--config\.([a-z_.]+)=", text))
-  assert quoted | given and not (quoted | given) - known
-
-
-@pytest.mark.parametrize("path", TEXTS, ids=named)
-def test_configs_that_are_named_can_be_made(path):
-  plain = re.sub(r",?\w+=\{\w+\}", "", text_of(path))  # without the arguments that are parameters
-  texts = re.findall(r"configs/\w+\.py(?::[\w=,]*\w)?", plain)
-  assert texts
-  for text in texts:
-    configs.load(text)
 
 
 # --- executed -------------------------------------------------------------------------------------------------------------------
