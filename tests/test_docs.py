@@ -13,7 +13,8 @@ import pytest
 from pseudoseg_jax import config as configs
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_OF_THE_SITE = ("index", "changes")
+PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.stem not in _OF_THE_SITE)]
 TEXTS = [*PAGES, *sorted((ROOT / "launch" / "notebooks").glob("*.ipynb"))]
 
 
@@ -118,3 +119,11 @@ def test_every_page_is_found_from_the_readme():
 def test_python_can_be_parsed(path):
   for block in re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL):
     ast.parse(block)
+
+
+def test_the_docs_are_a_site_without_a_warning(tmp_path):
+  command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", tmp_path / "doctrees", ROOT / "docs", tmp_path / "site"]
+  made = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert made.returncode == 0, made.stderr
+  first = (tmp_path / "site" / "index.html").read_text()
+  assert 'href="your_data.html"' in first and "Many images, few pixel labels" in first
