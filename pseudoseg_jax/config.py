@@ -320,21 +320,37 @@ def make_config(
   return config
 
 
-def _file(path: str) -> str:
-  """A config file where it is, or the one of that name that is installed with the package: "configs/voc.py" of any folder."""
+def _installed() -> dict[str, str]:
+  """Name -> path of the configs that come with the package."""
   spec = importlib.util.find_spec("pseudoseg_jax.configs")
   folders = list(spec.submodule_search_locations) if spec else [str(pathlib.Path(__file__).parents[1] / "configs")]
-  parent, name = pathlib.PurePath(path).parent, pathlib.PurePath(path).name
-  if pathlib.Path(path).is_file() or str(parent) != "configs":
+  return {path.stem: str(path) for folder in folders for path in sorted(pathlib.Path(folder).glob("*.py")) if path.stem != "__init__"}
+
+
+def _file(path: str) -> str:
+  """A config file where it is, or the installed one of that name: "voc" or "configs/voc.py" of any folder.
+
+  Raises:
+    InputError: there is neither.
+  """
+  named, installed = pathlib.PurePath(path), _installed()
+  if named.suffix == ".py" and pathlib.Path(path).is_file():
     return path
-  return next((str(pathlib.Path(folder) / name) for folder in folders if (pathlib.Path(folder) / name).is_file()), path)
+  if str(named.parent) in ("configs", ".") and named.suffix in ("", ".py") and named.stem in installed:
+    return installed[named.stem]
+  folder = pathlib.Path(path).parent
+  near = sorted(map(str, folder.glob("*.py"))) if folder.is_dir() and named.suffix else sorted(installed)
+  problems = checks.Problems("no such config")
+  problems.add("config", got=path, allowed=", ".join(near) or None, remedy=checks.nearest(path, near) if near else None)
+  problems.raise_if_any()
 
 
 def load(path: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
   """The config of "configs/voc.py:method=cps" (a file and, after a colon, its argument), with dotted overrides applied.
 
   Args:
-    path: config file, optionally with ":argument"; also of those that are installed with the package, "configs/voc.py" in any folder.
+    path: config file, optionally with ":argument"; also of those that are installed with the package, "configs/voc.py" or "voc" in any
+      folder.
     overrides: {"data.root": "/data/camvid", "total_steps": 10}.
 
   Raises:
@@ -342,11 +358,6 @@ def load(path: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
   """
   file, _, argument = str(path).partition(":")
   file = _file(file)
-  if not pathlib.Path(file).is_file():
-    near = sorted(str(found) for found in pathlib.Path(file).parent.glob("*.py")) if pathlib.Path(file).parent.is_dir() else []
-    problems = checks.Problems("no such config")
-    problems.add("config", got=file, allowed=", ".join(near) or None, remedy=checks.nearest(file, near) if near else None)
-    problems.raise_if_any()
   spec = importlib.util.spec_from_file_location(f"pseudoseg_jax_config_{pathlib.Path(file).stem}", file)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)

@@ -126,3 +126,30 @@ def test_all_wrong_overrides_are_told_at_once():
 def test_a_workdir_s_config_differs_by_named_options():
   ours, theirs = (configs.load("configs/quickstart.py", {"seed": seed}) for seed in (0, 1))
   assert configs.differences(ours, theirs) == ["seed: 0 now, 1 there"]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.py", "configs/quickstart.py", "configs/quickstart"])
+def test_a_config_that_is_installed_is_found_by_name_and_a_path_wins(monkeypatch, tmp_path, name):
+  monkeypatch.chdir(tmp_path)
+  assert configs.load(f"{name}:method=cps").method.name == "cps"
+  own = tmp_path / pathlib.Path(name)
+  own.parent.mkdir(exist_ok=True)
+  own.write_text("""
+from pseudoseg_jax import config as configs
+def get_config(argument):
+  return configs.make_config("vat")
+""")
+  assert configs.load(name).method.name == ("vat" if own.suffix else configs.load("configs/quickstart.py").method.name)
+
+
+@pytest.mark.parametrize(("path", "told"), [
+  ("quickstat", "did you mean 'quickstart'"), ("", "camvid, "), ("no/such.py", "no/such.py"), ("here/quickstat.py", "here/quickstart.py"),
+  ("voc.json", "voc.json"),
+])  # fmt: skip
+def test_a_config_that_is_nowhere_is_told_with_those_there_are(monkeypatch, tmp_path, path, told):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "here").mkdir()
+  (tmp_path / "here" / "quickstart.py").touch()
+  with pytest.raises(checks.InputError, match="no such config") as error:
+    configs.load(path)
+  assert told in str(error.value)
