@@ -28,7 +28,12 @@ SETTINGS = {
   "learning rate 0.02": {"optimizer.learning_rate": 0.02},
   "frozen encoder": {"network.freeze": "encoder"},
   "frozen encoder, scales 0.75-1.5": {"network.freeze": "encoder", "views.scales": (0.75, 1.5)},
+  "learning rate 0.001": {"optimizer.learning_rate": 0.001},
   "frozen batch norm, learning rate 0.001": {"network.freeze": "batch_norm", "optimizer.learning_rate": 0.001},
+  "frozen batch norm, learning rate 0.003": {"network.freeze": "batch_norm", "optimizer.learning_rate": 0.003},
+  "frozen batch norm, learning rate 0.001, scales 0.75-1.5": {
+    "network.freeze": "batch_norm", "optimizer.learning_rate": 0.001, "views.scales": (0.75, 1.5),
+  },
 }
 # What else learns in which of these settings: the methods that gain most, and the one that sees classes on a grid of that stride.
 OTHERS = {
