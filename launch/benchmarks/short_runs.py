@@ -35,11 +35,11 @@ SETTINGS = {
     "network.freeze": "batch_norm", "optimizer.learning_rate": 0.001, "views.scales": (0.75, 1.5),
   },
 }
-# What else learns in which of these settings: the methods that gain most, and the one that sees classes on a grid of that stride.
+# What else learns in which of these settings.
 OTHERS = {
   "scales 0.75-1.5": ["cps_cutmix", "fixmatch"],
   "frozen encoder, scales 0.75-1.5": ["cps_cutmix", "fixmatch"],
-  "output stride 16": ["pseudoseg+image-level labels"],
+  "frozen batch norm, learning rate 0.001": ["cps_cutmix", "fixmatch", "mean_teacher"],
 }
 METHODS = ("fixmatch", "cps_cutmix", "mean_teacher")
 RULES = [
