@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import numbers
 from collections.abc import Iterable
 
 
@@ -65,6 +66,12 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 def closest(name: str, allowed: Iterable[str]) -> str:
   """The known name that is nearest, however far; of one at least."""
   return difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.0)[0]
+
+
+def is_size(pixels: object) -> bool:
+  """Whether it is a height and a width: two whole numbers, at least 1."""
+  sides = tuple(pixels) if isinstance(pixels, Iterable) and not isinstance(pixels, str) else ()
+  return len(sides) == 2 and all(isinstance(side, numbers.Integral) and not isinstance(side, bool) and side >= 1 for side in sides)
 
 
 def check_name(where: str, name: str, allowed: Iterable[str]) -> None:

@@ -9,8 +9,9 @@ import importlib.util
 import inspect
 import json
 import math
+import numbers
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -388,7 +389,10 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
     values, line = flags.FlagValues(), ["", f"--config.{key}={value}"]
     try:
       config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=line)
+      before = all_options(config).get(key)
       values(line)
+      if isinstance(before, (tuple, list)):
+        _check_numbers(problems, config, key, before)
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError):
       known = all_options(config)
       if key in known:
@@ -398,6 +402,14 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
         remedy = f"set one of its options, config.{key}.NAME" if group else _nearest_option(key, known)
         problems.add(f"config.{key}", got="a group of options" if group else "no such option", remedy=remedy)
   problems.raise_if_any()
+
+
+def _check_numbers(problems: checks.Problems, config: ConfigDict, key: str, before: Sequence[Any]) -> None:
+  """Of an option that was just set to several values: all such options hold numbers, and ml_collections reads what it is given."""
+  values = all_options(config)[key]
+  if not all(isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value) for value in values):
+    example = as_flag(before) or "1,2"
+    problems.add(f"config.{key}", got=as_flag(values), allowed=f"numbers, such as {example}")
 
 
 # What other tools call our options.

@@ -153,3 +153,20 @@ def test_a_config_that_is_nowhere_is_told_with_those_there_are(monkeypatch, tmp_
   with pytest.raises(checks.InputError, match="no such config") as error:
     configs.load(path)
   assert told in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["0.5,abc", "nan,1", "True,False", "", ("a",), "inf"])
+@pytest.mark.parametrize("key", ["views.scales", "views.crop_size", "evaluation.scales", "data.mean", "views.blur_sigma_pixels"])
+def test_several_values_are_numbers(key, value):
+  config = configs.load("configs/quickstart.py")
+  with pytest.raises(checks.InputError, match=f"config.{key}"):
+    configs.override(config, {key: value})
+
+
+@pytest.mark.parametrize(("key", "value"), [
+  ("views.crop_size", "32.5,32"), ("views.crop_size", "32"), ("views.crop_size", "0,32"), ("data.size", "40.5,64"), ("data.size", "64"),
+  ("evaluation.window_pixels", "32"), ("evaluation.window_pixels", "1.5,2"), ("method.grid", "8.5,8"), ("method.grid", "8"),
+])  # fmt: skip
+def test_sizes_are_two_whole_numbers(tmp_path, key, value):
+  with pytest.raises(checks.InputError, match=key.rpartition(".")[2]):
+    api.train("configs/quickstart.py:method=temporal_ensembling", tmp_path / "run", {key: value, "total_steps": 1})

@@ -82,8 +82,8 @@ class Geometry:
 
   def __post_init__(self):
     problems = checks.Problems("geometry cannot be used")
-    if len(self.crop_size) != 2 or not all(side >= 1 for side in self.crop_size):
-      problems.add("crop_size", got=self.crop_size, allowed="(height, width), each at least 1 pixel")
+    if not checks.is_size(self.crop_size):
+      problems.add("crop_size", got=self.crop_size, allowed="(height, width), each a whole number of pixels, at least 1")
     if not self.scales or not all(scale > 0 for scale in self.scales):
       problems.add("scales", got=self.scales, allowed="at least one factor, each above 0; (1.0,) leaves the size as it is")
     elif self.convention == "ael" and not min(self.scales) <= 1 <= max(self.scales):

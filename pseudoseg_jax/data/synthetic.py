@@ -42,7 +42,7 @@ class SyntheticScenes:
     problems = checks.Problems("synthetic scenes cannot be made")
     if num_scenes < 1:
       problems.add("num_scenes", got=num_scenes, allowed="1 or more")
-    if len(size) != 2 or min(size) < 32:
+    if not checks.is_size(size) or min(size) < 32:
       problems.add("size", got=size, allowed="(height, width), each at least 32 pixels")
     if seed < 0:
       problems.add("seed", got=seed, allowed="0 or more")

@@ -107,8 +107,8 @@ def check_protocol(protocol: Protocol) -> None:
     if name not in allowed:
       problems.add(field, got=repr(name), allowed=checks.choices(allowed), remedy=checks.nearest(str(name), allowed))
   window = protocol.window_pixels
-  has_window = isinstance(window, Sequence) and len(window) == 2 and min(window) >= 1
-  if protocol.style in STYLES[1:] and not has_window:
+  has_window = checks.is_size(window)
+  if not has_window and (protocol.style in STYLES[1:] or window):
     problems.add("window_pixels", got=window or "none", allowed="(height, width) of the window or crop, e.g. (512, 512)")
   if protocol.style == "slide":
     if not 0 < protocol.stride_fraction <= 1:

@@ -48,7 +48,7 @@ def temporal_ensembling(
     problems.add("strong_views", got=strong_views, allowed="0 or 1")
   if not 0 <= decay < 1:
     problems.add("decay", got=decay, allowed="0 to below 1; 0 remembers the last visit alone")
-  if len(grid) != 2 or min(grid) < 1:
+  if not checks.is_size(grid):
     problems.add("grid", got=grid, allowed="(rows, columns), each at least 1")
   if not 0 <= rampup_fraction <= 1:
     problems.add("rampup_fraction", got=rampup_fraction, allowed="0..1")
