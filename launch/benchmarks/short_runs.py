@@ -30,6 +30,7 @@ SETTINGS = {
   "frozen encoder, scales 0.75-1.5": {"network.freeze": "encoder", "views.scales": (0.75, 1.5)},
   "learning rate 0.001": {"optimizer.learning_rate": 0.001},
   "frozen batch norm, learning rate 0.001": {"network.freeze": "batch_norm", "optimizer.learning_rate": 0.001},
+  "frozen batch norm, learning rate 0.0005": {"network.freeze": "batch_norm", "optimizer.learning_rate": 0.0005},
   "frozen batch norm, learning rate 0.003": {"network.freeze": "batch_norm", "optimizer.learning_rate": 0.003},
   "frozen batch norm, learning rate 0.001, scales 0.75-1.5": {
     "network.freeze": "batch_norm", "optimizer.learning_rate": 0.001, "views.scales": (0.75, 1.5),
