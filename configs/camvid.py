@@ -10,7 +10,6 @@ import re
 
 from pseudoseg_jax import config as configs, recipes
 
-
 _OPTIONS = {
   "pseudoseg": {"background": False},  # class 0 is sky
   "cct": {"background": False},

@@ -16,12 +16,12 @@ import os
 import statistics
 import time
 
+import tensorflow as tf
+
 from pseudoseg_jax import build, config as configs, settings  # before TensorFlow, whose options the package sets
 from pseudoseg_jax.command_line import parse_with_overrides
 from pseudoseg_jax.contract import Needs
 from pseudoseg_jax.data import geometry, photometry, pipeline, views
-
-import tensorflow as tf
 
 _REPEATS = 30
 

@@ -67,7 +67,7 @@ def _start(index: int, port: int, known: argparse.Namespace, rest: list[str]) ->
     # A session of its own: Ctrl-C in a terminal reaches it once, through the launcher.
     return subprocess.Popen(
       command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-      preexec_fn=_end_with_launcher,  # noqa: PLW1509 - there are no threads yet
+      preexec_fn=_end_with_launcher,
     )  # fmt: skip
 
 

@@ -21,10 +21,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax
 
 from pseudoseg_jax import build, config as configs, settings
-from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.command_line import parse_with_overrides
+from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.methods.table import METHODS
-
 
 _ALL = [name for name in METHODS if name != "cct_domains"]  # which learns two data sets at once
 

@@ -42,7 +42,13 @@ from pseudoseg_jax.evaluation.evaluator import Evaluator
 from pseudoseg_jax.evaluation.predictor import Predictor
 from pseudoseg_jax.models import imagenet, pretrained
 from pseudoseg_jax.trained import (
-  check_plain, given_nets, is_exported, network_shapes, open_trained, put_nets, weights_of,
+  check_plain,
+  given_nets,
+  is_exported,
+  network_shapes,
+  open_trained,
+  put_nets,
+  weights_of,
 )  # fmt: skip
 
 log = logging.getLogger("pseudoseg_jax")

@@ -20,7 +20,19 @@ import numpy as np
 
 from pseudoseg_jax import checks, config as configs, optim
 from pseudoseg_jax.contract import IGNORE_LABEL, Method, Network, Optimizer, Task
-from pseudoseg_jax.data import boxes, classes as classes_lib, decode, frequencies, given, listing, pipeline, sources, splits, synthetic, tags
+from pseudoseg_jax.data import (
+  boxes,
+  classes as classes_lib,
+  decode,
+  frequencies,
+  given,
+  listing,
+  pipeline,
+  sources,
+  splits,
+  synthetic,
+  tags,
+)
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.decode import ImageLike
 from pseudoseg_jax.data.geometry import Geometry

@@ -307,9 +307,9 @@ def make_config(
   config.unlabeled_loss.rampup_fraction = 0.25
   if not (network or backbone) and imagenet.installed("efficientnet_lite0"):
     config.network = network_on("deeplabv3plus", "efficientnet_lite0")
-    config.network.pretrained = "imagenet"
-    # Ten times the rate for what starts fresh. As in launch/benchmarks/photographs.py.
-    config.optimizer.update({"learning_rate": 0.01, "head_multiplier": 10.0, "weight_decay": 1e-4, "decay_scope": "all"})
+    # A step has too few images for statistics of their own. Ten times the rate for what starts fresh. As in launch/benchmarks/photographs.py.
+    config.network.update({"pretrained": "imagenet", "freeze": "batch_norm"})
+    config.optimizer.update({"learning_rate": 0.001, "head_multiplier": 10.0, "weight_decay": 1e-4, "decay_scope": "all"})
   else:
     config.network = network_on(network or "deeplabv3plus", backbone)
     config.optimizer.update({"learning_rate": 0.0025, "weight_decay": 4e-4})  # as of CPS on VOC, see configs/voc.py

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from pseudoseg_jax import optim, rng
-from pseudoseg_jax.contract import Array, Head, Metrics, Network, NetState, Optimizer, Panels, PyTree, State, Task
+from pseudoseg_jax.contract import Array, Head, Metrics, NetState, Network, Optimizer, Panels, PyTree, State, Task
 
 
 def create(task: Task, key: Array, **heads: Head) -> NetState:

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from pseudoseg_jax import build, checks, config as configs, nets, notebook, workdir as workdirs
-from pseudoseg_jax.contract import Method, Needs, Network, NetState, PyTree, State
+from pseudoseg_jax.contract import Method, Needs, NetState, Network, PyTree, State
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints

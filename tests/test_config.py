@@ -5,11 +5,11 @@ import pathlib
 import jax
 import pytest
 
-from pseudoseg_jax import api, build, checks
-from pseudoseg_jax import config as configs
+from pseudoseg_jax import api, build, checks, config as configs
 from pseudoseg_jax.data import splits
 from pseudoseg_jax.methods import mean_teacher
 from pseudoseg_jax.methods.table import METHODS
+
 
 def without(options, absent):
   """Nested options as an older release saved them."""

@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 
 from pseudoseg_jax import checks
-from pseudoseg_jax.data import geometry, photometry
+from pseudoseg_jax.data import photometry
 from pseudoseg_jax.data.photometry import Photometry
 
 LUMA = np.float32([0.299, 0.587, 0.114])

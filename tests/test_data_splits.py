@@ -9,7 +9,6 @@ import pytest
 from pseudoseg_jax import checks
 from pseudoseg_jax.data import splits
 
-
 VOC, COCO = "VOCdevkit/VOC2012/JPEGImages/{id}.jpg", "train2017/{id}.jpg"
 CITY = "leftImg8bit/train/{id}_leftImg8bit.png"
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pseudoseg_jax import api, build, checks
-from pseudoseg_jax import config as configs
+from pseudoseg_jax import api, build, checks, config as configs
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.engine import mesh as meshes
 from pseudoseg_jax.models import efficientnet, imagenet, layers, pretrained, table

@@ -11,8 +11,7 @@ import optax
 import pytest
 
 from pseudoseg_jax.contract import Method, Needs, NetState, State
-from pseudoseg_jax.engine import loop
-from pseudoseg_jax.engine import mesh as meshes
+from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints, NonFiniteState
 from pseudoseg_jax.engine.records import Records
 

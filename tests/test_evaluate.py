@@ -18,9 +18,9 @@ import pseudoseg_jax
 from pseudoseg_jax import predict as predict_cli
 from pseudoseg_jax.checks import InputError
 from pseudoseg_jax.data.classes import Classes
+from pseudoseg_jax.data.decode import read_any_image as read_image
 from pseudoseg_jax.evaluation import evaluator, inference, pictures, report
 from pseudoseg_jax.evaluation.inference import Protocol
-from pseudoseg_jax.data.decode import read_any_image as read_image
 from pseudoseg_jax.evaluation.predictor import Predictor
 from pseudoseg_jax.ops import confusion, resize
 

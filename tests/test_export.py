@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from mutations import mutated
 
 import pseudoseg_jax
 from pseudoseg_jax import api, build, checks, config as configs, export_model, main as command_line, nets, trained as opened
@@ -15,7 +16,6 @@ from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 from pseudoseg_jax.evaluation import report
 from pseudoseg_jax.methods import table as methods_table
-from mutations import mutated
 
 QUICKSTART = {
   "total_steps": 2, "log_every_steps": 1, "eval_every_steps": 2, "checkpoint_every_steps": 2, "network.width": 4,

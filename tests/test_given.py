@@ -265,7 +265,7 @@ def test_config_files_are_found_wherever_one_is(tmp_path, monkeypatch):
   )
   assert configs.load("configs/quickstart.py").method.name == "ict"  # the user's own comes first
   assert "no such config" in message(lambda: configs.load("configs/absent.py"))
-  assert "no such config" in message(lambda: configs.load("quickstart.py"))
+  assert "no such config" in message(lambda: configs.load("quikstart.py"))
 
 
 def test_every_package_is_installed():

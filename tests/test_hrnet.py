@@ -2,8 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from flax import traverse_util
+from flax import linen as nn, traverse_util
 
 from pseudoseg_jax.models import hrnet, layers, table
 from pseudoseg_jax.ops import resize

@@ -12,8 +12,7 @@ from pseudoseg_jax.config import defaults_of
 from pseudoseg_jax.contract import IGNORE_LABEL, Task
 from pseudoseg_jax.data import boxes, pipeline, synthetic, tags
 from pseudoseg_jax.data.geometry import Geometry
-from pseudoseg_jax.engine import loop
-from pseudoseg_jax.engine import mesh as meshes
+from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 from pseudoseg_jax.methods import mean_teacher
 from pseudoseg_jax.methods.table import METHODS

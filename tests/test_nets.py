@@ -28,7 +28,7 @@ def test_fused_passes_are_separate_passes():
   (fused_a, fused_b), fused = nets.forward(task.network, net, a, b)
   (only_a,), middle = nets.forward(task.network, net, a)
   (only_b,), apart = nets.forward(task.network, middle, b)
-  close = lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5)  # noqa: E731
+  close = lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5)
   jax.tree.map(close, (fused_a, fused_b, fused.batch_stats), (only_a, only_b, apart.batch_stats))
 
 
@@ -107,7 +107,7 @@ def test_the_average_leaves_statistics_alone_unless_asked():
   own = nets.ema(teacher, student, 0.75)
   both = nets.ema(teacher, student, 0.75, statistics="average")
   jax.tree.map(np.testing.assert_array_equal, own.batch_stats, teacher.batch_stats)
-  kernel = lambda net: jax.tree.leaves(net.params)[-1]  # noqa: E731
+  kernel = lambda net: jax.tree.leaves(net.params)[-1]
   np.testing.assert_allclose(kernel(own), 0.75 * kernel(teacher) + 0.25 * kernel(student), rtol=1e-6)
   assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(both.batch_stats), jax.tree.leaves(own.batch_stats), strict=True))
 

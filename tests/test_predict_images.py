@@ -12,9 +12,9 @@ import pseudoseg_jax
 from pseudoseg_jax import predict as predict_cli
 from pseudoseg_jax.checks import InputError
 from pseudoseg_jax.data.classes import Classes
+from pseudoseg_jax.data.decode import read_any_image as read_image
 from pseudoseg_jax.evaluation import pictures
 from pseudoseg_jax.evaluation.inference import Protocol
-from pseudoseg_jax.data.decode import read_any_image as read_image
 from pseudoseg_jax.evaluation.predictor import Predictor
 
 CLASSES = Classes(("red", "green", "blue"), ((255, 0, 0), (0, 255, 0), (0, 0, 255)))

@@ -110,7 +110,7 @@ def test_windows_are_those_of_the_official_loops(preset, windows, window, size):
   protocol = PRESETS[preset]._replace(window_pixels=(window, window))
   image = random_image(*size)
   expected, passes = np.zeros((*size, 3)), np.zeros((*size, 1))
-  for number, (rows, columns) in enumerate(windows(*size, window), start=1):
+  for number, (rows, columns) in enumerate(windows(*size, window), start=1):  # noqa: B007 - counts them
     scores = everywhere(image[None, rows, columns] / 255, np)[0]
     if protocol.summed == "probabilities":
       scores = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)

@@ -9,11 +9,11 @@ import textwrap
 
 import numpy as np
 import pytest
+from mutations import mutated
 
 from pseudoseg_jax import checks, config as configs, workdir as workdirs
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.evaluation import report
-from mutations import mutated
 
 CLASSES = {"": Classes(("background", "red", "green"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)))}
 DATA = {"": {"labeled": {"images": 3, "sha256": "a"}, "unlabeled": {"images": 5, "sha256": "b"}, "evaluated": {"images": 2, "sha256": "c"}}}

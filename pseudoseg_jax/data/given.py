@@ -16,6 +16,7 @@ from pseudoseg_jax.contract import IGNORE_LABEL
 from pseudoseg_jax.data import decode, splits
 from pseudoseg_jax.data.decode import ImageLike
 
+
 class GivenImages:
   """A source of images in memory or of files by path, see `sources.Source`.
 

@@ -23,9 +23,7 @@ import tensorflow as tf
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import IGNORE_LABEL, Needs
-from pseudoseg_jax.data import boxes, operations, views
-from pseudoseg_jax.data import geometry as geometry_ops
-from pseudoseg_jax.data import photometry as photometry_ops
+from pseudoseg_jax.data import boxes, geometry as geometry_ops, operations, photometry as photometry_ops, views
 from pseudoseg_jax.data.geometry import Geometry
 from pseudoseg_jax.data.photometry import IMAGENET_MEAN, IMAGENET_STD, Photometry
 from pseudoseg_jax.data.skipped import Skipped

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from pseudoseg_jax.data import geometry as geometry_ops
-from pseudoseg_jax.data import photometry as photometry_ops
+from pseudoseg_jax.data import geometry as geometry_ops, photometry as photometry_ops
 
 
 def labeled_view(

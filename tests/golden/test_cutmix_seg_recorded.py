@@ -88,7 +88,7 @@ def test_consistency(golden):
   assert gradients
   for name in gradients:
     distance, mode = name.rsplit("_", 1)
-    gradient = jax.grad(lambda student: loss(student, distance, mode)[0])(student)  # noqa: B023
+    gradient = jax.grad(lambda student: loss(student, distance, mode)[0])(student)
     np.testing.assert_allclose(gradient, toy.nhwc(golden[f"grad_{name}"]), rtol=1e-4, atol=1e-8)
 
 
