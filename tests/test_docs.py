@@ -13,8 +13,8 @@ import pytest
 from pseudoseg_jax import config as configs
 
 ROOT = pathlib.Path(__file__).parents[1]
-_OF_THE_SITE = ("index", "changes")
-PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.stem not in _OF_THE_SITE)]
+_OF_THE_SITE = ("index", "changes", "contributing")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.stem not in _OF_THE_SITE)]
 TEXTS = [*PAGES, *sorted((ROOT / "launch" / "notebooks").glob("*.ipynb"))]
 
 
