@@ -1,13 +1,14 @@
 """network.freeze: what is frozen does not move, has no gradient computed and no optimizer state."""
 
 import functools
+import re
 
 import jax
 import numpy as np
 import optax
 import pytest
 
-from pseudoseg_jax import build, checks, config as configs, nets, optim
+from pseudoseg_jax import api, build, checks, config as configs, nets, optim
 from pseudoseg_jax.config import defaults_of
 from pseudoseg_jax.contract import Task
 from pseudoseg_jax.methods.table import METHODS
@@ -127,3 +128,14 @@ def test_saved_configs_without_the_option_are_read_with_its_default():
   content = config.to_dict()
   del content["network"]["freeze"]
   assert configs.from_saved(content).network.freeze == "none"
+
+
+def test_how_much_stays_is_told(tmp_path):
+  small = {"network.width": 4, "network.freeze": "batch_norm", "total_steps": 1, "batch_size_global.labeled": 8, "evaluation.pictures": 0,
+           "data.num_eval_scenes": 8}  # fmt: skip
+  api.train("configs/quickstart.py:method=supervised", tmp_path / "run", small)
+  told = re.search(r"network tiny: ([\d,]+) parameters; ([\d,]+) of them stay", (tmp_path / "run" / "log.txt").read_text())
+  network = make_network("tiny", num_classes=7, width=4, freeze="batch_norm")
+  sizes = {path: leaf.size for path, leaf in leaves(network.init(jax.random.key(0))[0]).items()}
+  stay = sum(size for path, size in sizes.items() if re.search(FROZEN["batch_norm"], path))
+  assert [int(number.replace(",", "")) for number in told.groups()] == [sum(sizes.values()), stay] and stay > 0
