@@ -4,7 +4,6 @@ import importlib
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -15,13 +14,18 @@ def call(*words, **options):
   return subprocess.run([sys.executable, "-m", "pseudoseg_jax.cli", *words], capture_output=True, text=True, check=False, **options)
 
 
-def test_help_comes_at_once_and_names_every_command():
-  begun = time.monotonic()
+def test_help_names_every_command():
   shown = call("--help")
-  assert time.monotonic() - begun < 2 and shown.returncode == 0
+  assert shown.returncode == 0
   assert all(f"  {name} " in shown.stdout for name in cli.COMMANDS)
   silent = call()
   assert silent.returncode == 2 and not silent.stdout and "usage: pseudoseg COMMAND" in silent.stderr
+
+
+def test_help_waits_for_no_library():
+  code = "import sys; from pseudoseg_jax import cli; cli.main(); print(sorted({'jax', 'numpy', 'tensorflow'} & set(sys.modules)))"
+  shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True).stdout
+  assert shown.endswith("[]\n")
 
 
 @pytest.mark.parametrize("word", ["predcit", "--config=quickstart"])
