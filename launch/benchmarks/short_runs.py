@@ -34,6 +34,9 @@ SETTINGS = {
   "frozen batch norm, learning rate 0.001": {"network.freeze": "batch_norm", "optimizer.learning_rate": 0.001},
   "frozen batch norm, learning rate 0.0005": {"network.freeze": "batch_norm", "optimizer.learning_rate": 0.0005},
   "frozen batch norm, learning rate 0.003": {"network.freeze": "batch_norm", "optimizer.learning_rate": 0.003},
+  "frozen batch norm, learning rate 0.001, output stride 16": {
+    "network.freeze": "batch_norm", "optimizer.learning_rate": 0.001, "network.output_stride": 16,
+  },
   "frozen batch norm, learning rate 0.001, scales 0.75-1.5": {
     "network.freeze": "batch_norm", "optimizer.learning_rate": 0.001, "views.scales": (0.75, 1.5),
   },
