@@ -1,4 +1,4 @@
-"""`pseudoseg COMMAND ...`: every command of the package under one name; each is also `python -m pseudoseg_jax.MODULE`."""
+"""`pseudoseg COMMAND ...`: every command of the package under one name; each is a module too."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def test_steps(golden):
     for index in range(len(golden["log/l_task_loss"]))
   ]
   logged = {"supervised": ("task", 1), "flaw_correction": ("fc", 1), "consistency": ("dc", 1), "detector": ("fd", 2)}
-  for index, (_, metrics) in enumerate(toy.run(method, state, batches)):
+  for index, (state, metrics) in enumerate(toy.run(method, state, batches)):  # noqa: B007 - the last one is compared below
     for ours, (theirs, factor) in logged.items():
       for role in gct.PAIR:
         want = golden[f"log/{prefixes[role][0]}_{theirs}_loss"][index]
