@@ -106,7 +106,7 @@ def of_config(path: str, methods: str, overrides: Mapping[str, Any], seeds: list
     path: config file with its argument, without the method.
     methods: comma-separated, or "all" that learn in one run; "mean_teacher+convention=official" adds an argument of the config,
       "pseudoseg+method.image_labels=True" an option.
-    overrides: of every config, as overrides on the command line.
+    overrides: dotted options of every config.
   """
   from pseudoseg_jax import config as configs
 

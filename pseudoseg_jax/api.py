@@ -40,7 +40,7 @@ from pseudoseg_jax.evaluation import panels, pictures, report
 from pseudoseg_jax.evaluation.display import RunResults, ScoreTable
 from pseudoseg_jax.evaluation.evaluator import Evaluator
 from pseudoseg_jax.evaluation.predictor import Predictor
-from pseudoseg_jax.models import imagenet, pretrained, table as models_table
+from pseudoseg_jax.models import imagenet, pretrained
 from pseudoseg_jax.trained import (
   check_plain,
   given_nets,
@@ -440,9 +440,9 @@ def _tell_start(config, domains: Sequence[build.Domain], spec: PipelineSpec, mes
   log.info("%s on %s (%s), %s, workdir %s", config.method.name, config.data.name, domains[0].data.split, devices, workdir)
   shapes = network_shapes(build.build_network(config, len(domains[0].data.classes)))
   parameters = {path.removeprefix("params/"): math.prod(shape) for path, shape in shapes.items() if path.startswith("params/")}
-  backbone, frozen = config.network.get("backbone", ""), models_table.FROZEN[config.network.freeze]
-  count, stay = sum(parameters.values()), sum(size for path, size in parameters.items() if frozen and re.search(frozen, path))
-  told = f"; {stay:,} of them stay as they are (config.network.freeze={config.network.freeze})" * bool(frozen)
+  backbone, multiplier = config.network.get("backbone", ""), build.build_optimizer(config).multiplier
+  count, stay = sum(parameters.values()), sum(size for path, size in parameters.items() if not multiplier(path))
+  told = f"; {stay:,} of them stay as they are" * bool(stay)
   log.info("network %s%s: %s parameters%s", config.network.name, f" on {backbone}" * bool(backbone), f"{count:,}", told)
   build.tell_normalization(config)
   build.tell_imbalance(config, domains[0].data, spec)

@@ -9,6 +9,7 @@ import sys
 
 import nbformat
 import pytest
+from options import known_options
 
 from pseudoseg_jax import config as configs
 
@@ -46,17 +47,6 @@ def commands_of(text):
 
 def flags_in(command):
   return set(re.findall(r'"(--\w+)"', command.read_text()))
-
-
-def options_of(config):
-  return set(configs.all_options(config))
-
-
-def known_options():
-  known = options_of(configs.base(configs.method("supervised"))) | options_of(configs.load("configs/quickstart.py"))
-  known |= {f"data.{name}" for name in configs.folder_data()}
-  known |= {option for name in configs.models_table.NETWORKS for option in options_of({"network": configs.network(name)})}
-  return known | {option for name in configs.methods_table.METHODS for option in options_of({"method": configs.method(name)})}
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=named)

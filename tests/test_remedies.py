@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from options import known_options
 from PIL import Image
 
 from pseudoseg_jax import build, checks, config as configs, settings
@@ -20,19 +21,6 @@ def texts(path):
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
       yield node.lineno, node.value
-
-
-def known_options():
-  config = configs.base(configs.method("supervised"))
-  options = set(configs.all_options(config))
-  for data in (configs.folder_data(), configs.tfds_data()):
-    options |= {f"data.{name}" for name in data}
-  for name in configs.methods_table.METHODS:
-    options |= set(configs.all_options({"method": configs.method(name)}))
-  for name in configs.models_table.NETWORKS:
-    options |= set(configs.all_options({"network": configs.network(name)}))
-  synthetic = configs.load(str(PACKAGE.parent / "configs" / "quickstart.py"))
-  return options | set(configs.all_options(synthetic)) | {"other_data"}
 
 
 def test_every_option_that_a_text_names_exists():
