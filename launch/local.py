@@ -1,18 +1,24 @@
-"""Starts the processes of one run on this machine: to use each GPU by a process of its own, or to try several hosts without them.
+"""Starts the processes of one run on this machine: to use each GPU by a process of its own, or to
+try several hosts without them.
 
   python launch/local.py --processes=4 --config=configs/voc.py:recipe=cps,split=92 --workdir=W --config.data.root=DIR
-  JAX_PLATFORMS=cpu python launch/local.py --processes=2 --devices_per_process=2 --config=configs/quickstart.py --workdir=W
+  JAX_PLATFORMS=cpu python launch/local.py --processes=2 --devices_per_process=2
+  --config=configs/quickstart.py --workdir=W
 
-Each process is `python -m pseudoseg_jax.main` with the options given here; all but the launcher's own go to it as they are. With
+Each process is `python -m pseudoseg_jax.main` with the options given here; all but the launcher's
+own go to it as they are. With
 --devices_per_process=K, process I takes the K GPUs from number I*K on, among those of CUDA_VISIBLE_DEVICES; of a CPU it makes K
-devices. (One process alone uses every GPU of a machine: `python -m pseudoseg_jax.main` needs no launcher. On a TPU start that.)
+devices. (One process alone uses every GPU of a machine: `python -m pseudoseg_jax.main` needs no
+launcher. On a TPU start that.)
 
-Output: process 0's here, and every process's in WORKDIR/processes/INDEX.txt, which goes on when the run is resumed.
+Output: process 0's here, and every process's in WORKDIR/processes/INDEX.txt, which goes on when the
+  run is resumed.
 Stop:   Ctrl-C, or SIGTERM to the launcher: all processes save and leave, with exit code 130 or 143. A second one ends them
         at once; what was saved before stays.
 Resume: the same command.
 
-If a process dies, the others are ended, and the launcher ends with the exit code of the one that died first, and names it.
+If a process dies, the others are ended, and the launcher ends with the exit code of the one that
+died first, and names it.
 """
 
 from __future__ import annotations
@@ -34,7 +40,8 @@ import time
 from pseudoseg_jax import checks, command_line
 
 _AGAIN = "the same command resumes at the newest checkpoint"
-_GRACE_SECONDS = 60.0  # for the others to tell the loss of a process: JAX may notice a GPU's only after some minutes
+# For the others to tell the loss of a process: JAX may notice a GPU's only after some minutes.
+_GRACE_SECONDS = 60.0
 _POLL_SECONDS = 0.1
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -43,17 +50,32 @@ _PR_SET_PDEATHSIG = 1
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
   parser = argparse.ArgumentParser(
-    "python launch/local.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    "python launch/local.py",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
   )
   parser.add_argument("--processes", type=int, required=True, help="how many")
-  parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the run, as of the command")
-  parser.add_argument("--devices_per_process", type=int, default=1, metavar="K", help="of the GPUs, or of the CPU (default: 1)")
+  parser.add_argument(
+    "--workdir", type=pathlib.Path, required=True, help="folder of the run, as of the command"
+  )
+  parser.add_argument(
+    "--devices_per_process",
+    type=int,
+    default=1,
+    metavar="K",
+    help="of the GPUs, or of the CPU (default: 1)",
+  )
   return parser.parse_known_args(arguments)
 
 
 def _start(index: int, port: int, known: argparse.Namespace, rest: list[str]) -> subprocess.Popen:
   command = [sys.executable, "-m", "pseudoseg_jax.main", *rest, f"--workdir={known.workdir}"]
-  command += [f"--coordinator=localhost:{port}", f"--process_count={known.processes}", f"--process_index={index}"]
+  command += [
+    f"--coordinator=localhost:{port}",
+    f"--process_count={known.processes}",
+    f"--process_index={index}",
+  ]
   count = known.devices_per_process
   environment = os.environ | {
     "PYTHONUNBUFFERED": "1",
@@ -66,9 +88,14 @@ def _start(index: int, port: int, known: argparse.Namespace, rest: list[str]) ->
     log.flush()
     # A session of its own: Ctrl-C in a terminal reaches it once, through the launcher.
     return subprocess.Popen(
-      command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+      command,
+      stdin=subprocess.DEVNULL,
+      stdout=log,
+      stderr=subprocess.STDOUT,
+      env=environment,
+      start_new_session=True,
       preexec_fn=_end_with_launcher,
-    )  # fmt: skip
+    )
 
 
 def _end_with_launcher() -> None:
@@ -88,14 +115,24 @@ def _free_port() -> int:
 
 
 def _gpu_count() -> int | None:
-  """How many NVIDIA GPUs there are for these processes; None where there is no saying, or where JAX is not to use them."""
+  """How many NVIDIA GPUs there are for these processes; None where there is no saying, or where JAX
+  is not to use them.
+  """
   platforms = os.environ.get("JAX_PLATFORMS", "")
   if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
     return None
   if "CUDA_VISIBLE_DEVICES" in os.environ:
-    return len([name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip() not in ("", "-1")])
+    return len(
+      [
+        name
+        for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+        if name.strip() not in ("", "-1")
+      ]
+    )
   try:
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
+    listed = subprocess.run(
+      ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False
+    )
   except (OSError, subprocess.TimeoutExpired):
     return None
   return listed.stdout.count("GPU ") if listed.returncode == 0 else None
@@ -106,18 +143,29 @@ def _check(known: argparse.Namespace) -> None:
   wanted, gpus = known.processes * known.devices_per_process, _gpu_count()
   if gpus and wanted > gpus:  # told here, since the others would wait for one that finds none
     got = f"{known.processes} processes with {known.devices_per_process} GPU{'s' * (known.devices_per_process > 1)} each"
-    problems.add("--processes", got=got, allowed=f"{gpus} GPU{'s' * (gpus > 1)} in all", remedy="JAX_PLATFORMS=cpu tries it on the CPU")
+    problems.add(
+      "--processes",
+      got=got,
+      allowed=f"{gpus} GPU{'s' * (gpus > 1)} in all",
+      remedy="JAX_PLATFORMS=cpu tries it on the CPU",
+    )
   for name in ("processes", "devices_per_process"):
     if getattr(known, name) < 1:
       problems.add(f"--{name}", got=getattr(known, name), allowed="1 or more")
   try:
     (known.workdir / "processes").mkdir(parents=True, exist_ok=True)
   except (FileExistsError, NotADirectoryError):
-    problems.add(f"--workdir={known.workdir}", got="a file", allowed="a folder, or a path where one can be made")
+    problems.add(
+      f"--workdir={known.workdir}",
+      got="a file",
+      allowed="a folder, or a path where one can be made",
+    )
   problems.raise_if_any()
 
 
-def _wait_for_all(processes: list[subprocess.Popen], first_log: pathlib.Path, shown: int, signals: list[int]) -> dict[int, int]:
+def _wait_for_all(
+  processes: list[subprocess.Popen], first_log: pathlib.Path, shown: int, signals: list[int]
+) -> dict[int, int]:
   """Shows what process 0 says, from byte `shown` of its log on, and passes signals on.
 
   Returns:
@@ -125,7 +173,9 @@ def _wait_for_all(processes: list[subprocess.Popen], first_log: pathlib.Path, sh
   """
   ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
   for index, process in enumerate(processes):
-    threading.Thread(target=lambda index=index, process=process: ended.put((index, process.wait())), daemon=True).start()
+    threading.Thread(
+      target=lambda index=index, process=process: ended.put((index, process.wait())), daemon=True
+    ).start()
   codes: dict[int, int] = {}
   passed_on, deadline = 0, float("inf")
   with first_log.open("rb") as output:
@@ -133,7 +183,8 @@ def _wait_for_all(processes: list[subprocess.Popen], first_log: pathlib.Path, sh
     while len(codes) < len(processes):
       with contextlib.suppress(queue.Empty):
         index, codes[index] = ended.get(timeout=_POLL_SECONDS)
-        # A process that ends well has waited for the others: whichever is the first, none has long to go.
+        # A process that ends well has waited for the others: whichever is the first, none has long
+        # to go.
         deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
       sys.stdout.buffer.write(output.read())
       sys.stdout.flush()
@@ -159,9 +210,14 @@ def _tell_end(codes: dict[int, int], signals: list[int], workdir: pathlib.Path) 
   if code in (130, 143):
     print(f"stopped by a signal to one of the processes; {_AGAIN}", file=sys.stderr)
     return code
-  what = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+  what = (
+    f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+  )
   again = "" if code == 2 else f"; {_AGAIN}"  # what cannot be used now cannot be used then
-  print(f"error: {process} {what}, and the others with it; its output is in {_log(workdir, index)}{again}", file=sys.stderr)
+  print(
+    f"error: {process} {what}, and the others with it; its output is in {_log(workdir, index)}{again}",
+    file=sys.stderr,
+  )
   return shell_code
 
 

@@ -26,7 +26,15 @@ import jax
 import numpy as np
 from PIL import Image
 
-from pseudoseg_jax import build, checks, config as configs, notebook, rng, settings, workdir as workdirs
+from pseudoseg_jax import (
+  build,
+  checks,
+  config as configs,
+  notebook,
+  rng,
+  settings,
+  workdir as workdirs,
+)
 from pseudoseg_jax.contract import Method, State
 from pseudoseg_jax.data import frequencies
 from pseudoseg_jax.data.classes import Classes
@@ -49,7 +57,7 @@ from pseudoseg_jax.trained import (
   open_trained,
   put_nets,
   weights_of,
-)  # fmt: skip
+)
 
 log = logging.getLogger("pseudoseg_jax")
 
@@ -57,9 +65,21 @@ _PANEL_IMAGES = 8
 
 
 class _Scoring:
-  """Scores every predictor of a method, each on its domain, and leaves tables, pictures and results.json in the workdir."""
+  """Scores every predictor of a method, each on its domain, and leaves tables, pictures and
+  results.json in the workdir.
+  """
 
-  def __init__(self, config, source: dict[str, str], domains, method: Method, specs, workdir: pathlib.Path, records, mesh):
+  def __init__(
+    self,
+    config,
+    source: dict[str, str],
+    domains,
+    method: Method,
+    specs,
+    workdir: pathlib.Path,
+    records,
+    mesh,
+  ):
     data = domains[0].data
     self.config, self.domains, self.data, self.method = config, domains, data, method
     self.workdir, self.records = workdir, records
@@ -98,7 +118,8 @@ class _Scoring:
     scores = self.scores = self._evaluator(networks)
     other_scores = [evaluator(networks) for evaluator in self._other_evaluators]
     headline = next(iter(self.method.predictors))
-    # The same few images at every evaluation; every process takes part in the prediction, one writes.
+    # The same few images at every evaluation; every process takes part in the prediction, one
+    # writes.
     count = min(self.config.evaluation.pictures, len(self.data.evaluated))
     rows = np.unique(np.linspace(0, len(self.data.evaluated) - 1, count).astype(int)).tolist()
     predictions = self._evaluator.predictions(networks, rows) if rows else {}
@@ -106,7 +127,9 @@ class _Scoring:
     self._last = report.entry(self.data.classes, step, scores)
     if other_scores:
       of_domains = zip(self.domains[1:], other_scores, strict=True)
-      self._last["domains"] = {name: report.entry(data.classes, step, found) for (name, _, data), found in of_domains}
+      self._last["domains"] = {
+        name: report.entry(data.classes, step, found) for (name, _, data), found in of_domains
+      }
     if jax.process_index() == 0:
       for domain, of_domain in zip(self.domains, [scores, *other_scores], strict=True):
         self._record(step, domain, of_domain)
@@ -124,9 +147,13 @@ class _Scoring:
     return note.get("protocol", self._about["protocol"]) == self._about["protocol"]
 
   def publish(self, best: Mapping[str, Any]) -> None:
-    """Writes results.json: the newest evaluation, and that of the best state, which is on disk by now."""
+    """Writes results.json: the newest evaluation, and that of the best state, which is on disk by
+    now.
+    """
     before = (self.results or {}).get("best")
-    best_entry = best.get("entry") or (before if before and before["step"] == best.get("step") else None)
+    best_entry = best.get("entry") or (
+      before if before and before["step"] == best.get("step") else None
+    )
     if not best_entry:  # a state kept by an older release, or none
       best_entry = before or self._last | {"selected_by": "nothing else was kept"}
     last, best_entry = dict(self._last), dict(best_entry)
@@ -134,7 +161,11 @@ class _Scoring:
     self.results = {**self._about, "last": last, "best": best_entry}
     if self.domains[1:]:
       self.results["domains"] = {
-        name: {"split": data.split, "last": of_domains[0][name], "best": of_domains[1].get(name, of_domains[0][name])}
+        name: {
+          "split": data.split,
+          "last": of_domains[0][name],
+          "best": of_domains[1].get(name, of_domains[0][name]),
+        }
         for name, _, data in self.domains[1:]
       }
     self._write_results(finished=last["step"] >= self.config.total_steps)
@@ -155,7 +186,9 @@ class _Scoring:
 
   @contextlib.contextmanager
   def _unless_failed(self):
-    """Tells what cannot be written, and goes on: the networks are worth more than what is said of them."""
+    """Tells what cannot be written, and goes on: the networks are worth more than what is said of
+    them.
+    """
     try:
       yield
       self.failed = ""
@@ -170,7 +203,9 @@ class _Scoring:
     heading = f"step {step}{domain.name and f', {domain.name}'} ({self._about['protocol']})"
     log.info("%s\n%s", heading, table, extra={"slot": f"scores {domain.name}"})
     values = {f"{prefix}/{name}/miou": score.miou for name, score in scores.items()}
-    values |= {f"{prefix}/{name}/pixel_accuracy": score.pixel_accuracy for name, score in scores.items()}
+    values |= {
+      f"{prefix}/{name}/pixel_accuracy": score.pixel_accuracy for name, score in scores.items()
+    }
     values |= {
       f"{prefix}/{name}/iou/{class_name}": value
       for name, score in scores.items()
@@ -188,7 +223,10 @@ class _Scoring:
     pictures.scores(self.data.classes, self.scores, folder)
     if not rows:
       return
-    images, labels = zip(*((self.data.evaluated.image(row), self.data.evaluated.label(row)) for row in rows), strict=True)
+    images, labels = zip(
+      *((self.data.evaluated.image(row), self.data.evaluated.label(row)) for row in rows),
+      strict=True,
+    )
     sheet = pictures.contact_sheet(images, labels, predictions, self.data.classes)
     pictures.save(sheet, folder / "overlays.png")
     self.records.images(step, {"overlays": np.asarray(sheet)[None]})
@@ -207,23 +245,36 @@ class _Scoring:
 
 
 class _PanelScoring:
-  """A method's panels of the same few unlabeled training images, whatever the step: a sheet, and how often they are right."""
+  """A method's panels of the same few unlabeled training images, whatever the step: a sheet, and
+  how often they are right.
+  """
 
   def __init__(self, config, data: build.Data, method: Method, specs, mesh):
     self._names, self._kinds, compute = method.panels
-    self._classes, self._normalization = data.classes, {"mean": config.data.mean, "std": config.data.std}
+    self._classes, self._normalization = (
+      data.classes,
+      {"mean": config.data.mean, "std": config.data.std},
+    )
     self._batch = build.panel_batch(specs, data, _PANEL_IMAGES)
     self._truth = self._batch["unlabeled"].pop("truth", None)
 
     def shown(state, batch):
-      return compute(state, batch, method.draw(rng.stream(jax.random.key(config.seed), "panels"), batch))
+      return compute(
+        state, batch, method.draw(rng.stream(jax.random.key(config.seed), "panels"), batch)
+      )
 
     self._shown = jax.jit(shown, out_shardings=meshes.replicated(mesh))
 
   def __call__(self, state: State) -> tuple[Image.Image, dict[str, float]]:
     values, kept = jax.device_get(self._shown(state, self._batch))
     sheet = panels.panel_sheet(
-      self._names, self._kinds, values, self._classes, truth=self._truth, kept=kept, **self._normalization
+      self._names,
+      self._kinds,
+      values,
+      self._classes,
+      truth=self._truth,
+      kept=kept,
+      **self._normalization,
     )
     shares = {}
     if self._truth is not None:
@@ -235,7 +286,10 @@ class _PanelScoring:
 
 def _evaluators(domains: Sequence[build.Domain], method: Method, mesh) -> list[Evaluator]:
   """One for each domain."""
-  return [build.build_evaluator(config, data, method, mesh, number) for number, (_, config, data) in enumerate(domains)]
+  return [
+    build.build_evaluator(config, data, method, mesh, number)
+    for number, (_, config, data) in enumerate(domains)
+  ]
 
 
 @notebook.root_handlers_kept()
@@ -247,20 +301,25 @@ def train(
   data: build.Data | None = None,
   owns_process: bool = False,
 ) -> RunResults:
-  """Trains (or goes on training) in `workdir` and returns its results: the content of results.json, `finished` and `stopped_by`.
+  """Trains (or goes on training) in `workdir` and returns its results: the content of results.json,
+  `finished` and `stopped_by`.
 
-  SIGTERM and Ctrl-C (in a notebook: interrupting the cell) save and leave; the same call resumes. Where nothing is lost by it, at
-  set-up or while compiling, they leave at once, by KeyboardInterrupt.
+  SIGTERM and Ctrl-C (in a notebook: interrupting the cell) save and leave; the same call resumes.
+  Where nothing is lost by it, at set-up or while compiling, they leave at once, by
+  KeyboardInterrupt.
 
   Args:
-    config: a config, or the path of a config file with its argument, "configs/camvid.py:method=cps". A file that is not there is
-      sought among those that are installed with the package.
+    config: a config, or the path of a config file with its argument,
+      "configs/camvid.py:method=cps". A file that is not there is sought among those that are
+      installed with the package.
     overrides: dotted options, {"data.root": "/data/camvid"}.
     data: of `make_data`, in the place of what config.data says.
-    owns_process: a signal may end the process itself where Python does not get to act on it; for commands.
+    owns_process: a signal may end the process itself where Python does not get to act on it; for
+      commands.
 
   Raises:
-    InputError: the config, the data or the workdir cannot be used; everything that can be known at once.
+    InputError: the config, the data or the workdir cannot be used; everything that can be known at
+      once.
     NonFiniteLoss: a loss became NaN or infinite; names step and term.
     OSError: the newest state, the best one or the results could not be saved.
   """
@@ -278,7 +337,8 @@ def train(
   with contextlib.ExitStack() as resources:
     stop = resources.enter_context(StopRequest(owns_process=owns_process))
     with stop.nothing_to_lose():
-      with _together():  # the other processes wait for the lock, which shows them whether they see the same workdir
+      # The other processes wait for the lock, which shows them whether they see the same workdir.
+      with _together():
         if jax.process_index() == 0:
           resources.enter_context(workdirs.locked(workdir))
       run = _agreed(config, workdir, data)
@@ -303,7 +363,9 @@ class _Run(NamedTuple):
 
 @contextlib.contextmanager
 def _together(compared: Mapping[str, str] | None = None):
-  """What every process must get through, and with the same values in `compared` (filled meanwhile), or none goes on."""
+  """What every process must get through, and with the same values in `compared` (filled meanwhile),
+  or none goes on.
+  """
   failure = None
   try:
     yield
@@ -315,8 +377,15 @@ def _together(compared: Mapping[str, str] | None = None):
 
 
 def _agreed(config: configs.ConfigDict, workdir: pathlib.Path, data: build.Data | None) -> _Run:
-  """Opens everything, and makes the workdir this run's, unless another process cannot or would run something else."""
-  compared = {"config": configs.to_json(config), "images": "", "newest checkpoint": "", "workdir": ""}
+  """Opens everything, and makes the workdir this run's, unless another process cannot or would run
+  something else.
+  """
+  compared = {
+    "config": configs.to_json(config),
+    "images": "",
+    "newest checkpoint": "",
+    "workdir": "",
+  }
   with contextlib.ExitStack() as unless_agreed:
     with _together(compared):
       run = _opened(config, workdir, data)
@@ -332,7 +401,11 @@ def _agreed(config: configs.ConfigDict, workdir: pathlib.Path, data: build.Data 
       classes = {domain.name: domain.data.classes for domain in run.domains}
       step = run.checkpoints.step()
       run = run._replace(changes=workdirs.check_claim(workdir, config, classes, images, step=step))
-      compared |= {"images": json.dumps(images), "newest checkpoint": str(step), "workdir": workdirs.token(workdir)}
+      compared |= {
+        "images": json.dumps(images),
+        "newest checkpoint": str(step),
+        "workdir": workdirs.token(workdir),
+      }
     unless_agreed.pop_all()
   # Only now: a run that cannot begin must not occupy the workdir.
   workdirs.claim(workdir, config, classes, images, step=step)
@@ -354,7 +427,9 @@ def _opened(config: configs.ConfigDict, workdir: pathlib.Path, given: build.Data
       domains = build.build_domains(config, given)  # further domains have a copy of the config
   data, others = domains[0].data, [domain.data for domain in domains[1:]]
   build.weigh_classes(config, data)
-  method = build.build_method(config, len(data.classes), len(data.unlabeled), [len(other.classes) for other in others])
+  method = build.build_method(
+    config, len(data.classes), len(data.unlabeled), [len(other.classes) for other in others]
+  )
   specs = build.build_pipelines(domains, method)
   weights = functools.cache(lambda: _starting_weights(config, data.classes))
   earlier_nets = functools.cache(lambda: given_nets(config.nets_from, method, data.classes))
@@ -372,7 +447,16 @@ def _opened(config: configs.ConfigDict, workdir: pathlib.Path, given: build.Data
   return _Run(domains, method, specs, checkpoints, prepare, chosen=chosen)
 
 
-def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, records: Records, stop: StopRequest) -> RunResults:
+def _fit(
+  config,
+  source,
+  overrides,
+  workdir: pathlib.Path,
+  run: _Run,
+  mesh,
+  records: Records,
+  stop: StopRequest,
+) -> RunResults:
   domains, method, checkpoints = run.domains, run.method, run.checkpoints
   try:
     with stop.nothing_to_lose():
@@ -391,7 +475,9 @@ def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, reco
       total_steps=config.total_steps,
       batches=build.batches(*run.specs),
       images_per_step=len(domains) * (sizes.labeled + (streams - 1) * sizes.unlabeled),
-      every=loop.Every(config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps),
+      every=loop.Every(
+        config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps
+      ),
       checkpoints=checkpoints,
       records=records,
       evaluate=scoring,
@@ -409,7 +495,9 @@ def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, reco
       what = "; ".join(f"{name}: {cause}" for name, cause in failed.items())
       step = checkpoints.step()
       resumes = "starts anew" if step is None else f"resumes at step {step}"
-      raise OSError(f"not all of the run could be saved in {workdir} ({what}); free some space: the same command {resumes}")
+      raise OSError(
+        f"not all of the run could be saved in {workdir} ({what}); free some space: the same command {resumes}"
+      )
     if outcome.finished and jax.process_index() == 0:
       log.info("%s", _summary(scoring, workdir, source, overrides))
     ending = {"finished": outcome.finished, "stopped_by": outcome.stopped_by}
@@ -421,7 +509,12 @@ def _fit(config, source, overrides, workdir: pathlib.Path, run: _Run, mesh, reco
 
 def _list_skipped(domains: Sequence[build.Domain], workdir: pathlib.Path) -> None:
   """Leaves in skipped.json which files this process could not read, and did without."""
-  reasons = {path: reason for domain in domains if domain.data.skipped for path, reason in domain.data.skipped.reasons().items()}
+  reasons = {
+    path: reason
+    for domain in domains
+    if domain.data.skipped
+    for path, reason in domain.data.skipped.reasons().items()
+  }
   if reasons and workdir.is_dir():
     name = f"skipped_{jax.process_index()}.json" if jax.process_index() else "skipped.json"
     with contextlib.suppress(OSError):  # each was told when it was met
@@ -433,20 +526,55 @@ _RANDOM_WEIGHTS = """the network starts from RANDOM weights. With few labels tha
   start from an encoder that knows photographs (other backbones have weights too, --config.network.pretrained=imagenet says which)"""
 
 
-def _tell_start(config, domains: Sequence[build.Domain], spec: PipelineSpec, mesh, workdir: pathlib.Path, *, fresh: bool) -> None:
+def _tell_start(
+  config,
+  domains: Sequence[build.Domain],
+  spec: PipelineSpec,
+  mesh,
+  workdir: pathlib.Path,
+  *,
+  fresh: bool,
+) -> None:
   devices = f"{mesh.size} device{'s' * (mesh.size > 1)} ({jax.devices()[0].device_kind})"
   if jax.process_count() > 1:
     devices += f" of {jax.process_count()} processes"
-  log.info("%s on %s (%s), %s, workdir %s", config.method.name, config.data.name, domains[0].data.split, devices, workdir)
+  log.info(
+    "%s on %s (%s), %s, workdir %s",
+    config.method.name,
+    config.data.name,
+    domains[0].data.split,
+    devices,
+    workdir,
+  )
   shapes = network_shapes(build.build_network(config, len(domains[0].data.classes)))
-  parameters = {path.removeprefix("params/"): math.prod(shape) for path, shape in shapes.items() if path.startswith("params/")}
-  backbone, multiplier = config.network.get("backbone", ""), build.build_optimizer(config).multiplier
-  count, stay = sum(parameters.values()), sum(size for path, size in parameters.items() if not multiplier(path))
+  parameters = {
+    path.removeprefix("params/"): math.prod(shape)
+    for path, shape in shapes.items()
+    if path.startswith("params/")
+  }
+  backbone, multiplier = (
+    config.network.get("backbone", ""),
+    build.build_optimizer(config).multiplier,
+  )
+  count, stay = (
+    sum(parameters.values()),
+    sum(size for path, size in parameters.items() if not multiplier(path)),
+  )
   told = f"; {stay:,} of them stay as they are" * bool(stay)
-  log.info("network %s%s: %s parameters%s", config.network.name, f" on {backbone}" * bool(backbone), f"{count:,}", told)
+  log.info(
+    "network %s%s: %s parameters%s",
+    config.network.name,
+    f" on {backbone}" * bool(backbone),
+    f"{count:,}",
+    told,
+  )
   build.tell_normalization(config)
   build.tell_imbalance(config, domains[0].data, spec)
-  if fresh and not (config.network.pretrained or config.init_from or config.nets_from) and backbone in imagenet.BACKBONES:
+  if (
+    fresh
+    and not (config.network.pretrained or config.init_from or config.nets_from)
+    and backbone in imagenet.BACKBONES
+  ):
     log.warning("%s", _RANDOM_WEIGHTS)
   for name, _, other in domains[1:]:
     log.info("and on %s (%s)", name, other.split)
@@ -476,13 +604,15 @@ def evaluate(
   overrides: Mapping[str, Any] | None = None,
   data: build.Data | None = None,
 ) -> ScoreTable:
-  """Scores a trained workdir (or an exported folder) again, {predictor: Scores}, and prints protocol, progress and table.
+  """Scores a trained workdir (or an exported folder) again, {predictor: Scores}, and prints
+  protocol, progress and table.
 
   Every predictor is scored on the data of its own domain.
 
-  A workdir keeps results.json, scores.csv and pictures below evaluations/PROTOCOL/CHECKPOINT; those of training stay as they are.
-  `overrides` may change evaluation or data.root; the latter is needed with an exported folder, which knows no place. `data`, of
-  `make_data`, are scored in the place of those that the config says; their scores are returned, and not written.
+  A workdir keeps results.json, scores.csv and pictures below evaluations/PROTOCOL/CHECKPOINT; those
+  of training stay as they are. `overrides` may change evaluation or data.root; the latter is needed
+  with an exported folder, which knows no place. `data`, of `make_data`, are scored in the place of
+  those that the config says; their scores are returned, and not written.
   """
   mesh, workdir = meshes.make_mesh(), pathlib.Path(os.path.expanduser(workdir))
   trained = open_trained(workdir, mesh, checkpoint, overrides)
@@ -492,13 +622,21 @@ def evaluate(
   if is_given:
     channels = config.data.get("channels", 3)
     if data.evaluated.channels != channels:
-      problems.add("channels of the images", got=data.evaluated.channels, allowed=f"{channels}, as of the network")
+      problems.add(
+        "channels of the images",
+        got=data.evaluated.channels,
+        allowed=f"{channels}, as of the network",
+      )
       problems.raise_if_any()
     build.name_given(config, data)
   domains = build.build_domains(config, data)
-  for (name, _, data), classes in zip(domains, [trained.classes, *trained.other_classes.values()], strict=True):
+  for (name, _, data), classes in zip(
+    domains, [trained.classes, *trained.other_classes.values()], strict=True
+  ):
     where = f"config.other_data.{name}.classes" if name else "config.data.classes"
-    problems.extend(workdirs.same_classes(data.classes, classes, where=where, allowed="of the network"))
+    problems.extend(
+      workdirs.same_classes(data.classes, classes, where=where, allowed="of the network")
+    )
   problems.raise_if_any()
   evaluators = _evaluators(domains, trained.method, mesh)
   step, data = int(trained.state.step), domains[0].data
@@ -510,12 +648,24 @@ def evaluate(
     scores, *other_scores = (evaluator(trained.state) for evaluator in evaluators)
     of_domains = list(zip(domains, [scores, *other_scores], strict=True))
     for (name, _, of_domain), found in of_domains:
-      log.info("%s%s", name and f"{name}:\n", report.table(of_domain.classes, found), extra={"slot": f"scores {name}"})
+      log.info(
+        "%s%s",
+        name and f"{name}:\n",
+        report.table(of_domain.classes, found),
+        extra={"slot": f"scores {name}"},
+      )
     if jax.process_index() == 0 and (workdir / "checkpoints").is_dir() and not is_given:
-      folder = workdir / "evaluations" / (config.evaluation.preset or _file_name(build.describe_protocol(config))) / checkpoint
+      folder = (
+        workdir
+        / "evaluations"
+        / (config.evaluation.preset or _file_name(build.describe_protocol(config)))
+        / checkpoint
+      )
       of_training = workdir / "results.json"
       source = _config_of(of_training)
-      results = _about(config, source, data) | {checkpoint: report.entry(data.classes, step, scores)}
+      results = _about(config, source, data) | {
+        checkpoint: report.entry(data.classes, step, scores)
+      }
       if other_scores:
         results["domains"] = {
           name: {"split": other.split, checkpoint: report.entry(other.classes, step, found)}
@@ -526,7 +676,9 @@ def evaluate(
       pictures.scores(data.classes, scores, folder / "pictures")
       log.info("scores and pictures: %s", folder)
   classes = {name: domain.data.classes for domain, found in of_domains for name in found}
-  return ScoreTable({name: score for _, found in of_domains for name, score in found.items()}, classes, heading)
+  return ScoreTable(
+    {name: score for _, found in of_domains for name, score in found.items()}, classes, heading
+  )
 
 
 def _about(config: configs.ConfigDict, source: dict[str, str], data: build.Data) -> dict[str, Any]:
@@ -560,7 +712,8 @@ def _on_console():
   before = log.level, log.propagate
   log.addHandler(handler)
   log.setLevel(logging.INFO)
-  log.propagate = False  # other libraries give the root logger a handler: every line would come twice
+  # Other libraries give the root logger a handler: every line would come twice.
+  log.propagate = False
   try:
     yield
   finally:
@@ -577,37 +730,70 @@ def load(
   checkpoint: str = "best",
   overrides: Mapping[str, Any] | None = None,
 ) -> Predictor:
-  """A trained workdir (or an exported folder) as a predictor: any image in, class ids out. It needs no data set.
+  """A trained workdir (or an exported folder) as a predictor: any image in, class ids out. It needs
+  no data set.
 
   Args:
-    predictor: one of the method's predictors ("student", "teacher", "a", ...), which also says the domain whose classes come out;
-      default the method's headline. Those that want boxes or image-level labels beside the image are refused.
-    checkpoint: "best" or "last"; an exported folder has but one. Where a run was stopped before it had a best one, the last.
-    overrides: dotted options of evaluation, {"evaluation.flip": True}, or of how files are read, {"data.max_value": 255}.
+    predictor: one of the method's predictors ("student", "teacher", "a", ...), which also says the
+      domain whose classes come out; default the method's headline. Those that want boxes or
+      image-level labels beside the image are refused.
+    checkpoint: "best" or "last"; an exported folder has but one. Where a run was stopped before it
+      had a best one, the last.
+    overrides: dotted options of evaluation, {"evaluation.flip": True}, or of how files are read,
+      {"data.max_value": 255}.
   """
   overrides = dict(overrides or {})
   # How files are read may be said of any network, whatever its own data set was.
-  reading = {name: overrides.pop(f"data.{name}") for name in ("exif_orientation", "max_value") if f"data.{name}" in overrides}
-  trained = open_trained(pathlib.Path(os.path.expanduser(workdir)), meshes.make_mesh(jax.devices()[:1]), checkpoint, overrides)
+  reading = {
+    name: overrides.pop(f"data.{name}")
+    for name in ("exif_orientation", "max_value")
+    if f"data.{name}" in overrides
+  }
+  trained = open_trained(
+    pathlib.Path(os.path.expanduser(workdir)),
+    meshes.make_mesh(jax.devices()[:1]),
+    checkpoint,
+    overrides,
+  )
   config, method, state = trained.config, trained.method, trained.state
   name = predictor or next(iter(method.predictors))
   check_plain(method, name)
   predict = method.predictors[name]
-  classes = [trained.classes, *trained.other_classes.values()][method.predictor_domains.get(name, 0)]
-  as_trained = {"exif_orientation": config.data.get("exif_orientation", "apply"), "max_value": config.data.get("max_value", 0.0)}
+  classes = [trained.classes, *trained.other_classes.values()][
+    method.predictor_domains.get(name, 0)
+  ]
+  as_trained = {
+    "exif_orientation": config.data.get("exif_orientation", "apply"),
+    "max_value": config.data.get("max_value", 0.0),
+  }
   return Predictor(
-    lambda images: predict(state, images), classes, name=name, protocol=build.build_protocol(config),
-    mean=config.data.mean, std=config.data.std, checkpoint=trained.checkpoint, step=int(state.step), **as_trained | reading,
-  )  # fmt: skip
+    lambda images: predict(state, images),
+    classes,
+    name=name,
+    protocol=build.build_protocol(config),
+    mean=config.data.mean,
+    std=config.data.std,
+    checkpoint=trained.checkpoint,
+    step=int(state.step),
+    **as_trained | reading,
+  )
 
 
-def _starting_weights(config: configs.ConfigDict, classes: Classes) -> tuple[dict[str, np.ndarray], str]:
-  """What a run of this config starts from, as pretrained.put takes it, and its description; ({}, "") for nothing."""
+def _starting_weights(
+  config: configs.ConfigDict, classes: Classes
+) -> tuple[dict[str, np.ndarray], str]:
+  """What a run of this config starts from, as pretrained.put takes it, and its description; ({},
+  "") for nothing.
+  """
   source = os.path.expanduser(config.network.pretrained or config.init_from)
   if not source:
-    frozen = config.method.get("frozen_batch_norm", "none") != "none" or config.optimizer.freeze_batch_norm
+    frozen = (
+      config.method.get("frozen_batch_norm", "none") != "none" or config.optimizer.freeze_batch_norm
+    )
     if frozen or config.network.freeze == "batch_norm":
-      log.warning("batch norm is frozen, but no weights are loaded: set config.network.pretrained, or do not freeze it")
+      log.warning(
+        "batch norm is frozen, but no weights are loaded: set config.network.pretrained, or do not freeze it"
+      )
     return {}, ""
   if config.network.pretrained == "imagenet":
     options = config.network
@@ -617,7 +803,9 @@ def _starting_weights(config: configs.ConfigDict, classes: Classes) -> tuple[dic
   else:
     trained = open_trained(pathlib.Path(source), meshes.make_mesh(jax.devices()[:1]), "best")
     tensors = weights_of(trained, next(iter(trained.method.predictors)))
-    others = workdirs.same_classes(classes, trained.classes, where="classes", allowed=f"of {source}")
+    others = workdirs.same_classes(
+      classes, trained.classes, where="classes", allowed=f"of {source}"
+    )
     if others:
       log.warning("%s; its classifier is not taken", others[0].partition("; a file of classes")[0])
       tensors = {key: value for key, value in tensors.items() if "/classifier/" not in key}
@@ -634,13 +822,17 @@ def _started(state: State, values: Mapping[str, np.ndarray], described: str) -> 
   return state
 
 
-def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], overrides: Mapping[str, Any]) -> str:
+def _summary(
+  scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], overrides: Mapping[str, Any]
+) -> str:
   """What a person wants to know at the end."""
   results = scoring.results
   lines = ["", f"Done: {results['method']} on {results['split']}, seed {results['seed']}", ""]
   for series in ("last", "best"):
     entry = results[series]
-    mious = ", ".join(f"{name} {report.percent(score['miou'])}" for name, score in entry["predictors"].items())
+    mious = ", ".join(
+      f"{name} {report.percent(score['miou'])}" for name, score in entry["predictors"].items()
+    )
     chosen = f" (best by {entry['selected_by']})" if series == "best" else ""
     lines.append(f"  {series:5} step {entry['step']:>6}  mIoU %: {mious}{chosen}")
   if results.get("ended_early"):
@@ -650,10 +842,16 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], o
     ]
   lines += _findings(scoring.results, scoring.config)
   drawn = ",".join(sorted(path.stem for path in (workdir / "pictures").glob("*.png")))
-  skipped = sum(len(domain.data.skipped.reasons()) for domain in scoring.domains if domain.data.skipped)
+  skipped = sum(
+    len(domain.data.skipped.reasons()) for domain in scoring.domains if domain.data.skipped
+  )
   lines += [
     "",
-    *([f"  {skipped} files could not be read and were left out: {workdir}/skipped.json"] if skipped else []),
+    *(
+      [f"  {skipped} files could not be read and were left out: {workdir}/skipped.json"]
+      if skipped
+      else []
+    ),
     f"  pictures     {workdir}/pictures/{{{drawn}}}.png",
     f"  scores       {workdir}/results.json, {workdir}/scores.csv",
     f"  checkpoints  {workdir}/checkpoints/{{last,best}}",
@@ -662,27 +860,39 @@ def _summary(scoring: _Scoring, workdir: pathlib.Path, source: dict[str, str], o
     "Next:",
     f"  python -m pseudoseg_jax.predict {shlex.quote(f'--workdir={workdir}')} --images DIR --out OUT      segment your own images",
   ]
-  flags = {key: value for key, value in overrides.items() if not key.startswith(("method.", "nets_from"))}
+  flags = {
+    key: value for key, value in overrides.items() if not key.startswith(("method.", "nets_from"))
+  }
   baseline = _baseline(source, scoring.config, flags)
   if baseline is not None:
     options = [f"--config.{key}={configs.as_flag(value)}" for key, value in flags.items()]
     command = [f"--config={baseline}", f"--workdir={workdir}_supervised", *options]
-    lines.append(f"  python -m pseudoseg_jax.main {shlex.join(command)}      the baseline to compare with")
+    lines.append(
+      f"  python -m pseudoseg_jax.main {shlex.join(command)}      the baseline to compare with"
+    )
   return "\n".join(lines)
 
 
 def _findings(results: report.Results, config: configs.ConfigDict) -> list[str]:
-  """What the scores mean: the gain over a supervised run beside this one, and a network that has learnt next to nothing."""
+  """What the scores mean: the gain over a supervised run beside this one, and a network that has
+  learnt next to nothing.
+  """
   lines = []
   if baseline := results.get("baseline"):
-    differs = f", though it differs in {', '.join(baseline['differs'])}" if baseline["differs"] else ""
+    differs = (
+      f", though it differs in {', '.join(baseline['differs'])}" if baseline["differs"] else ""
+    )
     where = f"{report.percent(baseline['miou'])} in {baseline['workdir']}{differs}"
     lines.append(f"  {100 * baseline['gain']:+.2f} mIoU against supervised, {where}")
   name, score = next(iter(results["last"]["predictors"].items()))
   seen = [kind for kind, iou in score["iou"].items() if iou is not None]
   said = score.get("predicted_classes", seen)  # which older releases did not write
   if len(said) == 1 and len(seen) > 1:
-    more = "--config.early_stopping_patience=0" if results.get("ended_early") else f"--config.total_steps={2 * config.total_steps}"
+    more = (
+      "--config.early_stopping_patience=0"
+      if results.get("ended_early")
+      else f"--config.total_steps={2 * config.total_steps}"
+    )
     lines.append(
       f"  '{name}' SAYS '{said[0]}' OF EVERY PIXEL: it has learnt nothing yet. Where the loss falls, it needs more"
       f" steps ({more}) or more weight on rare classes (--config.criterion.class_weights=effective);"
@@ -691,12 +901,20 @@ def _findings(results: report.Results, config: configs.ConfigDict) -> list[str]:
   return lines
 
 
-def _baseline(source: dict[str, str], config: configs.ConfigDict, flags: Mapping[str, Any]) -> str | None:
-  """The supervised method in a run that is otherwise the same, as config file with argument; None where the file knows none."""
+def _baseline(
+  source: dict[str, str], config: configs.ConfigDict, flags: Mapping[str, Any]
+) -> str | None:
+  """The supervised method in a run that is otherwise the same, as config file with argument; None
+  where the file knows none.
+  """
   if not source["path"] or config.method.name == "supervised" or config.get("other_data"):
     return None
   of_the_method = ("method", "convention", "image_labels")
-  kept = [part for part in source["argument"].split(",") if part and part.partition("=")[0] not in of_the_method]
+  kept = [
+    part
+    for part in source["argument"].split(",")
+    if part and part.partition("=")[0] not in of_the_method
+  ]
   for recipe in ([], [f"recipe={config.method.name}"]):
     path = f"{source['path']}:{','.join(['method=supervised', *kept, *recipe])}"
     try:

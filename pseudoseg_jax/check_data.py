@@ -10,10 +10,12 @@ report.json, of --out:
               "classes": {CLASS: {"pixels": int, "share": number | null, "images": int}} | null,   null: masks are not opened
               "ignored_share": number | null}},
    "domains": {NAME: {"split": str, "classes": [str], "roles": {...}}},   of config.other_data; their roles in findings: NAME/ROLE
-   "findings": [{"severity": "error" | "warning", "kind": str, "role": str, "what": str, "remedy": str,
+   "findings": [{"severity": "error" | "warning", "kind": str, "role": str, "what": str, "remedy":
+   str,
                  "items": [{"path": str, "detail": str}]}]}
 
-Kinds are the keys of data.audit.KINDS. Shares are fractions: of a class among the pixels that have one; of the ignored among all.
+Kinds are the keys of data.audit.KINDS. Shares are fractions: of a class among the pixels that have
+one; of the ignored among all.
 """
 
 from __future__ import annotations
@@ -68,24 +70,36 @@ examples:
 
 def _parse(arguments):
   parser = argparse.ArgumentParser(
-    "python -m pseudoseg_jax.check_data", description=DESCRIPTION, epilog=EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-  )  # fmt: skip
-  parser.add_argument("--config", required=True, help="config file, with its argument after a colon")
-  parser.add_argument("--out", type=pathlib.Path, help="folder to write the report and the pictures to")
-  parser.add_argument("--most", type=int, default=5, help="files told of each kind; report.json has all (default: 5)")
+    "python -m pseudoseg_jax.check_data",
+    description=DESCRIPTION,
+    epilog=EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument(
+    "--config", required=True, help="config file, with its argument after a colon"
+  )
+  parser.add_argument(
+    "--out", type=pathlib.Path, help="folder to write the report and the pictures to"
+  )
+  parser.add_argument(
+    "--most", type=int, default=5, help="files told of each kind; report.json has all (default: 5)"
+  )
   return command_line.parse_with_overrides(parser, arguments)
 
 
 def main(arguments=None) -> int:
   known, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a training run may need the accelerator's memory
+  # a training run may need the accelerator's memory.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
   def command():
     config = configs.load(known.config, overrides)
     looked = [look(*opened) for opened in _opened(config)]
     findings = [finding for found in looked for finding in found.findings]
-    findings += refusals(config, looked, [finding for finding in findings if finding.severity == "error"])
+    findings += refusals(
+      config, looked, [finding for finding in findings if finding.severity == "error"]
+    )
     findings.sort(key=lambda finding: finding.severity != "error")
     for found in looked:
       print(f"\n{found.name}:" * bool(found.name) + tables(found.audits, found.data.classes))
@@ -98,7 +112,9 @@ def main(arguments=None) -> int:
 
 
 class Looked(NamedTuple):
-  """What the data of a domain are. name: that of config.other_data; "" of config.data. audits: by role."""
+  """What the data of a domain are. name: that of config.other_data; "" of config.data. audits: by
+  role.
+  """
 
   name: str
   data: build.Data
@@ -120,11 +136,15 @@ def look(name: str, options: configs.ConfigDict, data: build.Data) -> Looked:
   sources = {role: getattr(data, role) for role in ROLES}
   progress = _progress(sum(map(len, sources.values())))
   audits = {
-    role: audit.audit(role, source, data.classes.names, with_masks=role != "unlabeled", each=progress.more)
+    role: audit.audit(
+      role, source, data.classes.names, with_masks=role != "unlabeled", each=progress.more
+    )
     for role, source in sources.items()
   }
   print(f"{progress.done} images decoded in {progress.seconds():.1f} s")
-  findings = [finding for found in audits.values() for finding in found.findings] + audit.overlaps(audits)
+  findings = [finding for found in audits.values() for finding in found.findings] + audit.overlaps(
+    audits
+  )
   left_out = tuple(Item(item.shown_path(), item.why) for item in build.left_out(options))
   findings += [Finding("left_out", "files", left_out)] if left_out else []
   if name:
@@ -132,8 +152,11 @@ def look(name: str, options: configs.ConfigDict, data: build.Data) -> Looked:
   return Looked(name, data, audits, findings)
 
 
-def refusals(config: configs.ConfigDict, looked: Sequence[Looked], known: Sequence[Finding]) -> list[Finding]:
-  """What training says of the config and its data before its first step, besides what it says of the files of `known`.
+def refusals(
+  config: configs.ConfigDict, looked: Sequence[Looked], known: Sequence[Finding]
+) -> list[Finding]:
+  """What training says of the config and its data before its first step, besides what it says of
+  the files of `known`.
 
   Starting weights are not looked at.
   """
@@ -149,15 +172,25 @@ def refusals(config: configs.ConfigDict, looked: Sequence[Looked], known: Sequen
   tried(lambda: build.check_run(config))
   domains = tried(lambda: build.build_domains(config)) or _unchecked(config, looked)
   if tried(lambda: settings.settle_from(config, domains[0].data)) and config.other_data:
-    domains = tried(lambda: build.build_domains(config)) or _unchecked(config, looked)  # whose configs are copies
+    # Whose configs are copies.
+    domains = tried(lambda: build.build_domains(config)) or _unchecked(config, looked)
   (data, *others), mesh = (domain.data for domain in domains), meshes.make_mesh()
   sizes = len(data.classes), len(data.unlabeled), [len(other.classes) for other in others]
   method = tried(lambda: build.build_method(config, *sizes))
   if method is not None:
     tried(lambda: build.build_pipelines(domains, method))
     for number, domain in enumerate(domains):
-      tried(lambda number=number, domain=domain: build.build_evaluator(domain.config, domain.data, method, mesh, number))
-  of_files = [f"{what} {item.path}" for finding in known for item in finding.items for what in ("image", "mask")]
+      tried(
+        lambda number=number, domain=domain: build.build_evaluator(
+          domain.config, domain.data, method, mesh, number
+        )
+      )
+  of_files = [
+    f"{what} {item.path}"
+    for finding in known
+    for item in finding.items
+    for what in ("image", "mask")
+  ]
   items = dict.fromkeys(item for message in messages for item in _problems(message))
   items = [item for item in items if not any(known in text for text in item for known in of_files)]
   return [Finding("not_trainable", "config", tuple(items))] if items else []
@@ -169,7 +202,11 @@ def _unchecked(config: configs.ConfigDict, looked: Sequence[Looked]) -> list[bui
   for name, data, *_ in looked:
     own = config.copy_and_resolve_references()
     if name:
-      own.data = {**config.other_data[name].to_dict(), "mean": config.data.mean, "std": config.data.std}
+      own.data = {
+        **config.other_data[name].to_dict(),
+        "mean": config.data.mean,
+        "std": config.data.std,
+      }
     domains.append(build.Domain(name, own, data))
   return domains
 
@@ -200,14 +237,23 @@ def _quiet() -> Iterator[None]:
 
 def tables(audits: Mapping[str, Audit], classes: Classes) -> str:
   """The roles' images and sizes, and under them how often each class occurs."""
-  roles = [["", "images", "height x width"], *([role, str(len(found.paths)), _sizes(found)] for role, found in audits.items())]
+  roles = [
+    ["", "images", "height x width"],
+    *([role, str(len(found.paths)), _sizes(found)] for role, found in audits.items()),
+  ]
   with_masks = {role: found for role, found in audits.items() if found.has_masks}
-  header = ["class", *(title for role in with_masks for title in (f"{role}: pixels %", "in images"))]
+  header = [
+    "class",
+    *(title for role in with_masks for title in (f"{role}: pixels %", "in images")),
+  ]
   rows = [header]
   for index, name in enumerate(classes.names):
     rows.append([name])
     for found in with_masks.values():
-      rows[-1] += [f"{100 * found.pixels[index] / max(found.pixels.sum(), 1):.2f}", str(found.images[index])]
+      rows[-1] += [
+        f"{100 * found.pixels[index] / max(found.pixels.sum(), 1):.2f}",
+        str(found.images[index]),
+      ]
   rows.append(["no opinion, of all"])
   for found in with_masks.values():
     rows[-1] += [f"{100 * _ignored_share(found):.2f}", ""]
@@ -220,17 +266,24 @@ def findings_text(findings: Sequence[Finding], most: int) -> str:
   for finding in findings:
     what, remedy = audit.KINDS[finding.kind]
     lines.append(f"{finding.severity}: {finding.role}: {what} ({len(finding.items)})")
-    lines += [f"    {item.path}" + (f": {item.detail}" if item.detail else "") for item in finding.items[:most]]
+    lines += [
+      f"    {item.path}" + (f": {item.detail}" if item.detail else "")
+      for item in finding.items[:most]
+    ]
     if len(finding.items) > most:
       lines.append(f"    ... and {len(finding.items) - most} more")
     lines.append(f"  -> {remedy}")
   return "\n".join([*lines, *([""] if lines else []), _verdict(findings)])
 
 
-def write(out: pathlib.Path, config: str, looked: Sequence[Looked], findings: Sequence[Finding]) -> None:
+def write(
+  out: pathlib.Path, config: str, looked: Sequence[Looked], findings: Sequence[Finding]
+) -> None:
   """Writes report.json and the pictures, and says where they are."""
   content = {"config": config} | as_json(looked, findings)
-  report.write_atomically(out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+  report.write_atomically(
+    out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n"
+  )
   written = [out / "report.json"]
   for name, data, audits, _ in looked:
     for role, found in audits.items():
@@ -238,7 +291,9 @@ def write(out: pathlib.Path, config: str, looked: Sequence[Looked], findings: Se
         written.append(out / name / f"{role}.png")
         pictures.save(examples(getattr(data, role), found, data.classes), written[-1])
     written.append(out / name / "classes.png")
-    class_picture({role: found for role, found in audits.items() if found.has_masks}, data.classes, written[-1])
+    class_picture(
+      {role: found for role, found in audits.items() if found.has_masks}, data.classes, written[-1]
+    )
   print("\n".join(f"  {path}" for path in written))
 
 
@@ -274,7 +329,11 @@ def _domain_json(looked: Looked) -> dict[str, Any]:
 def _role_json(found: Audit, classes: Classes) -> dict[str, Any]:
   total = int(found.pixels.sum())
   per_class = {
-    name: {"pixels": int(pixels), "share": int(pixels) / total if total else None, "images": int(images)}
+    name: {
+      "pixels": int(pixels),
+      "share": int(pixels) / total if total else None,
+      "images": int(images),
+    }
     for name, pixels, images in zip(classes.names, found.pixels, found.images, strict=True)
   }
   return {
@@ -289,7 +348,9 @@ def _role_json(found: Audit, classes: Classes) -> dict[str, Any]:
 def examples(source: Source, found: Audit, classes: Classes) -> Image.Image:
   """A picture of a few images of a role, drawn by lot, with their masks."""
   rows = np.random.default_rng(0).permutation(found.usable)[:_EXAMPLES].tolist()
-  return pictures.contact_sheet([source.image(row) for row in rows], [source.label(row) for row in rows], {}, classes)
+  return pictures.contact_sheet(
+    [source.image(row) for row in rows], [source.label(row) for row in rows], {}, classes
+  )
 
 
 def class_picture(audits: Mapping[str, Audit], classes: Classes, path: pathlib.Path) -> None:
@@ -307,7 +368,9 @@ def class_picture(audits: Mapping[str, Audit], classes: Classes, path: pathlib.P
   height = 0.8 / len(audits)
   for axes, (title, share) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
     for number, (role, found) in enumerate(audits.items()):
-      axes.barh(np.arange(len(classes)) + (number - 0.5) * height, 100 * share(found), height, label=role)
+      axes.barh(
+        np.arange(len(classes)) + (number - 0.5) * height, 100 * share(found), height, label=role
+      )
     axes.set_title(title, fontsize=11, loc="left")
     axes.grid(alpha=0.25, axis="x")
     axes.spines[["top", "right"]].set_visible(False)
@@ -315,16 +378,29 @@ def class_picture(audits: Mapping[str, Audit], classes: Classes, path: pathlib.P
   first.set_xscale("symlog", linthresh=0.01)
   first.set_yticks(np.arange(len(classes)), classes.names)
   first.set_ylim(len(classes) - 0.5, -0.5)
-  figure.legend(*first.get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=9, frameon=False)
+  figure.legend(
+    *first.get_legend_handles_labels(),
+    loc="outside upper right",
+    ncols=2,
+    fontsize=9,
+    frameon=False,
+  )
   png = io.BytesIO()
   figure.savefig(png, format="png")
   report.write_atomically(path, png.getvalue())
 
 
 def _verdict(findings: Sequence[Finding]) -> str:
-  counts = [sum(finding.severity == severity for finding in findings) for severity in ("error", "warning")]
-  words = [f"{count} kind{'s' * (count != 1)} of {name}" for count, name in zip(counts, ("error", "warning"), strict=True)]
-  return f"{words[0]}, {words[1]}" if any(counts) else "nothing wrong: every image and mask was decoded"
+  counts = [
+    sum(finding.severity == severity for finding in findings) for severity in ("error", "warning")
+  ]
+  words = [
+    f"{count} kind{'s' * (count != 1)} of {name}"
+    for count, name in zip(counts, ("error", "warning"), strict=True)
+  ]
+  return (
+    f"{words[0]}, {words[1]}" if any(counts) else "nothing wrong: every image and mask was decoded"
+  )
 
 
 def _ignored_share(found: Audit) -> float:
@@ -332,7 +408,9 @@ def _ignored_share(found: Audit) -> float:
 
 
 def _sizes(found: Audit) -> str:
-  shown = ", ".join(f"{height} x {width} ({count})" for (height, width), count in found.sizes.most_common(3))
+  shown = ", ".join(
+    f"{height} x {width} ({count})" for (height, width), count in found.sizes.most_common(3)
+  )
   return shown if len(found.sizes) <= 3 else f"{shown}, and {len(found.sizes) - 3} other sizes"
 
 
@@ -340,7 +418,10 @@ def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
   """Columns of equal width, those in `left` aligned to the left."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   align = [str.ljust if number in left else str.rjust for number in range(len(widths))]
-  lines = ("  ".join(put(cell, width) for put, cell, width in zip(align, row, widths, strict=True)) for row in rows)
+  lines = (
+    "  ".join(put(cell, width) for put, cell, width in zip(align, row, widths, strict=True))
+    for row in rows
+  )
   return "\n".join(line.rstrip() for line in lines)
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-  """The user's input (config, files, command line) cannot be used as it is; the message says what to change."""
+  """The user's input (config, files, command line) cannot be used as it is; the message says what
+  to change.
+  """
 
 
 class Problems:
@@ -23,7 +25,9 @@ class Problems:
     self.headline = headline
     self.items: list[str] = []
 
-  def add(self, where: str, *, got: object = None, allowed: object = None, remedy: str | None = None) -> None:
+  def add(
+    self, where: str, *, got: object = None, allowed: object = None, remedy: str | None = None
+  ) -> None:
     text = where
     if got is not None:
       text += f": got {got}"
@@ -46,9 +50,13 @@ class Problems:
 
 
 def printable(text: str) -> str:
-  """A text whose parts come from files, with whatever a terminal would take for a command written out: "\\x1b[31m"."""
+  """A text whose parts come from files, with whatever a terminal would take for a command written
+  out: "\\x1b[31m".
+  """
   return "".join(
-    character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
+    character
+    if character.isprintable() or character in "\n\t"
+    else character.encode("unicode_escape").decode()
     for character in text
   )
 
@@ -71,12 +79,17 @@ def closest(name: str, allowed: Iterable[str]) -> str:
 def is_size(pixels: object) -> bool:
   """Whether it is a height and a width: two whole numbers, at least 1."""
   sides = tuple(pixels) if isinstance(pixels, Iterable) and not isinstance(pixels, str) else ()
-  return len(sides) == 2 and all(isinstance(side, numbers.Integral) and not isinstance(side, bool) and side >= 1 for side in sides)
+  return len(sides) == 2 and all(
+    isinstance(side, numbers.Integral) and not isinstance(side, bool) and side >= 1
+    for side in sides
+  )
 
 
 def check_name(where: str, name: str, allowed: Iterable[str]) -> None:
   allowed = list(allowed)
   if name not in allowed:
     problems = Problems("unknown name")
-    problems.add(where, got=repr(name), allowed=choices(allowed), remedy=nearest(str(name), allowed))
+    problems.add(
+      where, got=repr(name), allowed=choices(allowed), remedy=nearest(str(name), allowed)
+    )
     problems.raise_if_any()

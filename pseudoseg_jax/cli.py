@@ -23,10 +23,17 @@ COMMANDS: dict[str, tuple[str, list[str], str]] = {
 
 def _help() -> str:
   lines = [f"  {name:16} {what}" for name, (_, _, what) in COMMANDS.items()]
-  return "\n".join([
-    "usage: pseudoseg COMMAND [options]", "", "Semi- and weakly-supervised semantic segmentation.", "", *lines, "",
-    "pseudoseg COMMAND --help says more. To begin with: pseudoseg train --config=quickstart --workdir=/tmp/quickstart",
-  ])  # fmt: skip
+  return "\n".join(
+    [
+      "usage: pseudoseg COMMAND [options]",
+      "",
+      "Semi- and weakly-supervised semantic segmentation.",
+      "",
+      *lines,
+      "",
+      "pseudoseg COMMAND --help says more. To begin with: pseudoseg train --config=quickstart --workdir=/tmp/quickstart",
+    ]
+  )
 
 
 def main() -> int:

@@ -16,7 +16,9 @@ from typing import NoReturn
 from pseudoseg_jax import checks
 
 _INTERRUPTED = 130  # 128 + SIGINT
-ONE_SIGNAL_SECONDS = 1.0  # senders such as `timeout` and Slurm tell a process and then its group: that is one signal told twice
+# Senders such as `timeout` and Slurm tell a process and then its group: that is one signal told
+# twice.
+ONE_SIGNAL_SECONDS = 1.0
 
 
 class SignalCount:
@@ -34,15 +36,21 @@ class SignalCount:
     return True
 
 
-def parse_with_overrides(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-  """What the parser knows, and {"optimizer.learning_rate": "0.1"} of every --config.KEY=VALUE; other arguments are errors."""
+def parse_with_overrides(
+  parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[argparse.Namespace, dict[str, str]]:
+  """What the parser knows, and {"optimizer.learning_rate": "0.1"} of every --config.KEY=VALUE;
+  other arguments are errors.
+  """
   known, rest = parser.parse_known_args(arguments)
   overrides = {}
   while rest:
     flag = rest.pop(0)
     key, equals, value = flag.partition("=")
     if not key.startswith("--config."):
-      parser.error(f"unknown argument {flag}; options of the config are given as --config.KEY=VALUE")
+      parser.error(
+        f"unknown argument {flag}; options of the config are given as --config.KEY=VALUE"
+      )
     if not equals:
       if not rest:
         parser.error(f"{flag} needs a value: {flag}=VALUE")
@@ -52,22 +60,29 @@ def parse_with_overrides(parser: argparse.ArgumentParser, arguments: list[str]) 
 
 
 def run(command: Callable[[], int | None], *, again: str = "") -> int:
-  """Runs a command and returns its exit code, errors told in a line on stderr: 0 (or what the command returns), 2 for input that
-  cannot be used, 1 for what the machine or the numbers did (a full disk, a loss that is not finite), 130 for Ctrl-C and 143 for
-  SIGTERM.
+  """Runs a command and returns its exit code, errors told in a line on stderr: 0 (or what the
+  command returns), 2 for input that cannot be used, 1 for what the machine or the numbers did (a
+  full disk, a loss that is not finite), 130 for Ctrl-C and 143 for SIGTERM.
 
-  again: what the same command would do after a failure that is not the input's, e.g. "the same command resumes there".
+  again: what the same command would do after a failure that is not the input's, e.g. "the same
+    command resumes there".
   """
   remedy = f"; {again}" if again else ""
-  if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # it was left to the system during imports
+  if (
+    threading.current_thread() is threading.main_thread()
+    and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+  ):
+    # it was left to the system during imports.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     return command() or 0
   except checks.InputError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except (OSError, FloatingPointError) as error:
-    full = "; free some space" if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else ""
+    full = (
+      "; free some space" if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else ""
+    )
     print(f"error: {error}{full}{remedy}", file=sys.stderr)
     return 1
   except KeyboardInterrupt as interrupt:
@@ -75,8 +90,14 @@ def run(command: Callable[[], int | None], *, again: str = "") -> int:
     return getattr(interrupt, "exit_code", _INTERRUPTED)
 
 
-def run_distributed(command: Callable[[], int | None], *, again: str = "the same command resumes at the newest checkpoint") -> int:
-  """`run`, of a command that may be one of several processes: a lost peer is told in a line, and ends this process too."""
+def run_distributed(
+  command: Callable[[], int | None],
+  *,
+  again: str = "the same command resumes at the newest checkpoint",
+) -> int:
+  """`run`, of a command that may be one of several processes: a lost peer is told in a line, and
+  ends this process too.
+  """
 
   def guarded() -> int | None:
     import jax  # not earlier: parsers and --help answer at once
@@ -89,10 +110,14 @@ def run_distributed(command: Callable[[], int | None], *, again: str = "the same
       if jax.process_count() == 1 or not lost:
         raise
       first = str(error).splitlines()[0]
-      print(f"error: another process of this run was lost ({first}); {again}, with as many processes or fewer", file=sys.stderr)
+      print(
+        f"error: another process of this run was lost ({first}); {again}, with as many processes or fewer",
+        file=sys.stderr,
+      )
       return 1
     if jax.process_count() > 1:
-      jax.distributed.shutdown()  # all of them are done: nobody takes the end of this one for a loss
+      # All of them are done: nobody takes the end of this one for a loss.
+      jax.distributed.shutdown()
     return code
 
   return run(guarded)
@@ -101,8 +126,8 @@ def run_distributed(command: Callable[[], int | None], *, again: str = "the same
 def leave(main: Callable[[], int] | int) -> NoReturn:
   """Ends the process of a command with its exit code, and with everything it printed written out.
 
-  Not by sys.exit: that waits for threads and runs destructors of other libraries, and a command that has said its last word must
-  not be kept alive by them.
+  Not by sys.exit: that waits for threads and runs destructors of other libraries, and a command
+  that has said its last word must not be kept alive by them.
 
   Args:
     main: the command, which is run first; or the exit code of one that is done.

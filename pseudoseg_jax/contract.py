@@ -1,7 +1,9 @@
-"""What a method is, what it is given and what it gives back. Everything else in the package hangs on this page.
+"""What a method is, what it is given and what it gives back. Everything else in the package hangs
+on this page.
 
-A method is a value: pure functions over one pytree. A factory in `methods/` takes a `Task` and its own options by
-keyword and returns a `Method`; the engine jits `Method.step`, shards it and donates the state, and knows no method by name.
+A method is a value: pure functions over one pytree. A factory in `methods/` takes a `Task` and its
+own options by keyword and returns a `Method`; the engine jits `Method.step`, shards it and donates
+the state, and knows no method by name.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ IGNORE_LABEL = 255  # "no opinion": the pixel enters no loss and no score
 Array = jax.Array
 PyTree = Any
 
-# One global batch, a nested dict of arrays (leading axis = global batch, split over the mesh's `data` axis):
+# One global batch, a nested dict of arrays (leading axis = global batch, split over the mesh's
+# `data` axis):
 #
 #   "labeled":   {"image":  f32[Bl, H, W, 3],      normalised (data.photometry.normalize)
 #                 "label":  i32[Bl, H, W],         0..K-1, or IGNORE_LABEL
@@ -31,7 +34,8 @@ PyTree = Any
 #                 "flip":   bool[Bu],
 #                 "window": f32[Bu, 4],            crop in the image's own frame: top, left, height, width as fractions
 #                 "label":  i32[Bu, H, W]}         (needs.labeled_too) the masks of labeled images that are drawn among the
-#                                                  unlabeled ones; IGNORE_LABEL throughout for all other images
+#                                                  unlabeled ones; IGNORE_LABEL throughout for all
+#                                                  other images
 #   "partner":   like "unlabeled"; a second, independent draw of unlabeled images        (needs.partner)
 #
 # All three also hold, where needs.weak_label == "image",
@@ -39,17 +43,20 @@ PyTree = Any
 #                                                  of the others because the user says so
 # and, where needs.weak_label == "boxes",
 #                 "boxes":  f32[B, M, 5]           class index, then top, left, bottom, right as fractions of the view,
-#                                                  clipped to it; class -1 in rows without a box, M the same in all steps
+#                                                  clipped to it; class -1 in rows without a box, M
+#                                                  the same in all steps
 #
 # "labeled_1", "unlabeled_1", "labeled_2", ... are those of further domains                (needs.domains)
 #
-# Images of a source with C channels have C in the place of 3.
-# "unlabeled" and "partner" never hold the mask of an image that is not labeled: it is not even opened.
+# Images of a source with C channels have C in the place of 3. "unlabeled" and "partner" never hold
+# the mask of an image that is not labeled: it is not even opened.
 Batch = Mapping[str, Mapping[str, Array]]
 
 
 class Needs(NamedTuple):
-  """What a method wants from the input pipeline beyond labeled images, and whether from the task's criterion."""
+  """What a method wants from the input pipeline beyond labeled images, and whether from the task's
+  criterion.
+  """
 
   unlabeled: bool = True
   partner: bool = False
@@ -62,7 +69,9 @@ class Needs(NamedTuple):
 
 
 class NetState(train_state.TrainState):
-  """A Flax TrainState that also carries batch-norm statistics. A teacher is one that no gradient moves."""
+  """A Flax TrainState that also carries batch-norm statistics. A teacher is one that no gradient
+  moves.
+  """
 
   batch_stats: PyTree = None
 
@@ -71,10 +80,11 @@ class NetState(train_state.TrainState):
 class State:
   """Everything that outlives a step: one pytree, one checkpoint.
 
-  step: i32[], the only clock. Learning rates, ramps and random keys are derived from it, never stored.
+  step: i32[], the only clock. Learning rates, ramps and random keys are derived from it, never
+    stored.
   nets: networks by role: {"student", "teacher"}, {"a", "b"}, ...
-  memory: what a method remembers between steps besides its networks (temporal predictions, class confidences, ...). Predictors
-    are given a state without it.
+  memory: what a method remembers between steps besides its networks (temporal predictions, class
+    confidences, ...). Predictors are given a state without it.
   """
 
   step: Array
@@ -83,9 +93,11 @@ class State:
 
 
 class Optimizer(NamedTuple):
-  """A descent rule with its learning rate outside, so that the clock is `State.step` and nothing else.
+  """A descent rule with its learning rate outside, so that the clock is `State.step` and nothing
+  else.
 
-  transform: gradients -> descent direction at learning rate 1 (weight decay, momentum); sign: the parameters move by minus it.
+  transform: gradients -> descent direction at learning rate 1 (weight decay, momentum); sign: the
+    parameters move by minus it.
   learning_rate: step i32[] -> f32[].
   multiplier: parameter path ("backbone/conv1/kernel") -> factor on the learning rate.
   """
@@ -99,13 +111,15 @@ class Network(NamedTuple):
   """A segmentation network without its modules: pure functions over one tree of parameters.
 
   init: key -> (params, batch_stats).
-  apply: (params, batch_stats, images f32[B,H,W,C], train=bool, groups=int, dropout=key) -> (logits f32[B,H,W,K], batch_stats).
-    With train=True batch norm uses the batch's own statistics and returns moved running ones. With groups=G the B rows are G
-    interleaved batches (row i belongs to batch i % G), each with statistics of its own; running ones move G times, in order.
-    Dropout, in networks that have it, acts only where train=True and a key is given.
-  encode, decode: the two halves of `apply`, with the same keywords, for methods with heads or perturbations of their own:
-    images -> maps, a tuple of [B,h,w,C] that ends with the deepest; maps -> scores f32[B,h,w,K] on the grid of the network's
-    head.
+  apply: (params, batch_stats, images f32[B,H,W,C], train=bool, groups=int, dropout=key) -> (logits
+    f32[B,H,W,K], batch_stats). With train=True batch norm uses the batch's own statistics and
+    returns moved running ones. With groups=G the B rows are G interleaved batches (row i belongs to
+    batch i % G), each with statistics of its own; running ones move G times, in order. Dropout, in
+    networks that have it, acts only where train=True and a key is given.
+  encode, decode: the two halves of `apply`, with the same keywords, for methods with heads or
+    perturbations of their own:
+    images -> maps, a tuple of [B,h,w,C] that ends with the deepest; maps -> scores f32[B,h,w,K] on
+    the grid of the network's head.
   upsample: (scores, (H, W)) -> logits f32[B,H,W,K], in the network's own convention of resizing.
   in_channels: C, channels of the images.
   """
@@ -119,7 +133,8 @@ class Network(NamedTuple):
 
 
 class Head(NamedTuple):
-  """A head that a method adds to a network; its parameters stand in the network's tree, under a name of their own.
+  """A head that a method adds to a network; its parameters stand in the network's tree, under a
+  name of their own.
 
   init: key -> (params, batch_stats).
   apply: (params, batch_stats, *inputs, train=bool) -> (output, batch_stats).
@@ -132,11 +147,14 @@ class Head(NamedTuple):
 class Task(NamedTuple):
   """What every method is given: the problem, with no trace of how it was configured.
 
-  criterion: (logits f32[B,H,W,K], label i32[B,H,W]) -> f32[], the supervised loss (plain cross entropy, OHEM, ...).
-  num_unlabeled: length of the list of unlabeled images, the range of batch["unlabeled"]["id"]; 0 where nothing will be learnt.
+  criterion: (logits f32[B,H,W,K], label i32[B,H,W]) -> f32[], the supervised loss (plain cross
+    entropy, OHEM, ...).
+  num_unlabeled: length of the list of unlabeled images, the range of batch["unlabeled"]["id"]; 0
+    where nothing will be learnt.
   other_classes: the number of classes of each further domain.
   mean, std: what images were normalised with, C numbers each on the scale 0..1.
-  unlabeled_weight: step i32[] -> factor on the weight of whatever a method learns without pixel labels, on top of its own ramp.
+  unlabeled_weight: step i32[] -> factor on the weight of whatever a method learns without pixel
+    labels, on top of its own ramp.
   """
 
   num_classes: int
@@ -158,9 +176,11 @@ Predictor = Callable[[State, Array], Array]
 class Panels(NamedTuple):
   """What a method shows of a batch, for people who want to see why it works.
 
-  names, kinds: of the panels in their order; a kind is "image" (f32[B,H,W,3], normalised), "classes" (f32[B,h,w,K],
-    probabilities or scores from 0 on, on any grid) or "heat" (f32[B,h,w] in 0..1). The last "classes" panel is the pseudo label.
-  compute: (state, batch, draws) -> (one array a name, kept bool[B,h,w]: where the pseudo label is learnt from).
+  names, kinds: of the panels in their order; a kind is "image" (f32[B,H,W,3], normalised),
+    "classes" (f32[B,h,w,K], probabilities or scores from 0 on, on any grid) or "heat" (f32[B,h,w]
+    in 0..1). The last "classes" panel is the pseudo label.
+  compute: (state, batch, draws) -> (one array a name, kept bool[B,h,w]: where the pseudo label is
+    learnt from).
   """
 
   names: tuple[str, ...]
@@ -173,13 +193,18 @@ class Method(NamedTuple):
 
   init: key -> State.
   draw: (key, batch) -> draws, every random number of one step (None where a step has none).
-  update: (state, batch, draws) -> (state, metrics); pure arithmetic. `metrics` are scalars; those named `loss*` are loss terms.
-  predictors: name -> (state, images f32[B,H,W,3]) -> logits f32[B,H,W,K]; the first is the headline.
+  update: (state, batch, draws) -> (state, metrics); pure arithmetic. `metrics` are scalars; those
+    named `loss*` are loss terms.
+  predictors: name -> (state, images f32[B,H,W,3]) -> logits f32[B,H,W,K]; the first is the
+    headline.
   panels: pictures of what the unlabeled images teach, or None.
-  predictor_domains: predictor -> number of the domain whose classes it predicts; 0, the first, where it is not named.
-  split_memory: entries of `State.memory` that are split over the devices along their leading axis; all else is on every device.
-  predictor_hints: predictor -> "boxes" or "image", the weak labels that it is shown beside the image, as K more channels of
-    `images`: 1 inside the boxes of a class, or everywhere if the class is in the image, else 0 (and 0 on padding).
+  predictor_domains: predictor -> number of the domain whose classes it predicts; 0, the first,
+    where it is not named.
+  split_memory: entries of `State.memory` that are split over the devices along their leading axis;
+    all else is on every device.
+  predictor_hints: predictor -> "boxes" or "image", the weak labels that it is shown beside the
+    image, as K more channels of `images`: 1 inside the boxes of a class, or everywhere if the class
+    is in the image, else 0 (and 0 on padding).
   given_nets: networks that an earlier run made; training starts from theirs (config.nets_from).
   """
 

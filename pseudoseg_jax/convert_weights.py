@@ -28,21 +28,38 @@ Nothing in a file is run. Every tensor is accounted for; what does not fit is an
 
 def _parse(arguments):
   parser = argparse.ArgumentParser(
-    "python -m pseudoseg_jax.convert_weights", description="Converts published weights to our layout.", epilog=EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-  )  # fmt: skip
+    "python -m pseudoseg_jax.convert_weights",
+    description="Converts published weights to our layout.",
+    epilog=EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
   parser.add_argument("source", metavar="IN", help="the file, or hf://organisation/name[/file]")
-  parser.add_argument("out", metavar="OUT", type=pathlib.Path, help="a .safetensors file; or, with --config, a folder")
+  parser.add_argument(
+    "out", metavar="OUT", type=pathlib.Path, help="a .safetensors file; or, with --config, a folder"
+  )
   parser.add_argument("--config", help="config whose network the file is of; needed for a folder")
-  parser.add_argument("--network", dest="name", help="network that the file is of, e.g. deeplabv3plus (default: by its names)")
+  parser.add_argument(
+    "--network",
+    dest="name",
+    help="network that the file is of, e.g. deeplabv3plus (default: by its names)",
+  )
   parser.add_argument("--backbone", help="its backbone, e.g. resnet101 (default: by its names)")
   parser.add_argument("--stem", help="plain or deep (default: by its names)")
-  parser.add_argument("--among", default="", help="of several networks in a file, the one with this in its prefix, e.g. branch2")
+  parser.add_argument(
+    "--among",
+    default="",
+    help="of several networks in a file, the one with this in its prefix, e.g. branch2",
+  )
   known = parser.parse_args(arguments)
   if known.out.suffix != ".safetensors" and not known.config:
-    parser.error("a folder as OUT needs --config; for the weights alone let OUT end in .safetensors")
+    parser.error(
+      "a folder as OUT needs --config; for the weights alone let OUT end in .safetensors"
+    )
   if known.config and (known.name or known.backbone or known.stem):
-    parser.error("--config says which network it is: leave --network, --backbone and --stem out, or --config")
+    parser.error(
+      "--config says which network it is: leave --network, --backbone and --stem out, or --config"
+    )
   return known
 
 
@@ -67,30 +84,55 @@ def _convert(known: argparse.Namespace) -> None:
     num_classes = len(classes)
   else:
     guessed, num_classes = pretrained.guess(tensors)
-    given = {name: getattr(known, name) for name in ("name", "backbone", "stem") if getattr(known, name)}
+    given = {
+      name: getattr(known, name) for name in ("name", "backbone", "stem") if getattr(known, name)
+    }
     if "backbone" not in guessed | given:
       problems = checks.Problems(f"cannot tell which network {known.source} is of")
-      problems.add("names", got=", ".join(list(tensors)[:3]) + ", ...", remedy="say so: --network and --backbone, or --config")
+      problems.add(
+        "names",
+        got=", ".join(list(tensors)[:3]) + ", ...",
+        remedy="say so: --network and --backbone, or --config",
+      )
       problems.raise_if_any()
     config = configs.base(configs.method("supervised"))
     config.network = configs.network(**(guessed | given))
-  print("network: " + " ".join(f"{name}={value}" for name, value in config.network.items() if value not in ("", None)))
+  print(
+    "network: "
+    + " ".join(
+      f"{name}={value}" for name, value in config.network.items() if value not in ("", None)
+    )
+  )
 
   network = build.build_network(config, num_classes)
   shapes = pretrained.shapes_of(*jax.eval_shape(network.init, jax.random.key(0)))
-  values, report = pretrained.fit(tensors, shapes, config.network.name, where=known.source, among=known.among)
+  values, report = pretrained.fit(
+    tensors, shapes, config.network.name, where=known.source, among=known.among
+  )
   print(report.lines())
   if known.out.suffix == ".safetensors":
-    about = {"network": json.dumps(config.network.to_dict()), "source": pathlib.Path(known.source).name, "layout": report.layout}
+    about = {
+      "network": json.dumps(config.network.to_dict()),
+      "source": pathlib.Path(known.source).name,
+      "layout": report.layout,
+    }
     reports.write_atomically(known.out, checkpoint_files.to_safetensors(values, about))
   else:
     problems = checks.Problems(f"{known.source} is not a whole network of {known.config}")
     for reason, paths in report.fresh.items():
       problems.add(f"{len(paths)} leaves of ours, such as {paths[0]}", got=reason)
     problems.raise_if_any()
-    provenance = {"source": pathlib.Path(known.source).name, "layout": report.layout, "prefix": report.prefix}
-    trained.write_export(known.out, values, config, classes, predictor="converted", provenance=provenance)
-  print(f"wrote {known.out}: {len(values)} tensors, {_millions(values.values())}, in {time.perf_counter() - started:.1f} s")
+    provenance = {
+      "source": pathlib.Path(known.source).name,
+      "layout": report.layout,
+      "prefix": report.prefix,
+    }
+    trained.write_export(
+      known.out, values, config, classes, predictor="converted", provenance=provenance
+    )
+  print(
+    f"wrote {known.out}: {len(values)} tensors, {_millions(values.values())}, in {time.perf_counter() - started:.1f} s"
+  )
 
 
 def _millions(arrays) -> str:

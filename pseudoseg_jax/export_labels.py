@@ -59,22 +59,42 @@ examples:
 
 def _parse(arguments):
   parser = argparse.ArgumentParser(
-    "python -m pseudoseg_jax.export_labels", description=DESCRIPTION, epilog=EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-  )  # fmt: skip
-  parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of a training run")
+    "python -m pseudoseg_jax.export_labels",
+    description=DESCRIPTION,
+    epilog=EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument(
+    "--workdir", type=pathlib.Path, required=True, help="folder of a training run"
+  )
   parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
-  parser.add_argument("--predictor", help="which network of the method, e.g. student or teacher (default: the method's headline)")
-  split_help = "which images of the run's data; train: labeled and unlabeled ones (default: unlabeled)"
+  parser.add_argument(
+    "--predictor",
+    help="which network of the method, e.g. student or teacher (default: the method's headline)",
+  )
+  split_help = (
+    "which images of the run's data; train: labeled and unlabeled ones (default: unlabeled)"
+  )
   parser.add_argument("--split", choices=SPLITS, default="unlabeled", help=split_help)
   checkpoint_help = "default: last; best was chosen by looking at the evaluated images' masks, which then tell on the labels"
-  parser.add_argument("--checkpoint", choices=("best", "last"), default="last", help=checkpoint_help)
-  parser.add_argument("--step", type=int, help="a step of that checkpoint that is still kept (default: the newest)")
+  parser.add_argument(
+    "--checkpoint", choices=("best", "last"), default="last", help=checkpoint_help
+  )
+  parser.add_argument(
+    "--step", type=int, help="a step of that checkpoint that is still kept (default: the newest)"
+  )
   parser.add_argument("--confidence", action="store_true", help="write the probabilities too")
   image_labels_help = "only classes that are in the image: by config.data.image_labels; of labeled and evaluated images by masks"
   parser.add_argument("--image_labels", action="store_true", help=image_labels_help)
-  several = parser.add_argument_group("several processes (hosts), each started with the same command; all of them must see OUT")
-  several.add_argument("--distributed", action="store_true", help="find the others through the cluster (Slurm, TPU, GKE, Open MPI)")
+  several = parser.add_argument_group(
+    "several processes (hosts), each started with the same command; all of them must see OUT"
+  )
+  several.add_argument(
+    "--distributed",
+    action="store_true",
+    help="find the others through the cluster (Slurm, TPU, GKE, Open MPI)",
+  )
   several.add_argument("--coordinator", metavar="HOST:PORT", help="or say where process 0 is, ...")
   several.add_argument("--process_count", type=int, help="... how many processes there are ...")
   several.add_argument("--process_index", type=int, help="... and which one this is, from 0")
@@ -91,9 +111,16 @@ def main(arguments=None) -> int:
     if known.distributed or known.coordinator:
       jax.distributed.initialize(known.coordinator, known.process_count, known.process_index)
     export_labels(
-      known.workdir, known.out, predictor=known.predictor, split=known.split, checkpoint=known.checkpoint, step=known.step,
-      image_labels=known.image_labels, confidence=known.confidence, overrides=overrides,
-    )  # fmt: skip
+      known.workdir,
+      known.out,
+      predictor=known.predictor,
+      split=known.split,
+      checkpoint=known.checkpoint,
+      step=known.step,
+      image_labels=known.image_labels,
+      confidence=known.confidence,
+      overrides=overrides,
+    )
 
   return command_line.run_distributed(command, again="the same command resumes there")
 
@@ -113,22 +140,30 @@ def export_labels(
   """Writes the labels that `out` lacks, then its manifest; see --help.
 
   Raises:
-    InputError: no such workdir, checkpoint, predictor, data or weak labels; `out` was made from something else.
+    InputError: no such workdir, checkpoint, predictor, data or weak labels; `out` was made from
+      something else.
   """
   mesh = meshes.make_mesh()
   if is_exported(workdir) and step is not None:
-    raise checks.InputError(f"--step: got {step}, but {workdir} is an exported network, which has one step")
+    raise checks.InputError(
+      f"--step: got {step}, but {workdir} is an exported network, which has one step"
+    )
   trained = open_trained(workdir, mesh, checkpoint, overrides, step=step)
   config, method = trained.config, trained.method
   if "pseudo_labels" in config:
-    config.pseudo_labels.folder = ""  # those that the run itself learnt from are none of its data, and may be gone
+    # Those that the run itself learnt from are none of its data, and may be gone.
+    config.pseudo_labels.folder = ""
   name = predictor or next(iter(method.predictors))
   checks.check_name("predictor", name, method.predictors)
   number = method.predictor_domains.get(name, 0)
   _, config, data = build.build_domains(config)[number]
   learnt = [trained.classes, *trained.other_classes.values()][number]
   problems = checks.Problems("cannot export labels of these data")
-  problems.extend(workdirs.same_classes(data.classes, learnt, where="config.data.classes", allowed="of the network"))
+  problems.extend(
+    workdirs.same_classes(
+      data.classes, learnt, where="config.data.classes", allowed="of the network"
+    )
+  )
   problems.raise_if_any()
   names = _file_names(build.images_of(data, split).ids)
   say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda line: None
@@ -167,13 +202,17 @@ def export_labels(
   _predict(labeler, trained.state, todo, write, progress)
   multihost_utils.sync_global_devices("labels are written")
   if jax.process_index() == 0:
-    manifest = origin | _counted(out, names, data.classes.names, confidence=confidence) | {"finished": True}
+    manifest = (
+      origin | _counted(out, names, data.classes.names, confidence=confidence) | {"finished": True}
+    )
     report.write_atomically(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     _tell(out, manifest, progress)
 
 
 def _file_names(ids: Sequence[str]) -> list[str]:
-  """What the files of images are called, with sub-folders: ids without the endings of image files."""
+  """What the files of images are called, with sub-folders: ids without the endings of image
+  files.
+  """
   names = [splits.without_suffix(name) for name in ids]
   same = collections.defaultdict(list)
   for name, image in zip(names, ids, strict=True):
@@ -181,9 +220,15 @@ def _file_names(ids: Sequence[str]) -> list[str]:
   problems = checks.Problems("cannot export labels")
   for name, images in same.items():
     if len(images) > 1:
-      problems.add(f"labels/{name}.png", got=", ".join(images), allowed="one image", remedy="rename the others")
+      problems.add(
+        f"labels/{name}.png", got=", ".join(images), allowed="one image", remedy="rename the others"
+      )
     if pathlib.PurePosixPath(name).is_absolute() or ".." in pathlib.PurePosixPath(name).parts:
-      problems.add(f"image {name}", got="a path that leads out of the folder", allowed="ids below the data's root")
+      problems.add(
+        f"image {name}",
+        got="a path that leads out of the folder",
+        allowed="ids below the data's root",
+      )
   problems.raise_if_any()
   return names
 
@@ -200,7 +245,9 @@ def _protocol(config, source: sources.Source, say: Callable[[str], None]) -> inf
 
 
 def _missing(out: pathlib.Path, names: Sequence[str], *, confidence: bool) -> list[int]:
-  """The rows of which files are missing, as one process sees it, so that all of them predict the same."""
+  """The rows of which files are missing, as one process sees it, so that all of them predict the
+  same.
+  """
   folders = ("labels", "confidence")[: 1 + confidence]
   there = np.array([all(_path(out, folder, name).exists() for folder in folders) for name in names])
   return np.flatnonzero(~multihost_utils.broadcast_one_to_all(there)).tolist()
@@ -222,7 +269,9 @@ def _weights_sha256(state: State) -> str:
 def _source_of_image_labels(config, data: build.Data, split: str) -> str:
   if data.truth_known or split in ("labeled", "evaluated"):
     return "masks"
-  return config.data.image_labels if split == "unlabeled" else f"masks and {config.data.image_labels}"
+  return (
+    config.data.image_labels if split == "unlabeled" else f"masks and {config.data.image_labels}"
+  )
 
 
 def _claim(out: pathlib.Path, origin: Mapping[str, Any]) -> None:
@@ -241,7 +290,11 @@ def _claim(out: pathlib.Path, origin: Mapping[str, Any]) -> None:
 
 
 def _predict(
-  labeler: Evaluator, state: State, rows: Sequence[int], write: Callable[[int, Mapping], None], progress: Progress
+  labeler: Evaluator,
+  state: State,
+  rows: Sequence[int],
+  write: Callable[[int, Mapping], None],
+  progress: Progress,
 ) -> None:
   """Calls write(row, results) for this process's share of the rows, in threads."""
   with concurrent.futures.ThreadPoolExecutor(min(_AHEAD, (os.cpu_count() or 1) + 1)) as threads:
@@ -260,14 +313,20 @@ def _predict(
       raise
 
 
-def _counted(out: pathlib.Path, names: Sequence[str], class_names: Sequence[str], *, confidence: bool) -> dict[str, Any]:
+def _counted(
+  out: pathlib.Path, names: Sequence[str], class_names: Sequence[str], *, confidence: bool
+) -> dict[str, Any]:
   """What the manifest says of the files as they lie there."""
 
   def read(name: str) -> tuple[bytes, np.ndarray, int]:
     ids = decode.read_mask(_path(out, "labels", name))
     digest = hashlib.sha256(f"{name} {ids.shape}".encode() + ids.tobytes()).digest()
     of_ids = decode.read_mask(_path(out, "confidence", name)) if confidence else np.zeros(0)
-    return digest, np.bincount(ids.ravel(), minlength=len(class_names)), int(of_ids.sum(dtype=np.int64))
+    return (
+      digest,
+      np.bincount(ids.ravel(), minlength=len(class_names)),
+      int(of_ids.sum(dtype=np.int64)),
+    )
 
   digest, pixels, total = hashlib.sha256(), np.zeros(len(class_names), np.int64), 0
   with concurrent.futures.ThreadPoolExecutor(min(_AHEAD, (os.cpu_count() or 1) + 1)) as threads:
@@ -277,20 +336,31 @@ def _counted(out: pathlib.Path, names: Sequence[str], class_names: Sequence[str]
       total += of_ids
   count = int(pixels.sum())
   return {
-    "classes": {name: {"pixels": int(n), "share": int(n) / count} for name, n in zip(class_names, pixels, strict=True)},
+    "classes": {
+      name: {"pixels": int(n), "share": int(n) / count}
+      for name, n in zip(class_names, pixels, strict=True)
+    },
     "mean_confidence": total / 255 / count if confidence else None,
-    "labels_sha256": digest.hexdigest(),  # of the ids' values, whatever wrote the PNGs: equal sums, equal labels
+    # of the ids' values, whatever wrote the PNGs: equal sums, equal labels.
+    "labels_sha256": digest.hexdigest(),
   }
 
 
 def _tell(out: pathlib.Path, manifest: Mapping[str, Any], progress: Progress) -> None:
   there = manifest["images"] - progress.done
-  print(f"{progress.done} images labeled in {progress.seconds():.1f} s" + (f", {there} were there already" if there else ""))
-  shares = sorted(((of["share"], name) for name, of in manifest["classes"].items() if of["pixels"]), reverse=True)
+  print(
+    f"{progress.done} images labeled in {progress.seconds():.1f} s"
+    + (f", {there} were there already" if there else "")
+  )
+  shares = sorted(
+    ((of["share"], name) for name, of in manifest["classes"].items() if of["pixels"]), reverse=True
+  )
   print("pixels: " + ", ".join(f"{name} {100 * share:.1f} %" for share, name in shares))
   if manifest["mean_confidence"] is not None:
     print(f"mean confidence {manifest['mean_confidence']:.3f}")
-  print(f"  {out / 'manifest.json'}\nNext, to learn from them:\n  {shlex.quote(f'--config.pseudo_labels.folder={out}')}")
+  print(
+    f"  {out / 'manifest.json'}\nNext, to learn from them:\n  {shlex.quote(f'--config.pseudo_labels.folder={out}')}"
+  )
 
 
 def _path(out: pathlib.Path, folder: str, name: str) -> pathlib.Path:
@@ -299,7 +369,8 @@ def _path(out: pathlib.Path, folder: str, name: str) -> pathlib.Path:
 
 def _write(path: pathlib.Path, picture: Image.Image) -> None:
   png = io.BytesIO()
-  picture.save(png, format="PNG", compress_level=3)  # files 2 % larger than at PIL's 6, in less than half the time
+  # Files 2 % larger than at PIL's 6, in less than half the time.
+  picture.save(png, format="PNG", compress_level=3)
   report.write_atomically(path, png.getvalue())
 
 

@@ -31,17 +31,32 @@ then
 
 def main(arguments=None) -> int:
   parser = argparse.ArgumentParser(
-    "python -m pseudoseg_jax.export_model", description=DESCRIPTION, epilog=EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-  )  # fmt: skip
-  parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of a training run")
+    "python -m pseudoseg_jax.export_model",
+    description=DESCRIPTION,
+    epilog=EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument(
+    "--workdir", type=pathlib.Path, required=True, help="folder of a training run"
+  )
   parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
-  parser.add_argument("--predictor", help="which network of the method, e.g. student or teacher (default: the method's headline)")
-  parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which checkpoint (default: best)")
+  parser.add_argument(
+    "--predictor",
+    help="which network of the method, e.g. student or teacher (default: the method's headline)",
+  )
+  parser.add_argument(
+    "--checkpoint",
+    choices=("best", "last"),
+    default="best",
+    help="which checkpoint (default: best)",
+  )
   known = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
 
   def command():
-    pseudoseg_jax.export(known.workdir, known.out, predictor=known.predictor, checkpoint=known.checkpoint)
+    pseudoseg_jax.export(
+      known.workdir, known.out, predictor=known.predictor, checkpoint=known.checkpoint
+    )
     print("\n".join(f"  {known.out / name}" for name in ("model.safetensors", "config.json")))
 
   return command_line.run(command)

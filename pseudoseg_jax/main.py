@@ -26,17 +26,40 @@ Running the same command again resumes at the newest checkpoint. Ctrl-C or SIGTE
 
 def _parse(arguments):
   parser = argparse.ArgumentParser(
-    "python -m pseudoseg_jax.main", description="Trains semi-supervised semantic segmentation, or scores what was trained.",
-    epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-  )  # fmt: skip
-  parser.add_argument("--config", help="config file, with its argument after a colon: configs/voc.py:method=cps,split=1_8")
-  parser.add_argument("--workdir", type=pathlib.Path, help="folder of the run: checkpoints, logs, pictures, results.json")
+    "python -m pseudoseg_jax.main",
+    description="Trains semi-supervised semantic segmentation, or scores what was trained.",
+    epilog=EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument(
+    "--config",
+    help="config file, with its argument after a colon: configs/voc.py:method=cps,split=1_8",
+  )
+  parser.add_argument(
+    "--workdir",
+    type=pathlib.Path,
+    help="folder of the run: checkpoints, logs, pictures, results.json",
+  )
   mode_help = "eval scores a trained workdir, into its evaluations/ (default: train)"
   parser.add_argument("--mode", choices=("train", "eval"), default="train", help=mode_help)
-  parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which one eval scores (default: best)")
-  parser.add_argument("--print_config", action="store_true", help="print the config with all its options, and leave")
-  several = parser.add_argument_group("several processes (hosts), each started with the same command")
-  several.add_argument("--distributed", action="store_true", help="find the others through the cluster (Slurm, TPU, GKE, Open MPI)")
+  parser.add_argument(
+    "--checkpoint",
+    choices=("best", "last"),
+    default="best",
+    help="which one eval scores (default: best)",
+  )
+  parser.add_argument(
+    "--print_config", action="store_true", help="print the config with all its options, and leave"
+  )
+  several = parser.add_argument_group(
+    "several processes (hosts), each started with the same command"
+  )
+  several.add_argument(
+    "--distributed",
+    action="store_true",
+    help="find the others through the cluster (Slurm, TPU, GKE, Open MPI)",
+  )
   several.add_argument("--coordinator", metavar="HOST:PORT", help="or say where process 0 is, ...")
   several.add_argument("--process_count", type=int, help="... how many processes there are ...")
   several.add_argument("--process_index", type=int, help="... and which one this is, from 0")
@@ -53,7 +76,8 @@ def _parse(arguments):
 def main(arguments=None) -> int:
   known, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
 
-  # Here, so that --help answers at once, and before command_line.run, which takes Ctrl-C over from the system.
+  # Here, so that --help answers at once, and before command_line.run, which takes Ctrl-C over from
+  # the system.
   import jax
 
   from pseudoseg_jax import api, config as configs

@@ -1,4 +1,6 @@
-"""A notebook's cell as the console of a run: what changes is shown in one place, everything else in lines."""
+"""A notebook's cell as the console of a run: what changes is shown in one place, everything else in
+lines.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _DRAWING_SHARE = 0.05  # of the time, at most
 
 
 def runs_here() -> bool:
-  """Whether this is the kernel of a notebook (Jupyter, Colab, VS Code), rather than a terminal or a script."""
+  """Whether this is the kernel of a notebook (Jupyter, Colab, VS Code), rather than a terminal or a
+  script.
+  """
   ipython = sys.modules.get("IPython")
   return hasattr(ipython.get_ipython(), "kernel") if ipython else False
 
@@ -24,8 +28,8 @@ def runs_here() -> bool:
 def root_handlers_kept() -> Iterator[None]:
   """Takes away the handlers that the root logger gains meanwhile; also a decorator.
 
-  absl, through which other libraries log, gives it one where it has none: what a notebook logs would come out in another form, and
-  its logging.basicConfig() would do nothing.
+  absl, through which other libraries log, gives it one where it has none: what a notebook logs
+  would come out in another form, and its logging.basicConfig() would do nothing.
   """
   before = logging.root.handlers[:]
   try:
@@ -37,15 +41,17 @@ def root_handlers_kept() -> Iterator[None]:
 
 
 def console(*, transient: bool = False) -> logging.Handler:
-  """A handler that shows the log to the person who started this: in a cell (see CellConsole), or on the standard output."""
+  """A handler that shows the log to the person who started this: in a cell (see CellConsole), or on
+  the standard output.
+  """
   return CellConsole(transient=transient) if runs_here() else logging.StreamHandler(sys.stdout)
 
 
 class CellConsole(logging.Handler):
   """Shows records in the cell that is running.
 
-  A record with a `slot` (log.info(..., extra={"slot": "progress"})) takes the place of the one before it in that slot, and a `fraction`
-  with it is shown as a bar; other records are lines.
+  A record with a `slot` (log.info(..., extra={"slot": "progress"})) takes the place of the one
+  before it in that slot, and a `fraction` with it is shown as a bar; other records are lines.
 
   transient: the slots vanish when the handler is closed, for calls whose value shows the same.
   """
@@ -75,7 +81,9 @@ class CellConsole(logging.Handler):
       self.handleError(record)
 
   def picture(self, draw: Callable[[], bytes], *, now: bool = False) -> None:
-    """Shows the PNG that `draw` makes below the slots, as often as drawing costs little; `now`: in any case."""
+    """Shows the PNG that `draw` makes below the slots, as often as drawing costs little; `now`: in
+    any case.
+    """
     begun = time.perf_counter()
     pause = max(_LEAST_SECONDS_BETWEEN_PICTURES, self._drawing_seconds / _DRAWING_SHARE)
     if now or begun - self._drawn > pause:
@@ -100,9 +108,17 @@ class CellConsole(logging.Handler):
       self._display.update(shown, raw=True)
 
   def _html(self) -> str:
-    bar = "" if self._fraction is None else f"<progress value='{self._fraction:.4f}' max='1' style='width:100%'></progress>"
+    bar = (
+      ""
+      if self._fraction is None
+      else f"<progress value='{self._fraction:.4f}' max='1' style='width:100%'></progress>"
+    )
     style = "margin:0.3em 0;white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace"
-    texts = "".join(f"<pre style='{style}'>{html.escape(text)}</pre>" for text in self._texts.values())
+    texts = "".join(
+      f"<pre style='{style}'>{html.escape(text)}</pre>" for text in self._texts.values()
+    )
     encoded = base64.b64encode(self._png).decode()
-    picture = f"<img src='data:image/png;base64,{encoded}' style='max-width:100%'>" if encoded else ""
+    picture = (
+      f"<img src='data:image/png;base64,{encoded}' style='max-width:100%'>" if encoded else ""
+    )
     return f"<div>{bar}{texts}{picture}</div>"

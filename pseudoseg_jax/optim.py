@@ -13,7 +13,9 @@ from pseudoseg_jax.contract import Optimizer, PyTree
 
 def path_name(path) -> str:
   """A tree path as text: (DictKey("backbone"), DictKey("kernel")) -> "backbone/kernel"."""
-  return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+  return "/".join(
+    str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+  )
 
 
 def by_path(rule: Callable[[str], object], params: PyTree) -> PyTree:
@@ -22,12 +24,16 @@ def by_path(rule: Callable[[str], object], params: PyTree) -> PyTree:
 
 
 def decays(path: str, scope: str) -> bool:
-  """Whether weight decay acts on this parameter: scope "kernels" (no batch norm, no bias; CPS) or "all" (PixelSSL, UniMatch)."""
+  """Whether weight decay acts on this parameter: scope "kernels" (no batch norm, no bias; CPS) or
+  "all" (PixelSSL, UniMatch).
+  """
   return scope == "all" or path.endswith("kernel")
 
 
 def multiplier_table(factors: Mapping[str, float]) -> Callable[[str], float]:
-  """{"^backbone": 0.1} -> a function from parameter path to learning-rate factor; the first pattern found wins, else 1."""
+  """{"^backbone": 0.1} -> a function from parameter path to learning-rate factor; the first pattern
+  found wins, else 1.
+  """
 
   def multiplier(path: str) -> float:
     return next((factor for pattern, factor in factors.items() if re.search(pattern, path)), 1.0)
@@ -36,19 +42,29 @@ def multiplier_table(factors: Mapping[str, float]) -> Callable[[str], float]:
 
 
 def freeze(optimizer: Optimizer, pattern: str) -> Optimizer:
-  """The optimizer with the parameters whose path `pattern` finds at rest: no rate, hence no gradient, and no state."""
+  """The optimizer with the parameters whose path `pattern` finds at rest: no rate, hence no
+  gradient, and no state.
+  """
 
   def frozen(path: str) -> bool:
     return re.search(pattern, path) is not None
 
-  transform = optax.masked(optimizer.transform, lambda params: by_path(lambda path: not frozen(path), params))
-  return Optimizer(transform, optimizer.learning_rate, lambda path: 0.0 if frozen(path) else optimizer.multiplier(path))
+  transform = optax.masked(
+    optimizer.transform, lambda params: by_path(lambda path: not frozen(path), params)
+  )
+  return Optimizer(
+    transform,
+    optimizer.learning_rate,
+    lambda path: 0.0 if frozen(path) else optimizer.multiplier(path),
+  )
 
 
 def clip(optimizer: Optimizer, norm: float) -> Optimizer:
-  """The optimizer with gradients whose global norm is above `norm` scaled down to it, before all else.
+  """The optimizer with gradients whose global norm is above `norm` scaled down to it, before all
+  else.
 
-  Its state is that of the optimizer (optax.chain would nest it), so that a run can be resumed with another norm, or with none.
+  Its state is that of the optimizer (optax.chain would nest it), so that a run can be resumed with
+  another norm, or with none.
   """
   clipping, inner = optax.clip_by_global_norm(norm), optimizer.transform
 
@@ -60,22 +76,39 @@ def clip(optimizer: Optimizer, norm: float) -> Optimizer:
 
 
 def sgd(
-  learning_rate: Callable, *, momentum: float = 0.9, weight_decay: float = 0.0, decay_scope: str = "kernels", factors=None
+  learning_rate: Callable,
+  *,
+  momentum: float = 0.9,
+  weight_decay: float = 0.0,
+  decay_scope: str = "kernels",
+  factors=None,
 ) -> Optimizer:
-  """PyTorch's SGD: weight decay is added to the gradient, before momentum; no dampening, no Nesterov."""
+  """PyTorch's SGD: weight decay is added to the gradient, before momentum; no dampening, no
+  Nesterov.
+  """
   transform = optax.chain(
-    optax.add_decayed_weights(weight_decay, mask=lambda params: by_path(lambda path: decays(path, decay_scope), params)),
+    optax.add_decayed_weights(
+      weight_decay, mask=lambda params: by_path(lambda path: decays(path, decay_scope), params)
+    ),
     optax.trace(decay=momentum),
   )
   return Optimizer(transform, learning_rate, multiplier_table(factors or {}))
 
 
 def adamw(
-  learning_rate: Callable, *, b1: float = 0.9, b2: float = 0.999, weight_decay: float = 0.0, decay_scope: str = "kernels", factors=None
+  learning_rate: Callable,
+  *,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  weight_decay: float = 0.0,
+  decay_scope: str = "kernels",
+  factors=None,
 ) -> Optimizer:
   """AdamW: decoupled weight decay, scaled by the learning rate."""
   transform = optax.chain(
     optax.scale_by_adam(b1=b1, b2=b2),
-    optax.add_decayed_weights(weight_decay, mask=lambda params: by_path(lambda path: decays(path, decay_scope), params)),
+    optax.add_decayed_weights(
+      weight_decay, mask=lambda params: by_path(lambda path: decays(path, decay_scope), params)
+    ),
   )
   return Optimizer(transform, learning_rate, multiplier_table(factors or {}))

@@ -39,9 +39,11 @@ examples:
 
 
 class Tree:
-  """A folder that is being filled by several threads. Its manifest has a line `sha256 size path` for every finished file.
+  """A folder that is being filled by several threads. Its manifest has a line `sha256 size path`
+  for every finished file.
 
-  A file is there if the manifest lists it and its size is that of the manifest; others are written anew.
+  A file is there if the manifest lists it and its size is that of the manifest; others are written
+  anew.
   """
 
   def __init__(self, root: pathlib.Path, name: str):
@@ -55,7 +57,9 @@ class Tree:
       if _TEMPORARY.fullmatch(left.name):
         left.unlink()
     # Rewritten whole, since a killed run may have left half a line at its end.
-    lines = ["\t".join((digest, str(size), path)) + "\n" for path, (digest, size) in self.entries.items()]
+    lines = [
+      "\t".join((digest, str(size), path)) + "\n" for path, (digest, size) in self.entries.items()
+    ]
     report.write_atomically(self.manifest, "".join(lines))
     self._log = open(self.manifest, "a", encoding="utf-8")
     self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS)
@@ -70,7 +74,8 @@ class Tree:
     try:
       self._log.close()
     except OSError:
-      if kind is None:  # else the first error tells more, and what the manifest lacks is written anew
+      # Else the first error tells more, and what the manifest lacks is written anew.
+      if kind is None:
         raise
 
   def holds(self, path: str) -> bool:
@@ -94,14 +99,21 @@ class Tree:
   def broken(self) -> list[str]:
     """Files of the manifest that are gone or have another content."""
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-      same = threads.map(lambda path: self.holds(path) and _sha256(self.root / path) == self.entries[path][0], self.entries)
+      same = threads.map(
+        lambda path: self.holds(path) and _sha256(self.root / path) == self.entries[path][0],
+        self.entries,
+      )
       checked = _told(zip(self.entries, same, strict=True), len(self.entries), self.manifest.name)
       return [path for path, good in checked if not good]
 
   def listing(self, folder: str, suffix: str) -> set[str]:
     """Names of the finished files right in a folder, without the suffix."""
     start = f"{folder}/"
-    found = (path[len(start) : -len(suffix)] for path in self.entries if path.startswith(start) and path.endswith(suffix))
+    found = (
+      path[len(start) : -len(suffix)]
+      for path in self.entries
+      if path.startswith(start) and path.endswith(suffix)
+    )
     return {name for name in found if "/" not in name}
 
   def _settle_one(self):
@@ -144,13 +156,17 @@ _VOC_MEMBER = re.compile(
   r"(?:^|/)VOC2012/((?:JPEGImages/\w+\.jpg)|(?:SegmentationClass/\w+\.png)|(?:Annotations/\w+\.xml)"
   r"|(?:ImageSets/Segmentation/(?:train|val|trainval)\.txt))$"
 )
-_SBD_MEMBER = re.compile(r"(?:^|/)dataset/(?:cls/(?P<mask>\w+)\.mat|img/(?P<image>\w+)\.jpg|(?P<list>train|val)\.txt)$")
+_SBD_MEMBER = re.compile(
+  r"(?:^|/)dataset/(?:cls/(?P<mask>\w+)\.mat|img/(?P<image>\w+)\.jpg|(?P<list>train|val)\.txt)$"
+)
 
 
 def prepare_voc(tree: Tree, arguments: argparse.Namespace) -> dict[str, tuple[int, int]]:
-  """VOC's own files as they are; masks of SBD as PNG; SegmentationClassAug and train_aug.txt, which join the two.
+  """VOC's own files as they are; masks of SBD as PNG; SegmentationClassAug and train_aug.txt, which
+  join the two.
 
-  Where VOC has a mask, it is taken; train_aug is SBD's train and val and VOC's train, without VOC's val.
+  Where VOC has a mask, it is taken; train_aug is SBD's train and val and VOC's train, without VOC's
+  val.
 
   Returns:
     Counts: what -> (found, official).
@@ -158,10 +174,14 @@ def prepare_voc(tree: Tree, arguments: argparse.Namespace) -> dict[str, tuple[in
   for member in _members(arguments.voc, _VOC_MEMBER, "VOC2012/JPEGImages/ID.jpg"):
     _put_member(tree, f"{_VOC}/{_VOC_MEMBER.search(member.name)[1]}", member)
   tree.settle()
-  lists = {name: _ids(tree, f"{_VOC}/ImageSets/Segmentation/{name}.txt") for name in ("train", "val")}
+  lists = {
+    name: _ids(tree, f"{_VOC}/ImageSets/Segmentation/{name}.txt") for name in ("train", "val")
+  }
   own = tree.listing(f"{_VOC}/SegmentationClass", ".png")
   for name in sorted(own):
-    mask, copy = (f"{_VOC}/{folder}/{name}.png" for folder in ("SegmentationClass", "SegmentationClassAug"))
+    mask, copy = (
+      f"{_VOC}/{folder}/{name}.png" for folder in ("SegmentationClass", "SegmentationClassAug")
+    )
     if not tree.holds(copy) or tree.entries[copy] != tree.entries[mask]:
       tree.put(copy, (tree.root / mask).read_bytes)
 
@@ -172,35 +192,54 @@ def prepare_voc(tree: Tree, arguments: argparse.Namespace) -> dict[str, tuple[in
     if found["list"]:
       sbd[found["list"]] = member.read().decode(errors="replace").split()
     elif found["mask"] and found["mask"] not in own:
-      _put_member(tree, f"{_VOC}/SegmentationClassAug/{found['mask']}.png", member, official_masks.from_sbd)
+      _put_member(
+        tree, f"{_VOC}/SegmentationClassAug/{found['mask']}.png", member, official_masks.from_sbd
+      )
     elif found["image"] and found["image"] not in images:
       _put_member(tree, f"{_VOC}/JPEGImages/{found['image']}.jpg", member)
   tree.settle()
   for name in sorted({"train", "val"} - set(sbd)):
     _refuse_incomplete(f"dataset/{name}.txt of {arguments.sbd}")
   train_aug = sorted({*sbd["train"], *sbd["val"], *lists["train"]} - set(lists["val"]))
-  tree.put(f"{_VOC}/ImageSets/Segmentation/train_aug.txt", lambda: "".join(f"{name}\n" for name in train_aug).encode())
+  tree.put(
+    f"{_VOC}/ImageSets/Segmentation/train_aug.txt",
+    lambda: "".join(f"{name}\n" for name in train_aug).encode(),
+  )
   tree.settle()
-  _check_complete(tree, [*train_aug, *lists["val"]], [f"{_VOC}/JPEGImages/{{id}}.jpg", f"{_VOC}/SegmentationClassAug/{{id}}.png"])
+  _check_complete(
+    tree,
+    [*train_aug, *lists["val"]],
+    [f"{_VOC}/JPEGImages/{{id}}.jpg", f"{_VOC}/SegmentationClassAug/{{id}}.png"],
+  )
   return {
-    "VOC train": (len(lists["train"]), 1464), "VOC val": (len(lists["val"]), 1449),
-    "SBD train": (len(sbd["train"]), 8498), "SBD val": (len(sbd["val"]), 2857),
-    "train_aug": (len(train_aug), 10582), "masks": (len(tree.listing(f"{_VOC}/SegmentationClassAug", ".png")), 12031),
-  }  # fmt: skip
+    "VOC train": (len(lists["train"]), 1464),
+    "VOC val": (len(lists["val"]), 1449),
+    "SBD train": (len(sbd["train"]), 8498),
+    "SBD val": (len(sbd["val"]), 2857),
+    "train_aug": (len(train_aug), 10582),
+    "masks": (len(tree.listing(f"{_VOC}/SegmentationClassAug", ".png")), 12031),
+  }
 
 
 # Cityscapes
 
-_CITY_IMAGE = re.compile(r"(?:^|/)(leftImg8bit/(?:train|val|test|train_extra)/[\w-]+/[\w-]+_leftImg8bit\.png)$")
+_CITY_IMAGE = re.compile(
+  r"(?:^|/)(leftImg8bit/(?:train|val|test|train_extra)/[\w-]+/[\w-]+_leftImg8bit\.png)$"
+)
 _CITY_LABEL = re.compile(r"(?:^|/)(gtFine/(?:train|val|test)/[\w-]+/[\w-]+_gtFine_labelIds\.png)$")
 _CITY_COUNTS = {"train": 2975, "val": 500, "test": 1525}
 
 
 def prepare_cityscapes(tree: Tree, arguments: argparse.Namespace) -> dict[str, tuple[int, int]]:
-  """Images and labelIds masks in the official layout, as they are; returns counts as `prepare_voc` does."""
+  """Images and labelIds masks in the official layout, as they are; returns counts as `prepare_voc`
+  does.
+  """
   images = [*arguments.images, *([arguments.extra] if arguments.extra else [])]
   packs = [(path, _CITY_IMAGE, "leftImg8bit/train/CITY/FRAME_leftImg8bit.png") for path in images]
-  for path, pattern, example in [*packs, (arguments.labels, _CITY_LABEL, "gtFine/train/CITY/FRAME_gtFine_labelIds.png")]:
+  for path, pattern, example in [
+    *packs,
+    (arguments.labels, _CITY_LABEL, "gtFine/train/CITY/FRAME_gtFine_labelIds.png"),
+  ]:
     for member in _members(path, pattern, example):
       _put_member(tree, pattern.search(member.name)[1], member)
   tree.settle()
@@ -212,7 +251,9 @@ def prepare_cityscapes(tree: Tree, arguments: argparse.Namespace) -> dict[str, t
   labels = [path for path in tree.entries if path.startswith("gtFine/")]
   frames = [path.removeprefix("gtFine/").removesuffix("_gtFine_labelIds.png") for path in labels]
   _check_complete(tree, frames, ["leftImg8bit/{id}_leftImg8bit.png"])
-  return counts | ({"leftImg8bit/train_extra": (kept["leftImg8bit/train_extra"], 19998)} if arguments.extra else {})
+  return counts | (
+    {"leftImg8bit/train_extra": (kept["leftImg8bit/train_extra"], 19998)} if arguments.extra else {}
+  )
 
 
 # COCO 2017
@@ -223,7 +264,9 @@ _COCO_INSTANCES = re.compile(r"(?:^|/)instances_(?:train|val)2017\.json$")
 
 
 def prepare_coco(tree: Tree, arguments: argparse.Namespace) -> dict[str, tuple[int, int]]:
-  """Images as they are; masks of 80 things and background from either annotation; returns counts as `prepare_voc` does."""
+  """Images as they are; masks of 80 things and background from either annotation; returns counts as
+  `prepare_voc` does.
+  """
   if arguments.annotations:
     official_masks.require_pycocotools()  # before the long part
   for path in arguments.images:
@@ -234,7 +277,9 @@ def prepare_coco(tree: Tree, arguments: argparse.Namespace) -> dict[str, tuple[i
       path = f"masks/{_COCO_STUFF.search(member.name)[1]}.png"
       _put_member(tree, path, member, official_masks.from_coco_stuff)
   else:
-    for member in _members(arguments.annotations, _COCO_INSTANCES, "annotations/instances_train2017.json"):
+    for member in _members(
+      arguments.annotations, _COCO_INSTANCES, "annotations/instances_train2017.json"
+    ):
       print(f"{member.name}: reading", flush=True)
       images = list(official_masks.from_coco_instances(member.read(), member.name))
       for name, draw in _told(images, len(images), member.name.rpartition("/")[2]):
@@ -246,23 +291,42 @@ def prepare_coco(tree: Tree, arguments: argparse.Namespace) -> dict[str, tuple[i
   return {"train2017": (len(names["train"]), 118287), "val2017": (len(names["val"]), 5000)}
 
 
-# What TFDS data sets hold: data set -> split -> patterns of image and mask (None: no masks), list of ids (None: all there are).
+# What TFDS data sets hold: data set -> split -> patterns of image and mask (None: no masks), list
+# of ids (None: all there are).
 
 _TFDS = {
   "voc": {
     "voc2012": {
-      name: (f"{_VOC}/JPEGImages/{{id}}.jpg", f"{_VOC}/{masks}/{{id}}.png", f"{_VOC}/ImageSets/Segmentation/{name}.txt")
-      for name, masks in (("train", "SegmentationClass"), ("val", "SegmentationClass"), ("train_aug", "SegmentationClassAug"))
+      name: (
+        f"{_VOC}/JPEGImages/{{id}}.jpg",
+        f"{_VOC}/{masks}/{{id}}.png",
+        f"{_VOC}/ImageSets/Segmentation/{name}.txt",
+      )
+      for name, masks in (
+        ("train", "SegmentationClass"),
+        ("val", "SegmentationClass"),
+        ("train_aug", "SegmentationClassAug"),
+      )
     }
   },
   "cityscapes": {
     "cityscapes": {
-      name: (f"leftImg8bit/{name}/{{id}}_leftImg8bit.png", f"gtFine/{name}/{{id}}_gtFine_labelIds.png", None)
+      name: (
+        f"leftImg8bit/{name}/{{id}}_leftImg8bit.png",
+        f"gtFine/{name}/{{id}}_gtFine_labelIds.png",
+        None,
+      )
       for name in _CITY_COUNTS
     },
-    "cityscapes_extra": {"train_extra": ("leftImg8bit/train_extra/{id}_leftImg8bit.png", None, None)},
+    "cityscapes_extra": {
+      "train_extra": ("leftImg8bit/train_extra/{id}_leftImg8bit.png", None, None)
+    },
   },
-  "coco": {"coco2017": {name: (f"{name}2017/{{id}}.jpg", "masks/{id}.png", None) for name in ("train", "val")}},
+  "coco": {
+    "coco2017": {
+      name: (f"{name}2017/{{id}}.jpg", "masks/{id}.png", None) for name in ("train", "val")
+    }
+  },
 }
 
 
@@ -277,8 +341,16 @@ def write_tfds(tree: Tree, dataset: str) -> None:
     splits = {}
     for split, (image, label, listed) in parts.items():
       before, after = image.split("{id}")
-      found = [path[len(before) : -len(after)] for path in tree.entries if path.startswith(before) and path.endswith(after)]
-      ids = (tree.root / listed).read_text(encoding="utf-8", errors="replace").split() if listed else sorted(found)
+      found = [
+        path[len(before) : -len(after)]
+        for path in tree.entries
+        if path.startswith(before) and path.endswith(after)
+      ]
+      ids = (
+        (tree.root / listed).read_text(encoding="utf-8", errors="replace").split()
+        if listed
+        else sorted(found)
+      )
       ids = [name for name in ids if label is None or label.replace("{id}", name) in tree.entries]
       if ids:
         splits[split] = tfds_builders.Split(ids, in_tree(image), in_tree(label))
@@ -300,7 +372,12 @@ def _members(path: pathlib.Path, pattern: re.Pattern, example: str) -> Iterator[
     progress.one_more(member.done)
   if not progress.files:
     problems = checks.Problems("nothing to prepare")
-    problems.add(str(path), got="no such file in it", allowed=f"files like {example}", remedy="is it the right archive?")
+    problems.add(
+      str(path),
+      got="no such file in it",
+      allowed=f"files like {example}",
+      remedy="is it the right archive?",
+    )
     problems.raise_if_any()
   progress.end()
 
@@ -328,13 +405,23 @@ class _Progress:
       self.told, elapsed = now, now - self.started
       left = elapsed * (1 - done) / max(done, 1e-3)
       rate = f"{self.files} files  {self.files / elapsed:.0f} files/s"
-      print(f"{self.name}: {100 * done:.0f} %  {rate}  left {left // 60:.0f} min {left % 60:.0f} s", flush=True)
+      print(
+        f"{self.name}: {100 * done:.0f} %  {rate}  left {left // 60:.0f} min {left % 60:.0f} s",
+        flush=True,
+      )
 
   def end(self) -> None:
-    print(f"{self.name}: {self.files} files in {time.perf_counter() - self.started:.1f} s", flush=True)
+    print(
+      f"{self.name}: {self.files} files in {time.perf_counter() - self.started:.1f} s", flush=True
+    )
 
 
-def _put_member(tree: Tree, path: str, member: archives.Member, convert: Callable[[bytes, str], bytes] | None = None) -> None:
+def _put_member(
+  tree: Tree,
+  path: str,
+  member: archives.Member,
+  convert: Callable[[bytes, str], bytes] | None = None,
+) -> None:
   """Adds a member, as it is or as `convert(content, name)`, unless the file is there."""
   if tree.holds(path) and (convert or tree.entries[path][1] == member.size):
     return
@@ -360,7 +447,11 @@ def _check_complete(tree: Tree, ids: Iterable[str], patterns: list[str]) -> None
     paths = [pattern.replace("{id}", name) for name in ids]
     absent = [path for path in paths if path not in tree.entries]
     if absent:
-      problems.add(pattern, got=f"{len(absent)} of {len(paths)} absent: {shorten(absent)}", remedy="fetch the archive anew")
+      problems.add(
+        pattern,
+        got=f"{len(absent)} of {len(paths)} absent: {shorten(absent)}",
+        remedy="fetch the archive anew",
+      )
   problems.raise_if_any()
 
 
@@ -370,7 +461,9 @@ def _check_counts(counts: Mapping[str, tuple[int, int]]) -> None:
     if found != official:
       problems.add(what, got=found, allowed=official)
   if problems.items:
-    problems.add("remedy: fetch the archives anew, or say --any_count if they are partial on purpose")
+    problems.add(
+      "remedy: fetch the archives anew, or say --any_count if they are partial on purpose"
+    )
   problems.raise_if_any()
 
 
@@ -381,32 +474,69 @@ _OPTIONS = ("voc", "sbd", "images", "labels", "extra", "stuff", "annotations")
 
 def _parse(arguments):
   parser = argparse.ArgumentParser(
-    "python -m pseudoseg_jax.prepare", description=DESCRIPTION, epilog=EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-  )  # fmt: skip
+    "python -m pseudoseg_jax.prepare",
+    description=DESCRIPTION,
+    epilog=EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
   kinds = parser.add_subparsers(dest="dataset", required=True)
   common = argparse.ArgumentParser(add_help=False)
-  common.add_argument("--out", type=pathlib.Path, required=True, help="folder to fill: config.data.root afterwards")
-  common.add_argument("--format", choices=("folder", "tfds"), default="folder", help="tfds: also a TFDS data set, in OUT/tfds")
-  common.add_argument("--any_count", action="store_true", help="accept partial archives: do not check the official counts")
-  common.add_argument("--verify", action="store_true", help="check content, not only size; without archives, do nothing else")
+  common.add_argument(
+    "--out", type=pathlib.Path, required=True, help="folder to fill: config.data.root afterwards"
+  )
+  common.add_argument(
+    "--format",
+    choices=("folder", "tfds"),
+    default="folder",
+    help="tfds: also a TFDS data set, in OUT/tfds",
+  )
+  common.add_argument(
+    "--any_count",
+    action="store_true",
+    help="accept partial archives: do not check the official counts",
+  )
+  common.add_argument(
+    "--verify",
+    action="store_true",
+    help="check content, not only size; without archives, do nothing else",
+  )
 
   def add(name, title, **archives_by_option):
     kind = kinds.add_parser(name, help=title, parents=[common], allow_abbrev=False)
     for option, text in archives_by_option.items():
-      kind.add_argument(f"--{option}", type=pathlib.Path, nargs="+" if option == "images" else None, help=text)
+      kind.add_argument(
+        f"--{option}", type=pathlib.Path, nargs="+" if option == "images" else None, help=text
+      )
 
-  add("voc", "PASCAL VOC 2012 with the masks of SBD", voc="VOCtrainval_11-May-2012.tar", sbd="benchmark.tgz")
-  add("cityscapes", "Cityscapes", images="leftImg8bit_trainvaltest.zip", labels="gtFine_trainvaltest.zip",
-      extra="leftImg8bit_trainextra.zip, images without masks")  # fmt: skip
-  add("coco", "COCO 2017", images="train2017.zip val2017.zip", stuff="stuffthingmaps_trainval2017.zip",
-      annotations="annotations_trainval2017.zip, instead; needs pycocotools and 4 GiB of memory")  # fmt: skip
+  add(
+    "voc",
+    "PASCAL VOC 2012 with the masks of SBD",
+    voc="VOCtrainval_11-May-2012.tar",
+    sbd="benchmark.tgz",
+  )
+  add(
+    "cityscapes",
+    "Cityscapes",
+    images="leftImg8bit_trainvaltest.zip",
+    labels="gtFine_trainvaltest.zip",
+    extra="leftImg8bit_trainextra.zip, images without masks",
+  )
+  add(
+    "coco",
+    "COCO 2017",
+    images="train2017.zip val2017.zip",
+    stuff="stuffthingmaps_trainval2017.zip",
+    annotations="annotations_trainval2017.zip, instead; needs pycocotools and 4 GiB of memory",
+  )
   known = parser.parse_args(arguments)
   known.given = {name for name in _OPTIONS if getattr(known, name, None)}
   needed = set(_ARCHIVES[known.dataset])
   if known.given or not known.verify:
     if needed - known.given:
-      parser.error(f"{known.dataset} needs {', '.join('--' + name for name in _ARCHIVES[known.dataset])}")
+      parser.error(
+        f"{known.dataset} needs {', '.join('--' + name for name in _ARCHIVES[known.dataset])}"
+      )
     if known.dataset == "coco" and len(known.given & {"stuff", "annotations"}) != 1:
       parser.error("coco needs either --stuff or --annotations")
   return known
@@ -415,12 +545,18 @@ def _parse(arguments):
 def _check_given(known) -> None:
   problems = checks.Problems("cannot prepare")
   if known.out.exists() and not known.out.is_dir():
-    problems.add("--out", got=f"{known.out}, which is a file", remedy="give a folder; it is made if need be")
+    problems.add(
+      "--out", got=f"{known.out}, which is a file", remedy="give a folder; it is made if need be"
+    )
   for name in sorted(known.given):
     paths = getattr(known, name)
     for path in paths if isinstance(paths, list) else [paths]:
       if not path.exists():
-        problems.add(f"--{name}", got=f"{path}, which does not exist", remedy="give an official archive, or its extracted folder")
+        problems.add(
+          f"--{name}",
+          got=f"{path}, which does not exist",
+          remedy="give an official archive, or its extracted folder",
+        )
   problems.raise_if_any()
 
 
@@ -462,7 +598,10 @@ def main(arguments=None) -> int:
 
 def _summary(tree, known, counts):
   there = len(tree.entries) - tree.written
-  print(f"{tree.root}: {tree.written} files written" + (f", {there} were there already" if there > 0 else ""))
+  print(
+    f"{tree.root}: {tree.written} files written"
+    + (f", {there} were there already" if there > 0 else "")
+  )
   print("  " + ", ".join(f"{what} {found}" for what, (found, _) in counts.items()))
   config = f"--config=configs/{known.dataset}.py --config.data.root={tree.root.resolve()}"
   print("next:")

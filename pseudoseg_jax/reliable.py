@@ -1,4 +1,6 @@
-"""Chooses the images whose labels stayed the same while the network that made them was trained. See --help."""
+"""Chooses the images whose labels stayed the same while the network that made them was trained. See
+--help.
+"""
 
 from __future__ import annotations
 
@@ -36,29 +38,52 @@ example:
 
 def main(arguments=None) -> int:
   parser = argparse.ArgumentParser(
-    "python -m pseudoseg_jax.reliable", description=DESCRIPTION, epilog=EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-  )  # fmt: skip
-  parser.add_argument("--labels", type=pathlib.Path, required=True, help="folder of the labels to choose from")
-  parser.add_argument("--earlier", type=pathlib.Path, nargs="+", required=True, help="folders of earlier checkpoints' labels")
-  parser.add_argument("--share", type=float, default=0.5, help="of the images that is chosen (default: 0.5)")
+    "python -m pseudoseg_jax.reliable",
+    description=DESCRIPTION,
+    epilog=EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument(
+    "--labels", type=pathlib.Path, required=True, help="folder of the labels to choose from"
+  )
+  parser.add_argument(
+    "--earlier",
+    type=pathlib.Path,
+    nargs="+",
+    required=True,
+    help="folders of earlier checkpoints' labels",
+  )
+  parser.add_argument(
+    "--share", type=float, default=0.5, help="of the images that is chosen (default: 0.5)"
+  )
   parser.add_argument("--out", type=pathlib.Path, required=True, help="the list file to write")
   known = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
 
   def command():
     scores = stability(known.labels, known.earlier)
     chosen = most_stable(scores, known.share)
-    about = {"labels": str(known.labels), "earlier": list(map(str, known.earlier)), "share": known.share, "scores": scores}
-    report.write_atomically(known.out.with_name(f"{known.out.name}.json"), json.dumps(about, indent=2) + "\n")
+    about = {
+      "labels": str(known.labels),
+      "earlier": list(map(str, known.earlier)),
+      "share": known.share,
+      "scores": scores,
+    }
+    report.write_atomically(
+      known.out.with_name(f"{known.out.name}.json"), json.dumps(about, indent=2) + "\n"
+    )
     report.write_atomically(known.out, "".join(f"{name}\n" for name in chosen))
     values = [scores[name] for name in chosen]
-    print(f"{known.out}: {len(chosen)} of {len(scores)} images, mIoU with earlier labels {min(values):.3f} to {max(values):.3f}")
+    print(
+      f"{known.out}: {len(chosen)} of {len(scores)} images, mIoU with earlier labels {min(values):.3f} to {max(values):.3f}"
+    )
 
   return command_line.run(command)
 
 
 def stability(labels: pathlib.Path, earlier: Sequence[pathlib.Path]) -> dict[str, float]:
-  """{image: mean over `earlier` of the mIoU with the image's last labels}, over the classes that either of the two has.
+  """{image: mean over `earlier` of the mIoU with the image's last labels}, over the classes that
+  either of the two has.
 
   Raises:
     InputError: folders that are no finished exports, or of other images or classes.
@@ -68,15 +93,21 @@ def stability(labels: pathlib.Path, earlier: Sequence[pathlib.Path]) -> dict[str
   names = splits.read_list(labels / "list.txt")
 
   def score(name: str) -> float:
-    last, *before = (decode.read_mask(folder / "labels" / f"{name}.png") for folder in (labels, *earlier))
-    return float(np.mean([confusion.scores(matrix_of(last, ids, num_classes)).miou for ids in before]))
+    last, *before = (
+      decode.read_mask(folder / "labels" / f"{name}.png") for folder in (labels, *earlier)
+    )
+    return float(
+      np.mean([confusion.scores(matrix_of(last, ids, num_classes)).miou for ids in before])
+    )
 
   with concurrent.futures.ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1)) as threads:
     return dict(zip(names, threads.map(score, names), strict=True))
 
 
 def most_stable(scores: dict[str, float], share: float) -> list[str]:
-  """The `share` of the images with the highest scores, the highest first, equal ones in their order; at least one."""
+  """The `share` of the images with the highest scores, the highest first, equal ones in their
+  order; at least one.
+  """
   if not 0 < share <= 1:
     raise checks.InputError(f"share: got {share}; allowed: above 0, up to 1")
   # Rounded down, as in the official code (half of the images).
@@ -85,7 +116,9 @@ def most_stable(scores: dict[str, float], share: float) -> list[str]:
 
 
 def matrix_of(label: np.ndarray, ids: np.ndarray, num_classes: int) -> np.ndarray:
-  """Counts pixels by (class in `label`, class in `ids`), i64[K, K], on the host: files come in any size; others are left out."""
+  """Counts pixels by (class in `label`, class in `ids`), i64[K, K], on the host: files come in any
+  size; others are left out.
+  """
   known = (ids < num_classes) & (label < num_classes)
   pairs = num_classes * label[known].astype(np.int64) + ids[known]
   return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)

@@ -6,7 +6,9 @@ import jax
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
-  """The key of a named stream. crc32, because Python's hash() of a string differs between processes."""
+  """The key of a named stream. crc32, because Python's hash() of a string differs between
+  processes.
+  """
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 

@@ -1,7 +1,8 @@
 """Settings that follow from facts of the data and of the machine, where a config leaves them open.
 
-An option is open at -1, () or "auto"; `make_config` and configs/folder.py leave those of `choose` open, and whatever a user sets is
-kept. What is chosen is told at the start and stands in the workdir's config.json as any other option; a resumed run takes it from there.
+An option is open at -1, () or "auto"; `make_config` and configs/folder.py leave those of `choose`
+open, and whatever a user sets is kept. What is chosen is told at the start and stands in the
+workdir's config.json as any other option; a resumed run takes it from there.
 """
 
 from __future__ import annotations
@@ -18,9 +19,18 @@ from pseudoseg_jax.build import Data
 
 # Those that may be open.
 OPTIONS = (
-  "views.crop_size", "views.scales", "evaluation.scales", "evaluation.style", "evaluation.pad_multiple", "evaluation.window_pixels",
-  "batch_size_global.labeled", "batch_size_global.unlabeled", "total_steps", "eval_every_steps", "checkpoint_every_steps",
-)  # fmt: skip
+  "views.crop_size",
+  "views.scales",
+  "evaluation.scales",
+  "evaluation.style",
+  "evaluation.pad_multiple",
+  "evaluation.window_pixels",
+  "batch_size_global.labeled",
+  "batch_size_global.unlabeled",
+  "total_steps",
+  "eval_every_steps",
+  "checkpoint_every_steps",
+)
 _SAMPLED = 200  # images whose size is looked up
 
 
@@ -28,7 +38,8 @@ class Facts(NamedTuple):
   """What settings are chosen from.
 
   num_labeled, num_unlabeled: images. sizes: (height, width) of some of them, in pixels.
-  accelerator: whether a GPU or TPU is at hand. num_devices: of all processes. memory_gib: of one device; 0 where it does not say.
+  accelerator: whether a GPU or TPU is at hand. num_devices: of all processes. memory_gib: of one
+    device; 0 where it does not say.
   """
 
   num_labeled: int
@@ -48,7 +59,9 @@ class Choice(NamedTuple):
 
 
 def choose(facts: Facts, *, crop: int = 0, steps: int = 0) -> list[Choice]:
-  """All settings that follow from the facts, and from the crop and the number of steps where these are settled."""
+  """All settings that follow from the facts, and from the crop and the number of steps where these
+  are settled.
+  """
   height, width = (int(side) for side in np.median(np.array(facts.sizes), axis=0))
   short, long = min(height, width), max(height, width)
   choices = []
@@ -60,17 +73,33 @@ def choose(facts: Facts, *, crop: int = 0, steps: int = 0) -> list[Choice]:
   most = 320 if facts.accelerator else 112
   crop = crop or max(16, min(most, short) // 16 * 16)
   device = "GPU or TPU" if facts.accelerator else "CPU"
-  why = f"a {device} learns from {most} pixels in fair time" if most <= short else f"most photographs are {short} pixels high or wide"
+  why = (
+    f"a {device} learns from {most} pixels in fair time"
+    if most <= short
+    else f"most photographs are {short} pixels high or wide"
+  )
   add("views.crop_size", (crop, crop), why)
   least = min(1.0, crop / long)
   scales = (_rounded(least), _rounded(min(1.0, 2 * least)))
-  add("views.scales", scales, f"crops that hold from half of a photograph ({width}x{height}) to all of it: objects are met whole")
+  add(
+    "views.scales",
+    scales,
+    f"crops that hold from half of a photograph ({width}x{height}) to all of it: objects are met whole",
+  )
   scale = scales[1]
-  add("evaluation.scales", (scale,), "the size at which the network learnt to see them" if scale < 1 else "as they are")
+  add(
+    "evaluation.scales",
+    (scale,),
+    "the size at which the network learnt to see them" if scale < 1 else "as they are",
+  )
   # Whole images, padded to few sizes; large ones in windows, for the memory of their scores.
   if scale * long <= 640:
     add("evaluation.style", "whole", "photographs at that size fit a device whole")
-    add("evaluation.pad_multiple", 32, "sizes are rounded up to multiples of 32, so that few have to be compiled for")
+    add(
+      "evaluation.pad_multiple",
+      32,
+      "sizes are rounded up to multiples of 32, so that few have to be compiled for",
+    )
   else:
     add("evaluation.style", "slide", "photographs are too large to be seen whole")
     add("evaluation.window_pixels", (crop, crop), "windows of the training crop")
@@ -79,18 +108,27 @@ def choose(facts: Facts, *, crop: int = 0, steps: int = 0) -> list[Choice]:
   small = 0 < facts.memory_gib < 12
   per_device = (4 if small else 8) if facts.accelerator else math.ceil(4 / facts.num_devices)
   batch = per_device * facts.num_devices
-  add("batch_size_global.labeled", batch, f"{per_device} on each device, of a {device}" + f" with {facts.memory_gib:.0f} GiB" * small)
-  add("batch_size_global.unlabeled", batch, "as many as labeled ones, as in nearly all published runs")
+  add(
+    "batch_size_global.labeled",
+    batch,
+    f"{per_device} on each device, of a {device}" + f" with {facts.memory_gib:.0f} GiB" * small,
+  )
+  add(
+    "batch_size_global.unlabeled", batch, "as many as labeled ones, as in nearly all published runs"
+  )
 
   # --- how long
-  images = facts.num_labeled + facts.num_unlabeled  # whatever the method, so that runs of two methods can be compared
+  # Whatever the method, so that runs of two methods can be compared.
+  images = facts.num_labeled + facts.num_unlabeled
   fewest, most = (2000, 20_000) if facts.accelerator else (1000, 2000)
   passes = 40
   steps = steps or int(np.clip(passes * images / batch, fewest, most)) // 100 * 100
   why = f"{passes * images / batch:.0f} would be {passes} passes over {images} images; {fewest} to {most} on a {device}"
   add("total_steps", steps, why)
   add("eval_every_steps", max(steps // 4, 1), "four evaluations")
-  add("checkpoint_every_steps", max(steps // 10, 1), "at most a tenth of the run is lost by a crash")
+  add(
+    "checkpoint_every_steps", max(steps // 10, 1), "at most a tenth of the run is lost by a crash"
+  )
   return choices
 
 
@@ -106,27 +144,42 @@ def open_options(config: configs.ConfigDict) -> list[str]:
 
 def facts_of(data: Data) -> Facts:
   """Looks at sizes of images, without decoding them, and at the devices."""
-  rows = np.unique(np.linspace(0, len(data.labeled) - 1, min(_SAMPLED, len(data.labeled))).astype(int))
+  rows = np.unique(
+    np.linspace(0, len(data.labeled) - 1, min(_SAMPLED, len(data.labeled))).astype(int)
+  )
   device = jax.devices()[0]
   memory = (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else 0
   return Facts(
-    num_labeled=len(data.labeled), num_unlabeled=len(data.unlabeled), sizes=[data.labeled.size(int(row)) for row in rows],
-    accelerator=device.platform != "cpu", num_devices=jax.device_count(), memory_gib=memory / 2**30,
-  )  # fmt: skip
+    num_labeled=len(data.labeled),
+    num_unlabeled=len(data.unlabeled),
+    sizes=[data.labeled.size(int(row)) for row in rows],
+    accelerator=device.platform != "cpu",
+    num_devices=jax.device_count(),
+    memory_gib=memory / 2**30,
+  )
 
 
 def settle_from(config: configs.ConfigDict, data: Data) -> list[Choice]:
-  """Sets the open options of a config, in place, from the data of its first domain; those that were set."""
+  """Sets the open options of a config, in place, from the data of its first domain; those that were
+  set.
+  """
   return settle(config, facts_of(data)) if open_options(config) else []
 
 
 def settle(config: configs.ConfigDict, facts: Facts) -> list[Choice]:
   """Sets the open options of a config, in place; those that were set."""
   wanted, crop = open_options(config), max(config.views.crop_size, default=0)
-  chosen = [choice for choice in choose(facts, crop=crop, steps=max(config.total_steps, 0)) if choice.option in wanted]
+  chosen = [
+    choice
+    for choice in choose(facts, crop=crop, steps=max(config.total_steps, 0))
+    if choice.option in wanted
+  ]
   config.update_from_flattened_dict({choice.option: choice.value for choice in chosen})
   # Of the style that was not chosen, but may have been set.
-  left = {"evaluation.window_pixels": config.views.crop_size, "evaluation.pad_multiple": 32 if config.evaluation.style == "whole" else 1}
+  left = {
+    "evaluation.window_pixels": config.views.crop_size,
+    "evaluation.pad_multiple": 32 if config.evaluation.style == "whole" else 1,
+  }
   config.update_from_flattened_dict({option: left[option] for option in open_options(config)})
   return chosen
 
@@ -139,6 +192,14 @@ def settle_as(config: configs.ConfigDict, saved: configs.ConfigDict) -> None:
 
 def in_words(chosen: Sequence[Choice]) -> str:
   """A table of choices with their reasons."""
-  rows = [(f"--config.{choice.option}={configs.as_flag(choice.value)}", choice.reason) for choice in chosen]
+  rows = [
+    (f"--config.{choice.option}={configs.as_flag(choice.value)}", choice.reason)
+    for choice in chosen
+  ]
   width = max((len(flag) for flag, _ in rows), default=0)
-  return "\n".join(["chosen from the data; what you set yourself wins:", *(f"  {flag.ljust(width)}  {reason}" for flag, reason in rows)])
+  return "\n".join(
+    [
+      "chosen from the data; what you set yourself wins:",
+      *(f"  {flag.ljust(width)}  {reason}" for flag, reason in rows),
+    ]
+  )

@@ -1,4 +1,6 @@
-"""What training leaves behind, opened again: a workdir at one of its checkpoints, or a network exported from one."""
+"""What training leaves behind, opened again: a workdir at one of its checkpoints, or a network
+exported from one.
+"""
 
 from __future__ import annotations
 
@@ -42,17 +44,33 @@ class Trained(NamedTuple):
 
 
 def open_trained(
-  folder: pathlib.Path, mesh, checkpoint: str, overrides: Mapping[str, Any] | None = None, *, step: int | None = None
+  folder: pathlib.Path,
+  mesh,
+  checkpoint: str,
+  overrides: Mapping[str, Any] | None = None,
+  *,
+  step: int | None = None,
 ) -> Trained:
-  """A workdir at one of its checkpoints, or an exported folder; `step` is that of an earlier checkpoint of the series."""
+  """A workdir at one of its checkpoints, or an exported folder; `step` is that of an earlier
+  checkpoint of the series.
+  """
   if is_exported(folder):
     return _open_exported(folder, mesh, overrides)
   config = saved_config(folder)
   configs.override(config, overrides or {})
   classes, other_classes = workdirs.saved_classes(folder)
-  method = build.build_method(config, len(classes), other_classes=list(map(len, other_classes.values())))
+  method = build.build_method(
+    config, len(classes), other_classes=list(map(len, other_classes.values()))
+  )
   checkpoint = available(folder, checkpoint)
-  return Trained(config, classes, method, restore(folder, method, mesh, checkpoint, step), other_classes, checkpoint)
+  return Trained(
+    config,
+    classes,
+    method,
+    restore(folder, method, mesh, checkpoint, step),
+    other_classes,
+    checkpoint,
+  )
 
 
 def is_exported(folder: pathlib.Path) -> bool:
@@ -64,19 +82,34 @@ def _open_exported(folder: pathlib.Path, mesh, overrides: Mapping[str, Any] | No
     step = about["provenance"].get("step", 0)  # a converted network has none
     if not isinstance(about["predictor"], str):
       raise TypeError(f"a predictor that is no name: {about['predictor']!r}")
-    return configs.from_saved(about["config"]), workdirs.classes_of(about["classes"]), about["predictor"], np.int32(step)
+    return (
+      configs.from_saved(about["config"]),
+      workdirs.classes_of(about["classes"]),
+      about["predictor"],
+      np.int32(step),
+    )
 
-  config, classes, name, step = workdirs.read_json(folder / "config.json", remedy="export again", parse=parse)
+  config, classes, name, step = workdirs.read_json(
+    folder / "config.json", remedy="export again", parse=parse
+  )
   configs.override(config, overrides or {})
   network = build.build_network(config, len(classes))
   weights = checkpoint_files.read(folder / _WEIGHTS)
   if {key: value.shape for key, value in weights.items()} != network_shapes(network):
-    raise checks.InputError(f"{folder / _WEIGHTS} does not fit the network of {folder / 'config.json'}; export again")
+    raise checks.InputError(
+      f"{folder / _WEIGHTS} does not fit the network of {folder / 'config.json'}; export again"
+    )
   weights = jax.device_put(pretrained.unflat(weights), meshes.replicated(mesh))
   net = NetState.create(apply_fn=network.apply, **weights, tx=optax.set_to_zero())
   state = State(step=step, nets={name: net})
   # No method: it is past learning. Only the predictors are ever asked for.
-  method = Method(Needs(unlabeled=False), init=None, draw=None, update=None, predictors=nets.predictors(network, name))
+  method = Method(
+    Needs(unlabeled=False),
+    init=None,
+    draw=None,
+    update=None,
+    predictors=nets.predictors(network, name),
+  )
   return Trained(config, classes, method, jax.device_put(state, meshes.replicated(mesh)))
 
 
@@ -86,9 +119,15 @@ def network_shapes(network: Network) -> dict[str, tuple[int, ...]]:
 
 
 def weights_of(trained: Trained, predictor: str) -> dict[str, np.ndarray]:
-  """The leaves of one network that predicts the first domain's classes, without what its method added to it."""
-  first_domain = [name for name in trained.method.predictors if not trained.method.predictor_domains.get(name)]
-  checks.check_name("predictor", predictor, [name for name in first_domain if name in trained.state.nets])
+  """The leaves of one network that predicts the first domain's classes, without what its method
+  added to it.
+  """
+  first_domain = [
+    name for name in trained.method.predictors if not trained.method.predictor_domains.get(name)
+  ]
+  checks.check_name(
+    "predictor", predictor, [name for name in first_domain if name in trained.state.nets]
+  )
   net = trained.state.nets[predictor]
   leaves = pretrained.flat(net.params, net.batch_stats)
   network = build.build_network(trained.config, len(trained.classes))
@@ -96,20 +135,31 @@ def weights_of(trained: Trained, predictor: str) -> dict[str, np.ndarray]:
 
 
 def available(workdir: pathlib.Path, checkpoint: str) -> str:
-  """The "best" or "last" checkpoint that was asked for, or "last" where there is no best one yet, which is told.
+  """The "best" or "last" checkpoint that was asked for, or "last" where there is no best one yet,
+  which is told.
 
   A run that was stopped before its first evaluation has none.
   """
   checks.check_name("checkpoint", checkpoint, ("best", "last"))
   checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-  if checkpoint == "best" and checkpoints.step("best") is None and checkpoints.step("last") is not None:
-    log.warning("%s has no best checkpoint, since no evaluation was finished: its last one is used", workdir)
+  if (
+    checkpoint == "best"
+    and checkpoints.step("best") is None
+    and checkpoints.step("last") is not None
+  ):
+    log.warning(
+      "%s has no best checkpoint, since no evaluation was finished: its last one is used", workdir
+    )
     return "last"
   return checkpoint
 
 
-def restore(workdir: pathlib.Path, method: Method, mesh, checkpoint: str, step: int | None = None) -> State:
-  """The networks of a workdir's "best" or "last" checkpoint, the newest or that of `step`, on every device; without memory."""
+def restore(
+  workdir: pathlib.Path, method: Method, mesh, checkpoint: str, step: int | None = None
+) -> State:
+  """The networks of a workdir's "best" or "last" checkpoint, the newest or that of `step`, on every
+  device; without memory.
+  """
   checks.check_name("checkpoint", checkpoint, ("best", "last"))
   if not (workdir / "checkpoints").is_dir():
     raise checks.InputError(f"no checkpoint in {workdir}: train first")
@@ -118,17 +168,27 @@ def restore(workdir: pathlib.Path, method: Method, mesh, checkpoint: str, step: 
   if step is not None and step not in kept:
     problems = checks.Problems(f"cannot use workdir {workdir}")
     remedy = "train with a larger config.keep_last_checkpoints to keep more"
-    problems.add(f"{checkpoint} checkpoint of step", got=step, allowed=", ".join(map(str, kept)) or "none", remedy=remedy)
+    problems.add(
+      f"{checkpoint} checkpoint of step",
+      got=step,
+      allowed=", ".join(map(str, kept)) or "none",
+      remedy=remedy,
+    )
     problems.raise_if_any()
   try:
-    method = method._replace(split_memory=())  # the mesh need not be one that the memory could be split over
-    return checkpoints.restore(loop.abstract_state(method, mesh), series=checkpoint, step=step, memory=False)
+    # The mesh need not be one that the memory could be split over.
+    method = method._replace(split_memory=())
+    return checkpoints.restore(
+      loop.abstract_state(method, mesh), series=checkpoint, step=step, memory=False
+    )
   finally:
     checkpoints.close()
 
 
 def check_plain(method: Method, predictor: str) -> None:
-  """Raises InputError for what is no predictor of a method, or for one that an image alone is not enough for."""
+  """Raises InputError for what is no predictor of a method, or for one that an image alone is not
+  enough for.
+  """
   of = predictor.removesuffix(hints.IMAGE_LABELS)
   kind = method.predictor_hints.get(of, "image" if of != predictor else None)
   checks.check_name("predictor", of, method.predictors)
@@ -137,21 +197,25 @@ def check_plain(method: Method, predictor: str) -> None:
     plain = [name for name in method.predictors if name not in method.predictor_hints]
     what = {"boxes": "boxes", "image": "image-level labels"}[kind]
     problems.add(
-      "predictor", got=f"{what} are shown to it beside the image", allowed=checks.choices(plain) or "none of this method",
+      "predictor",
+      got=f"{what} are shown to it beside the image",
+      allowed=checks.choices(plain) or "none of this method",
       remedy="python -m pseudoseg_jax.export_labels predicts the images of a data set with their weak labels",
-    )  # fmt: skip
+    )
     problems.raise_if_any()
 
 
 def given_nets(named: str, method: Method, classes: Classes | None = None) -> dict[str, PyTree]:
-  """The networks of earlier runs that a run starts with: role -> {"params", "batch_stats"} of the last checkpoint.
+  """The networks of earlier runs that a run starts with: role -> {"params", "batch_stats"} of the
+  last checkpoint.
 
   Args:
     named: config.nets_from, "role=WORKDIR,role=WORKDIR".
     classes: those that the networks must know, by name and order; None: not compared.
 
   Raises:
-    InputError: roles that the method lacks, or wants and does not get, workdirs that hold no such network; all at once.
+    InputError: roles that the method lacks, or wants and does not get, workdirs that hold no such
+      network; all at once.
   """
   if not (named or method.given_nets):
     return {}
@@ -160,28 +224,55 @@ def given_nets(named: str, method: Method, classes: Classes | None = None) -> di
   problems = checks.Problems("config.nets_from cannot be used")
   for role in method.given_nets:
     if not folders.get(role):
-      problems.add(f"network '{role}'", got="nothing", remedy=f"say which run made it: --config.nets_from={role}=WORKDIR,...")
+      problems.add(
+        f"network '{role}'",
+        got="nothing",
+        remedy=f"say which run made it: --config.nets_from={role}=WORKDIR,...",
+      )
   given = {}
   for role, folder in folders.items():
     if role not in ours:
-      problems.add(f"network '{role}'", got="none in this method", allowed=checks.choices(ours), remedy=checks.nearest(role, ours))
+      problems.add(
+        f"network '{role}'",
+        got="none in this method",
+        allowed=checks.choices(ours),
+        remedy=checks.nearest(role, ours),
+      )
       continue
     try:
-      trained = open_trained(pathlib.Path(os.path.expanduser(folder)), meshes.make_mesh(jax.devices()[:1]), "last")
+      trained = open_trained(
+        pathlib.Path(os.path.expanduser(folder)), meshes.make_mesh(jax.devices()[:1]), "last"
+      )
     except checks.InputError as error:
       problems.add(f"network '{role}'", got=str(error).replace("\n", "\n  "))
       continue
     if classes is not None:
-      problems.extend(workdirs.same_classes(classes, trained.classes, where=f"network '{role}'", allowed=f"of {folder}"))
+      problems.extend(
+        workdirs.same_classes(
+          classes, trained.classes, where=f"network '{role}'", allowed=f"of {folder}"
+        )
+      )
     theirs = trained.state.nets
     if role not in theirs:
-      problems.add(f"network '{role}'", got=f"none in {folder}", allowed=f"a run that has one; there are {', '.join(theirs)}")
+      problems.add(
+        f"network '{role}'",
+        got=f"none in {folder}",
+        allowed=f"a run that has one; there are {', '.join(theirs)}",
+      )
       continue
-    wanted, found = (pretrained.shapes_of(nets[role].params, nets[role].batch_stats) for nets in (ours, theirs))
+    wanted, found = (
+      pretrained.shapes_of(nets[role].params, nets[role].batch_stats) for nets in (ours, theirs)
+    )
     if wanted != found:
-      different = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+      different = sorted(
+        key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)
+      )
       got = f"another one in {folder}: {len(different)} arrays differ, such as {different[0]}"
-      problems.add(f"network '{role}'", got=got, remedy="train both with the same config.network, method options and classes")
+      problems.add(
+        f"network '{role}'",
+        got=got,
+        remedy="train both with the same config.network, method options and classes",
+      )
     given[role] = jax.device_get(_values(theirs[role]))
   problems.raise_if_any()
   return given
@@ -204,10 +295,15 @@ def _values(net: NetState) -> PyTree:
 
 @notebook.root_handlers_kept()
 def export(
-  workdir: str | pathlib.Path, out: str | pathlib.Path, *, predictor: str | None = None, checkpoint: str = "best"
+  workdir: str | pathlib.Path,
+  out: str | pathlib.Path,
+  *,
+  predictor: str | None = None,
+  checkpoint: str = "best",
 ) -> pathlib.Path:
-  """Writes one network of a workdir as `out`/model.safetensors and `out`/config.json: all that `load`, `evaluate` and
-  config.init_from need, wherever the folder goes. Predictions equal the workdir's bit for bit.
+  """Writes one network of a workdir as `out`/model.safetensors and `out`/config.json: all that
+  `load`, `evaluate` and config.init_from need, wherever the folder goes. Predictions equal the
+  workdir's bit for bit.
 
   Args:
     predictor: the network, default the method's headline.
@@ -221,13 +317,25 @@ def export(
   name = predictor or next(iter(trained.method.predictors))
   check_plain(trained.method, name)
   step = int(trained.state.step)
-  provenance = {"method": trained.config.method.name, "checkpoint": checkpoint, "step": step, "seed": trained.config.seed}
+  provenance = {
+    "method": trained.config.method.name,
+    "checkpoint": checkpoint,
+    "step": step,
+    "seed": trained.config.seed,
+  }
   results_path = workdir / "results.json"
   results = report.read_results(results_path) if results_path.exists() else {}
   if results.get(checkpoint, {}).get("step") == step:
     scores = results[checkpoint]["predictors"].get(name)
     provenance |= {"split": results["split"], "protocol": results["protocol"], "scores": scores}
-  return write_export(out, weights_of(trained, name), trained.config, trained.classes, predictor=name, provenance=provenance)
+  return write_export(
+    out,
+    weights_of(trained, name),
+    trained.config,
+    trained.classes,
+    predictor=name,
+    provenance=provenance,
+  )
 
 
 def write_export(
@@ -241,18 +349,24 @@ def write_export(
 ) -> pathlib.Path:
   """Writes an exported folder.
 
-  weights: {"params/backbone/...": array} of the whole network that `config` describes. provenance: where they are from (JSON).
+  weights: {"params/backbone/...": array} of the whole network that `config` describes. provenance:
+    where they are from (JSON).
   """
   out = pathlib.Path(out)
   if (out / "config.json").exists() and not is_exported(out):
     problems = checks.Problems("cannot export")
-    problems.add("out", got=f"{out}, which is a workdir", allowed="a new folder, or an exported one to write over")
+    problems.add(
+      "out",
+      got=f"{out}, which is a workdir",
+      allowed="a new folder, or an exported one to write over",
+    )
     problems.raise_if_any()
   options = json.loads(configs.to_json(config))
   if "root" in options["data"]:
     options["data"]["root"] = ""  # a place on this machine
   options["other_data"] = {}  # the network is one of the first domain
-  options["nets_from"] = options["pseudo_labels"]["folder"] = options["pseudo_labels"]["list"] = ""  # what it was learnt from
+  # What it was learnt from.
+  options["nets_from"] = options["pseudo_labels"]["folder"] = options["pseudo_labels"]["list"] = ""
   about = {
     "format": "pseudoseg_jax exported network, version 1",
     "predictor": predictor,
@@ -260,6 +374,8 @@ def write_export(
     "provenance": provenance,
     "config": options,
   }
-  report.write_atomically(out / _WEIGHTS, checkpoint_files.to_safetensors(weights, {"format": about["format"]}))
+  report.write_atomically(
+    out / _WEIGHTS, checkpoint_files.to_safetensors(weights, {"format": about["format"]})
+  )
   report.write_atomically(out / "config.json", json.dumps(about, indent=2) + "\n")
   return out

@@ -1,10 +1,12 @@
-"""The folder of a run: who writes in it, what it was made with, and which of that may change when the run is resumed.
+"""The folder of a run: who writes in it, what it was made with, and which of that may change when
+the run is resumed.
 
   config.json   every option of the run      classes.json   names and colors, per data set
   data.json     which images, per data set   lists/         the same by name
   lock          the process that is writing, as long as it does
 
-What is written here is read again when the run is resumed, scored or used; a damaged file is an InputError that names it.
+What is written here is read again when the run is resumed, scored or used; a damaged file is an
+InputError that names it.
 """
 
 from __future__ import annotations
@@ -38,12 +40,17 @@ log = logging.getLogger("pseudoseg_jax")
 
 ROLES = ("labeled", "unlabeled", "evaluated", "pseudo_labeled")
 
-# What may differ when a run is resumed, by the patterns of fnmatch. Of options that are on no list, another value makes another
-# run: what was learnt so far would be the result of neither.
+# What may differ when a run is resumed, by the patterns of fnmatch. Of options that are on no list,
+# another value makes another run: what was learnt so far would be the result of neither.
 _FREE = (
-  "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "keep_last_checkpoints",
-  "evaluation.batch_size", "evaluation.pictures", "data.skip_unreadable",
-)  # fmt: skip
+  "log_every_steps",
+  "eval_every_steps",
+  "checkpoint_every_steps",
+  "keep_last_checkpoints",
+  "evaluation.batch_size",
+  "evaluation.pictures",
+  "data.skip_unreadable",
+)
 # Changed at the step where the run is resumed, and told.
 _FROM_NOW_ON = {
   "total_steps": "the learning rate, and whatever else depends on how long the run is, follows the new length from here on",
@@ -55,12 +62,23 @@ _FROM_NOW_ON = {
 _NEVER = ("optimizer.name", "method.name")
 # Where things lie. That the same things lie there is seen from data.json.
 _PLACES = (
-  "data.root", "data.classes", "data.train_list", "data.split", "data.split_seed", "data.unlabeled_list", "data.unlabeled_folder",
-  "data.eval_list", "data.image_labels", "data.boxes", "data.eval_boxes", "pseudo_labels.folder", "pseudo_labels.list",
-)  # fmt: skip
+  "data.root",
+  "data.classes",
+  "data.train_list",
+  "data.split",
+  "data.split_seed",
+  "data.unlabeled_list",
+  "data.unlabeled_folder",
+  "data.eval_list",
+  "data.image_labels",
+  "data.boxes",
+  "data.eval_boxes",
+  "pseudo_labels.folder",
+  "pseudo_labels.list",
+)
 
 
-# --- who writes -------------------------------------------------------------------------------------------------------------
+# --- who writes -----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -86,9 +104,11 @@ def locked(workdir: pathlib.Path) -> Iterator[str]:
   except BlockingIOError:
     holder = _holder(path)
     problems.add(
-      "lock", got=f"held by {holder}", allowed="one run at a time",
+      "lock",
+      got=f"held by {holder}",
+      allowed="one run at a time",
       remedy="wait for it, stop it (it saves when it gets SIGTERM), or use another --workdir",
-    )  # fmt: skip
+    )
     problems.raise_if_any()
   try:
     before = _holder(path)
@@ -125,7 +145,9 @@ def _open_locked(path: pathlib.Path) -> int:
       os.close(descriptor)
       raise
     except OSError as error:
-      log.warning("no lock on this file system (%s): let no two runs use %s at once", error, path.parent)
+      log.warning(
+        "no lock on this file system (%s): let no two runs use %s at once", error, path.parent
+      )
       return descriptor
     with contextlib.suppress(FileNotFoundError):
       if os.path.samestat(os.fstat(descriptor), os.stat(path)):
@@ -136,24 +158,44 @@ def _open_locked(path: pathlib.Path) -> int:
 def _holder(path: pathlib.Path) -> str:
   """In words, the process that a lock names; "" for none."""
   about = report.read_object(path)
-  return f"process {about.get('process')} on {about.get('host')}, started {about.get('started')}" if about else ""
+  return (
+    f"process {about.get('process')} on {about.get('host')}, started {about.get('started')}"
+    if about
+    else ""
+  )
 
 
-# --- what is written there ----------------------------------------------------------------------------------------------------
+# --- what is written there ------------------------------------------------------------------------
 
 
-def read_json(path: pathlib.Path, *, remedy: str, parse: Callable[[Any], Any] = lambda content: content) -> Any:
+def read_json(
+  path: pathlib.Path, *, remedy: str, parse: Callable[[Any], Any] = lambda content: content
+) -> Any:
   """What `parse` makes of a JSON file of a workdir or of an exported network.
 
   Raises:
-    InputError: a file that cannot be read, is no JSON, or not what `parse` expects (it fails in any way).
+    InputError: a file that cannot be read, is no JSON, or not what `parse` expects (it fails in any
+      way).
   """
   try:
     return parse(json.loads(path.read_text(encoding="utf-8")))
   except checks.InputError:
     raise
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
-    got = "an empty file" if path.is_file() and path.stat().st_size == 0 else f"{type(error).__name__}: {error}"
+  except (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+  ) as error:
+    got = (
+      "an empty file"
+      if path.is_file() and path.stat().st_size == 0
+      else f"{type(error).__name__}: {error}"
+    )
     problems = checks.Problems(f"cannot read {path}")
     problems.add("content", got=got, remedy=remedy)
     problems.raise_if_any()
@@ -164,23 +206,35 @@ def saved_config(workdir: pathlib.Path) -> configs.ConfigDict:
   path = workdir / "config.json"
   if not path.is_file():
     problems = checks.Problems("cannot use workdir")
-    problems.add("workdir", got=str(workdir), allowed="a folder that a training run made (it holds config.json)")
+    problems.add(
+      "workdir",
+      got=str(workdir),
+      allowed="a folder that a training run made (it holds config.json)",
+    )
     problems.raise_if_any()
   remedy = "remove the file and run the training command again, which writes it anew"
   return read_json(path, remedy=remedy, parse=configs.from_saved)
 
 
-def save_classes(workdir: pathlib.Path, classes: Classes, other_classes: Mapping[str, Classes]) -> None:
-  """Keeps the classes of the first and of further domains, so that a workdir is usable where its data are not."""
+def save_classes(
+  workdir: pathlib.Path, classes: Classes, other_classes: Mapping[str, Classes]
+) -> None:
+  """Keeps the classes of the first and of further domains, so that a workdir is usable where its
+  data are not.
+  """
   others = {name: dataclasses.asdict(other) for name, other in other_classes.items()}
-  report.write_atomically(workdir / "classes.json", json.dumps(dataclasses.asdict(classes) | {"domains": others}))
+  report.write_atomically(
+    workdir / "classes.json", json.dumps(dataclasses.asdict(classes) | {"domains": others})
+  )
 
 
 def saved_classes(workdir: pathlib.Path) -> tuple[Classes, dict[str, Classes]]:
   """The classes as they were at training time: of the first domain, and of further ones by name."""
 
   def parse(saved):
-    return classes_of(saved), {name: classes_of(other) for name, other in saved.get("domains", {}).items()}
+    return classes_of(saved), {
+      name: classes_of(other) for name, other in saved.get("domains", {}).items()
+    }
 
   remedy = "remove the file and run the training command again, which writes it anew"
   return read_json(workdir / "classes.json", remedy=remedy, parse=parse)
@@ -188,7 +242,9 @@ def saved_classes(workdir: pathlib.Path) -> tuple[Classes, dict[str, Classes]]:
 
 def classes_of(saved: Mapping[str, Any]) -> Classes:
   """Classes as JSON keeps them."""
-  palette, void = (tuple(tuple(map(int, color)) for color in saved.get(key, ())) for key in ("palette", "void"))
+  palette, void = (
+    tuple(tuple(map(int, color)) for color in saved.get(key, ())) for key in ("palette", "void")
+  )
   return Classes(tuple(map(_text, saved["names"])), palette, void, saved.get("background"))
 
 
@@ -199,7 +255,8 @@ def _text(value: Any) -> str:
 
 
 def same_classes(ours: Classes, theirs: Classes, *, where: str, allowed: str) -> list[str]:
-  """What is wrong with classes (`ours`) that must be those that a network learnt (`theirs`): none or one text.
+  """What is wrong with classes (`ours`) that must be those that a network learnt (`theirs`): none
+  or one text.
 
   By name and order: a network knows them by their number alone.
   """
@@ -207,7 +264,9 @@ def same_classes(ours: Classes, theirs: Classes, *, where: str, allowed: str) ->
   if len(ours) != len(theirs):
     problems.add(where, got=f"{len(ours)} classes", allowed=f"the {len(theirs)} {allowed}")
   elif ours.names != theirs.names:
-    index = next(index for index, (a, b) in enumerate(zip(ours.names, theirs.names, strict=True)) if a != b)
+    index = next(
+      index for index, (a, b) in enumerate(zip(ours.names, theirs.names, strict=True)) if a != b
+    )
     same = sorted(ours.names) == sorted(theirs.names)
     got = f"{'the same names in another order' if same else 'other names'}: class {index} is '{ours.names[index]}'"
     remedy = f"a file of classes with the names {', '.join(theirs.names)}, in this order"
@@ -224,8 +283,12 @@ def write_lists(folder: pathlib.Path, data: Any) -> None:
       report.write_atomically(folder / f"{role}.txt", splits.list_text(entries))
 
 
-def fingerprint(data: Any, arrays: Sequence[np.ndarray | None] = (), labels_folder: str = "") -> dict[str, dict[str, Any]]:
-  """Which images a data set has in each role, and its weak and pseudo labels: {role: {"images": N, "sha256": of the ids}, ...}."""
+def fingerprint(
+  data: Any, arrays: Sequence[np.ndarray | None] = (), labels_folder: str = ""
+) -> dict[str, dict[str, Any]]:
+  """Which images a data set has in each role, and its weak and pseudo labels: {role: {"images": N,
+  "sha256": of the ids}, ...}.
+  """
   found = {}
   for role in ROLES:
     source = getattr(data, role)
@@ -241,20 +304,29 @@ def fingerprint(data: Any, arrays: Sequence[np.ndarray | None] = (), labels_fold
     found["weak labels"] = {"images": sum(map(len, given)), "sha256": digest.hexdigest()}
   if labels_folder:
     manifest = report.read_object(pathlib.Path(labels_folder) / "manifest.json")
-    found["pseudo labels"] = {"images": manifest.get("images"), "sha256": manifest.get("labels_sha256")}
+    found["pseudo labels"] = {
+      "images": manifest.get("images"),
+      "sha256": manifest.get("labels_sha256"),
+    }
   return found
 
 
-# --- resuming -----------------------------------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 
 
 Data = Mapping[str, Mapping[str, Any]]  # domain -> `fingerprint`
 
 
 def check_claim(
-  workdir: pathlib.Path, config: configs.ConfigDict, classes: Mapping[str, Classes], data: Data, *, step: int | None
+  workdir: pathlib.Path,
+  config: configs.ConfigDict,
+  classes: Mapping[str, Classes],
+  data: Data,
+  *,
+  step: int | None,
 ) -> list[str]:
-  """Sees whether the workdir can be that of this run. Only a checkpoint binds it: without one nothing was learnt.
+  """Sees whether the workdir can be that of this run. Only a checkpoint binds it: without one
+  nothing was learnt.
 
   Args:
     classes, data: of each domain by name, "" the first: the classes, and `fingerprint`.
@@ -264,13 +336,19 @@ def check_claim(
     What is to be told: the options that differ from those of the run so far, and what that means.
 
   Raises:
-    InputError: the run that it belongs to cannot be resumed with this config, these classes or these images; all at once.
+    InputError: the run that it belongs to cannot be resumed with this config, these classes or
+      these images; all at once.
   """
   return [] if step is None else _check_resumable(workdir, config, classes, data, step)
 
 
 def claim(
-  workdir: pathlib.Path, config: configs.ConfigDict, classes: Mapping[str, Classes], data: Data, *, step: int | None
+  workdir: pathlib.Path,
+  config: configs.ConfigDict,
+  classes: Mapping[str, Classes],
+  data: Data,
+  *,
+  step: int | None,
 ) -> None:
   """Makes the workdir that of this run, after `check_claim`."""
   if jax.process_index() != 0:
@@ -283,14 +361,18 @@ def claim(
 
 
 def _set_aside(workdir: pathlib.Path) -> None:
-  """Renames what a run told that left no network: its curves and scores are not those of the run that begins."""
+  """Renames what a run told that left no network: its curves and scores are not those of the run
+  that begins.
+  """
   for name in ("history.jsonl", "results.json", "scores.csv"):
     if (workdir / name).is_file():
       (workdir / name).replace(workdir / f"{name}.before")
 
 
 def _check_resumable(workdir, config, classes, data, step) -> list[str]:
-  problems = checks.Problems(f"workdir {workdir} belongs to another config, whose run is at step {step}")
+  problems = checks.Problems(
+    f"workdir {workdir} belongs to another config, whose run is at step {step}"
+  )
   told = []
   if (workdir / "config.json").is_file():  # else the user removed a damaged one
     for key, (ours, theirs) in configs.changes(config, saved_config(workdir)).items():
@@ -303,7 +385,12 @@ def _check_resumable(workdir, config, classes, data, step) -> list[str]:
   changed_options = bool(problems.items)
   if config.total_steps < step:
     remedy = f"give --config.total_steps={step} or more"
-    problems.add("total_steps", got=config.total_steps, allowed=f"at least the {step} steps that are done", remedy=remedy)
+    problems.add(
+      "total_steps",
+      got=config.total_steps,
+      allowed=f"at least the {step} steps that are done",
+      remedy=remedy,
+    )
   if (workdir / "classes.json").is_file():
     first, others = saved_classes(workdir)
     for name, theirs in {"": first, **others}.items():
@@ -312,29 +399,52 @@ def _check_resumable(workdir, config, classes, data, step) -> list[str]:
         problems.extend(same_classes(classes[name], theirs, where=where, allowed="of the run"))
   if (workdir / "data.json").is_file():
     remedy = "remove the file: the data are then taken to be those of the run"
-    saved = read_json(workdir / "data.json", remedy=remedy, parse=lambda content: {name: dict(of) for name, of in content.items()})
+    saved = read_json(
+      workdir / "data.json",
+      remedy=remedy,
+      parse=lambda content: {name: dict(of) for name, of in content.items()},
+    )
     for name, now in data.items():
       for role in sorted(now.keys() | saved.get(name, now).keys()):
         ours, theirs = now.get(role), saved.get(name, now).get(role)
         if ours != theirs:
-          count = [f"{of['images']} images" if isinstance(of, Mapping) and "images" in of else "none" for of in (ours, theirs)]
-          got = f"{count[0]}, other ones than the {count[1]} so far" if count[0] == count[1] else f"{count[0]}, not {count[1]}"
-          listed = f"{workdir / 'lists' / name / role}.txt has those so far" if role in ROLES else None
+          count = [
+            f"{of['images']} images" if isinstance(of, Mapping) and "images" in of else "none"
+            for of in (ours, theirs)
+          ]
+          got = (
+            f"{count[0]}, other ones than the {count[1]} so far"
+            if count[0] == count[1]
+            else f"{count[0]}, not {count[1]}"
+          )
+          listed = (
+            f"{workdir / 'lists' / name / role}.txt has those so far" if role in ROLES else None
+          )
           problems.add(f"{role} images" if role in ROLES else role, got=got, remedy=listed)
   if problems.items:
-    problems.add(f"remedy: another --workdir{_start_from(workdir, config)}" + (
-      ", or the options that this one was made with" if changed_options else ""
-    ))  # fmt: skip
+    problems.add(
+      f"remedy: another --workdir{_start_from(workdir, config)}"
+      + (", or the options that this one was made with" if changed_options else "")
+    )
   problems.raise_if_any()
   return told
 
 
 # What is another method's business, or nobody's.
-_OF_THE_METHOD = ("method.*", "unlabeled_loss.*", "batch_size_global.unlabeled", "nets_from", *_FREE)
+_OF_THE_METHOD = (
+  "method.*",
+  "unlabeled_loss.*",
+  "batch_size_global.unlabeled",
+  "nets_from",
+  *_FREE,
+)
 
 
-def supervised_beside(workdir: pathlib.Path, config: configs.ConfigDict, results: Mapping[str, Any]) -> dict[str, Any] | None:
-  """What results.json says under "baseline", see `report`: of the finished supervised run that differs least; None for none.
+def supervised_beside(
+  workdir: pathlib.Path, config: configs.ConfigDict, results: Mapping[str, Any]
+) -> dict[str, Any] | None:
+  """What results.json says under "baseline", see `report`: of the finished supervised run that
+  differs least; None for none.
 
   Folders beside `workdir` that are no run, or cannot be read, are passed over.
   """
@@ -343,20 +453,28 @@ def supervised_beside(workdir: pathlib.Path, config: configs.ConfigDict, results
   miou = next(iter(of_ours.values()))["miou"]
   images = report.read_object(workdir / "data.json")[""]["evaluated"]
   workdir = workdir.absolute()
-  for folder in sorted(path.parent for path in workdir.parent.glob("*/results.json") if path.parent != workdir):
+  for folder in sorted(
+    path.parent for path in workdir.parent.glob("*/results.json") if path.parent != workdir
+  ):
     try:
       theirs = report.read_results(folder / "results.json")
       if theirs["method"] != "supervised" or theirs["protocol"] != results["protocol"]:
         continue
       saved = configs.from_saved(report.read_object(folder / "config.json"))
       last = next(iter(theirs["last"]["predictors"].values()))["miou"]
-      finished = (theirs["last"]["step"] >= saved.total_steps or theirs.get("ended_early")) and last is not None
+      finished = (
+        theirs["last"]["step"] >= saved.total_steps or theirs.get("ended_early")
+      ) and last is not None
       if not finished or report.read_object(folder / "data.json")[""]["evaluated"] != images:
         continue
     except Exception:  # whatever lies there is not ours to judge
       continue
     different = configs.changes(config, saved)
-    differs = [key for key in different if not any(fnmatch.fnmatch(key, pattern) for pattern in _OF_THE_METHOD)]
+    differs = [
+      key
+      for key in different
+      if not any(fnmatch.fnmatch(key, pattern) for pattern in _OF_THE_METHOD)
+    ]
     found.append({"workdir": str(folder), "miou": last, "gain": miou - last, "differs": differs})
   return min(found, key=lambda entry: len(entry["differs"]), default=None)
 
@@ -371,7 +489,9 @@ def _effect(key: str, ours: Any, theirs: Any) -> str | None:
     return None
   if key in _PLACES:
     return "the images there are the same"
-  return next((effect for pattern, effect in _FROM_NOW_ON.items() if fnmatch.fnmatch(key, pattern)), None)
+  return next(
+    (effect for pattern, effect in _FROM_NOW_ON.items() if fnmatch.fnmatch(key, pattern)), None
+  )
 
 
 def _is_number(value: Any) -> bool:
@@ -380,5 +500,8 @@ def _is_number(value: Any) -> bool:
 
 def _start_from(workdir: pathlib.Path, config: configs.ConfigDict) -> str:
   """How to learn on from a run's network under other options, in words."""
-  options = [f"--config.init_from={workdir}", *(["--config.network.pretrained="] if config.network.pretrained else [])]
+  options = [
+    f"--config.init_from={workdir}",
+    *(["--config.network.pretrained="] if config.network.pretrained else []),
+  ]
   return f" (with {shlex.join(options)} to start from the network of this one)"

@@ -6,24 +6,32 @@ from importlib import metadata
 
 import pytest
 
-# Eight simulated devices for the whole suite: "one device = eight" is then a mesh of the first one against a mesh of all.
+# Eight simulated devices for the whole suite: "one device = eight" is then a mesh of the first one
+# against a mesh of all.
 _FLAGS = "--xla_force_host_platform_device_count=8"
-if int(metadata.version("jaxlib").split(".")[1]) >= 8:  # older ones abort at a flag that they do not know
-  # On a busy machine a device may wait long for the others; XLA aborts the process after 40 s of that unless told otherwise.
+# Older ones abort at a flag that they do not know.
+if int(metadata.version("jaxlib").split(".")[1]) >= 8:
+  # On a busy machine a device may wait long for the others; XLA aborts the process after 40 s of
+  # that unless told otherwise.
   _FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=300"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
-# Threads of XLA's pools. With one a core (or one a device) those that wait for other devices can leave none for these.
+# Threads of XLA's pools. With one a core (or one a device) those that wait for other devices can
+# leave none for these.
 os.environ.setdefault("NPROC", "64")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def pytest_addoption(parser):
   default = pathlib.Path(__file__).parent / "golden" / "data"
-  parser.addoption("--golden-dir", default=str(default), help="folder of golden .npz files (default: our copy)")
+  parser.addoption(
+    "--golden-dir", default=str(default), help="folder of golden .npz files (default: our copy)"
+  )
 
 
 def pytest_collection_modifyitems(items):
-  """Groups for `-n 2 --dist loadgroup`: a file's tests share fixtures, those of a method's case in the contract what it compiled."""
+  """Groups for `-n 2 --dist loadgroup`: a file's tests share fixtures, those of a method's case in
+  the contract what it compiled.
+  """
   for item in items:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     item.add_marker(pytest.mark.xdist_group(f"{item.path.name}:{parameters.get('case', '')}"))
@@ -35,10 +43,14 @@ _resident_limit = [_MORE_BYTES]
 
 @pytest.fixture(autouse=True)
 def little_compiled_code():
-  """Lets go of compiled code in time: it takes memory, and memory mappings, of which Linux kills at 65530."""
+  """Lets go of compiled code in time: it takes memory, and memory mappings, of which Linux kills at
+  65530.
+  """
   yield
   mappings = pathlib.Path("/proc/self/maps")
-  if mappings.exists() and (_resident_bytes() > _resident_limit[0] or mappings.read_bytes().count(b"\n") > 30_000):
+  if mappings.exists() and (
+    _resident_bytes() > _resident_limit[0] or mappings.read_bytes().count(b"\n") > 30_000
+  ):
     import jax
 
     jax.clear_caches()

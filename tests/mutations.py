@@ -3,7 +3,9 @@
 
 def mutated(value, rng):
   """A JSON value with one leaf (or branch) replaced by something else."""
-  other = rng.choice([None, True, -1, 0, 1e308, "", "x", [], {}, [1], {"a": 1}, [[0]], "\x00", 2**70])
+  other = rng.choice(
+    [None, True, -1, 0, 1e308, "", "x", [], {}, [1], {"a": 1}, [[0]], "\x00", 2**70]
+  )
   if isinstance(value, dict) and value and rng.random() < 0.9:
     key = rng.choice(sorted(value))
     if rng.random() < 0.1:

@@ -19,7 +19,10 @@ K, SIZE, BATCH = 4, 17, 4
 
 @functools.cache
 def make_method(**options):
-  network, optimizer = make_network("tiny", num_classes=K, width=4), optim.sgd(lambda step: 1.0, momentum=0.0)
+  network, optimizer = (
+    make_network("tiny", num_classes=K, width=4),
+    optim.sgd(lambda step: 1.0, momentum=0.0),
+  )
   return ael.ael(Task(K, 10, network, optimizer, losses.cross_entropy_mean), **options)
 
 
@@ -37,11 +40,16 @@ def take_step(method, batch):
 
 
 def test_a_class_s_confidence_is_the_mean_of_its_true_probability_over_the_batch():
-  probability = jnp.array([[[[0.8, 0.2, 0.0], [0.4, 0.6, 0.0]]], [[[0.1, 0.9, 0.0], [0.3, 0.3, 0.4]]]]) + 1e-9
+  probability = (
+    jnp.array([[[[0.8, 0.2, 0.0], [0.4, 0.6, 0.0]]], [[[0.1, 0.9, 0.0], [0.3, 0.3, 0.4]]]]) + 1e-9
+  )
   label = jnp.array([[[0, 0]], [[1, IGNORE_LABEL]]])
-  np.testing.assert_allclose(balance.class_confidence(jnp.log(probability), label), [0.6, 0.9, 0.0], rtol=1e-5)
+  np.testing.assert_allclose(
+    balance.class_confidence(jnp.log(probability), label), [0.6, 0.9, 0.0], rtol=1e-5
+  )
   bank = balance.moved_bank(jnp.array([0.5, 0.5, 0.5]), jnp.log(probability), label, 0.9)
-  np.testing.assert_allclose(bank, [0.51, 0.54, 0.45], rtol=1e-5)  # the absent class looks less sure
+  # The absent class looks less sure.
+  np.testing.assert_allclose(bank, [0.51, 0.54, 0.45], rtol=1e-5)
 
 
 def test_the_least_sure_class_is_always_learnt_from_and_a_sure_one_never():
@@ -57,14 +65,20 @@ def test_ignored_labels_stay_in_the_denominator_and_nothing_kept_is_zero():
   logits, label = jnp.zeros((1, 1, 3, 2)), jnp.array([[[0, 1, IGNORE_LABEL]]])
   confidence = jnp.array([[[1.0, 0.5, 0.5]]])
   loss = functools.partial(balance.reweighted_loss, label=label, confidence=confidence, gamma=2.0)
-  np.testing.assert_allclose(loss(logits, kept=jnp.ones((1, 1, 3), bool)), np.log(2) * 1.25 / 1.5, rtol=1e-6)
-  value, gradient = jax.value_and_grad(functools.partial(loss, kept=jnp.zeros((1, 1, 3), bool)))(logits)
+  np.testing.assert_allclose(
+    loss(logits, kept=jnp.ones((1, 1, 3), bool)), np.log(2) * 1.25 / 1.5, rtol=1e-6
+  )
+  value, gradient = jax.value_and_grad(functools.partial(loss, kept=jnp.zeros((1, 1, 3), bool)))(
+    logits
+  )
   assert value == 0 and (gradient == 0).all()
 
 
 def test_classes_are_drawn_with_their_probabilities_and_only_candidates():
   bank = jnp.array([0.9, 0.1, 0.0, 0.5])
-  drawn = ael.drawn_classes(bank, jax.random.gumbel(jax.random.key(0), (20_000, 4)), (0, 2, 3), power=0.5)
+  drawn = ael.drawn_classes(
+    bank, jax.random.gumbel(jax.random.key(0), (20_000, 4)), (0, 2, 3), power=0.5
+  )
   share = np.bincount(drawn, minlength=4) / 20_000
   likely = np.exp(np.sqrt(1 - np.asarray(bank))) * [1, 0, 1, 1]
   np.testing.assert_allclose(share, likely / likely.sum(), atol=0.02)
@@ -86,9 +100,15 @@ def test_another_image_is_never_the_same_and_has_the_class_where_one_has():
 
 def test_only_drawn_classes_of_images_that_are_pasted_come_through():
   image, label = jnp.zeros((2, 1, 3, 1)), jnp.array([[[0, 0, 0]], [[1, 2, IGNORE_LABEL]]])
-  draws = {"classes": jnp.array([[0.0, 99.0, 0.0], [0.0, 99.0, 0.0]]), "source": jnp.zeros((2, 2)), "used": jnp.array([0.4, 0.6])}
+  draws = {
+    "classes": jnp.array([[0.0, 99.0, 0.0], [0.0, 99.0, 0.0]]),
+    "source": jnp.zeros((2, 2)),
+    "used": jnp.array([0.4, 0.6]),
+  }
   numbered = image + jnp.arange(2.0)[:, None, None, None]
-  source = ael.choose_source(numbered, label, jnp.full(3, 0.5), draws, probability=0.5, candidates=(), power=1.0)
+  source = ael.choose_source(
+    numbered, label, jnp.full(3, 0.5), draws, probability=0.5, candidates=(), power=1.0
+  )
   pasted_image, pasted_label = ael.copy_paste(numbered, label, source)
   assert pasted_label.tolist() == [[[1, 0, 0]], [[1, 2, IGNORE_LABEL]]]
   assert pasted_image[..., 0].tolist() == [[[1, 0, 0]], [[1, 1, 1]]]
@@ -105,7 +125,8 @@ def test_every_large_region_is_drawn_as_often_and_no_small_one():
   assert found.all() and set(np.sum(box, axis=(1, 2)).tolist()) == {8, 9}
   assert abs(np.mean(box[:, 0, 0]) - 0.5) < 0.1
   box, found = draw(min_area=0.08)
-  assert found.all() and (np.sum(box, axis=(1, 2)) == 9).all()  # larger than the share, not as large
+  # Larger than the share, not as large.
+  assert found.all() and (np.sum(box, axis=(1, 2)) == 9).all()
   assert not draw(min_area=0.09)[1].any()
 
 
@@ -118,7 +139,9 @@ def test_a_mix_takes_the_region_of_an_image_with_the_class_or_else_a_random_box(
     "region": jnp.zeros((3, 8, 8)),
     "box": mixing.BoxDraws(jnp.full((3, 1), 0.5), jnp.full((3, 1), 0.5), jnp.zeros((3, 1, 2))),
   }
-  mix = ael.choose_mix(jnp.asarray(label), jnp.full(3, 0.5), draws, region_area=0.1, presence_area=0.1)
+  mix = ael.choose_mix(
+    jnp.asarray(label), jnp.full(3, 0.5), draws, region_area=0.1, presence_area=0.1
+  )
   assert mix.source.tolist() == [2, 2, 0] and mix.by_class.tolist() == [True, True, False]
   np.testing.assert_array_equal(mix.box[0], label[2] == 1)
   assert mix.box[2].sum() == 36 and mix.box[2, :6, :6].all()  # half of 64, in whole pixels
@@ -128,7 +151,9 @@ def test_a_mix_takes_the_region_of_an_image_with_the_class_or_else_a_random_box(
 
 @functools.cache
 def a_step():
-  return take_step(make_method(auxiliary_weight=0.0, min_confidence=0.0, bank_momentum=0.9), make_batch())
+  return take_step(
+    make_method(auxiliary_weight=0.0, min_confidence=0.0, bank_momentum=0.9), make_batch()
+  )
 
 
 def test_the_loss_is_the_sum_of_its_terms_and_the_first_average_a_copy():
@@ -136,12 +161,16 @@ def test_the_loss_is_the_sum_of_its_terms_and_the_first_average_a_copy():
   terms = [metrics[f"loss_{name}"] for name in ("supervised", "labeled", "unlabeled")]
   np.testing.assert_allclose(metrics["loss"], sum(terms), rtol=1e-6)
   assert all(value > 0 for value in terms) and metrics["kept_fraction"] > 0
-  jax.tree.map(np.testing.assert_array_equal, after.nets["student"].params, after.nets["teacher"].params)
+  jax.tree.map(
+    np.testing.assert_array_equal, after.nets["student"].params, after.nets["teacher"].params
+  )
 
 
 def test_only_the_supervised_loss_reaches_the_second_head():
   before, after, _ = a_step()  # with no weight on it
-  moved = jax.tree.map(lambda old, new: np.any(old != new), before.nets["student"].params, after.nets["student"].params)
+  moved = jax.tree.map(
+    lambda old, new: np.any(old != new), before.nets["student"].params, after.nets["student"].params
+  )
   assert not any(jax.tree.leaves(moved["auxiliary"])) and any(jax.tree.leaves(moved["head"]))
 
 
@@ -179,12 +208,23 @@ def test_the_auxiliary_head_drops_channels_only_with_a_key():
   without, moved = run(train=True)
   first, second = (run(train=True, dropout=jax.random.key(seed))[0] for seed in (2, 3))
   assert without.shape == (2, 5, 5, K) and np.any(first != without) and np.any(first != second)
-  assert any(np.any(old != new) for old, new in zip(jax.tree.leaves(stats), jax.tree.leaves(moved), strict=True))
+  assert any(
+    np.any(old != new)
+    for old, new in zip(jax.tree.leaves(stats), jax.tree.leaves(moved), strict=True)
+  )
   np.testing.assert_array_equal(run(train=False, dropout=jax.random.key(2))[0], run(train=False)[0])
 
 
 def test_bad_options_are_told_all_at_once():
   with pytest.raises(checks.InputError) as error:
-    make_method(min_confidence=1.5, gamma=-1.0, paste_draws=0, paste_classes=(2, K), region_area=-0.1)
-  for part in ("min_confidence: got 1.5", "gamma: got -1.0", "paste_draws: got 0", f"some of 0..{K - 1}", "region_area"):
+    make_method(
+      min_confidence=1.5, gamma=-1.0, paste_draws=0, paste_classes=(2, K), region_area=-0.1
+    )
+  for part in (
+    "min_confidence: got 1.5",
+    "gamma: got -1.0",
+    "paste_draws: got 0",
+    f"some of 0..{K - 1}",
+    "region_area",
+  ):
     assert part in str(error.value)

@@ -9,24 +9,52 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "pseudoseg_jax"
 
 # The floor of each room; a module may import lower floors, and its own room.
 FLOORS = {
-  "contract": 0, "checks": 0, "rng": 0,
-  "ops": 1, "data": 1, "command_line": 1, "notebook": 1,
-  "models": 2, "optim": 2,
+  "contract": 0,
+  "checks": 0,
+  "rng": 0,
+  "ops": 1,
+  "data": 1,
+  "command_line": 1,
+  "notebook": 1,
+  "models": 2,
+  "optim": 2,
   "nets": 3,
   "methods": 4,
-  "engine": 5, "evaluation": 5,
+  "engine": 5,
+  "evaluation": 5,
   "config": 6,
-  "build": 7, "recipes": 7, "workdir": 7,
-  "trained": 8, "settings": 8,
+  "build": 7,
+  "recipes": 7,
+  "workdir": 7,
+  "trained": 8,
+  "settings": 8,
   "api": 9,
-  "main": 10, "predict": 10, "prepare": 10, "check_data": 10, "convert_weights": 10, "export_model": 10,
-  "export_labels": 10, "reliable": 10, "cli": 10,
+  "main": 10,
+  "predict": 10,
+  "prepare": 10,
+  "check_data": 10,
+  "convert_weights": 10,
+  "export_model": 10,
+  "export_labels": 10,
+  "reliable": 10,
+  "cli": 10,
   "__init__": 11,
-}  # fmt: skip
+}
 # What a room must not see although it lies below it, and libraries that stay out of it.
 FORBIDDEN = {
-  "methods": {"pseudoseg_jax.data", "pseudoseg_jax.models", "flax.linen", "ml_collections", "tensorflow"},
-  "engine": {"pseudoseg_jax.methods", "pseudoseg_jax.models", "pseudoseg_jax.data", "ml_collections"},
+  "methods": {
+    "pseudoseg_jax.data",
+    "pseudoseg_jax.models",
+    "flax.linen",
+    "ml_collections",
+    "tensorflow",
+  },
+  "engine": {
+    "pseudoseg_jax.methods",
+    "pseudoseg_jax.models",
+    "pseudoseg_jax.data",
+    "ml_collections",
+  },
   "evaluation": {"pseudoseg_jax.methods", "pseudoseg_jax.models", "ml_collections"},
   "ops": {"tensorflow", "flax", "ml_collections"},
   "models": {"tensorflow", "ml_collections"},
@@ -67,5 +95,9 @@ def test_imports_go_down_only(path):
 def test_rooms_keep_to_themselves(path):
   own = path.parts[0].removesuffix(".py")
   for forbidden in FORBIDDEN.get(own, ()):
-    seen = {module for module in imports(path) if module == forbidden or module.startswith(f"{forbidden}.")} - ALLOWED.get(own, set())
+    seen = {
+      module
+      for module in imports(path)
+      if module == forbidden or module.startswith(f"{forbidden}.")
+    } - ALLOWED.get(own, set())
     assert not seen, f"{path} imports {seen}"

@@ -1,4 +1,6 @@
-"""Archives that were damaged, or made to harm: told, in little time and memory. What whole ones hold is tested with `prepare`."""
+"""Archives that were damaged, or made to harm: told, in little time and memory. What whole ones
+hold is tested with `prepare`.
+"""
 
 import contextlib
 import gzip
@@ -65,7 +67,9 @@ def patch(path, offsets, value):
 def header(name, size, kind=b"0", size_field=None):
   """A block of a tar that says `size` of what follows, or holds `size_field` in that place."""
   field = size_field or b"%011o\0" % size
-  block = bytearray(name.encode().ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + field + b"00000000000\0")
+  block = bytearray(
+    name.encode().ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + field + b"00000000000\0"
+  )
   block += b" " * 8 + kind + bytes(100) + b"ustar\x0000" + bytes(512 - 265)
   block[148:156] = b"%06o\0 " % sum(block)
   return bytes(block)
@@ -79,12 +83,14 @@ def binary(size):
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_members_may_be_read_or_left(tmp_path, mode):
   noise = random.Random(0)
-  files = {f"{number}.jpg": noise.randbytes(300 * number) for number in range(20)} | {"long" * 60: b"x" * 3_000_000}
+  files = {f"{number}.jpg": noise.randbytes(300 * number) for number in range(20)} | {
+    "long" * 60: b"x" * 3_000_000
+  }
   path = make_tar(tmp_path / "a.tar", files, mode)
   assert read_all(path) == files
-  assert {member.name: member.read() for member in archives.members(path, lambda name: name[0] in "1l")} == {
-    name: content for name, content in files.items() if name[0] in "1l"
-  }
+  assert {
+    member.name: member.read() for member in archives.members(path, lambda name: name[0] in "1l")
+  } == {name: content for name, content in files.items() if name[0] in "1l"}
 
 
 def test_linked_folders_of_an_extracted_archive_are_entered(tmp_path):
@@ -116,7 +122,10 @@ def test_bombs_are_refused(tmp_path, kind, monkeypatch):
   else:
     make_tar(path, {"a.jpg": zeros, "b.jpg": b""}, "w:gz")
   wanted = (lambda name: name == "b.jpg") if kind == "tgz, left" else bool
-  with limited(seconds=5, mebibytes=8), pytest.raises(checks.InputError, match="not safe(.|\n)*100 times") as error:
+  with (
+    limited(seconds=5, mebibytes=8),
+    pytest.raises(checks.InputError, match="not safe(.|\n)*100 times") as error,
+  ):
     for member in archives.members(path, wanted):
       member.read()
   assert str(path) in str(error.value)
@@ -130,7 +139,14 @@ def test_what_a_bomb_is_leaves_lists_and_masks_alone(tmp_path):
 
 @pytest.mark.parametrize(
   ("offset", "value"),
-  [(20, b"\xfe\xff\xff\xff"), (24, b"\xfe\xff\xff\x7f"), (42, b"\0\0\0\0"), (16, b"\1\2\3\4"), (10, b"\x63\0"), (8, b"\x20\0")],
+  [
+    (20, b"\xfe\xff\xff\xff"),
+    (24, b"\xfe\xff\xff\x7f"),
+    (42, b"\0\0\0\0"),
+    (16, b"\1\2\3\4"),
+    (10, b"\x63\0"),
+    (8, b"\x20\0"),
+  ],
   ids=["stored size", "size", "place", "checksum", "method", "patch"],
 )
 def test_zips_that_say_wrong_things_of_themselves(tmp_path, offset, value):
@@ -146,12 +162,16 @@ TARS = {
   "a huge name": header("././@LongLink", 0, b"L", size_field=binary(1 << 40)) + header("a.jpg", 0),
   "huge notes": header("pax", 0, b"x", size_field=binary(1 << 40)) + header("a.jpg", 0),
   "a negative member": header("a.jpg", 0, size_field=binary(-1024)),
-  "a negative name": header("././@LongLink", 0, b"L", size_field=binary(-1024)) + header("a.jpg", 0),
+  "a negative name": header("././@LongLink", 0, b"L", size_field=binary(-1024))
+  + header("a.jpg", 0),
   "negative notes": header("pax", 0, b"x", size_field=binary(-1024)) + header("a.jpg", 0),
-  "notes of a negative size": header("pax", 13, b"x") + b"13 size=-512\n".ljust(512, b"\0") + header("a.jpg", 0),
+  "notes of a negative size": header("pax", 13, b"x")
+  + b"13 size=-512\n".ljust(512, b"\0")
+  + header("a.jpg", 0),
   "names of names": header("././@LongLink", 0, b"L") * 5000 + header("a.jpg", 0),
   "a sparse file": header("pax", 66, b"x")
-  + b"22 GNU.sparse.major=0\n22 GNU.sparse.minor=0\n27 GNU.sparse.size=99999999\n".ljust(512, b"\0") + header("a.jpg", 0),
+  + b"22 GNU.sparse.major=0\n22 GNU.sparse.minor=0\n27 GNU.sparse.size=99999999\n".ljust(512, b"\0")
+  + header("a.jpg", 0),
   "an old sparse file": header("a.jpg", 0, b"S"),
 }
 
@@ -169,7 +189,11 @@ def test_tars_that_say_wrong_things_of_themselves(tmp_path, kind, packed):
 @pytest.mark.parametrize("kind", ["tar", "tgz", "zip"])
 def test_damage_anywhere_is_told(tmp_path, kind):
   noise = random.Random(kind)
-  files = {"JPEGImages/ä.jpg": noise.randbytes(700), "list.txt": b"a\n" * 500, "deep" * 30 + "/b.png": noise.randbytes(600)}
+  files = {
+    "JPEGImages/ä.jpg": noise.randbytes(700),
+    "list.txt": b"a\n" * 500,
+    "deep" * 30 + "/b.png": noise.randbytes(600),
+  }
   path = tmp_path / f"a.{kind}"
   if kind == "zip":
     make_zip(path, files, zipfile.ZIP_DEFLATED)

@@ -1,4 +1,6 @@
-"""CCT: who learns from what, what each perturbation does, how the parts of a large crop share memory."""
+"""CCT: who learns from what, what each perturbation does, how the parts of a large crop share
+memory.
+"""
 
 import functools
 
@@ -37,9 +39,17 @@ def make_batch(*suffixes, seed=0, num_classes=K):
   batch = {}
   for suffix in ("", *suffixes):
     valid = jnp.ones((BATCH, SIZE, SIZE), bool).at[:, -4:].set(False)
-    label = jnp.asarray(rng.integers(0, 2, size=(BATCH, SIZE, SIZE)), jnp.int32).at[:, -4:].set(IGNORE_LABEL)
+    label = (
+      jnp.asarray(rng.integers(0, 2, size=(BATCH, SIZE, SIZE)), jnp.int32)
+      .at[:, -4:]
+      .set(IGNORE_LABEL)
+    )
     batch[f"labeled{suffix}"] = {"image": images(), "label": label, "valid": valid}
-    batch[f"unlabeled{suffix}"] = {"weak": images(), "valid": valid, "image_label": jnp.ones((BATCH, num_classes))}
+    batch[f"unlabeled{suffix}"] = {
+      "weak": images(),
+      "valid": valid,
+      "image_label": jnp.ones((BATCH, num_classes)),
+    }
   return batch
 
 
@@ -50,7 +60,9 @@ def step(method, batch):
 
 def moved_groups(before, after):
   """Names of the parameter groups that differ."""
-  moved = jax.tree.map(lambda old, new: bool(np.any(old != new)), before.nets["main"].params, after.nets["main"].params)
+  moved = jax.tree.map(
+    lambda old, new: bool(np.any(old != new)), before.nets["main"].params, after.nets["main"].params
+  )
   return {group for group, leaves in moved.items() if any(jax.tree.leaves(leaves))}
 
 
@@ -60,11 +72,19 @@ def moved_groups(before, after):
     ({"weight": 0.0}, True, {"backbone", "head"}),
     ({"decoders": FEW}, False, {"backbone", "auxiliary"}),
     ({"weight": 0.0, "image_labels": True, "weak_weight": 0.0}, False, {"classifier"}),
-    ({"weight": 0.0, "image_labels": True, "classification_weight": 0.0}, False, {"backbone", "auxiliary"}),
+    (
+      {"weight": 0.0, "image_labels": True, "classification_weight": 0.0},
+      False,
+      {"backbone", "auxiliary"},
+    ),
   ],
 )
-def test_every_loss_trains_its_own_decoders_and_the_encoder_learns_from_all_but_the_classifier(options, supervised, groups):
-  method = cct.cct(make_task(supervised), **{"decoders": {"context": 1}, "rampup_fraction": 0.0} | options)
+def test_every_loss_trains_its_own_decoders_and_the_encoder_learns_from_all_but_the_classifier(
+  options, supervised, groups
+):
+  method = cct.cct(
+    make_task(supervised), **{"decoders": {"context": 1}, "rampup_fraction": 0.0} | options
+  )
   before, after, _ = step(method, make_batch())
   assert moved_groups(before, after) == groups
 
@@ -75,7 +95,9 @@ def test_every_domain_has_decoders_of_its_own_and_the_same_encoder():
   before, after, metrics = step(method, batch)
   assert moved_groups(before, after) == {"backbone", "head", "auxiliary", "head_1", "auxiliary_1"}
   terms = [value for name, value in metrics.items() if name.startswith("loss_")]
-  assert len(terms) == 4 and float(metrics["loss"]) == pytest.approx(sum(map(float, terms)), rel=1e-6)
+  assert len(terms) == 4 and float(metrics["loss"]) == pytest.approx(
+    sum(map(float, terms)), rel=1e-6
+  )
   images = jnp.zeros((2, SIZE, SIZE, 3))
   assert method.predictor_domains == {"main": 0, "main_1": 1}
   assert [predict(after, images).shape[-1] for predict in method.predictors.values()] == [K, 7]
@@ -85,7 +107,10 @@ def test_the_consistency_starts_at_e_to_the_minus_5_and_grows_every_step():
   method = cct.cct(make_task(), decoders={"context": 1}, rampup_fraction=0.4)
   state, batch = method.init(jax.random.key(0)), make_batch()
   update, draws = jax.jit(method.update), method.draw(jax.random.key(1), batch)
-  at = [update(state.replace(step=jnp.int32(index)), batch, draws)[1]["loss_consistency"] for index in (0, 2, 4, 9)]
+  at = [
+    update(state.replace(step=jnp.int32(index)), batch, draws)[1]["loss_consistency"]
+    for index in (0, 2, 4, 9)
+  ]
   np.testing.assert_allclose(np.array(at) / at[-1], [np.exp(-5), np.exp(-1.25), 1, 1], rtol=1e-5)
 
 
@@ -94,7 +119,13 @@ def test_one_decoder_of_many_is_in_memory_at_a_time():
     method = cct.cct(make_task(), decoders={"feature_noise": count})
     state, batch = jax.eval_shape(method.init, jax.random.key(0)), make_batch()
     draws = jax.eval_shape(method.draw, jax.random.key(0), batch)
-    return jax.jit(method.update).lower(state, batch, draws).compile().memory_analysis().temp_size_in_bytes
+    return (
+      jax.jit(method.update)
+      .lower(state, batch, draws)
+      .compile()
+      .memory_analysis()
+      .temp_size_in_bytes
+    )
 
   logits = BATCH * 40 * 40 * K * 4  # bytes
   assert temporary_bytes(24) - temporary_bytes(2) < 2 * logits
@@ -111,14 +142,20 @@ def test_vats_perturbation_has_its_length_in_float32(scale):
   np.testing.assert_allclose(jnp.sqrt(jnp.sum(change**2, axis=(1, 2, 3))), 2.0, rtol=1e-4)
   target = jax.nn.softmax(decode(features))
   away = lambda change: jnp.sum(losses.kl_from_target(decode(features + change), target))
-  assert away(change) > 2 * away(2.0 * perturb.unit(start, tiny=0.0))  # further than a random step of that length
+  # Further than a random step of that length.
+  assert away(change) > 2 * away(2.0 * perturb.unit(start, tiny=0.0))
 
 
 def test_context_and_objects_are_two_halves_of_the_features():
   features = jnp.ones((1, 2, 2, 3))
-  foreground = jnp.zeros((1, 4, 4), bool).at[0, :3, :2].set(True)  # its upper left corners of cells: two of four
-  kept = cct.perturbed("context", features, None, cct.Prediction(foreground, None), None, xi=0.1, eps=2.0)
-  rest = cct.perturbed("object", features, None, cct.Prediction(foreground, None), None, xi=0.1, eps=2.0)
+  # Its upper left corners of cells: two of four.
+  foreground = jnp.zeros((1, 4, 4), bool).at[0, :3, :2].set(True)
+  kept = cct.perturbed(
+    "context", features, None, cct.Prediction(foreground, None), None, xi=0.1, eps=2.0
+  )
+  rest = cct.perturbed(
+    "object", features, None, cct.Prediction(foreground, None), None, xi=0.1, eps=2.0
+  )
   np.testing.assert_array_equal(kept[0, :, :, 0], [[1, 0], [1, 0]])
   np.testing.assert_array_equal(kept + rest, features)
 
@@ -130,12 +167,15 @@ def test_feature_drop_takes_the_strongest_positions():
 
 
 def walked_corners(region):
-  """Turns of the outer outline of one region, bool[H, W], walked pixel by pixel with the outside on the right."""
+  """Turns of the outer outline of one region, bool[H, W], walked pixel by pixel with the outside on
+  the right.
+  """
   around = outlines._AROUND
   cells = set(zip(*np.nonzero(region)))
   start = min(cells)
   neighbour = lambda cell, way: (cell[0] + around[way % 8][0], cell[1] + around[way % 8][1])
-  # The first pixel's left and upper neighbours are free; where the walk ends is the first one found clockwise from there.
+  # The first pixel's left and upper neighbours are free; where the walk ends is the first one found
+  # clockwise from there.
   before = next((way for way in (3, 2, 1, 0, 7, 6, 5) if neighbour(start, way) in cells), None)
   cell, back, turns, incoming = start, before, 0, (before + 4) % 8
   while True:
@@ -149,13 +189,19 @@ def walked_corners(region):
 def test_corners_are_those_of_a_walk_around_each_region():
   rng = np.random.default_rng(0)
   mask = np.stack([rng.random((16, 18)) < share for share in (0.15, 0.3, 0.5, 0.7, 0.9)])
-  names, corners, free = (np.asarray(f(jnp.asarray(mask))) for f in (components.connected, outlines.corners, outlines.outside))
+  names, corners, free = (
+    np.asarray(f(jnp.asarray(mask)))
+    for f in (components.connected, outlines.corners, outlines.outside)
+  )
   checked = 0
   for image in range(len(mask)):
     around = np.pad(free[image], 1, constant_values=True)
     for name in set(names[image][mask[image]]):
       region = names[image] == name
-      touches = any(around[1 + y : 17 + y, 1 + x : 19 + x][region].any() for y, x in ((0, 1), (1, 0), (0, -1), (-1, 0)))
+      touches = any(
+        around[1 + y : 17 + y, 1 + x : 19 + x][region].any()
+        for y, x in ((0, 1), (1, 0), (0, -1), (-1, 0))
+      )
       want = walked_corners(region) if touches and region.sum() > 1 else 0
       assert corners[image][region].sum() == want
       checked += region.sum() > 1
@@ -163,12 +209,29 @@ def test_corners_are_those_of_a_walk_around_each_region():
 
 
 def test_what_lies_in_a_hole_is_not_outside():
-  mask = jnp.zeros((1, 7, 7), bool).at[0, 1:6, 1:6].set(True).at[0, 2:5, 2:5].set(False).at[0, 3, 3].set(True)
+  mask = (
+    jnp.zeros((1, 7, 7), bool)
+    .at[0, 1:6, 1:6]
+    .set(True)
+    .at[0, 2:5, 2:5]
+    .set(False)
+    .at[0, 3, 3]
+    .set(True)
+  )
   free = outlines.outside(mask)[0]
   assert free.sum() == 49 - 25 and not free[2, 2]
   corners = outlines.corners(mask)[0]
-  assert corners.sum() == 4 and corners[1, 1] == 1 and corners[3, 3] == 0  # the square's; none of its hole and the dot in it
-  winding = jnp.ones((1, 5, 5), bool).at[0, 4, 1].set(False).at[0, 1:4, 1].set(False).at[0, 1, 1:4].set(False)
+  # The square's; none of its hole and the dot in it.
+  assert corners.sum() == 4 and corners[1, 1] == 1 and corners[3, 3] == 0
+  winding = (
+    jnp.ones((1, 5, 5), bool)
+    .at[0, 4, 1]
+    .set(False)
+    .at[0, 1:4, 1]
+    .set(False)
+    .at[0, 1, 1:4]
+    .set(False)
+  )
   assert outlines.outside(winding)[0].sum() == 6  # a channel with a bend, open below
 
 
@@ -188,10 +251,15 @@ def test_bootstrapping_keeps_the_pixels_that_are_below_the_threshold():
   right = np.array([0.1, 0.3, 0.5, 0.8])
   logits = jnp.log(jnp.stack([right, 1 - right], axis=-1))[None, None]
   label = jnp.zeros((1, 1, 4), jnp.int32)
-  value = lambda label, threshold: losses.bootstrapped_cross_entropy(logits, label, threshold=threshold)
+  value = lambda label, threshold: losses.bootstrapped_cross_entropy(
+    logits, label, threshold=threshold
+  )
   np.testing.assert_allclose(value(label, 0.4), -np.log([0.1, 0.3]).mean(), rtol=1e-5)
-  np.testing.assert_allclose(value(label, 0.0), -np.log(0.1), rtol=1e-5)  # one an image at least, below the next
-  np.testing.assert_allclose(value(label.at[0, 0, 0].set(IGNORE_LABEL), 0.4), -np.log(0.3), rtol=1e-5)
+  # One an image at least, below the next.
+  np.testing.assert_allclose(value(label, 0.0), -np.log(0.1), rtol=1e-5)
+  np.testing.assert_allclose(
+    value(label.at[0, 0, 0].set(IGNORE_LABEL), 0.4), -np.log(0.3), rtol=1e-5
+  )
   assert schedules.annealed_threshold(0, start=0.25, end=0.9, length_steps=4) == 0.25
 
 
@@ -199,7 +267,9 @@ def test_pseudo_masks_have_a_class_where_sure_and_background_where_nothing_is():
   cam = jnp.array([[[[0.9, 0.2], [0.1, 0.31], [0.04, 0.0], [0.2, 0.06]]]])
   valid = jnp.ones((1, 1, 4), bool)
   np.testing.assert_array_equal(cct.pseudo_mask(cam, valid), [[[1, 2, 0, IGNORE_LABEL]]])
-  np.testing.assert_array_equal(cct.pseudo_mask(cam, valid, background=False), [[[0, 1, IGNORE_LABEL, IGNORE_LABEL]]])
+  np.testing.assert_array_equal(
+    cct.pseudo_mask(cam, valid, background=False), [[[0, 1, IGNORE_LABEL, IGNORE_LABEL]]]
+  )
   np.testing.assert_array_equal(cct.pseudo_mask(cam, ~valid), [[[IGNORE_LABEL] * 4]])
 
 
@@ -208,12 +278,27 @@ def test_an_image_that_is_all_background_gives_a_finite_step():
   batch = make_batch()
   batch["unlabeled"] = jax.tree.map(jnp.zeros_like, batch["unlabeled"])
   _, after, metrics = step(method, batch)
-  assert metrics["kept_fraction"] == 0 and metrics["loss_consistency"] == 0 and metrics["loss_weak"] == 0
+  assert (
+    metrics["kept_fraction"] == 0 and metrics["loss_consistency"] == 0 and metrics["loss_weak"] == 0
+  )
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.nets["main"].params))
 
 
 def test_options_that_cannot_work_are_told_together():
   with pytest.raises(checks.InputError) as error:
-    cct.cct(make_task(), decoders={"vatt": 1}, distance="js", min_confidence=0.5, rampup="sigmoidal", xi=0.0)
-  for part in ("did you mean 'vat'?", "at least one auxiliary decoder", "0.5 with distance 'js'", "'sigmoidal'", "xi: got 0.0"):
+    cct.cct(
+      make_task(),
+      decoders={"vatt": 1},
+      distance="js",
+      min_confidence=0.5,
+      rampup="sigmoidal",
+      xi=0.0,
+    )
+  for part in (
+    "did you mean 'vat'?",
+    "at least one auxiliary decoder",
+    "0.5 with distance 'js'",
+    "'sigmoidal'",
+    "xi: got 0.0",
+  ):
     assert part in str(error.value)

@@ -1,4 +1,6 @@
-"""A run in the cell of a real notebook kernel: interrupted anywhere, the same cell goes on, and nothing is left behind."""
+"""A run in the cell of a real notebook kernel: interrupted anywhere, the same cell goes on, and
+nothing is left behind.
+"""
 
 import ast
 import os
@@ -56,13 +58,18 @@ class Output:
 class Notebook:
   def __init__(self, folder):
     manager = pytest.importorskip("jupyter_client.manager")
-    compiled = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    compiled = {
+      "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     self._manager, self._client = manager.start_new_kernel(
       kernel_name="python3", env=dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu", **compiled)
     )
 
   def run(self, code, *, interrupt_at=""):
-    """Runs a cell, and interrupts it as a user does when a text that fits `interrupt_at` appears."""
+    """Runs a cell, and interrupts it as a user does when a text that fits `interrupt_at`
+    appears.
+    """
     cell, output = self._client.execute(code), Output()
     while True:
       message = self._client.get_iopub_msg(timeout=300)
@@ -99,8 +106,14 @@ def undisturbed(notebook, tmp_path_factory):
   shown = notebook.run(TRAIN.format(workdir=str(tmp_path_factory.mktemp("undisturbed") / "w")))
   assert not shown.error and "supervised on given (8 labeled" in shown.lines
   (display,) = shown.displays.values()
-  assert "step 400/400 (100%)" in display["text/plain"] and "mean IoU" in display["text/plain"] and "step 10/" not in shown.lines
-  assert "data:image/png;base64," in display["text/html"] and "value='1.0000'" in display["text/html"]
+  assert (
+    "step 400/400 (100%)" in display["text/plain"]
+    and "mean IoU" in display["text/plain"]
+    and "step 10/" not in shown.lines
+  )
+  assert (
+    "data:image/png;base64," in display["text/html"] and "value='1.0000'" in display["text/html"]
+  )
   assert shown.value.startswith("Results")
   return notebook.value("results['last'], results['best'], results['finished']")
 
@@ -115,7 +128,9 @@ def undisturbed(notebook, tmp_path_factory):
   ],
   ids=["set-up", "compilation", "steps", "evaluation"],
 )
-def test_an_interrupted_cell_goes_on_when_it_is_run_again(at, ends_with, notebook, undisturbed, tmp_path):
+def test_an_interrupted_cell_goes_on_when_it_is_run_again(
+  at, ends_with, notebook, undisturbed, tmp_path
+):
   train = TRAIN.format(workdir=str(tmp_path / "w"))
   if at == "opening":
     notebook.run(SLOW_SET_UP)
@@ -131,8 +146,14 @@ def test_an_interrupted_cell_goes_on_when_it_is_run_again(at, ends_with, noteboo
   assert notebook.value("before == left()")
 
 
-def test_calls_whose_value_shows_the_same_leave_their_progress_to_it(notebook, undisturbed, tmp_path):
+def test_calls_whose_value_shows_the_same_leave_their_progress_to_it(
+  notebook, undisturbed, tmp_path
+):
   notebook.run(TRAIN.format(workdir=str(tmp_path / "w")))
   shown = notebook.run(f"pseudoseg_jax.evaluate({str(tmp_path / 'w')!r}, data=data)")
-  assert "mean IoU" in shown.value and "mean IoU" not in shown.lines and "mean IoU" not in str(shown.displays)
+  assert (
+    "mean IoU" in shown.value
+    and "mean IoU" not in shown.lines
+    and "mean IoU" not in str(shown.displays)
+  )
   assert notebook.value("before == left()")

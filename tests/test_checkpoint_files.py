@@ -1,4 +1,6 @@
-"""Files are made here as torch.save makes them, without PyTorch; the last test, and test_pretrained.py, have PyTorch's own."""
+"""Files are made here as torch.save makes them, without PyTorch; the last test, and
+test_pretrained.py, have PyTorch's own.
+"""
 
 import collections
 import contextlib
@@ -21,7 +23,9 @@ from pseudoseg_jax.models import checkpoint_files
 
 
 class Storage:
-  """What torch.save takes for one: `array` holds its numbers (bfloat16 as uint16 bits), `kind` is "Float", "Half", ..."""
+  """What torch.save takes for one: `array` holds its numbers (bfloat16 as uint16 bits), `kind` is
+  "Float", "Half", ...
+  """
 
   def __init__(self, key, array, kind):
     self.key, self.array, self.kind = key, array, kind
@@ -40,7 +44,11 @@ class Parameter:
     self.tensor = tensor
 
   def __reduce__(self):
-    return sys.modules["torch._utils"]._rebuild_parameter, (self.tensor, True, collections.OrderedDict())
+    return sys.modules["torch._utils"]._rebuild_parameter, (
+      self.tensor,
+      True,
+      collections.OrderedDict(),
+    )
 
 
 def _rebuild_tensor_v2():
@@ -57,7 +65,9 @@ class _Pickler(pickle.Pickler):
   def persistent_id(self, value):
     if isinstance(value, Storage):
       kind = getattr(sys.modules["torch"], f"{value.kind}Storage")
-      return ("storage", kind, value.key, "cpu", len(value.array)) + ((None,) if self.legacy else ())
+      return ("storage", kind, value.key, "cpu", len(value.array)) + (
+        (None,) if self.legacy else ()
+      )
     return None
 
 
@@ -72,7 +82,18 @@ def torch_names(monkeypatch):
   for function in (_rebuild_tensor_v2, _rebuild_parameter):
     monkeypatch.setattr(function, "__module__", "torch._utils")
     setattr(utils, function.__name__, function)
-  for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"):
+  for kind in (
+    "Float",
+    "Double",
+    "Half",
+    "BFloat16",
+    "Long",
+    "Int",
+    "Short",
+    "Char",
+    "Byte",
+    "Bool",
+  ):
     setattr(torch, f"{kind}Storage", type(f"{kind}Storage", (), {"__module__": "torch"}))
   with monkeypatch.context() as patch:
     patch.setitem(sys.modules, "torch", torch)
@@ -94,7 +115,11 @@ def zipped(path, content, storages, compression=zipfile.ZIP_STORED):
 
 def legacy(path, content, storages):
   with path.open("wb") as file:
-    for value in (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}):
+    for value in (
+      0x1950A86A20F9469CFC6C,
+      1001,
+      {"protocol_version": 1001, "little_endian": True, "type_sizes": {}},
+    ):
       pickle.dump(value, file, protocol=2)
     _LegacyPickler(file, protocol=2).dump(content)
     pickle.dump([storage.key for storage in storages], file, protocol=2)
@@ -122,12 +147,23 @@ WRITERS = pytest.mark.parametrize("write", [zipped, legacy])
 @WRITERS
 def test_names_of_nested_dicts_are_joined(write, tmp_path, torch_names):
   storage = Storage("0", np.arange(6, dtype=np.float32), "Float")
-  weights = collections.OrderedDict(a=Parameter(Tensor(storage, (2, 3), (3, 1))), b=Tensor(storage, (), (), 4))
-  content = {"state_dict": {"layer1": weights}, "epoch": 3, "lr": [0.1, {"x": Tensor(storage, (1,), (1,), 5)}], "note": None}
+  weights = collections.OrderedDict(
+    a=Parameter(Tensor(storage, (2, 3), (3, 1))), b=Tensor(storage, (), (), 4)
+  )
+  content = {
+    "state_dict": {"layer1": weights},
+    "epoch": 3,
+    "lr": [0.1, {"x": Tensor(storage, (1,), (1,), 5)}],
+    "note": None,
+  }
   got = checkpoint_files.read(write(tmp_path / "file.pth", content, [storage]))
   assert list(got) == ["state_dict.layer1.a", "state_dict.layer1.b", "lr.1.x"]
   np.testing.assert_array_equal(got["state_dict.layer1.a"], [[0, 1, 2], [3, 4, 5]])
-  assert got["state_dict.layer1.b"] == 4 and got["state_dict.layer1.b"].shape == () and got["lr.1.x"] == [5]
+  assert (
+    got["state_dict.layer1.b"] == 4
+    and got["state_dict.layer1.b"].shape == ()
+    and got["lr.1.x"] == [5]
+  )
 
 
 @WRITERS
@@ -163,7 +199,9 @@ def test_views_of_a_shared_storage_with_strides_and_offsets(write, tmp_path, tor
 )
 def test_types_of_elements(write, kind, values, tmp_path, torch_names):
   storage = Storage("0", values, kind)
-  got = checkpoint_files.read(write(tmp_path / "file.pth", {"x": Tensor(storage, (2,), (1,))}, [storage]))["x"]
+  got = checkpoint_files.read(
+    write(tmp_path / "file.pth", {"x": Tensor(storage, (2,), (1,))}, [storage])
+  )["x"]
   np.testing.assert_array_equal(got, values)
   assert got.dtype == values.dtype
 
@@ -171,7 +209,9 @@ def test_types_of_elements(write, kind, values, tmp_path, torch_names):
 @WRITERS
 def test_bfloat16_is_the_upper_half_of_a_float32(write, tmp_path, torch_names):
   storage = Storage("0", np.array([0x3F80, 0xC040], np.uint16), "BFloat16")  # 1 and -3
-  got = checkpoint_files.read(write(tmp_path / "file.pth", {"x": Tensor(storage, (2,), (1,))}, [storage]))["x"]
+  got = checkpoint_files.read(
+    write(tmp_path / "file.pth", {"x": Tensor(storage, (2,), (1,))}, [storage])
+  )["x"]
   assert got.dtype == np.float32 and got.tolist() == [1, -3]
 
 
@@ -185,14 +225,16 @@ def test_safetensors_with_bfloat16_and_back(tmp_path):
   got = checkpoint_files.read(tmp_path / "a.safetensors")
   assert got["x"].tolist() == [[1, -3]]
   arrays = {"x": got["x"], "view": np.arange(6, dtype=np.float32).reshape(2, 3).T}
-  (tmp_path / "b.safetensors").write_bytes(checkpoint_files.to_safetensors(arrays, {"made_by": "a test"}))
+  (tmp_path / "b.safetensors").write_bytes(
+    checkpoint_files.to_safetensors(arrays, {"made_by": "a test"})
+  )
   again = checkpoint_files.read(tmp_path / "b.safetensors")
   np.testing.assert_array_equal(again["view"], [[0, 3], [1, 4], [2, 5]])
   with safetensors.safe_open(tmp_path / "b.safetensors", framework="np") as file:
     assert file.metadata() == {"made_by": "a test"}
 
 
-# --- files that harm, or are damaged ---------------------------------------------------------------------------------------
+# --- files that harm, or are damaged --------------------------------------------------------------
 
 
 class Evil:
@@ -235,16 +277,21 @@ def test_a_truncated_file_is_named(write, kept, tmp_path, torch_names):
 
 def test_compressed_archives_are_refused(tmp_path, torch_names):
   storage = Storage("0", np.zeros(10**6, np.float32), "Float")
-  path = zipped(tmp_path / "bomb.pth", {"x": Tensor(storage, (10**6,), (1,))}, [storage], zipfile.ZIP_DEFLATED)
+  path = zipped(
+    tmp_path / "bomb.pth", {"x": Tensor(storage, (10**6,), (1,))}, [storage], zipfile.ZIP_DEFLATED
+  )
   with pytest.raises(checks.InputError, match="compressed"):
     checkpoint_files.read(path)
 
 
 @WRITERS
 @pytest.mark.parametrize(
-  ("size", "stride", "offset"), [((4,), (1,), 0), ((2,), (3,), 0), ((1,), (1,), 3), ((-1,), (1,), 0), ((2,), (-1,), 1)]
+  ("size", "stride", "offset"),
+  [((4,), (1,), 0), ((2,), (3,), 0), ((1,), (1,), 3), ((-1,), (1,), 0), ((2,), (-1,), 1)],
 )
-def test_tensors_beyond_their_storage_are_refused(write, size, stride, offset, tmp_path, torch_names):
+def test_tensors_beyond_their_storage_are_refused(
+  write, size, stride, offset, tmp_path, torch_names
+):
   storage = Storage("0", np.zeros(3, np.float32), "Float")
   path = write(tmp_path / "file.pth", {"x": Tensor(storage, size, stride, offset)}, [storage])
   with pytest.raises(checks.InputError, match="file.pth"):
@@ -287,7 +334,12 @@ def put(index: int) -> bytes:
 def nested(depth, tensors):
   """Dicts in dicts, a few bytes each, whose dotted names are as long as the nest is deep."""
   inner = text("t") + get(0) + b"s"
-  return b"}" + (text("a") + b"}") * depth + (inner if tensors else b"") + (b"s" + (inner if tensors else b"")) * depth
+  return (
+    b"}"
+    + (text("a") + b"}") * depth
+    + (inner if tensors else b"")
+    + (b"s" + (inner if tensors else b"")) * depth
+  )
 
 
 ORDERED_DICT = b"ccollections\nOrderedDict\n"
@@ -295,23 +347,66 @@ HUGE = b"\x8b" + struct.pack("<i", 60_000) + b"\x01" * 60_000  # LONG4, a number
 BOMBS = {  # instructions -> names of the tensors that are read, or their number; None: refused
   "names that grow": (nested(10_000, tensors=True), None),
   "nests of nothing": (nested(20_000, tensors=False) + text("t") + get(0) + b"s", ["t"]),
-  "one long key": (b"}" + text("k" * 50_000) + b"}(" + b"".join(text(str(n)) + get(0) for n in range(5000)) + b"us", None),
-  "long keys that name no tensor": (b"}(" + text("k" * 50_000) + b"}" + text("t") + get(0) + b"u", ["t"]),
+  "one long key": (
+    b"}"
+    + text("k" * 50_000)
+    + b"}("
+    + b"".join(text(str(n)) + get(0) for n in range(5000))
+    + b"us",
+    None,
+  ),
+  "long keys that name no tensor": (
+    b"}(" + text("k" * 50_000) + b"}" + text("t") + get(0) + b"u",
+    ["t"],
+  ),
   "joined names": (text("n" * 50_000) + put(1) + b"0]" + (get(1) * 2 + b"\x93a") * 5000, None),
   "pairs unfolded again and again": (
-    b"](" + b"".join(b"(" + text(f"k{n}") + get(0) + b"l" for n in range(5000)) + b"e" + put(1) + b"0"
-    + ORDERED_DICT + put(2) + b"0]" + (get(2) + get(1) + b"\x85Ra") * 5000, 5000,
+    b"]("
+    + b"".join(b"(" + text(f"k{n}") + get(0) + b"l" for n in range(5000))
+    + b"e"
+    + put(1)
+    + b"0"
+    + ORDERED_DICT
+    + put(2)
+    + b"0]"
+    + (get(2) + get(1) + b"\x85Ra") * 5000,
+    5000,
   ),
   "pairs of many": (
-    b"(" + b"N" * 20_000 + b"t" + put(1) + b"0" + ORDERED_DICT + b"](" + get(1) * 20_000 + b"e\x85R0}"
-    + text("t") + get(0) + b"s", ["t"],
+    b"("
+    + b"N" * 20_000
+    + b"t"
+    + put(1)
+    + b"0"
+    + ORDERED_DICT
+    + b"]("
+    + get(1) * 20_000
+    + b"e\x85R0}"
+    + text("t")
+    + get(0)
+    + b"s",
+    ["t"],
   ),
   "shapes of many sides": (
-    b"(" + b"K\x01" * 20_000 + b"t" + put(1) + b"0" + b"ctorch._utils\n_rebuild_tensor_v2\n" + put(2) + b"0]"
-    + (get(2) + b"(" + get(3) + b"K\x00" + get(1) * 2 + b"tRa") * 5000, None,
+    b"("
+    + b"K\x01" * 20_000
+    + b"t"
+    + put(1)
+    + b"0"
+    + b"ctorch._utils\n_rebuild_tensor_v2\n"
+    + put(2)
+    + b"0]"
+    + (get(2) + b"(" + get(3) + b"K\x00" + get(1) * 2 + b"tRa") * 5000,
+    None,
   ),
-  "huge sides": (b"ctorch._utils\n_rebuild_tensor_v2\n(" + get(3) + b"K\x00" + HUGE + b"\x85" + HUGE + b"\x85tR", None),
-  "huge keys": (b"}" + HUGE + put(1) + b"Ns" + (get(1) + b"Ns") * 30_000 + text("t") + get(0) + b"s", ["t"]),
+  "huge sides": (
+    b"ctorch._utils\n_rebuild_tensor_v2\n(" + get(3) + b"K\x00" + HUGE + b"\x85" + HUGE + b"\x85tR",
+    None,
+  ),
+  "huge keys": (
+    b"}" + HUGE + put(1) + b"Ns" + (get(1) + b"Ns") * 30_000 + text("t") + get(0) + b"s",
+    ["t"],
+  ),
   "a flood of dicts": (b"](" + b"}" * 150_000 + b"e", None),
   "a flood of copies": (b"](}" + b"2" * 150_000 + b"e", None),
   "a flood of notes": (b"]" + b"\x94" * 150_000, None),
@@ -345,8 +440,13 @@ def test_small_files_take_little_time_and_memory(bomb, tmp_path, torch_names, mo
 
 def test_numbers_are_unfolded_once(tmp_path, torch_names):
   table = np.zeros(1 << 18, np.uint8)
-  others = [Storage("0", table, kind) for kind in ("Byte", "Char", "Bool", "Half", "BFloat16", "Float", "Double")]
-  path = zipped(tmp_path / "file.pth", {kind.kind: Tensor(kind, (1,), (1,)) for kind in others}, others[:1])
+  others = [
+    Storage("0", table, kind)
+    for kind in ("Byte", "Char", "Bool", "Half", "BFloat16", "Float", "Double")
+  ]
+  path = zipped(
+    tmp_path / "file.pth", {kind.kind: Tensor(kind, (1,), (1,)) for kind in others}, others[:1]
+  )
   with limited(seconds=5, mebibytes=2), pytest.raises(checks.InputError, match="the same numbers"):
     checkpoint_files.read(path)
 
@@ -428,13 +528,19 @@ def test_names_reach_no_terminal_as_they_are(tmp_path, torch_names):
 
 def test_causes_are_told_with_what_to_do(tmp_path):
   (tmp_path / "empty.pth").touch()
-  (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+  (tmp_path / "pointer.safetensors").write_text(
+    "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"
+  )
   (tmp_path / "eight.safetensors").write_bytes(
     safetensors_file(b'{"x":{"dtype":"F8_E4M3","shape":[4],"data_offsets":[0,4]}}', bytes(4))
   )
   with zipfile.ZipFile(tmp_path / "other.pth", "w") as archive:
     archive.writestr("model/weights.pth", b"...")
-  said = {"empty.pth": "is empty", "pointer.safetensors": "lfs pull", "eight.safetensors": "F8_E4M3.*\n.*float32"}
+  said = {
+    "empty.pth": "is empty",
+    "pointer.safetensors": "lfs pull",
+    "eight.safetensors": "F8_E4M3.*\n.*float32",
+  }
   said["other.pth"] = "unpack it"
   for name, words in said.items():
     with pytest.raises(checks.InputError, match=words):
@@ -442,7 +548,9 @@ def test_causes_are_told_with_what_to_do(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\xff" * 64, b"PK\x03\x04" + b"\0" * 40])
+@pytest.mark.parametrize(
+  "content", [b"", b"<html>not found</html>", b"\xff" * 64, b"PK\x03\x04" + b"\0" * 40]
+)
 def test_other_files_are_refused_by_name(suffix, content, tmp_path):
   path = tmp_path / f"file{suffix}"
   path.write_bytes(content)
@@ -468,7 +576,9 @@ def test_files_of_pytorch_itself(new_form, tmp_path):
     "scalar": torch.tensor(3),
     "expanded": torch.ones(1).expand(5),
   }
-  torch.save({"model": tensors, "step": 3}, tmp_path / "file.pth", _use_new_zipfile_serialization=new_form)
+  torch.save(
+    {"model": tensors, "step": 3}, tmp_path / "file.pth", _use_new_zipfile_serialization=new_form
+  )
   got = checkpoint_files.read(tmp_path / "file.pth")
   assert list(got) == [f"model.{name}" for name in tensors]
   for name, tensor in tensors.items():

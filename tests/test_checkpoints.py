@@ -1,4 +1,6 @@
-"""Checkpoints under faults: what is restored is what was saved, or an older one and told; nobody waits for a failed save."""
+"""Checkpoints under faults: what is restored is what was saved, or an older one and told; nobody
+waits for a failed save.
+"""
 
 import errno
 import json
@@ -31,10 +33,17 @@ TX = optax.sgd(0.1, momentum=0.9)
 
 def make_state(step, width=48):
   key = jax.random.key(step)
-  params = {"conv": {"kernel": jax.random.normal(key, (3, width, width))}, "scale": jnp.ones(width, jnp.bfloat16)}
-  net = NetState.create(apply_fn=None, params=params, tx=TX, batch_stats={"mean": jax.random.normal(key, (width,))})
+  params = {
+    "conv": {"kernel": jax.random.normal(key, (3, width, width))},
+    "scale": jnp.ones(width, jnp.bfloat16),
+  }
+  net = NetState.create(
+    apply_fn=None, params=params, tx=TX, batch_stats={"mean": jax.random.normal(key, (width,))}
+  )
   memory = {"seen": jax.random.uniform(key, (8, 5), jnp.float16), "count": jnp.arange(3)}
-  return State(jnp.asarray(step, jnp.int32), {"net": net.replace(step=jnp.asarray(step, jnp.int32))}, memory)
+  return State(
+    jnp.asarray(step, jnp.int32), {"net": net.replace(step=jnp.asarray(step, jnp.int32))}, memory
+  )
 
 
 LIKE = jax.eval_shape(lambda: make_state(0))
@@ -61,7 +70,10 @@ def assert_is(restored, step, memory=True):
 def saved(folder, *steps, notes=True, **options):
   checkpoints = Checkpoints(folder, **options)
   for step in steps:
-    checkpoints.save(make_state(step), note={"score": step / 8, "names": {"2": 1, "10": [None, "x"]}} if notes else None)
+    checkpoints.save(
+      make_state(step),
+      note={"score": step / 8, "names": {"2": 1, "10": [None, "x"]}} if notes else None,
+    )
   checkpoints.close()
   assert not checkpoints.failed
   return folder
@@ -86,7 +98,9 @@ def kept(folder, series="last"):
 
 
 def largest(path):
-  return max((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+  return max(
+    (file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size
+  )
 
 
 def flip(file, position, bit=0):
@@ -95,21 +109,28 @@ def flip(file, position, bit=0):
   file.write_bytes(content)
 
 
-# --- what is saved, and kept ------------------------------------------------------------------------------------------------
+# --- what is saved, and kept ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep_last, expected", [(1, ["2", "3"]), (2, ["2", "3"]), (3, ["1", "2", "3"])])
+@pytest.mark.parametrize(
+  "keep_last, expected", [(1, ["2", "3"]), (2, ["2", "3"]), (3, ["1", "2", "3"])]
+)
 def test_the_newest_are_kept_and_never_fewer_than_two(tmp_path, keep_last, expected):
   assert kept(saved(tmp_path, 1, 2, 3, keep_last=keep_last)) == expected
   checkpoints = Checkpoints(tmp_path, read_only=True)
-  assert checkpoints.step() == 3 and checkpoints.step("best") is None and checkpoints.note("best") == {}
+  assert (
+    checkpoints.step() == 3 and checkpoints.step("best") is None and checkpoints.note("best") == {}
+  )
   assert_is(checkpoints.restore(LIKE), 3)
   assert_is(checkpoints.restore(LIKE, memory=False), 3, memory=False)
   assert_is(checkpoints.restore(LIKE, step=2), 2)
 
 
 def test_a_note_comes_back_as_it_was_given(whole):
-  assert Checkpoints(whole, read_only=True).note() == {"score": 0.25, "names": {"2": 1, "10": [None, "x"]}}
+  assert Checkpoints(whole, read_only=True).note() == {
+    "score": 0.25,
+    "names": {"2": 1, "10": [None, "x"]},
+  }
 
 
 def test_one_manager_saves_and_restores_in_any_order(tmp_path):
@@ -133,7 +154,9 @@ def test_a_step_that_is_there_stays_as_it_is_unless_there_is_more_to_note(folder
 
 
 def test_saving_behind_a_newer_step_sets_that_one_aside(tmp_path):
-  """A run that fell back to an older `last` finds a best state between that and the best of its lost future."""
+  """A run that fell back to an older `last` finds a best state between that and the best of its
+  lost future.
+  """
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(make_state(8), series="best", note={"score": 0.5})
   checkpoints.save(make_state(7), series="best", note={"score": 0.6})
@@ -142,14 +165,22 @@ def test_saving_behind_a_newer_step_sets_that_one_aside(tmp_path):
   assert Checkpoints(tmp_path).note("best") == {"score": 0.6}
 
 
-@pytest.mark.parametrize("path, value", [
-  ("nets/net/params/conv/kernel", np.nan), ("nets/net/params/scale", np.inf), ("nets/net/batch_stats/mean", -np.inf),
-  ("nets/net/opt_state/0/trace/conv/kernel", np.inf), ("memory/seen", np.nan),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "path, value",
+  [
+    ("nets/net/params/conv/kernel", np.nan),
+    ("nets/net/params/scale", np.inf),
+    ("nets/net/batch_stats/mean", -np.inf),
+    ("nets/net/opt_state/0/trace/conv/kernel", np.inf),
+    ("memory/seen", np.nan),
+  ],
+)
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, path, value):
   saved(tmp_path, 1)
   checkpoints = Checkpoints(tmp_path)
-  with pytest.raises(NonFiniteState, match=f"state of step 2 holds NaN or infinite numbers in {path}") as error:
+  with pytest.raises(
+    NonFiniteState, match=f"state of step 2 holds NaN or infinite numbers in {path}"
+  ) as error:
     checkpoints.save(change(make_state(2), path, value))
   assert isinstance(error.value, FloatingPointError)
   checkpoints.close()
@@ -162,7 +193,9 @@ def test_drop_sets_aside_what_is_ruined_in_both_series(tmp_path):
     checkpoints.save(make_state(step))
   checkpoints.save(make_state(4), series="best", note={"score": 1})
   checkpoints.drop(4)
-  assert checkpoints.step() == 3 and checkpoints.step("best") is None and checkpoints.note("best") == {}
+  assert (
+    checkpoints.step() == 3 and checkpoints.step("best") is None and checkpoints.note("best") == {}
+  )
   assert kept(tmp_path, "damaged") == ["best-4", "last-4"]
   checkpoints.save(make_state(4))
   checkpoints.drop(4)
@@ -173,7 +206,7 @@ def test_drop_sets_aside_what_is_ruined_in_both_series(tmp_path):
   assert kept(tmp_path) == ["3"]
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def replace(file, old, new):
@@ -187,15 +220,22 @@ def cut(file):
 DAMAGE = {
   "arrays cut": lambda step: cut(largest(step / "state" / "d")),
   "arrays gone": lambda step: largest(step / "state" / "d").unlink(),
-  "one bit": lambda step: flip(largest(step / "state" / "d"), largest(step / "state" / "d").stat().st_size // 2),
+  "one bit": lambda step: flip(
+    largest(step / "state" / "d"), largest(step / "state" / "d").stat().st_size // 2
+  ),
   "manifest": lambda step: (step / "state" / "manifest.ocdbt").write_bytes(b""),
   "metadata": lambda step: (step / "state" / "_METADATA").write_text("{"),
-  "metadata of nothing": lambda step: (step / "state" / "_METADATA").write_text('{"tree_metadata": {}}'),
+  "metadata of nothing": lambda step: (step / "state" / "_METADATA").write_text(
+    '{"tree_metadata": {}}'
+  ),
   "digests garbled": lambda step: (step / "digests" / "metadata").write_text("[3]"),
   "digests gone": lambda step: (step / "digests" / "metadata").unlink(),
   "a shape in the digests": lambda step: replace(step / "digests" / "metadata", "48", "49"),
   "no state": lambda step: shutil.rmtree(step / "state"),
-  "a file for a folder": lambda step: (shutil.rmtree(step / "state"), (step / "state").write_text("")),
+  "a file for a folder": lambda step: (
+    shutil.rmtree(step / "state"),
+    (step / "state").write_text(""),
+  ),
   "empty": lambda step: (shutil.rmtree(step), step.mkdir()),
   "another step": lambda step: (shutil.rmtree(step), shutil.copytree(step.parent / "1", step)),
 }
@@ -209,7 +249,8 @@ def test_a_damaged_step_is_told_and_the_one_before_is_taken(folder, name, caplog
   assert f"checkpoint {folder}/last/2 is damaged: " in caplog.text
   with pytest.raises(checks.InputError, match="step 2: got "):
     checkpoints.restore(LIKE, step=2)
-  assert kept(folder) == ["1", "2"] and not (folder / "damaged").exists()  # whoever only reads changes nothing
+  # Whoever only reads changes nothing.
+  assert kept(folder) == ["1", "2"] and not (folder / "damaged").exists()
 
   checkpoints = Checkpoints(folder)
   assert_is(checkpoints.restore(LIKE), 1)
@@ -237,9 +278,10 @@ def test_where_no_step_is_sound_all_are_told_and_both_remedies_work(folder, whol
     checkpoints.restore(LIKE)
   text = str(error.value)
   assert "step 1: got " in text and "step 2: got " in text and kept(folder) == ["1", "2"]
-  move_away = re.search("remedy: put back a copy of one of these folders, or move (.+) away to train from the start", text).group(
-    1
-  )
+  move_away = re.search(
+    "remedy: put back a copy of one of these folders, or move (.+) away to train from the start",
+    text,
+  ).group(1)
   shutil.rmtree(folder / "last" / "1")
   shutil.copytree(whole / "last" / "1", folder / "last" / "1")
   assert_is(Checkpoints(folder, read_only=True).restore(LIKE), 1)
@@ -264,7 +306,8 @@ def test_no_bit_that_flips_is_restored(folder, caplog):
     assert checkpoints.note() in ({}, {"score": 0.25, "names": {"2": 1, "10": [None, "x"]}})
     fell_back.append((file == arrays, int(restored.step) == 1))
     file.write_bytes(content)
-  assert sum(old for of_arrays, old in fell_back if of_arrays) >= 38  # a bit that compression does not need may flip
+  # a bit that compression does not need may flip.
+  assert sum(old for of_arrays, old in fell_back if of_arrays) >= 38
   assert_is(Checkpoints(folder, read_only=True).restore(LIKE), 2)
 
 
@@ -274,7 +317,14 @@ def test_files_cut_lost_or_filled_with_anything_end_in_the_saved_values(folder, 
   step = folder / "last" / "2"
   for file in sorted(file for file in step.rglob("*") if file.is_file()):
     content = file.read_bytes()
-    for damaged in (None, b"", content[: draw.randrange(len(content) + 1)], draw.randbytes(len(content)), b"null", b"{}"):
+    for damaged in (
+      None,
+      b"",
+      content[: draw.randrange(len(content) + 1)],
+      draw.randbytes(len(content)),
+      b"null",
+      b"{}",
+    ):
       file.unlink() if damaged is None else file.write_bytes(damaged)
       checkpoints = Checkpoints(folder, read_only=True)
       memory = draw.random() < 0.5
@@ -286,7 +336,20 @@ def test_files_cut_lost_or_filled_with_anything_end_in_the_saved_values(folder, 
 
 @pytest.mark.parametrize("series", ["last", "best"])
 @pytest.mark.parametrize(
-  "stray", ["99/", "99", "3/", "3", "007/", "abc", "abc/", "3.orbax-checkpoint-tmp", "3.orbax-checkpoint-tmp/", "-5/", "\u0663/"]
+  "stray",
+  [
+    "99/",
+    "99",
+    "3/",
+    "3",
+    "007/",
+    "abc",
+    "abc/",
+    "3.orbax-checkpoint-tmp",
+    "3.orbax-checkpoint-tmp/",
+    "-5/",
+    "\u0663/",
+  ],
 )
 def test_strays_beside_the_steps_hinder_nothing(folder, series, stray):
   if series == "best":
@@ -301,7 +364,10 @@ def test_strays_beside_the_steps_hinder_nothing(folder, series, stray):
     checkpoints.save(make_state(step), series=series)
   checkpoints.close()
   assert not checkpoints.failed and checkpoints.step(series) == 4
-  assert [name for name in kept(folder, series) if re.fullmatch("[1-9]", name)] == {"last": ["3", "4"], "best": ["4"]}[series]
+  assert [name for name in kept(folder, series) if re.fullmatch("[1-9]", name)] == {
+    "last": ["3", "4"],
+    "best": ["4"],
+  }[series]
   in_the_way = {"99/", "3", "3/", "3.orbax-checkpoint-tmp"}
   assert (folder / "damaged" / f"{series}-{path.name}").exists() == (stray in in_the_way)
   assert stray in in_the_way or stray == "3.orbax-checkpoint-tmp/" or path.exists()
@@ -347,12 +413,14 @@ def test_no_checkpoint_is_told(tmp_path):
       Checkpoints(tmp_path, read_only=read_only).restore(LIKE, series="best")
 
 
-# --- another model, older checkpoints ---------------------------------------------------------------------------------------
+# --- another model, older checkpoints -------------------------------------------------------------
 
 
 def save_as_before(folder, *states):
   """Without digests, and without a look at what is saved."""
-  with ocp.CheckpointManager(folder / "last", options=ocp.CheckpointManagerOptions(create=True)) as manager:
+  with ocp.CheckpointManager(
+    folder / "last", options=ocp.CheckpointManagerOptions(create=True)
+  ) as manager:
     for state in states:
       items = {"state": ocp.args.StandardSave(state), "note": ocp.args.JsonSave({"score": 0.5})}
       manager.save(int(state.step), args=ocp.args.Composite(**items))
@@ -360,15 +428,22 @@ def save_as_before(folder, *states):
 
 
 OTHERS = {
-  "nets/net/params/conv/kernel: got float32[3, 48, 48] in the checkpoint; allowed: float32[3, 40, 40]":
-    jax.eval_shape(lambda: make_state(0, 40)),
-  "memory/more: got nothing in the checkpoint; allowed: int32[3]":
-    LIKE.replace(memory=LIKE.memory | {"more": LIKE.memory["count"]}),
-  "memory/count: got int32[3] in the checkpoint; allowed: nothing": LIKE.replace(memory={"seen": LIKE.memory["seen"]}),
-  "memory/count: got int32[3] in the checkpoint; allowed: float32[3]":
-    LIKE.replace(memory=LIKE.memory | {"count": jax.ShapeDtypeStruct((3,), jnp.float32)}),
-  "nets/teacher/params/conv/kernel: got nothing": LIKE.replace(nets=LIKE.nets | {"teacher": LIKE.nets["net"]}),
-}  # fmt: skip
+  "nets/net/params/conv/kernel: got float32[3, 48, 48] in the checkpoint; allowed: float32[3, 40, 40]": jax.eval_shape(
+    lambda: make_state(0, 40)
+  ),
+  "memory/more: got nothing in the checkpoint; allowed: int32[3]": LIKE.replace(
+    memory=LIKE.memory | {"more": LIKE.memory["count"]}
+  ),
+  "memory/count: got int32[3] in the checkpoint; allowed: nothing": LIKE.replace(
+    memory={"seen": LIKE.memory["seen"]}
+  ),
+  "memory/count: got int32[3] in the checkpoint; allowed: float32[3]": LIKE.replace(
+    memory=LIKE.memory | {"count": jax.ShapeDtypeStruct((3,), jnp.float32)}
+  ),
+  "nets/teacher/params/conv/kernel: got nothing": LIKE.replace(
+    nets=LIKE.nets | {"teacher": LIKE.nets["net"]}
+  ),
+}
 
 
 @pytest.mark.parametrize("difference", OTHERS)
@@ -376,7 +451,10 @@ OTHERS = {
 def test_a_checkpoint_of_another_model_is_no_damage(tmp_path, difference, with_digests):
   saved(tmp_path, 1, 2) if with_digests else save_as_before(tmp_path, make_state(1), make_state(2))
   checkpoints = Checkpoints(tmp_path)
-  with pytest.raises(checks.InputError, match="last/2 does not fit this model; use the config that it was trained with") as error:
+  with pytest.raises(
+    checks.InputError,
+    match="last/2 does not fit this model; use the config that it was trained with",
+  ) as error:
     checkpoints.restore(OTHERS[difference])
   assert difference in str(error.value)
   assert kept(tmp_path) == ["1", "2"] and not (tmp_path / "damaged").exists()
@@ -397,7 +475,9 @@ def test_checkpoints_without_digests_are_restored_and_go_on(tmp_path):
   assert_is(Checkpoints(tmp_path).restore(LIKE), 2)
 
 
-@pytest.mark.parametrize("name", ["arrays cut", "arrays gone", "manifest", "metadata", "no state", "empty"])
+@pytest.mark.parametrize(
+  "name", ["arrays cut", "arrays gone", "manifest", "metadata", "no state", "empty"]
+)
 def test_damage_that_shows_without_digests_falls_back_too(tmp_path, name):
   save_as_before(tmp_path, make_state(1), make_state(2))
   DAMAGE[name](tmp_path / "last" / "2")
@@ -405,12 +485,14 @@ def test_damage_that_shows_without_digests_falls_back_too(tmp_path, name):
 
 
 def test_a_ruined_state_that_an_older_release_saved_is_gone_back_from(tmp_path, caplog):
-  save_as_before(tmp_path, make_state(1), change(make_state(2), "nets/net/params/conv/kernel", np.nan))
+  save_as_before(
+    tmp_path, make_state(1), change(make_state(2), "nets/net/params/conv/kernel", np.nan)
+  )
   assert_is(Checkpoints(tmp_path).restore(LIKE), 1)
   assert "it holds NaN or infinite numbers in nets/net/params/conv/kernel" in caplog.text
 
 
-# --- several devices and processes --------------------------------------------------------------------------------------------
+# --- several devices and processes ----------------------------------------------------------------
 
 
 def placed(state, devices):
@@ -421,7 +503,9 @@ def placed(state, devices):
 
   def place(sharding, part):
     if isinstance(jax.tree.leaves(part)[0], jax.ShapeDtypeStruct):
-      return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part)
+      return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part
+      )
     return jax.device_put(part, sharding)
 
   return jax.tree.map(place, shardings, state)
@@ -438,7 +522,10 @@ def test_digests_hold_on_any_number_of_devices(tmp_path, before, after):
   assert len(restored.memory["seen"].sharding.device_set) == after
   content = json.loads((tmp_path / "last" / "2" / "digests" / "metadata").read_text())["leaves"]
   saved(tmp_path / "one", 2)
-  assert content == json.loads((tmp_path / "one" / "last" / "2" / "digests" / "metadata").read_text())["leaves"]
+  assert (
+    content
+    == json.loads((tmp_path / "one" / "last" / "2" / "digests" / "metadata").read_text())["leaves"]
+  )
 
 
 PROCESS = """
@@ -494,11 +581,23 @@ def test_two_processes_save_check_and_fall_back_together(tmp_path):
   environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
   processes = [
     subprocess.Popen(
-      [sys.executable, "-c", PROCESS, str(port), str(index), str(ROOT / "tests"), str(tmp_path / "c")],
-      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+      [
+        sys.executable,
+        "-c",
+        PROCESS,
+        str(port),
+        str(index),
+        str(ROOT / "tests"),
+        str(tmp_path / "c"),
+      ],
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
     )
     for index in range(2)
-  ]  # fmt: skip
+  ]
   try:
     outputs = [process.communicate(timeout=120)[0] for process in processes]
   finally:
@@ -509,10 +608,12 @@ def test_two_processes_save_check_and_fall_back_together(tmp_path):
   assert_is(Checkpoints(tmp_path / "c").restore(LIKE), 2)  # in one process, on one device
 
 
-# --- saves that fail ----------------------------------------------------------------------------------------------------------
+# --- saves that fail ------------------------------------------------------------------------------
 
 
-def test_a_save_that_fails_in_the_background_is_booked_under_its_own_step(tmp_path, monkeypatch, caplog):
+def test_a_save_that_fails_in_the_background_is_booked_under_its_own_step(
+  tmp_path, monkeypatch, caplog
+):
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(make_state(1))
   checkpoints.wait()
@@ -528,17 +629,28 @@ def test_a_save_that_fails_in_the_background_is_booked_under_its_own_step(tmp_pa
   checkpoints.save(make_state(3))  # finds it out, and is not taken along
   checkpoints.wait()
   assert not checkpoints.failed and kept(tmp_path) == ["1", "3"]
-  message = next(record.getMessage() for record in caplog.records if record.levelno == logging.ERROR)
+  message = next(
+    record.getMessage() for record in caplog.records if record.levelno == logging.ERROR
+  )
   free = shutil.disk_usage(tmp_path).free / 1e6
-  assert f"could not save the last checkpoint of step 2 in {tmp_path}/last: No space left on device: " in message
-  assert abs(float(re.search(r"([\d.]+) MB are free", message).group(1)) - free) < 1000 and "a state takes 0.1 MB" in message
+  assert (
+    f"could not save the last checkpoint of step 2 in {tmp_path}/last: No space left on device: "
+    in message
+  )
+  assert (
+    abs(float(re.search(r"([\d.]+) MB are free", message).group(1)) - free) < 1000
+    and "a state takes 0.1 MB" in message
+  )
   assert "free some space: the run goes on, and its next save tries again" in message
   with monkeypatch.context() as patch:
     patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", full)
     checkpoints.save(make_state(4), series="best")
     checkpoints.save(make_state(4))
     checkpoints.close()
-  assert {series: text.split(":")[0] for series, text in checkpoints.failed.items()} == {"last": "step 4", "best": "step 4"}
+  assert {series: text.split(":")[0] for series, text in checkpoints.failed.items()} == {
+    "last": "step 4",
+    "best": "step 4",
+  }
   assert kept(tmp_path) == ["1", "3"] and kept(tmp_path, "best") == []
   assert time.monotonic() - begun < 10
 
@@ -548,7 +660,9 @@ def small_disk(tmp_path):
   """A real file system of 2 MB."""
   path = tmp_path / "disk"
   path.mkdir()
-  mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", path], capture_output=True)
+  mounted = shutil.which("mount") and subprocess.run(
+    ["mount", "-t", "tmpfs", "-o", "size=2m", "none", path], capture_output=True
+  )
   if not mounted or mounted.returncode:
     pytest.skip("only root may mount")
   yield path
@@ -559,7 +673,10 @@ def test_a_full_disk_costs_the_saves_until_there_is_space_again(small_disk):
   checkpoints = Checkpoints(small_disk / "checkpoints")
   checkpoints.save(make_state(1))
   checkpoints.wait()
-  with (small_disk / "other").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+  with (
+    (small_disk / "other").open("wb", buffering=0) as file,
+    pytest.raises(OSError, match="No space left"),
+  ):
     while True:
       file.write(bytes(4096))
   for step in (2, 3):
@@ -607,7 +724,10 @@ def test_a_workdir_removed_while_a_state_is_written_stays_removed(tmp_path):
     checkpoints.wait()
     checkpoints.save(make_state(2))
     checkpoints.close()
-    assert checkpoints.failed["last"].startswith("step 2: ") and "was removed or replaced" in checkpoints.failed["last"]
+    assert (
+      checkpoints.failed["last"].startswith("step 2: ")
+      and "was removed or replaced" in checkpoints.failed["last"]
+    )
     whole = workdir / "checkpoints" / "last" / "1"  # all of it was written after the removal
     assert not workdir.exists() or list(workdir.rglob("last/*")) == [whole]
     shutil.rmtree(workdir, ignore_errors=True)
@@ -651,7 +771,9 @@ print(time.time(), flush=True)
 
 def test_a_process_ends_after_failed_saves(tmp_path):
   command = [sys.executable, "-c", FAILURES, str(ROOT / "tests"), str(tmp_path)]
-  process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen(
+    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
   try:
     output, errors = process.communicate(timeout=60)
   finally:

@@ -54,18 +54,22 @@ def test_an_image_is_pasted_on_the_next_and_the_last_on_the_first():
 def test_what_the_student_sees_is_pasted_where_its_label_is():
   method = make_method()
   state, batch = method.init(jax.random.key(0)), make_batch()
-  (weak, teacher, here, mixed), _ = jax.jit(method.panels.compute)(state, batch, method.draw(jax.random.key(1), batch))
+  (weak, teacher, here, mixed), _ = jax.jit(method.panels.compute)(
+    state, batch, method.draw(jax.random.key(1), batch)
+  )
   here = here.astype(bool)
   np.testing.assert_array_equal(mixed, jnp.where(here[..., None], weak, jnp.roll(weak, -1, axis=0)))
   for image, label in zip(here, jnp.argmax(teacher, axis=-1), strict=True):
     pasted, left = set(np.unique(label[image])), set(np.unique(label[~image]))
-    assert not pasted & left and len(pasted) == len(pasted | left) // 2  # whole classes, half of them
+    # Whole classes, half of them.
+    assert not pasted & left and len(pasted) == len(pasted | left) // 2
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 21), (5, 9)])
 def test_cut_boxes_have_half_the_area_and_lie_inside(size):
   masks = mixing.cut_masks(jax.random.uniform(jax.random.key(0), (300, 3)), size)
-  # The height is rounded, at most half a row of at most the whole width; narrow boxes of odd images are as high as the image.
+  # The height is rounded, at most half a row of at most the whole width; narrow boxes of odd images
+  # are as high as the image.
   outside = np.prod(size) - np.sum(~masks, axis=(1, 2))
   assert np.abs(outside - np.prod(size) / 2).max() <= size[1] / 2 + size[0] / 2
   assert np.abs(outside.mean() / np.prod(size) - 0.5) < 0.05
@@ -88,7 +92,9 @@ def test_jitter_and_blur_change_the_mixed_image_of_some_batches_and_no_label(opt
   compute = jax.jit(method.panels.compute)
   draws = method.draw(jax.random.key(1), batch)
   chance = "jitters" if "color_jitter" in options else "blurs"
-  off, on = (compute(state, batch, draws | {chance: jnp.float32(value)})[0] for value in (0.99, 0.0))
+  off, on = (
+    compute(state, batch, draws | {chance: jnp.float32(value)})[0] for value in (0.99, 0.0)
+  )
   want = jax.jit(plain.panels.compute)(state, batch, draws)[0]
   for got in (off, on):
     np.testing.assert_array_equal(got[1], want[1])
@@ -109,23 +115,44 @@ def test_jittered_images_stay_in_the_range_of_images():
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 def test_no_gradient_reaches_the_teacher(loss):
   logits = jax.random.normal(jax.random.key(0), (2, 3, 3, K))
-  gradient = jax.grad(lambda teacher: classmix.consistency(loss, 2 * logits, teacher).sum())(logits + 1)
+  gradient = jax.grad(lambda teacher: classmix.consistency(loss, 2 * logits, teacher).sum())(
+    logits + 1
+  )
   np.testing.assert_array_equal(gradient, 0)
 
 
 def test_the_first_step_makes_the_teacher_the_student():
   method = make_method(weight=2.0)
   batch = make_batch()
-  state, metrics = jax.jit(method.update)(method.init(jax.random.key(0)), batch, method.draw(jax.random.key(1), batch))
-  jax.tree.map(np.testing.assert_array_equal, state.nets["teacher"].params, state.nets["student"].params)
+  state, metrics = jax.jit(method.update)(
+    method.init(jax.random.key(0)), batch, method.draw(jax.random.key(1), batch)
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal, state.nets["teacher"].params, state.nets["student"].params
+  )
   assert list(method.predictors) == ["student", "teacher"]
-  np.testing.assert_allclose(metrics["loss"], metrics["loss_supervised"] + metrics["loss_unsupervised"], rtol=1e-6)
+  np.testing.assert_allclose(
+    metrics["loss"], metrics["loss_supervised"] + metrics["loss_unsupervised"], rtol=1e-6
+  )
 
 
 def test_options_that_cannot_work_are_told_together():
   with pytest.raises(checks.InputError) as error:
-    make_method(in_channels=4, mask="clas", loss="ce", weight_by="image", min_confidence=2.0, color_jitter=True)
-  for part in ("did you mean 'class'?", "loss: got 'ce'", "weight_by", "min_confidence: got 2.0", "images of 4 channels"):
+    make_method(
+      in_channels=4,
+      mask="clas",
+      loss="ce",
+      weight_by="image",
+      min_confidence=2.0,
+      color_jitter=True,
+    )
+  for part in (
+    "did you mean 'class'?",
+    "loss: got 'ce'",
+    "weight_by",
+    "min_confidence: got 2.0",
+    "images of 4 channels",
+  ):
     assert part in str(error.value)
 
 

@@ -11,7 +11,13 @@ from pseudoseg_jax import cli
 
 
 def call(*words, **options):
-  return subprocess.run([sys.executable, "-m", "pseudoseg_jax.cli", *words], capture_output=True, text=True, check=False, **options)
+  return subprocess.run(
+    [sys.executable, "-m", "pseudoseg_jax.cli", *words],
+    capture_output=True,
+    text=True,
+    check=False,
+    **options,
+  )
 
 
 def test_help_names_every_command():
@@ -19,12 +25,16 @@ def test_help_names_every_command():
   assert shown.returncode == 0
   assert all(f"  {name} " in shown.stdout for name in cli.COMMANDS)
   silent = call()
-  assert silent.returncode == 2 and not silent.stdout and "usage: pseudoseg COMMAND" in silent.stderr
+  assert (
+    silent.returncode == 2 and not silent.stdout and "usage: pseudoseg COMMAND" in silent.stderr
+  )
 
 
 def test_help_waits_for_no_library():
   code = "import sys; from pseudoseg_jax import cli; cli.main(); print(sorted({'jax', 'numpy', 'tensorflow'} & set(sys.modules)))"
-  shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True).stdout
+  shown = subprocess.run(
+    [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True
+  ).stdout
   assert shown.endswith("[]\n")
 
 
@@ -39,13 +49,23 @@ def test_what_is_no_command_is_told(word):
 def test_words_reach_the_module_and_its_exit_code_comes_back(monkeypatch, name):
   module, given, _ = cli.COMMANDS[name]
   seen = []
-  monkeypatch.setattr(importlib.import_module(f"pseudoseg_jax.{module}"), "main", lambda: seen.append(sys.argv[1:]) or 5)
+  monkeypatch.setattr(
+    importlib.import_module(f"pseudoseg_jax.{module}"),
+    "main",
+    lambda: seen.append(sys.argv[1:]) or 5,
+  )
   monkeypatch.setattr("sys.argv", ["pseudoseg", name, "--one", "two"])
   assert cli.main() == 5 and seen == [[*given, "--one", "two"]]
 
 
 def test_a_run_from_anywhere(tmp_path):
-  shown = call("train", "--config=quickstart:method=supervised", "--print_config", "--config.total_steps=7", cwd=tmp_path)
+  shown = call(
+    "train",
+    "--config=quickstart:method=supervised",
+    "--print_config",
+    "--config.total_steps=7",
+    cwd=tmp_path,
+  )
   assert shown.returncode == 0, shown.stderr
   config = json.loads(shown.stdout)
   assert config["total_steps"] == 7 and config["method"]["name"] == "supervised"

@@ -9,7 +9,8 @@ import scipy.ndimage
 from pseudoseg_jax.data import photometry
 from pseudoseg_jax.ops import color, gaussian
 
-IMAGES = jax.random.uniform(jax.random.key(0), (3, 9, 7, 3)).at[0, 0].set(0.5).at[0, 1].set(0.0)  # greys and black among them
+# Greys and black among them.
+IMAGES = jax.random.uniform(jax.random.key(0), (3, 9, 7, 3)).at[0, 0].set(0.5).at[0, 1].set(0.0)
 VALUES = jnp.array([-0.25, 0.1, 0.2])
 
 
@@ -22,8 +23,13 @@ VALUES = jnp.array([-0.25, 0.1, 0.2])
     (color.turn_hue, photometry.adjust_hue, VALUES),
   ],
 )
-def test_every_change_is_that_of_the_input_pipeline_with_a_value_of_each_image(change, one_image, values):
-  want = [one_image(np.asarray(image), np.float32(value)) for image, value in zip(IMAGES, values, strict=True)]
+def test_every_change_is_that_of_the_input_pipeline_with_a_value_of_each_image(
+  change, one_image, values
+):
+  want = [
+    one_image(np.asarray(image), np.float32(value))
+    for image, value in zip(IMAGES, values, strict=True)
+  ]
   np.testing.assert_allclose(change(IMAGES, values), want, atol=2e-6)
 
 
@@ -58,16 +64,22 @@ def test_blur_is_scipys_with_a_sigma_of_each_image_and_borders_mirrored_with_the
   x, sigmas = np.random.default_rng(0).normal(size=(2, 13, 40, 1)).astype(np.float32), (0.7, 5.0)
   got = gaussian.blur(x, jnp.array(sigmas), radius=(20, 20), truncate=4.0, border="symmetric")
   for image, sigma, one in zip(x[..., 0], sigmas, got[..., 0], strict=True):
-    np.testing.assert_allclose(one, scipy.ndimage.gaussian_filter(image, sigma, truncate=4.0), atol=2e-6)
+    np.testing.assert_allclose(
+      one, scipy.ndimage.gaussian_filter(image, sigma, truncate=4.0), atol=2e-6
+    )
 
 
 def test_blur_of_one_sigma_keeps_even_images_and_mirrors_without_the_edge():
-  np.testing.assert_allclose(gaussian.blur(jnp.full((2, 5, 6, 3), 0.3), jnp.ones(1), radius=(2, 2)), 0.3, atol=1e-6)
+  np.testing.assert_allclose(
+    gaussian.blur(jnp.full((2, 5, 6, 3), 0.3), jnp.ones(1), radius=(2, 2)), 0.3, atol=1e-6
+  )
   row = jnp.array([1.0, 0.0, 0.0, 0.0]).reshape(1, 1, 4, 1)
   tap = np.exp(-0.5)
   # Left of the first pixel lies the second: the first pixel counts once.
   np.testing.assert_allclose(
-    gaussian.blur(row, jnp.ones(1), radius=(0, 1)).ravel(), np.array([1, tap, 0, 0]) / (1 + 2 * tap), atol=1e-6
+    gaussian.blur(row, jnp.ones(1), radius=(0, 1)).ravel(),
+    np.array([1, tap, 0, 0]) / (1 + 2 * tap),
+    atol=1e-6,
   )
 
 

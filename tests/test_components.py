@@ -15,7 +15,9 @@ def found(masks):
 
 
 def spiral(side):
-  """One path, a pixel wide, from the corner to the middle: the longest way that a name can have to go."""
+  """One path, a pixel wide, from the corner to the middle: the longest way that a name can have to
+  go.
+  """
   mask = np.zeros((side, side), bool)
   row, column, step = 0, 0, (0, 1)
   mask[0, 0] = True
@@ -52,9 +54,14 @@ MASKS = {
   "comb, teeth up": comb(24)[::-1],
   "diagonals, which touch at corners": np.indices((24, 24)).sum(0) % 4 == 0,
   "chess board": np.indices((24, 24)).sum(0) % 2 == 0,
-  "single pixels": np.pad(np.ones((1, 1), bool), 1)[np.indices((24, 24))[0] % 3, np.indices((24, 24))[1] % 3],
+  "single pixels": np.pad(np.ones((1, 1), bool), 1)[
+    np.indices((24, 24))[0] % 3, np.indices((24, 24))[1] % 3
+  ],
   "frame": ~np.pad(np.ones((22, 22), bool), 1),
-} | {f"noise, {density} dense": noise < density for density, noise in zip((0.1, 0.3, 0.4, 0.7), NOISE, strict=True)}
+} | {
+  f"noise, {density} dense": noise < density
+  for density, noise in zip((0.1, 0.3, 0.4, 0.7), NOISE, strict=True)
+}
 
 
 @pytest.mark.parametrize("name", MASKS)

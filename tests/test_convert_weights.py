@@ -31,7 +31,11 @@ def published(num_classes, prefix=""):
   ours = {key: np.asarray(leaf) for key, leaf in pretrained.flat(params, batch_stats).items()}
   names = torch_names.names([key.split("/", 1)[1] for key in ours], "deeplabv3plus")
   layout = lambda value: value.transpose(3, 2, 0, 1) if value.ndim == 4 else value  # PyTorch's
-  return {prefix + names[key.split("/", 1)[1]]: layout(value) for key, value in ours.items()}, ours, network
+  return (
+    {prefix + names[key.split("/", 1)[1]]: layout(value) for key, value in ours.items()},
+    ours,
+    network,
+  )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,14 @@ def test_the_layout_is_recognised_and_the_summary_says_so(camvid, tmp_path, caps
   folder, ours, _ = camvid
   assert convert_weights.main([f"{folder}/cps.safetensors", f"{tmp_path}/out.safetensors"]) == 0
   told = capsys.readouterr().out
-  for part in ("name=deeplabv3plus", "backbone=resnet18", "stem=deep", "published network", "'model.branch1.'", "million"):
+  for part in (
+    "name=deeplabv3plus",
+    "backbone=resnet18",
+    "stem=deep",
+    "published network",
+    "'model.branch1.'",
+    "million",
+  ):
     assert part in told
   got = checkpoint_files.read(tmp_path / "out.safetensors")
   assert got.keys() == ours.keys() and all(np.array_equal(got[key], ours[key]) for key in ours)
@@ -59,15 +70,23 @@ def test_the_layout_is_recognised_and_the_summary_says_so(camvid, tmp_path, caps
 @pytest.mark.slow
 def test_a_published_network_becomes_a_folder_to_use(camvid, tmp_path):
   folder, ours, network = camvid
-  assert convert_weights.main([f"{folder}/cps.safetensors", f"{tmp_path}/out", f"--config={folder}/mine.py"]) == 0
+  assert (
+    convert_weights.main(
+      [f"{folder}/cps.safetensors", f"{tmp_path}/out", f"--config={folder}/mine.py"]
+    )
+    == 0
+  )
   assert "/a/place" not in (tmp_path / "out" / "config.json").read_text()
   loaded = pseudoseg_jax.load(tmp_path / "out")
   assert loaded.classes.names[0] == "sky" and loaded.name == "converted"
   trees = pretrained.unflat(ours)
   plain = predictors.Predictor(
-    lambda images: network.apply(trees["params"], trees["batch_stats"], images, train=False)[0], loaded.classes,
-    protocol=loaded.protocol, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
-  )  # fmt: skip
+    lambda images: network.apply(trees["params"], trees["batch_stats"], images, train=False)[0],
+    loaded.classes,
+    protocol=loaded.protocol,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+  )
   image = np.random.default_rng(0).integers(0, 256, (33, 41, 3), np.uint8)
   np.testing.assert_allclose(loaded.probabilities(image), plain.probabilities(image), atol=1e-5)
 
@@ -76,18 +95,28 @@ def test_a_network_of_other_classes_is_no_folder(camvid, tmp_path, capsys):
   folder, _, _ = camvid
   file, _, _ = published(4)
   (tmp_path / "four.safetensors").write_bytes(checkpoint_files.to_safetensors(file, {}))
-  assert convert_weights.main([f"{tmp_path}/four.safetensors", f"{tmp_path}/out", f"--config={folder}/mine.py"]) == 2
+  assert (
+    convert_weights.main(
+      [f"{tmp_path}/four.safetensors", f"{tmp_path}/out", f"--config={folder}/mine.py"]
+    )
+    == 2
+  )
   error = capsys.readouterr().err
   assert "four.safetensors" in error and "class count" in error and not (tmp_path / "out").exists()
 
 
 def test_files_of_nothing_known_are_told(tmp_path, capsys):
-  (tmp_path / "x.safetensors").write_bytes(checkpoint_files.to_safetensors({"a.b": np.ones(3, np.float32)}, {}))
+  (tmp_path / "x.safetensors").write_bytes(
+    checkpoint_files.to_safetensors({"a.b": np.ones(3, np.float32)}, {})
+  )
   assert convert_weights.main([f"{tmp_path}/x.safetensors", f"{tmp_path}/out.safetensors"]) == 2
   error = capsys.readouterr().err
   assert "a.b" in error and "--backbone" in error
   options = ["--network=deeplabv3plus", "--backbone=resnet18"]
-  assert convert_weights.main([f"{tmp_path}/x.safetensors", f"{tmp_path}/out.safetensors", *options]) == 2
+  assert (
+    convert_weights.main([f"{tmp_path}/x.safetensors", f"{tmp_path}/out.safetensors", *options])
+    == 2
+  )
   assert "no known layout" in capsys.readouterr().err
   assert not (tmp_path / "out.safetensors").exists()
 
@@ -97,7 +126,10 @@ def test_files_of_nothing_known_are_told(tmp_path, capsys):
   [
     ([], "IN, OUT"),
     (["in.pth", "folder"], "needs --config"),
-    (["in.pth", "out.safetensors", "--config=c", "--backbone=resnet50"], "leave --network, --backbone and --stem out"),
+    (
+      ["in.pth", "out.safetensors", "--config=c", "--backbone=resnet50"],
+      "leave --network, --backbone and --stem out",
+    ),
   ],
 )
 def test_usage_errors(arguments, said, capsys):
@@ -119,7 +151,9 @@ def odd_files():
   stage4 = {"stage4.0.branches.0.0.conv1.weight": np.float32(1)}
   return {
     "no first stage": third,
-    "a classifier of no classes": telling | third | {"layer1.0.conv1.weight": np.ones(1, np.float32)},
+    "a classifier of no classes": telling
+    | third
+    | {"layer1.0.conv1.weight": np.ones(1, np.float32)},
     "an HRNet without channels": stage4,
     "numbers alone": {f"x.{number}": np.float32(1) for number in range(50)},
   }

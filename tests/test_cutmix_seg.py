@@ -1,4 +1,6 @@
-"""CutMix-Seg, ICT and VAT: what the student sees, what it learns from, and where the gradients stop."""
+"""CutMix-Seg, ICT and VAT: what the student sees, what it learns from, and where the gradients
+stop.
+"""
 
 import functools
 
@@ -43,10 +45,15 @@ def make_method(name="cutmix_seg", **options):
 def make_batch(needs, seed=0):
   rng = np.random.default_rng(seed)
   images = lambda *lead: jnp.asarray(rng.normal(size=(BATCH, *lead, SIZE, SIZE, 3)), jnp.float32)
-  label = jnp.asarray(rng.integers(0, K, size=(BATCH, SIZE, SIZE)), jnp.int32).at[:, -4:].set(IGNORE_LABEL)
+  label = (
+    jnp.asarray(rng.integers(0, K, size=(BATCH, SIZE, SIZE)), jnp.int32)
+    .at[:, -4:]
+    .set(IGNORE_LABEL)
+  )
   batch = {"labeled": {"image": images(), "label": label}}
   for index, stream in enumerate(("unlabeled", "partner")[: 1 + needs.partner]):
-    valid = jnp.ones((BATCH, SIZE, SIZE), bool).at[:, -3 * (index + 1) :].set(False)  # partner: twice the padding
+    # partner: twice the padding.
+    valid = jnp.ones((BATCH, SIZE, SIZE), bool).at[:, -3 * (index + 1) :].set(False)
     batch[stream] = {"weak": images(), "valid": valid}
     if needs.strong_views:
       batch[stream]["strong"] = images(1)
@@ -67,7 +74,9 @@ def test_in_the_box_is_the_second_image_outside_the_first():
   np.testing.assert_array_equal(second, batch["partner"]["weak"])
   np.testing.assert_array_equal(mixed[box], batch["partner"]["strong"][:, 0][box])
   np.testing.assert_array_equal(mixed[~box], batch["unlabeled"]["strong"][:, 0][~box])
-  np.testing.assert_array_equal(kept, jnp.where(box, batch["partner"]["valid"], batch["unlabeled"]["valid"]))
+  np.testing.assert_array_equal(
+    kept, jnp.where(box, batch["partner"]["valid"], batch["unlabeled"]["valid"])
+  )
   np.testing.assert_allclose(mask.mean((1, 2)), 0.5, atol=0.03)
 
 
@@ -108,7 +117,9 @@ def test_the_teacher_is_the_average_with_its_statistics(name):
   after, metrics = jax.jit(method.update)(state, batch, draws)
   assert metrics["loss_consistency"] > 0
   student, teacher = after.nets["student"], after.nets["teacher"]
-  want = jax.tree.map(lambda old, new: (old + new) / 2, state.nets["teacher"].params, student.params)
+  want = jax.tree.map(
+    lambda old, new: (old + new) / 2, state.nets["teacher"].params, student.params
+  )
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), teacher.params, want)
   own = state.nets["teacher"].batch_stats
   if name != "vat":  # whose teacher is in inference mode
@@ -118,14 +129,19 @@ def test_the_teacher_is_the_average_with_its_statistics(name):
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), teacher.batch_stats, want)
 
 
-@pytest.mark.parametrize("frozen, moves", [("none", {"backbone", "head"}), ("backbone", {"head"}), ("all", set())])
+@pytest.mark.parametrize(
+  "frozen, moves", [("none", {"backbone", "head"}), ("backbone", {"head"}), ("all", set())]
+)
 def test_frozen_batch_norm_keeps_its_statistics_and_learns_its_scale(frozen, moves):
   method = make_method(frozen_batch_norm=frozen)
   state, batch, draws = start(method)
   after, _ = jax.jit(method.update)(state, batch, draws)
 
   def moved(part):
-    pairs = zip(*(jax.tree.leaves(getattr(one.nets["student"], part[0])[part[1]]) for one in (state, after)), strict=True)
+    pairs = zip(
+      *(jax.tree.leaves(getattr(one.nets["student"], part[0])[part[1]]) for one in (state, after)),
+      strict=True,
+    )
     return any(np.any(old != new) for old, new in pairs)
 
   assert {name for name in ("backbone", "head") if moved(("batch_stats", name))} == moves
@@ -138,16 +154,23 @@ def test_freezing_the_backbone_alone_leaves_the_head_its_batch_statistics():
   (half,), _ = cutmix_seg.forward_with(NETWORK, "backbone")(net, images, dropout=None)
   (got,), _ = cutmix_seg.forward_with(NETWORK, "all")(net, images, dropout=None)
   np.testing.assert_allclose(got, nets.infer(NETWORK, net, images), atol=1e-6)
-  scores, _ = NETWORK.decode(net.params, net.batch_stats, nets.infer_maps(NETWORK, net, images), train=True)
+  scores, _ = NETWORK.decode(
+    net.params, net.batch_stats, nets.infer_maps(NETWORK, net, images), train=True
+  )
   np.testing.assert_allclose(half, NETWORK.upsample(scores, images.shape[1:3]), atol=1e-5)
   assert np.abs(half - got).max() > 1e-2
 
 
 def test_the_ramp_multiplies_the_term():
-  method, steep = make_method(min_confidence=0.0), make_method(min_confidence=0.0, rampup_fraction=1.0)
+  method, steep = (
+    make_method(min_confidence=0.0),
+    make_method(min_confidence=0.0, rampup_fraction=1.0),
+  )
   state, batch, draws = start(method)
   state = state.replace(step=jnp.int32(5))  # of 10
-  whole, risen = (jax.jit(one.update)(state, batch, draws)[1]["loss_consistency"] for one in (method, steep))
+  whole, risen = (
+    jax.jit(one.update)(state, batch, draws)[1]["loss_consistency"] for one in (method, steep)
+  )
   np.testing.assert_allclose(risen / whole, np.exp(-5 * 0.5**2), rtol=1e-5)
 
 
@@ -181,7 +204,10 @@ def test_the_adversarial_change_has_the_radius_and_hurts_more_than_noise():
   (image, seen, _, target), _ = method.panels.compute(state, batch, draws)
   length = jnp.sqrt(jnp.sum(jnp.square(seen - image), axis=(1, 2, 3)))
   np.testing.assert_allclose(length, vat.adaptive_radius(image, 0.05), rtol=1e-4)
-  scaled = draws["noise"] * (length / jnp.sqrt(jnp.sum(jnp.square(draws["noise"]), axis=(1, 2, 3))))[:, None, None, None]
+  scaled = (
+    draws["noise"]
+    * (length / jnp.sqrt(jnp.sum(jnp.square(draws["noise"]), axis=(1, 2, 3))))[:, None, None, None]
+  )
 
   def harm(images):
     return jnp.sum(losses.kl_divergence(nets.infer(NETWORK, teacher, images), jnp.log(target)))
@@ -191,8 +217,24 @@ def test_the_adversarial_change_has_the_radius_and_hurts_more_than_noise():
 
 def test_options_that_cannot_work_are_told_together():
   with pytest.raises(checks.InputError) as error:
-    make_method(mask="cow", distance="mse", boxes=0, area_range=(0.5, 0.2), strong_views=2, frozen_batch_norm="head", decay=1.5)
-  for part in ("mask: got", "distance: got 'mse'", "boxes: got 0", "area_range", "strong_views", "'head'", "decay: got 1.5"):
+    make_method(
+      mask="cow",
+      distance="mse",
+      boxes=0,
+      area_range=(0.5, 0.2),
+      strong_views=2,
+      frozen_batch_norm="head",
+      decay=1.5,
+    )
+  for part in (
+    "mask: got",
+    "distance: got 'mse'",
+    "boxes: got 0",
+    "area_range",
+    "strong_views",
+    "'head'",
+    "decay: got 1.5",
+  ):
     assert part in str(error.value)
   with pytest.raises(checks.InputError, match="beta"):
     make_method("ict", beta=0.0)

@@ -13,7 +13,8 @@ from pseudoseg_jax.data.classes import Classes
 
 CLASSES = Classes(("background", "cat", "dog"), ((0, 0, 0),) * 3)
 IDS = ("a", "b", "c")
-# In images of 20 x 10 pixels (width x height); a: the dog's box is columns 4..9, rows 0..4; b: the whole image; c: nothing.
+# In images of 20 x 10 pixels (width x height); a: the dog's box is columns 4..9, rows 0..4; b: the
+# whole image; c: nothing.
 WANTED = ([[2, 0.0, 0.2, 0.5, 0.5], [1, 0.9, 0.95, 1.0, 1.0]], [[1, 0, 0, 1, 1]], np.zeros((0, 5)))
 
 
@@ -23,27 +24,52 @@ def message(call):
   return str(error.value)
 
 
-def write_xml(folder, name, *objects, size="<size><width>20</width><height>10</height><depth>3</depth></size>"):
+def write_xml(
+  folder, name, *objects, size="<size><width>20</width><height>10</height><depth>3</depth></size>"
+):
   """objects: (class, xmin, ymin, xmax, ymax), in pixels from 1."""
   parts = ""
   for kind, *edges in objects:
-    tagged = "".join(f"<{edge}>{value}</{edge}>" for edge, value in zip(("xmin", "ymin", "xmax", "ymax"), edges, strict=True))
+    tagged = "".join(
+      f"<{edge}>{value}</{edge}>"
+      for edge, value in zip(("xmin", "ymin", "xmax", "ymax"), edges, strict=True)
+    )
     # A part of an object has a box as well, which is no box of a class.
     part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
-    parts += f"<object><name>{kind}</name>{part}<difficult>1</difficult><bndbox>{tagged}</bndbox></object>"
+    parts += (
+      f"<object><name>{kind}</name>{part}<difficult>1</difficult><bndbox>{tagged}</bndbox></object>"
+    )
   (folder / f"{name}.xml").write_text(f"<annotation>{size}{parts}</annotation>")
 
 
 def write_coco(path, annotations=None, changes=None):
-  images = [{"id": 10 + row, "file_name": f"{name}.jpg", "width": 20, "height": 10} for row, name in enumerate(IDS)]
-  categories = [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}, {"id": 90, "name": "toothbrush"}]
+  images = [
+    {"id": 10 + row, "file_name": f"{name}.jpg", "width": 20, "height": 10}
+    for row, name in enumerate(IDS)
+  ]
+  categories = [
+    {"id": 17, "name": "cat"},
+    {"id": 18, "name": "dog"},
+    {"id": 90, "name": "toothbrush"},
+  ]
   if annotations is None:
     annotations = [
-      (10, 18, [4, 0, 6, 5], 0), (11, 17, [0, 0, 20, 10], 0), (10, 17, [19, 9, 1, 1], 0),
-      (11, 18, [0, 0, 5, 5], 1), (11, 18, [3, 3, 0, 4], 0), (99, 90, [0, 0, 1, 1], 0),
-    ]  # fmt: skip
-  annotations = [dict(zip(("image_id", "category_id", "bbox", "iscrowd"), one, strict=True)) for one in annotations]
-  path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories} | (changes or {})))
+      (10, 18, [4, 0, 6, 5], 0),
+      (11, 17, [0, 0, 20, 10], 0),
+      (10, 17, [19, 9, 1, 1], 0),
+      (11, 18, [0, 0, 5, 5], 1),
+      (11, 18, [3, 3, 0, 4], 0),
+      (99, 90, [0, 0, 1, 1], 0),
+    ]
+  annotations = [
+    dict(zip(("image_id", "category_id", "bbox", "iscrowd"), one, strict=True))
+    for one in annotations
+  ]
+  path.write_text(
+    json.dumps(
+      {"images": images, "annotations": annotations, "categories": categories} | (changes or {})
+    )
+  )
   return path
 
 
@@ -66,7 +92,8 @@ def test_coco_pixels_count_from_zero_and_crowds_and_empty_boxes_are_dropped(tmp_
   path = write_coco(tmp_path / "instances.json")
   assert_boxes(boxes.read_boxes(path, IDS, CLASSES))
   assert_boxes(boxes.read_boxes(path, ("c", "a.jpg"), CLASSES), [WANTED[2], WANTED[0]])
-  assert_boxes(boxes.read_boxes(path, ("10", "12"), CLASSES), [WANTED[0], WANTED[2]])  # image ids, where no file is called so
+  # Image ids, where no file is called so.
+  assert_boxes(boxes.read_boxes(path, ("10", "12"), CLASSES), [WANTED[0], WANTED[2]])
 
 
 def test_edges_a_pixel_outside_are_clipped(tmp_path):
@@ -81,9 +108,14 @@ def test_everything_wrong_with_annotations_is_told_together(tmp_path):
   write_xml(tmp_path, "d", ("cat", 9, 1, 4, 4))
   told = message(lambda: boxes.read_boxes(tmp_path, (*IDS, "d", "e"), CLASSES))
   for part in (
-    "class 'doog': got for a;", "did you mean 'dog'?", f"file {tmp_path / 'b.xml'}: got a box of 'cat' from x 0 to 40",
-    "image of 20 x 10", f"file {tmp_path / 'c.xml'}: got no size/width", "from x 8 to 4", "no entry for 1 of 5: e",
-  ):  # fmt: skip
+    "class 'doog': got for a;",
+    "did you mean 'dog'?",
+    f"file {tmp_path / 'b.xml'}: got a box of 'cat' from x 0 to 40",
+    "image of 20 x 10",
+    f"file {tmp_path / 'c.xml'}: got no size/width",
+    "from x 8 to 4",
+    "no entry for 1 of 5: e",
+  ):
     assert part in told
 
 
@@ -91,13 +123,23 @@ def test_everything_wrong_with_coco_is_told_together(tmp_path):
   annotations = [(10, 90, [0, 0, 1, 1], 0), (11, 17, [0, 0, 40, 5], 0), (12, 17, [5, 5, -2, 2], 0)]
   path = write_coco(tmp_path / "instances.json", annotations)
   told = message(lambda: boxes.read_boxes(path, (*IDS, "d"), CLASSES))
-  for part in ("class 'toothbrush': got for a", "image b: got a box of 'cat' from x 0 to 40", "image c", "1 of 4: d"):
+  for part in (
+    "class 'toothbrush': got for a",
+    "image b: got a box of 'cat' from x 0 to 40",
+    "image c",
+    "1 of 4: d",
+  ):
     assert part in told
 
 
 @pytest.mark.parametrize(
   "changes",
-  [{"images": [{"id": 3}]}, {"annotations": {"a": 1}}, {"categories": None}, {"annotations": [{"category_id": 4}]}],
+  [
+    {"images": [{"id": 3}]},
+    {"annotations": {"a": 1}},
+    {"categories": None},
+    {"annotations": [{"category_id": 4}]},
+  ],
 )
 def test_other_json_is_refused_with_its_path(tmp_path, changes):
   path = write_coco(tmp_path / "instances.json", changes=changes)
@@ -108,11 +150,16 @@ def test_other_json_is_refused_with_its_path(tmp_path, changes):
 @pytest.mark.parametrize(
   ("content", "part"),
   [
-    (b"[1]", "got a list"), (b"null", "got a NoneType"), (b"{", "JSONDecodeError"), (b"{\xff}", "Unicode"),
-    (b"{\x00", "null bytes"), (b"[" * 100_000, "RecursionError"), (b'{"images": NaN}', "NaN, which is no JSON"),
+    (b"[1]", "got a list"),
+    (b"null", "got a NoneType"),
+    (b"{", "JSONDecodeError"),
+    (b"{\xff}", "Unicode"),
+    (b"{\x00", "null bytes"),
+    (b"[" * 100_000, "RecursionError"),
+    (b'{"images": NaN}', "NaN, which is no JSON"),
     (b'{"images": ' + b"9" * 5000 + b"}", "ValueError"),
   ],
-)  # fmt: skip
+)
 def test_unreadable_files_are_named(tmp_path, content, part):
   (tmp_path / "boxes.json").write_bytes(content)
   told = message(lambda: boxes.read_boxes(tmp_path / "boxes.json", IDS, CLASSES))
@@ -123,13 +170,22 @@ def test_unreadable_files_are_named(tmp_path, content, part):
 @pytest.mark.parametrize(
   ("part", "key", "value", "told"),
   [
-    ("images", "id", None, "images[0].id: got nothing"), ("images", "id", [1], "images[0].id: got [1] (list)"),
+    ("images", "id", None, "images[0].id: got nothing"),
+    ("images", "id", [1], "images[0].id: got [1] (list)"),
     ("images", "id", True, "images[0].id: got true (bool)"),
     ("images", "file_name", 3, "images[0].file_name: got 3 (int); allowed: text"),
-    ("images", "id", 11, "images: got id 11 2 times"), ("images", "id", "11", "images: got id 11 2 times"),
-    ("images", "file_name", "b.jpg", "image b: got 2 images of that name"), ("images", "width", "20", '["20", 10]'),
-    ("images", "height", 10**400, "in the place of 2 numbers"), ("images", "width", 0, "0 x 10 pixels"),
-    ("annotations", "category_id", 3, "annotations[0]: got category_id 3; allowed: the id of a category"),
+    ("images", "id", 11, "images: got id 11 2 times"),
+    ("images", "id", "11", "images: got id 11 2 times"),
+    ("images", "file_name", "b.jpg", "image b: got 2 images of that name"),
+    ("images", "width", "20", '["20", 10]'),
+    ("images", "height", 10**400, "in the place of 2 numbers"),
+    ("images", "width", 0, "0 x 10 pixels"),
+    (
+      "annotations",
+      "category_id",
+      3,
+      "annotations[0]: got category_id 3; allowed: the id of a category",
+    ),
     ("annotations", "category_id", None, "annotations[0].category_id: got nothing"),
     ("annotations", "image_id", {}, "annotations[0].image_id: got {} (dict)"),
     ("annotations", "bbox", None, "got nothing in the place of 4 numbers"),
@@ -138,10 +194,11 @@ def test_unreadable_files_are_named(tmp_path, content, part):
     ("annotations", "bbox", [1, 2, 1e300, 4], "in the place of 4 numbers"),
     ("annotations", "bbox", "abcd", "in the place of 4 numbers"),
     ("annotations", "bbox", [True] * 4, "in the place of 4 numbers"),
-    ("categories", "id", 18, "categories: got id 18 2 times"), ("categories", "name", "", 'categories[0].name: got "" (str)'),
+    ("categories", "id", 18, "categories: got id 18 2 times"),
+    ("categories", "name", "", 'categories[0].name: got "" (str)'),
     ("categories", "name", ["cat"], "categories[0].name"),
   ],
-)  # fmt: skip
+)
 def test_wrong_things_in_coco_are_told_with_their_place(tmp_path, part, key, value, told):
   path = write_coco(tmp_path / "boxes.json")
   content = json.loads(path.read_text())
@@ -162,23 +219,55 @@ def test_ids_of_coco_may_be_text_in_one_place_and_numbers_in_another(tmp_path):
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e400", "many", ""])
 def test_edges_of_annotations_are_numbers(tmp_path, number):
   write_xml(tmp_path, "a", ("cat", 1, 1, number, 5))
-  assert f"file {tmp_path / 'a.xml'}: got" in message(lambda: boxes.read_boxes(tmp_path, ("a",), CLASSES))
-  write_xml(tmp_path, "a", ("cat", 1, 1, 4, 5), size=f"<size><width>{number}</width><height>10</height></size>")
-  assert f"file {tmp_path / 'a.xml'}: got" in message(lambda: boxes.read_boxes(tmp_path, ("a",), CLASSES))
+  assert f"file {tmp_path / 'a.xml'}: got" in message(
+    lambda: boxes.read_boxes(tmp_path, ("a",), CLASSES)
+  )
+  write_xml(
+    tmp_path,
+    "a",
+    ("cat", 1, 1, 4, 5),
+    size=f"<size><width>{number}</width><height>10</height></size>",
+  )
+  assert f"file {tmp_path / 'a.xml'}: got" in message(
+    lambda: boxes.read_boxes(tmp_path, ("a",), CLASSES)
+  )
 
 
 def _places(value, place=()):
   yield place
-  for key, below in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+  for key, below in (
+    value.items()
+    if isinstance(value, dict)
+    else enumerate(value)
+    if isinstance(value, list)
+    else ()
+  ):
     yield from _places(below, (*place, key))
 
 
 def test_damaged_coco_is_told_or_read(tmp_path):
   original = write_coco(tmp_path / "boxes.json").read_text()
   values = [
-    None, True, False, -1, 0, 18, 1e308, 10**400, float("nan"), float("inf"), "", "x", "\ud800", "\x1b[2J",
-    [], {}, [[[]]], [None] * 4, {"id": 1},
-  ]  # fmt: skip
+    None,
+    True,
+    False,
+    -1,
+    0,
+    18,
+    1e308,
+    10**400,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\ud800",
+    "\x1b[2J",
+    [],
+    {},
+    [[[]]],
+    [None] * 4,
+    {"id": 1},
+  ]
   told = 0
   for seed in range(400):
     rng = random.Random(seed)
@@ -217,7 +306,9 @@ def masks_source(root, *masks):
     Image.new("RGB", mask.shape[::-1]).save(root / f"{row}.jpg")
     Image.fromarray(mask).save(root / f"{row}.png")
   ids = [str(row) for row in range(len(masks))]
-  return sources.FolderSource(root, ids, image_pattern="{id}.jpg", label_pattern="{id}.png", num_classes=3)
+  return sources.FolderSource(
+    root, ids, image_pattern="{id}.jpg", label_pattern="{id}.png", num_classes=3
+  )
 
 
 def test_boxes_of_masks_are_tight_and_skip_background_ignored_and_small_regions(tmp_path):
@@ -226,8 +317,11 @@ def test_boxes_of_masks_are_tight_and_skip_background_ignored_and_small_regions(
   mask[9, 19] = 1
   mask[6:9, 4:10] = 255
   source = masks_source(tmp_path, mask, np.ones((10, 20), np.uint8), np.zeros((10, 20), np.uint8))
-  assert_boxes(boxes.boxes_of_masks(source, CLASSES), ([WANTED[0][1], WANTED[0][0]], WANTED[1], WANTED[2]))
-  assert len(boxes.boxes_of_masks(source, CLASSES, min_area_fraction=0.01)[0]) == 1  # 1 of 200 pixels is less
+  assert_boxes(
+    boxes.boxes_of_masks(source, CLASSES), ([WANTED[0][1], WANTED[0][0]], WANTED[1], WANTED[2])
+  )
+  # 1 of 200 pixels is less.
+  assert len(boxes.boxes_of_masks(source, CLASSES, min_area_fraction=0.01)[0]) == 1
   for things, found in (
     (Classes(("sky", "cat", "dog"), ((0, 0, 0),) * 3), {0, 1, 2}),
     (Classes(("_Background_", "cat", "dog"), ((0, 0, 0),) * 3), {1, 2}),
@@ -249,7 +343,9 @@ def test_boxes_of_synthetic_scenes_cover_their_classes():
 
 def test_sources_without_masks_are_refused(tmp_path):
   Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
-  assert "label_pattern" in message(lambda: boxes.boxes_of_masks(sources.image_folder(tmp_path), CLASSES))
+  assert "label_pattern" in message(
+    lambda: boxes.boxes_of_masks(sources.image_folder(tmp_path), CLASSES)
+  )
 
 
 def test_boxes_of_instances_have_the_class_of_most_of_their_pixels():
@@ -262,15 +358,24 @@ def test_boxes_of_instances_have_the_class_of_most_of_their_pixels():
   label[5, 4:10] = 2
   instances[9, 19], label[9, 19] = 1, 1
   instances[8, 0:2], label[8, 0:2] = 3, 255  # an object of no known class
-  assert_boxes([boxes.boxes_of_instances(instances, label, CLASSES)], [[WANTED[0][1], WANTED[0][0]]])
-  # 16-bit numbers of Cityscapes: 255 is one like any other, and two objects that touch have a box each.
+  assert_boxes(
+    [boxes.boxes_of_instances(instances, label, CLASSES)], [[WANTED[0][1], WANTED[0][0]]]
+  )
+  # 16-bit numbers of Cityscapes: 255 is one like any other, and two objects that touch have a box
+  # each.
   pair = np.uint16([[26000, 26001], [0, 255]])
-  assert boxes.boxes_of_instances(pair, np.uint8([[1, 1], [0, 2]]), CLASSES)[:, 0].tolist() == [2, 1, 1]
+  assert boxes.boxes_of_instances(pair, np.uint8([[1, 1], [0, 2]]), CLASSES)[:, 0].tolist() == [
+    2,
+    1,
+    1,
+  ]
 
 
 def test_written_boxes_are_read_again(tmp_path):
   written = [np.float32(wanted).reshape(-1, 5) for wanted in WANTED]
-  boxes.write_boxes(tmp_path / "boxes.json", ("x/a.jpg", "b", "c"), [(10, 20)] * 3, written, CLASSES)
+  boxes.write_boxes(
+    tmp_path / "boxes.json", ("x/a.jpg", "b", "c"), [(10, 20)] * 3, written, CLASSES
+  )
   assert_boxes(boxes.read_boxes(tmp_path / "boxes.json", ("x/a.jpg", "b", "c"), CLASSES))
 
 
@@ -288,15 +393,20 @@ def get_config(argument=""):
 
 
 def make_tree(root):
-  """Images 0 (labeled), 1 and 2 (not), and 3 (evaluated); each has one cat, of two pixels more than its number in width."""
+  """Images 0 (labeled), 1 and 2 (not), and 3 (evaluated); each has one cat, of two pixels more than
+  its number in width.
+  """
   masks = [np.zeros((10, 20), np.uint8) for _ in range(4)]
   for row, mask in enumerate(masks):
     mask[2:4, 5 : 7 + row] = 1
   masks_source(root, *masks)
   for name, text in {
-    "classes.txt": "background\ncat\ndog\n", "labeled.txt": "0\n", "train.txt": "0\n1\n2\n", "eval.txt": "3\n",
+    "classes.txt": "background\ncat\ndog\n",
+    "labeled.txt": "0\n",
+    "train.txt": "0\n1\n2\n",
+    "eval.txt": "3\n",
     "config.py": CONFIG.replace("ROOT", str(root)),
-  }.items():  # fmt: skip
+  }.items():
     (root / name).write_text(text)
   return root
 
@@ -326,10 +436,17 @@ def test_launcher_writes_the_boxes_of_labeled_and_unlabeled_images(tmp_path, lau
 
 
 def test_launcher_says_what_is_wrong(tmp_path, launcher, capsys):
-  command = [f"--config={make_tree(tmp_path)}/config.py", f"--out={tmp_path / 'boxes.json'}", "--instances=objects_{id}.png"]
+  command = [
+    f"--config={make_tree(tmp_path)}/config.py",
+    f"--out={tmp_path / 'boxes.json'}",
+    "--instances=objects_{id}.png",
+  ]
   Image.new("L", (20, 10)).save(tmp_path / "objects_0.png")
   assert launcher.main(command) == 2 and "2 of 3 files absent" in capsys.readouterr().err
   for row in (1, 2):
     Image.new("L", (10, 20)).save(tmp_path / f"objects_{row}.png")
-  assert launcher.main(command) == 2 and "got 20 x 10; allowed: 10 x 20, as its class mask" in capsys.readouterr().err
+  assert (
+    launcher.main(command) == 2
+    and "got 20 x 10; allowed: 10 x 20, as its class mask" in capsys.readouterr().err
+  )
   assert not (tmp_path / "boxes.json").exists()

@@ -73,12 +73,20 @@ def test_batch_has_the_layout_of_the_contract(batches):
     "flip": ((4,), "bool"),
     "window": ((4, 4), "float32"),
   }
-  labeled = {"image": ((2, 24, 28, 3), "float32"), "label": ((2, 24, 28), "int32"), "valid": ((2, 24, 28), "bool")}
+  labeled = {
+    "image": ((2, 24, 28, 3), "float32"),
+    "label": ((2, 24, 28), "int32"),
+    "valid": ((2, 24, 28), "bool"),
+  }
   assert shapes == {"labeled": labeled, "unlabeled": unlabeled, "partner": unlabeled}
   padding = ~batch["unlabeled"]["valid"]
-  assert np.all(batch["unlabeled"]["weak"][padding] == 0) and np.all(batch["unlabeled"]["strong"].swapaxes(0, 1)[:, padding] == 0)
+  assert np.all(batch["unlabeled"]["weak"][padding] == 0) and np.all(
+    batch["unlabeled"]["strong"].swapaxes(0, 1)[:, padding] == 0
+  )
   outside = ~batch["labeled"]["valid"]
-  assert np.all(batch["labeled"]["image"][outside] == 0) and np.all(batch["labeled"]["label"][outside] == 255)
+  assert np.all(batch["labeled"]["image"][outside] == 0) and np.all(
+    batch["labeled"]["label"][outside] == 255
+  )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +129,9 @@ def test_example_row_of_a_single_image_is_zero():
 
 def test_other_seeds_give_other_orders_and_draws(batches, of_one_image):
   ids = [batch["unlabeled"]["id"] for batch in batches]
-  assert np.any(np.stack(ids[:2]) != np.stack([batch["unlabeled"]["id"] for batch in take(2, spec(seed=8))]))
+  assert np.any(
+    np.stack(ids[:2]) != np.stack([batch["unlabeled"]["id"] for batch in take(2, spec(seed=8))])
+  )
   other = take(1, spec(unlabeled=ONE, seed=8))[0]["unlabeled"]
   first = of_one_image["unlabeled"]
   assert np.any(first["window"] != other["window"]) and np.any(first["strong"] != other["strong"])
@@ -129,14 +139,19 @@ def test_other_seeds_give_other_orders_and_draws(batches, of_one_image):
 
 
 def test_partner_is_independent_of_unlabeled(batches, of_one_image):
-  ids = {name: np.concatenate([batch[name]["id"] for batch in batches]) for name in ("unlabeled", "partner")}
+  ids = {
+    name: np.concatenate([batch[name]["id"] for batch in batches])
+    for name in ("unlabeled", "partner")
+  }
   assert np.any(ids["unlabeled"] != ids["partner"])
   for name in ("window", "strong"):
     assert np.any(of_one_image["unlabeled"][name] != of_one_image["partner"][name])
 
 
 def test_strong_views_are_the_weak_crop_under_different_light():
-  only_brightness = photometry.Photometry(1.0, 0.5, contrast=0, saturation=0, hue=0, grayscale_probability=0, blur_probability=0)
+  only_brightness = photometry.Photometry(
+    1.0, 0.5, contrast=0, saturation=0, hue=0, grayscale_probability=0, blur_probability=0
+  )
   batch = take(1, spec(photometry=only_brightness))[0]["unlabeled"]
   mean, std = np.float32(photometry.IMAGENET_MEAN), np.float32(photometry.IMAGENET_STD)
   weak, strong = batch["weak"] * std + mean, batch["strong"] * std + mean
@@ -155,7 +170,9 @@ def test_pipeline_does_what_the_ops_do_eagerly(batches):
   for row, position in enumerate(range(4, 8)):
     image = tf.constant(SCENES.image(int(batch["id"][row])))
     seed = {
-      name: tf.constant([pipeline.stream_seed(options.seed, f"unlabeled/{name}"), position], tf.int64)
+      name: tf.constant(
+        [pipeline.stream_seed(options.seed, f"unlabeled/{name}"), position], tf.int64
+      )
       for name in ("geometry", "photometry")
     }
     eager = views.unlabeled_views(
@@ -196,7 +213,12 @@ def test_absent_and_broken_mask_files_do_not_matter_to_unlabeled_images(tmp_path
     Image.fromarray(SCENES.image(0)).save(tmp_path / f"{name}.jpg")
   (tmp_path / "a.png").write_bytes(b"broken")
   unlabeled = sources.FolderSource(tmp_path, tuple("abc"), image_pattern="{id}.jpg")
-  assert take(3, spec(unlabeled=unlabeled, needs=Needs()))[0]["unlabeled"]["weak"].shape == (4, 24, 28, 3)
+  assert take(3, spec(unlabeled=unlabeled, needs=Needs()))[0]["unlabeled"]["weak"].shape == (
+    4,
+    24,
+    28,
+    3,
+  )
 
 
 def test_broken_file_reaches_the_caller_by_its_path(tmp_path):
@@ -213,26 +235,43 @@ def test_settings_that_do_not_fit_are_told_together():
   unlabeled_only = WithoutMasks(SCENES)
   unlabeled_only.has_labels = False
   text = message(
-    lambda: spec(labeled=unlabeled_only, unlabeled=None, batch_size_labeled_global=0, needs=Needs(weak_label="tags"))
+    lambda: spec(
+      labeled=unlabeled_only,
+      unlabeled=None,
+      batch_size_labeled_global=0,
+      needs=Needs(weak_label="tags"),
+    )
   )
-  for part in ("without masks", "unlabeled: got no source", "batch_size_labeled_global: got 0", "'tags'"):
+  for part in (
+    "without masks",
+    "unlabeled: got no source",
+    "batch_size_labeled_global: got 0",
+    "'tags'",
+  ):
     assert part in text
 
 
 def test_image_labels_follow_their_images_into_all_streams():
-  labels = np.eye(11, 7, dtype=np.float32) + np.arange(11, dtype=np.float32)[:, None]  # each row tells its image
+  # Each row tells its image.
+  labels = np.eye(11, 7, dtype=np.float32) + np.arange(11, dtype=np.float32)[:, None]
   needs = Needs(partner=True, ids=True, weak_label="image")
   for batch in take(3, spec(needs=needs, unlabeled_image_labels=labels)):
     for stream in ("unlabeled", "partner"):
       assert batch[stream]["image_label"].dtype == np.float32
       np.testing.assert_array_equal(batch[stream]["image_label"], labels[batch[stream]["id"]])
-    assert batch["labeled"]["image_label"].shape == (2, 7) and batch["labeled"]["image_label"].dtype == np.float32
+    assert (
+      batch["labeled"]["image_label"].shape == (2, 7)
+      and batch["labeled"]["image_label"].dtype == np.float32
+    )
 
 
 def test_image_labels_of_labeled_images_are_those_of_their_whole_masks():
-  labels, far = np.zeros((11, 7), np.float32), Geometry((8, 8), scales=(2.0,))  # crops that show a part
+  # Crops that show a part.
+  labels, far = np.zeros((11, 7), np.float32), Geometry((8, 8), scales=(2.0,))
   whole = {tuple(np.isin(np.arange(7), SCENES.label(row)).astype(float)) for row in range(11)}
-  batch = take(1, spec(needs=Needs(weak_label="image"), unlabeled_image_labels=labels, geometry=far))[0]["labeled"]
+  batch = take(
+    1, spec(needs=Needs(weak_label="image"), unlabeled_image_labels=labels, geometry=far)
+  )[0]["labeled"]
   for found, label in zip(batch["image_label"], batch["label"], strict=True):
     assert tuple(found) in whole and set(np.unique(label)) - {255} < set(np.flatnonzero(found))
 
@@ -246,23 +285,46 @@ def test_lacking_image_labels_are_asked_for_by_their_option():
 
 def test_boxes_follow_their_images_into_all_streams():
   boxes = np.full((11, 2, 5), -1, np.float32)
-  boxes[:, 0] = np.stack([np.arange(11), *[np.full(11, edge) for edge in (0.0, 0.0, 1.0, 1.0)]], axis=1)  # a class an image
+  # a class an image.
+  boxes[:, 0] = np.stack(
+    [np.arange(11), *[np.full(11, edge) for edge in (0.0, 0.0, 1.0, 1.0)]], axis=1
+  )
   needs = Needs(partner=True, ids=True, weak_label="boxes")
   batch = take(1, spec(needs=needs, labeled_boxes=boxes, unlabeled_boxes=boxes))[0]
-  assert batch["labeled"]["boxes"].shape == (2, 2, 5) and np.all(batch["labeled"]["boxes"][:, 1, 0] == -1)
+  assert batch["labeled"]["boxes"].shape == (2, 2, 5) and np.all(
+    batch["labeled"]["boxes"][:, 1, 0] == -1
+  )
   for stream in ("unlabeled", "partner"):
     np.testing.assert_array_equal(batch[stream]["boxes"][:, 0, 0], batch[stream]["id"])
-    for (_, top, left, bottom, right), valid in zip(batch[stream]["boxes"][:, 0], batch[stream]["valid"]):
+    for (_, top, left, bottom, right), valid in zip(
+      batch[stream]["boxes"][:, 0], batch[stream]["valid"]
+    ):
       rows, columns = np.nonzero(valid)  # the box is the whole image
-      expected = rows.min() / 24, columns.min() / 28, (rows.max() + 1) / 24, (columns.max() + 1) / 28
+      expected = (
+        rows.min() / 24,
+        columns.min() / 28,
+        (rows.max() + 1) / 24,
+        (columns.max() + 1) / 28,
+      )
       np.testing.assert_allclose((top, left, bottom, right), expected, atol=1e-5)
 
 
 def test_lacking_boxes_are_asked_for_by_their_option():
-  text = message(lambda: spec(needs=Needs(weak_label="boxes"), labeled_boxes=np.zeros((10, 2, 5), np.float32)))
-  assert "boxes of the unlabeled images: got none" in text and "config.data.boxes=FILE (folder of VOC XML, or COCO JSON)" in text
+  text = message(
+    lambda: spec(needs=Needs(weak_label="boxes"), labeled_boxes=np.zeros((10, 2, 5), np.float32))
+  )
+  assert (
+    "boxes of the unlabeled images: got none" in text
+    and "config.data.boxes=FILE (folder of VOC XML, or COCO JSON)" in text
+  )
   assert "labeled_boxes: got shape (10, 2, 5)" in text
-  of_labeled = take(1, spec(needs=Needs(unlabeled=False, weak_label="boxes"), labeled_boxes=np.zeros((11, 2, 5), np.float32)))
+  of_labeled = take(
+    1,
+    spec(
+      needs=Needs(unlabeled=False, weak_label="boxes"),
+      labeled_boxes=np.zeros((11, 2, 5), np.float32),
+    ),
+  )
   assert of_labeled[0]["labeled"]["boxes"].shape == (2, 2, 5)  # which asks for no others
 
 
@@ -282,7 +344,9 @@ class _Deep:
 def test_grey_images_of_16_bits_become_batches_unrounded():
   options = dict(mean=(0.0,), std=(1.0,), geometry=Geometry((24, 28), scales=(1.0,)))
   batch = take(1, spec(labeled=_Deep(SCENES), unlabeled=_Deep(SCENES), **options))[0]
-  assert batch["labeled"]["image"].shape == (2, 24, 28, 1) and batch["unlabeled"]["strong"].shape == (4, 2, 24, 28, 1)
+  assert batch["labeled"]["image"].shape == (2, 24, 28, 1) and batch["unlabeled"][
+    "strong"
+  ].shape == (4, 2, 24, 28, 1)
   quarters = batch["unlabeled"]["weak"] * 255 * 4
   np.testing.assert_allclose(quarters, np.round(quarters), atol=1e-3)
   assert np.any(np.round(quarters) % 4)
@@ -290,14 +354,28 @@ def test_grey_images_of_16_bits_become_batches_unrounded():
 
 def test_channels_that_do_not_fit_are_told():
   text = message(lambda: spec(labeled=_Deep(SCENES)))
-  assert "images of 3 channels; allowed: 1" in text and "mean: got 3 values; allowed: 1, one a channel" in text
+  assert (
+    "images of 3 channels; allowed: 1" in text
+    and "mean: got 3 values; allowed: 1, one a channel" in text
+  )
 
 
 @pytest.mark.parametrize("convention", geometry.CONVENTIONS)
 def test_truth_lies_under_the_geometry_of_its_image(convention):
-  options = Geometry((34, 28), scales=(1.0,), convention=convention)  # taller than the images: padding in all
+  # Taller than the images: padding in all.
+  options = Geometry((34, 28), scales=(1.0,), convention=convention)
   needs = Needs(partner=True)
-  batch = take(1, spec(unlabeled=_Gray(SCENES), geometry=options, needs=needs, with_truth=True, mean=(0,) * 3, std=(1,) * 3))[0]
+  batch = take(
+    1,
+    spec(
+      unlabeled=_Gray(SCENES),
+      geometry=options,
+      needs=needs,
+      with_truth=True,
+      mean=(0,) * 3,
+      std=(1,) * 3,
+    ),
+  )[0]
   truth, valid = batch["unlabeled"]["truth"], batch["unlabeled"]["valid"]
   assert truth.dtype == np.int32 and "truth" not in batch["partner"]
   assert np.all(truth[~valid] == 255) and not valid.all() and len(np.unique(truth)) > 2
@@ -316,18 +394,27 @@ class _Gray(WithoutMasks):
 def test_truth_of_images_without_masks_is_refused():
   without = WithoutMasks(SCENES)
   without.has_labels = False
-  assert "with_truth: got unlabeled images without masks" in message(lambda: spec(unlabeled=without, with_truth=True))
+  assert "with_truth: got unlabeled images without masks" in message(
+    lambda: spec(unlabeled=without, with_truth=True)
+  )
 
 
 def test_tensorflow_convention_reaches_every_stream_and_the_jitter():
-  options = Geometry((48, 56), scales=(1.0,), convention="tensorflow")  # larger than the images: padding in all
+  # Larger than the images: padding in all.
+  options = Geometry((48, 56), scales=(1.0,), convention="tensorflow")
   only_brightness = photometry.Photometry(1.0, 0.3, 0, 0, 0, 0, 0, convention="tensorflow")
-  batch = take(1, spec(geometry=options, photometry=only_brightness, mean=(0,) * 3, std=(1,) * 3))[0]
-  for weak, strong, valid in zip(*(batch["unlabeled"][name] for name in ("weak", "strong", "valid"))):
+  batch = take(1, spec(geometry=options, photometry=only_brightness, mean=(0,) * 3, std=(1,) * 3))[
+    0
+  ]
+  for weak, strong, valid in zip(
+    *(batch["unlabeled"][name] for name in ("weak", "strong", "valid"))
+  ):
     kept = (strong[0] > 0.01) & (strong[0] < 0.99) & valid[..., None]
-    assert kept.any() and np.ptp((strong[0] - weak)[kept]) < 1e-5  # a summand, the same for all pixels
+    # a summand, the same for all pixels.
+    assert kept.any() and np.ptp((strong[0] - weak)[kept]) < 1e-5
   for stream in batch.values():
-    flipped = stream["valid"][:, 0, -1]  # the corner above on the right is image only in a mirrored crop
+    # The corner above on the right is image only in a mirrored crop.
+    flipped = stream["valid"][:, 0, -1]
     expected = np.zeros((len(flipped), 48, 56), bool)
     expected[~flipped, :32, :40] = True
     expected[flipped, :32, -40:] = True
@@ -336,12 +423,19 @@ def test_tensorflow_convention_reaches_every_stream_and_the_jitter():
 
 def test_batches_that_processes_cannot_share_are_told_before_iterating():
   text = message(lambda: pipeline.train_batches(spec(), process_index=3, process_count=3))
-  for part in ("'labeled': got 2", "'unlabeled': got 4", "'partner': got 4", "process_index: got 3"):
+  for part in (
+    "'labeled': got 2",
+    "'unlabeled': got 4",
+    "'partner': got 4",
+    "process_index: got 3",
+  ):
     assert part in text
 
 
 class _Watched:
-  """A source that knows how many of its images are being read; `before` is called in each of those reads."""
+  """A source that knows how many of its images are being read; `before` is called in each of those
+  reads.
+  """
 
   channels, dtype, has_labels = 3, np.uint8, True
 
@@ -349,7 +443,12 @@ class _Watched:
     """channels: fewer than it says are given."""
     self.ids, self.size, self.label = source.ids, source.size, source.label
     self.begun = self.ended = 0
-    self._source, self._before, self._channels, self._lock = source, before, channels, threading.Lock()
+    self._source, self._before, self._channels, self._lock = (
+      source,
+      before,
+      channels,
+      threading.Lock(),
+    )
 
   def __len__(self):
     return len(self.ids)
@@ -565,7 +664,13 @@ def _resized(path, size=(20, 16)):
   ("stream", "options"),
   [
     ("labeled", dict(needs=Needs(unlabeled=False))),
-    ("labeled", dict(needs=Needs(unlabeled=False, weak_label="image"), unlabeled_image_labels=np.ones((11, 7), np.float32))),
+    (
+      "labeled",
+      dict(
+        needs=Needs(unlabeled=False, weak_label="image"),
+        unlabeled_image_labels=np.ones((11, 7), np.float32),
+      ),
+    ),
     ("unlabeled", dict(needs=Needs(labeled_too=True))),
     ("unlabeled", dict(needs=Needs(), with_truth=True)),
   ],
@@ -573,7 +678,9 @@ def _resized(path, size=(20, 16)):
 def test_mask_of_another_size_than_its_image_ends_the_run(folder, changed, stream, options):
   source = folder()
   path = source.root / changed / "c.png"
-  parts = sources.Joined(sources.Subset(source, tuple("ab")), sources.Subset(source, tuple("cdefghijk")))
+  parts = sources.Joined(
+    sources.Subset(source, tuple("ab")), sources.Subset(source, tuple("cdefghijk"))
+  )
   only_unlabeled = stream == "unlabeled" and not options["needs"].labeled_too
   made = spec(labeled=SCENES if only_unlabeled else parts, unlabeled=parts, **options)
   _resized(path)
@@ -588,7 +695,11 @@ def test_mask_of_another_size_than_its_image_ends_the_run(folder, changed, strea
 def test_mask_of_another_size_is_told_by_its_id_where_there_are_no_files():
   shifted = _Watched()
   shifted.label = lambda row: SCENES.label(row)[: -1 if row == 4 else None]
-  text = message(lambda: take(12, spec(labeled=sources.Subset(shifted, shifted.ids), needs=Needs(unlabeled=False))))
+  text = message(
+    lambda: take(
+      12, spec(labeled=sources.Subset(shifted, shifted.ids), needs=Needs(unlabeled=False))
+    )
+  )
   assert f"cannot use mask {SCENES.ids[4]}" in text and "got 31 x 40; allowed: 32 x 40" in text
 
 
@@ -609,18 +720,25 @@ def test_unreadable_files_are_replaced_by_the_next_ones(folder, caplog):
   with caplog.at_level(logging.WARNING, "pseudoseg_jax"):
     found = take(11, spec(skipped=skipped, **options))
   expected = take(11, spec(needs=Needs(ids=True)))
-  ids, wanted = (np.concatenate([batch["unlabeled"]["id"] for batch in batches]) for batches in (found, expected))
+  ids, wanted = (
+    np.concatenate([batch["unlabeled"]["id"] for batch in batches]) for batches in (found, expected)
+  )
   np.testing.assert_array_equal(ids, [substitute.get(row, row) for row in wanted])
   paths = {str(source.image_path(row)) for row in (2, 3, 10)} | {str(source.label_path(6))}
   reasons = skipped.reasons()
   assert set(reasons) == paths and all(path in reason for path, reason in reasons.items())
-  assert sum("skipped" in record.message for record in caplog.records) == 4  # each once, though met in several epochs
+  # Each once, though met in several epochs.
+  assert sum("skipped" in record.message for record in caplog.records) == 4
 
   # The same in every process, and after resuming.
-  parts = [take(2, spec(skipped=Skipped(), **options), process_index=index, process_count=2, start_step=5) for index in range(2)]
+  parts = [
+    take(2, spec(skipped=Skipped(), **options), process_index=index, process_count=2, start_step=5)
+    for index in range(2)
+  ]
   joined = [jax.tree.map(lambda *rows: np.concatenate(rows), *step) for step in zip(*parts)]
   assert_equal(found[5:7], joined)
-  assert "cannot read image" in message(lambda: take(11, spec(**options)))  # without the option the run ends
+  # Without the option the run ends.
+  assert "cannot read image" in message(lambda: take(11, spec(**options)))
 
 
 def test_what_belongs_to_an_image_goes_with_its_substitute():
@@ -631,13 +749,24 @@ def test_what_belongs_to_an_image_goes_with_its_substitute():
   source = _Watched(before=fails)
   labels = np.eye(11, 7, dtype=np.float32) + np.arange(11, dtype=np.float32)[:, None]
   needs = Needs(ids=True, weak_label="image")
-  for batch in take(6, spec(unlabeled=source, needs=needs, unlabeled_image_labels=labels, skipped=Skipped())):
+  for batch in take(
+    6, spec(unlabeled=source, needs=needs, unlabeled_image_labels=labels, skipped=Skipped())
+  ):
     assert not {2, 3} & {*batch["unlabeled"]["id"].tolist()}
-    np.testing.assert_array_equal(batch["unlabeled"]["image_label"], labels[batch["unlabeled"]["id"]])
+    np.testing.assert_array_equal(
+      batch["unlabeled"]["image_label"], labels[batch["unlabeled"]["id"]]
+    )
   boxes = np.full((11, 1, 5), -1, np.float32)
-  boxes[:, 0] = np.stack([np.arange(11), *[np.full(11, edge) for edge in (0.0, 0.0, 1.0, 1.0)]], axis=1)
+  boxes[:, 0] = np.stack(
+    [np.arange(11), *[np.full(11, edge) for edge in (0.0, 0.0, 1.0, 1.0)]], axis=1
+  )
   needs = Needs(ids=True, weak_label="boxes")
-  for batch in take(6, spec(unlabeled=source, needs=needs, labeled_boxes=boxes, unlabeled_boxes=boxes, skipped=Skipped())):
+  for batch in take(
+    6,
+    spec(
+      unlabeled=source, needs=needs, labeled_boxes=boxes, unlabeled_boxes=boxes, skipped=Skipped()
+    ),
+  ):
     np.testing.assert_array_equal(batch["unlabeled"]["boxes"][:, 0, 0], batch["unlabeled"]["id"])
 
 
@@ -647,7 +776,9 @@ def test_nothing_readable_ends_the_run_also_where_files_may_be_skipped(error):
     raise error
 
   skipped = Skipped()
-  text = message(lambda: take(1, spec(unlabeled=_Watched(before=fails), needs=Needs(), skipped=skipped)))
+  text = message(
+    lambda: take(1, spec(unlabeled=_Watched(before=fails), needs=Needs(), skipped=skipped))
+  )
   assert "11 of 11" in text and str(error) in text and set(skipped.reasons()) == set(SCENES.ids)
 
 

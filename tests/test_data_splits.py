@@ -52,13 +52,21 @@ def test_read_list_takes_any_line_ending_and_no_final_newline(tmp_path):
       CITY,
       ("jena_1_2", "/images/train/jena_1_2.png", "/segmentation/train/jena_1_2_gtFine.png"),
     ),
-    ("leftImg8bit/train_extra/a/a_1_leftImg8bit.png None", CITY, ("a_1", "leftImg8bit/train_extra/a/a_1_leftImg8bit.png", None)),
+    (
+      "leftImg8bit/train_extra/a/a_1_leftImg8bit.png None",
+      CITY,
+      ("a_1", "leftImg8bit/train_extra/a/a_1_leftImg8bit.png", None),
+    ),
     (
       "my photos/one two.jpg\tmy masks/one two.png",
       "my photos/{id}.jpg",
       ("one two", "my photos/one two.jpg", "my masks/one two.png"),
     ),
-    ("my photos/one two.jpg my masks/one two.png", None, ("my photos/one two", "my photos/one two.jpg", "my masks/one two.png")),
+    (
+      "my photos/one two.jpg my masks/one two.png",
+      None,
+      ("my photos/one two", "my photos/one two.jpg", "my masks/one two.png"),
+    ),
     ("one two", None, ("one two", None, None)),
     ("a\\b.png c\\b.png", None, ("a/b", "a/b.png", "c/b.png")),
     ("v1.5/frame_07", "frames/frame_{id}.png", ("v1.5/frame_07", None, None)),
@@ -75,9 +83,19 @@ def test_entries_that_were_written_are_read_back(tmp_path):
 
 
 def test_ids_without_folders_are_completed_where_only_one_is_known():
-  entries = [splits.Entry("jena_1"), splits.Entry("ulm/ulm_1"), splits.Entry("twice"), splits.Entry("unknown")]
+  entries = [
+    splits.Entry("jena_1"),
+    splits.Entry("ulm/ulm_1"),
+    splits.Entry("twice"),
+    splits.Entry("unknown"),
+  ]
   known = ["jena/jena_1", "ulm/ulm_1", "a/twice", "b/twice"]
-  assert [entry.id for entry in splits.completed(entries, known)] == ["jena/jena_1", "ulm/ulm_1", "twice", "unknown"]
+  assert [entry.id for entry in splits.completed(entries, known)] == [
+    "jena/jena_1",
+    "ulm/ulm_1",
+    "twice",
+    "unknown",
+  ]
 
 
 def test_pickles_and_further_columns_are_refused(tmp_path):
@@ -89,7 +107,8 @@ def test_pickles_and_further_columns_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("content", "part"), [(b"\n \r\n", "none"), (b"a\nb\na\n", "a more than once"), (b"\xff\xfe\x00", "file")]
+  ("content", "part"),
+  [(b"\n \r\n", "none"), (b"a\nb\na\n", "a more than once"), (b"\xff\xfe\x00", "file")],
 )
 def test_unusable_list_is_named(tmp_path, content, part):
   path = tmp_path / "list.txt"
@@ -102,11 +121,16 @@ def test_unusable_list_is_named(tmp_path, content, part):
 @pytest.mark.parametrize(
   "line",
   [
-    "a.jpg " * 17_000 + "b", "a.jpg b" * 14_000, "." * 100_000, "a" * 100_000, "a b " * 25_000 + "None", "x.png\t" * 16_000,
+    "a.jpg " * 17_000 + "b",
+    "a.jpg b" * 14_000,
+    "." * 100_000,
+    "a" * 100_000,
+    "a b " * 25_000 + "None",
+    "x.png\t" * 16_000,
     "/a" * 50_000,
   ],
   ids=["suffixes", "words", "dots", "a name", "None", "tabs", "folders"],
-)  # fmt: skip
+)
 def test_long_lines_take_time_that_grows_with_their_length(tmp_path, line):
   start = time.monotonic()
   with contextlib.suppress(checks.InputError):
@@ -116,7 +140,8 @@ def test_long_lines_take_time_that_grows_with_their_length(tmp_path, line):
 
 
 @pytest.mark.parametrize(
-  "line", ["a b.jpg c d.png", "a.jpg b.jpg  c.png", "a.jpg.png b.TIF", "x.png None", "x y.png b.png  none"]
+  "line",
+  ["a b.jpg c d.png", "a.jpg b.jpg  c.png", "a.jpg.png b.TIF", "x.png None", "x y.png b.png  none"],
 )
 def test_the_first_path_ends_where_an_image_file_does(tmp_path, line):
   expression = re.compile(r"(.+?\.(?:jpg|png|tif))\s+(.+\.(?:jpg|png|tif)|none)", re.IGNORECASE)
@@ -142,7 +167,10 @@ NAMES = ("16", "8", "4", "2")
 def test_parts_are_nested_and_count_as_published(kind):
   parts = [splits.part(IDS, f"{kind}_{k}") for k in NAMES]
   assert [len(part) for part in parts] == [23, 46, 92, 184]
-  assert all(set(small) < set(large) for small, large in itertools.pairwise([*parts, splits.part(IDS, "full")]))
+  assert all(
+    set(small) < set(large)
+    for small, large in itertools.pairwise([*parts, splits.part(IDS, "full")])
+  )
   assert set(splits.part(IDS, "full")) == set(IDS)
 
 
@@ -153,7 +181,11 @@ def test_every_kth_takes_the_sorted_ids():
 def test_the_random_part_is_the_same_for_ever_and_depends_on_its_seed():
   # Any change here changes every run on a "1_k".
   digests = sorted((hashlib.sha256(f"0/{name}".encode()).hexdigest(), name) for name in IDS)
-  assert splits.part(IDS, "1_8") == splits.part(sorted(IDS), "1_8") == tuple(name for _, name in digests[:46])
+  assert (
+    splits.part(IDS, "1_8")
+    == splits.part(sorted(IDS), "1_8")
+    == tuple(name for _, name in digests[:46])
+  )
   assert splits.part(IDS, "1_100") == ("325", "014", "203", "359")
   assert set(splits.part(IDS, "1_8", seed=1)) != set(splits.part(IDS, "1_8"))
 
@@ -165,12 +197,20 @@ def test_unknown_part_says_what_is_allowed(name):
     splits.part(["a"], name)
 
 
-@pytest.mark.parametrize("data_set, lists, counts", [
-  ("voc2012", "cps", (662, 1323, 2646, 5291)), ("voc2012", "u2pl", (662, 1323, 2646)),
-  ("cityscapes", "cps", (186, 372, 744, 1488)), ("cityscapes", "u2pl", (186, 372, 744, 1488)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "data_set, lists, counts",
+  [
+    ("voc2012", "cps", (662, 1323, 2646, 5291)),
+    ("voc2012", "u2pl", (662, 1323, 2646)),
+    ("cityscapes", "cps", (186, 372, 744, 1488)),
+    ("cityscapes", "u2pl", (186, 372, 744, 1488)),
+  ],
+)
 def test_shipped_lists_have_their_lengths_and_cps_nests_them(data_set, lists, counts):
-  read = [set(splits.read_list(splits.published(f"{data_set}/{lists}/1_{k}"))) for k, _ in zip(NAMES, counts)]
+  read = [
+    set(splits.read_list(splits.published(f"{data_set}/{lists}/1_{k}")))
+    for k, _ in zip(NAMES, counts)
+  ]
   assert tuple(map(len, read)) == counts
   assert lists != "cps" or all(small < large for small, large in itertools.pairwise(read))
 
@@ -180,7 +220,11 @@ def test_published_lists_are_preferred_and_asked_for_by_name():
     return splits.published_or_own("voc2012", lists, split, default="cps")
 
   assert named("", "1_8") == "voc2012/cps/1_8" and named("u2pl", "1_8") == "voc2012/u2pl/1_8"
-  assert named("random", "1_8") == "1_8" and named("", "1_32") == "1_32" and named("", "mine.txt") == "mine.txt"
+  assert (
+    named("random", "1_8") == "1_8"
+    and named("", "1_32") == "1_32"
+    and named("", "mine.txt") == "mine.txt"
+  )
   with pytest.raises(checks.InputError, match="voc2012/u2pl/1_2'.*did you mean 'voc2012/"):
     named("u2pl", "1_2")
 

@@ -6,7 +6,10 @@ from pseudoseg_jax.data import synthetic
 
 
 def test_scene_depends_on_seed_and_row_only():
-  few, many = synthetic.SyntheticScenes(3, (32, 48), seed=5), synthetic.SyntheticScenes(300, (32, 48), seed=5)
+  few, many = (
+    synthetic.SyntheticScenes(3, (32, 48), seed=5),
+    synthetic.SyntheticScenes(300, (32, 48), seed=5),
+  )
   many.image(7)  # what was drawn before plays no part
   np.testing.assert_array_equal(few.image(2), many.image(2))
   np.testing.assert_array_equal(few.label(2), many.label(2))
@@ -19,7 +22,9 @@ def test_scenes_have_every_class_in_the_layout_of_a_source():
   assert len(scenes) == len(scenes.ids) == len(set(scenes.ids)) == 60 and scenes.has_labels
   assert scenes.image(0).shape == (*scenes.size(0), 3) and scenes.label(0).shape == scenes.size(0)
   assert scenes.image(0).dtype == scenes.label(0).dtype == np.uint8
-  share = np.bincount(np.stack([scenes.label(row) for row in range(60)]).ravel(), minlength=256) / (60 * 64 * 64)
+  share = np.bincount(np.stack([scenes.label(row) for row in range(60)]).ravel(), minlength=256) / (
+    60 * 64 * 64
+  )
   assert share[0] < 0.8 and np.all(share[1:7] > 0.02) and not share[7:].any()
 
 

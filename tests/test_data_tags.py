@@ -33,8 +33,12 @@ def write(path, text):
 
 def write_voc(folder, **names):
   for name, objects in names.items():
-    parts = "".join(f"<object><name>{one}</name><part><name>head</name></part></object>" for one in objects)
-    (folder / f"{name}.xml").write_text(f"<annotation><filename>{name}.jpg</filename>{parts}</annotation>")
+    parts = "".join(
+      f"<object><name>{one}</name><part><name>head</name></part></object>" for one in objects
+    )
+    (folder / f"{name}.xml").write_text(
+      f"<annotation><filename>{name}.jpg</filename>{parts}</annotation>"
+    )
   return folder
 
 
@@ -46,7 +50,12 @@ def write_voc(folder, **names):
     'id,classes\n"a","cat"\nb, 1 2\nc,""\nelsewhere,zebra\n',
     "\ufeffa.jpg,cat\nb.PNG,cat\nb.PNG,dog\n\nc.jpeg\n",
   ],
-  ids=["spaces", "commas, header, CRLF", "quotes, indices, another image", "endings, one tag a line, byte order mark"],
+  ids=[
+    "spaces",
+    "commas, header, CRLF",
+    "quotes, indices, another image",
+    "endings, one tag a line, byte order mark",
+  ],
 )
 def test_csv_in_its_forms(tmp_path, text):
   path = tmp_path / "tags.csv"
@@ -54,11 +63,14 @@ def test_csv_in_its_forms(tmp_path, text):
   got = tags.read_tags(path, IDS, CLASSES)
   assert got.dtype == np.float32
   np.testing.assert_array_equal(got, WANTED)
-  np.testing.assert_array_equal(tags.read_tags(path, ("c", "a"), CLASSES), [WANTED[2], WANTED[0]])  # the order of ids
+  # The order of ids.
+  np.testing.assert_array_equal(tags.read_tags(path, ("c", "a"), CLASSES), [WANTED[2], WANTED[0]])
 
 
 def test_json_of_names_and_indices(tmp_path):
-  path = write(tmp_path / "tags.json", json.dumps({"a": ["cat"], "b.jpg": [2, "1"], "c": [], "d": ["zebra"]}))
+  path = write(
+    tmp_path / "tags.json", json.dumps({"a": ["cat"], "b.jpg": [2, "1"], "c": [], "d": ["zebra"]})
+  )
   np.testing.assert_array_equal(tags.read_tags(path, IDS, CLASSES), WANTED)
 
 
@@ -78,16 +90,19 @@ def test_background_is_everywhere_only_where_there_is_such_a_class(tmp_path):
   np.testing.assert_array_equal(tags.read_tags(path, ("a",), pets), [[0, 1]])
   for name in ("_background_", "Background", "bg"):
     path = write(tmp_path / "tags.csv", "a,dog\nb,\n")
-    np.testing.assert_array_equal(tags.read_tags(path, ("a", "b"), Classes((name, "dog"), ((0, 0, 0),) * 2)), [[1, 1], [1, 0]])
+    np.testing.assert_array_equal(
+      tags.read_tags(path, ("a", "b"), Classes((name, "dog"), ((0, 0, 0),) * 2)), [[1, 1], [1, 0]]
+    )
 
 
 @pytest.mark.parametrize(
   ("name", "text"),
   [
-    ("tags.csv", "a,cat\nb,cat dog\nc,\n"), ("tags.csv", "id,dog,cat\na,0,1\nb,1,1\nc,0,0\n"),
+    ("tags.csv", "a,cat\nb,cat dog\nc,\n"),
+    ("tags.csv", "id,dog,cat\na,0,1\nb,1,1\nc,0,0\n"),
     ("tags.json", '{"a": [1], "b": [1, 2], "c": []}'),
   ],
-)  # fmt: skip
+)
 def test_a_class_0_that_no_entry_names_is_asked_for_and_either_answer_helps(tmp_path, name, text):
   path = write(tmp_path / name, text)
   things = dataclasses.replace(CLASSES, names=("ground", *CLASSES.names[1:]))
@@ -97,7 +112,9 @@ def test_a_class_0_that_no_entry_names_is_asked_for_and_either_answer_helps(tmp_
   assert answers == ["yes", "no"]
   (tmp_path / "classes.txt").write_text("\n".join(things.names))
   for answer, present in zip(answers, (1, 0), strict=True):
-    config = configs.load("configs/folder.py", {"data.root": str(tmp_path), "data.background": answer})
+    config = configs.load(
+      "configs/folder.py", {"data.root": str(tmp_path), "data.background": answer}
+    )
     got = tags.read_tags(path, IDS, build.build_classes(config.data))
     np.testing.assert_array_equal(got, [[present, *row[1:]] for row in WANTED])
 
@@ -111,7 +128,9 @@ def test_annotations_that_never_name_class_0_ask_for_it_too(tmp_path):
 def test_a_file_that_names_class_0_anywhere_is_believed(tmp_path):
   pets = Classes(("cat", "dog"), ((0, 0, 0), (1, 1, 1)))
   for text in ("a,dog\nelsewhere,cat\n", "a,dog\nelsewhere,0\n", "id,cat,dog\na,0,1\n"):
-    np.testing.assert_array_equal(tags.read_tags(write(tmp_path / "tags.csv", text), ("a",), pets), [[0, 1]])
+    np.testing.assert_array_equal(
+      tags.read_tags(write(tmp_path / "tags.csv", text), ("a",), pets), [[0, 1]]
+    )
 
 
 TABLES = {
@@ -145,7 +164,12 @@ def test_a_column_may_say_that_background_is_not_everywhere(tmp_path):
 @pytest.mark.parametrize("seed", range(20))
 def test_tables_of_any_shape_are_read_as_they_were_written(tmp_path, seed):
   rng = random.Random(seed)
-  names = [*rng.sample(["cat", "hot dog", "C#", "2 wheeler", "a,b", 'x "y"', "semi;colon", "0", "tags"], rng.randint(1, 8))]
+  names = [
+    *rng.sample(
+      ["cat", "hot dog", "C#", "2 wheeler", "a,b", 'x "y"', "semi;colon", "0", "tags"],
+      rng.randint(1, 8),
+    )
+  ]
   wanted = np.array([[1] + [rng.randint(0, 1) for _ in names] for _ in range(5)], np.float32)
   wanted[0] = 1
   columns = rng.sample(range(len(names) + 1), len(names) + 1)
@@ -154,8 +178,12 @@ def test_tables_of_any_shape_are_read_as_they_were_written(tmp_path, seed):
   with open(tmp_path / "tags.csv", "w", newline="") as file:
     writer = csv.writer(file, delimiter=rng.choice(",;\t"))
     writer.writerow(["image", *(known.names[column] for column in columns)])
-    writer.writerows([f"i{row}.jpg", *(words[int(wanted[row, column])] for column in columns)] for row in range(5))
-  np.testing.assert_array_equal(tags.read_tags(tmp_path / "tags.csv", [f"i{row}" for row in range(5)], known), wanted)
+    writer.writerows(
+      [f"i{row}.jpg", *(words[int(wanted[row, column])] for column in columns)] for row in range(5)
+    )
+  np.testing.assert_array_equal(
+    tags.read_tags(tmp_path / "tags.csv", [f"i{row}" for row in range(5)], known), wanted
+  )
 
 
 @pytest.mark.parametrize(
@@ -163,11 +191,20 @@ def test_tables_of_any_shape_are_read_as_they_were_written(tmp_path, seed):
   [
     ("id,dog,cat,bird\na,0,1,1\nb,1,1,1\nc,0,0,1\n", ["column 'bird': got no class"]),
     ("id,dog,cat,split\na,0,1,train\nb,1,1,train\nc,0,0,val\n", ["column 'split': got no class"]),
-    ("id,Dog,Cat\na,0,1\nb,1,1\nc,0,0\n", ["column 'Dog'", "did you mean 'dog'?", "did you mean 'cat'?"]),
+    (
+      "id,Dog,Cat\na,0,1\nb,1,1\nc,0,0\n",
+      ["column 'Dog'", "did you mean 'dog'?", "did you mean 'cat'?"],
+    ),
     ("id,Katze,Hund\na,0,1\nb,1,1\nc,0,0\n", ["column 'Katze'", "column 'Hund'"]),
     ("id,Cat\na,0\nb,1\nc,0\n", ["column 'Cat'", "did you mean 'cat'?"]),
-    ("id,dog,cat\na,0,2\nb,1,0.5\nc,0,nan\n", ["image 'a', column 'cat': got '2'", "image 'b'", "image 'c'"]),
-    ("id,dog,cat\na,0\nb,1,1,1\nc,0,0\n", ["image 'a': got 1 cells; allowed: 2", "image 'b': got 3 cells"]),
+    (
+      "id,dog,cat\na,0,2\nb,1,0.5\nc,0,nan\n",
+      ["image 'a', column 'cat': got '2'", "image 'b'", "image 'c'"],
+    ),
+    (
+      "id,dog,cat\na,0\nb,1,1,1\nc,0,0\n",
+      ["image 'a': got 1 cells; allowed: 2", "image 'b': got 3 cells"],
+    ),
     ("id,dog,cat,cat\na,0,1,1\nb,1,1,0\nc,0,0,0\n", ["column 'cat': got 2 of them"]),
   ],
 )
@@ -187,18 +224,24 @@ def test_a_column_about_something_else_is_taken_out(tmp_path):
 @pytest.mark.parametrize(
   ("name", "text"),
   [
-    ("tags.csv", "a,1,1,0,0\nb,1,1,1,0\nc,1,0,0,0\n"), ("tags.csv", "a;1;1;0;0\nb;1;1;1;0\nc;1;0;0;0\n"),
-    ("tags.csv", "a,1,0,0\nb,1,1,0\nc,0,0,0\n"), ("tags.csv", "# mine\na,1 1 0 0\nb,1 1 1 0\nc,1 0 0 0\n"),
+    ("tags.csv", "a,1,1,0,0\nb,1,1,1,0\nc,1,0,0,0\n"),
+    ("tags.csv", "a;1;1;0;0\nb;1;1;1;0\nc;1;0;0;0\n"),
+    ("tags.csv", "a,1,0,0\nb,1,1,0\nc,0,0,0\n"),
+    ("tags.csv", "# mine\na,1 1 0 0\nb,1 1 1 0\nc,1 0 0 0\n"),
     ("tags.json", '{"a": [1, 1, 0, 0], "b": [1, 1, 1, 0], "c": [1, 0, 0, 0]}'),
   ],
-)  # fmt: skip
+)
 def test_numbers_that_may_be_indices_or_a_table_are_asked_for(tmp_path, name, text):
   path = write(tmp_path / name, text)
   told = message(lambda: tags.read_tags(path, IDS, CLASSES))
-  assert str(path) in told and "all 0 or 1: indices of classes, or whether each class is there?" in told
+  assert (
+    str(path) in told and "all 0 or 1: indices of classes, or whether each class is there?" in told
+  )
   (heading,) = re.findall("a CSV with the first line (.*) and a cell for each number", told)
   if path.suffix == ".json":
-    text = "".join(f"{image},{','.join(map(str, row))}\n" for image, row in json.loads(text).items())
+    text = "".join(
+      f"{image},{','.join(map(str, row))}\n" for image, row in json.loads(text).items()
+    )
   elif "," in heading:
     text = text.replace(" ", ",")
   path = write(tmp_path / "table.csv", f"{heading}\n{text}")
@@ -207,14 +250,26 @@ def test_numbers_that_may_be_indices_or_a_table_are_asked_for(tmp_path, name, te
 
 @pytest.mark.parametrize(
   "text",
-  ["a,1\nb,1 2\nc,\n", "z,1,2\na,1\nb,2,1\nc\n", "id,classes\na,1\nb,1 2\nc,\n", "z,cat\na,1\nb,1 2\nc,\n"],
+  [
+    "a,1\nb,1 2\nc,\n",
+    "z,1,2\na,1\nb,2,1\nc\n",
+    "id,classes\na,1\nb,1 2\nc,\n",
+    "z,cat\na,1\nb,1 2\nc,\n",
+  ],
 )
 def test_indices_are_read_where_they_can_be_nothing_else(tmp_path, text):
-  np.testing.assert_array_equal(tags.read_tags(write(tmp_path / "tags.csv", text), IDS, CLASSES), WANTED)
+  np.testing.assert_array_equal(
+    tags.read_tags(write(tmp_path / "tags.csv", text), IDS, CLASSES), WANTED
+  )
 
 
 @pytest.mark.parametrize(
-  "text", ["id,class,present\na,cat,1\na,dog,0\nb,cat,1\nb,dog,1\n", "a,cat,0,1,2,3\nb,cat,1,1,3,3\n", "a,cat 1\nb,cat dog\n"]
+  "text",
+  [
+    "id,class,present\na,cat,1\na,dog,0\nb,cat,1\nb,dog,1\n",
+    "a,cat,0,1,2,3\nb,cat,1,1,3,3\n",
+    "a,cat 1\nb,cat dog\n",
+  ],
 )
 def test_numbers_beside_names_are_no_indices(tmp_path, text):
   told = message(lambda: tags.read_tags(write(tmp_path / "tags.csv", text), ("a", "b"), CLASSES))
@@ -225,29 +280,47 @@ def test_numbers_beside_names_are_no_indices(tmp_path, text):
 @pytest.mark.parametrize("delimiter", [";", "\t"])
 def test_lists_may_have_other_delimiters(tmp_path, delimiter):
   text = "id,tags\na,cat\nb,cat,dog\nc,\n".replace(",", delimiter)
-  np.testing.assert_array_equal(tags.read_tags(write(tmp_path / "tags.csv", text), IDS, CLASSES), WANTED)
+  np.testing.assert_array_equal(
+    tags.read_tags(write(tmp_path / "tags.csv", text), IDS, CLASSES), WANTED
+  )
 
 
 def test_an_ending_is_that_of_an_image_file_and_no_other_dot(tmp_path):
   path = write(tmp_path / "tags.csv", "a.1,cat\na.2.jpg,dog\n")
-  np.testing.assert_array_equal(tags.read_tags(path, ("a.1", "a.2"), CLASSES)[:, 1:3], [[1, 0], [0, 1]])
+  np.testing.assert_array_equal(
+    tags.read_tags(path, ("a.1", "a.2"), CLASSES)[:, 1:3], [[1, 0], [0, 1]]
+  )
   assert "no entry for 1 of 1: a" in message(lambda: tags.read_tags(path, ("a",), CLASSES))
-  assert "no entry for 1 of 1: a.2.png" in message(lambda: tags.read_tags(path, ("a.2.png",), CLASSES))
+  assert "no entry for 1 of 1: a.2.png" in message(
+    lambda: tags.read_tags(path, ("a.2.png",), CLASSES)
+  )
 
 
 @pytest.mark.parametrize("name", ["tags.csv", "tags.json"])
 def test_missing_images_and_unknown_classes_are_told_together(tmp_path, name):
   entries = {"image_1": ["cat", "dogg"], "image_2": ["4"], "image_3": ["dogg"]}
-  text = json.dumps(entries) if name.endswith("json") else "".join(f"{key},{' '.join(row)}\n" for key, row in entries.items())
+  text = (
+    json.dumps(entries)
+    if name.endswith("json")
+    else "".join(f"{key},{' '.join(row)}\n" for key, row in entries.items())
+  )
   path = write(tmp_path / name, text)
-  told = message(lambda: tags.read_tags(path, ("image_1", "image_2", "image_3", "image_4", "image_5"), VOC))
+  told = message(
+    lambda: tags.read_tags(path, ("image_1", "image_2", "image_3", "image_4", "image_5"), VOC)
+  )
   for part in (
-    str(path), "no entry for 2 of 5: image_4, image_5", "for 'image_4', did you mean 'image_", "looks like 'image_3'",
-    "class 'dogg': got for image_1, image_3", "did you mean 'dog'?",
-  ):  # fmt: skip
+    str(path),
+    "no entry for 2 of 5: image_4, image_5",
+    "for 'image_4', did you mean 'image_",
+    "looks like 'image_3'",
+    "class 'dogg': got for image_1, image_3",
+    "did you mean 'dog'?",
+  ):
     assert part in told
   assert "'4'" not in told  # an index of VOC's 21
-  assert "class '4': got for image_2" in message(lambda: tags.read_tags(path, ("image_2",), CLASSES))
+  assert "class '4': got for image_2" in message(
+    lambda: tags.read_tags(path, ("image_2",), CLASSES)
+  )
 
 
 @pytest.mark.parametrize(
@@ -278,7 +351,12 @@ def test_broken_and_missing_annotations_are_told_together(tmp_path):
   write_voc(tmp_path, a=["caat"])
   write(tmp_path / "b.xml", "<annotation><object>")
   told = message(lambda: tags.read_tags(tmp_path, IDS, CLASSES))
-  for part in ("class 'caat': got for a", "did you mean 'cat'?", f"file {tmp_path / 'b.xml'}", "no entry for 1 of 3: c"):
+  for part in (
+    "class 'caat': got for a",
+    "did you mean 'cat'?",
+    f"file {tmp_path / 'b.xml'}",
+    "no entry for 1 of 3: c",
+  ):
     assert part in told
 
 
@@ -286,7 +364,10 @@ def test_broken_and_missing_annotations_are_told_together(tmp_path):
   ("document", "part"),
   [
     (b'<?xml version="1.0" encoding="klingon"?><annotation/>', "unknown encoding: klingon"),
-    (b'<?xml version="1.0" encoding="gbk"?><annotation/>', "multi-byte encodings are not supported"),
+    (
+      b'<?xml version="1.0" encoding="gbk"?><annotation/>',
+      "multi-byte encodings are not supported",
+    ),
     (b'<?xml version="1.0" encoding="hex"?><annotation/>', "not a text encoding"),
     (b"<annotation>\0</annotation>", "not well-formed"),
     (b"", "no element found"),
@@ -301,7 +382,9 @@ def test_what_is_no_annotation_is_told(tmp_path, document, part):
   assert f"file {tmp_path / 'a.xml'}" in told and part in told
 
 
-def test_annotations_are_found_whatever_the_case_of_their_ending_and_hidden_files_are_none(tmp_path):
+def test_annotations_are_found_whatever_the_case_of_their_ending_and_hidden_files_are_none(
+  tmp_path,
+):
   write_voc(tmp_path, a=["cat"], b=["cat", "dog"], c=[])
   (tmp_path / "a.xml").rename(tmp_path / "a.XML")
   (tmp_path / "._a.xml").write_bytes(b"\0\5\x16\7")
@@ -325,11 +408,29 @@ def test_ids_are_the_same_however_their_accents_are_composed(tmp_path):
 
 def test_damaged_files_are_told_or_read(tmp_path):
   texts = {
-    "tags.csv": b"id,tags\na,cat\nb,cat dog\nc,\n", "table.csv": b"id,background,cat,dog\na,1,1,0\nb,1,0,1\nc,1,0,0\n",
+    "tags.csv": b"id,tags\na,cat\nb,cat dog\nc,\n",
+    "table.csv": b"id,background,cat,dog\na,1,1,0\nb,1,0,1\nc,1,0,0\n",
     "tags.json": b'{"a": ["cat"], "b": ["dog", 1], "c": []}',
     "a.xml": b'<?xml version="1.0" encoding="utf-8"?><annotation><object><name>cat</name></object></annotation>',
-  }  # fmt: skip
-  parts = [b",", b";", b"\t", b'"', b"\n", b"\0", b"\xff", b"\xff\xfe", b"0", b"1", b"-1", b"nan", b"null", b"[", b"}", b"<"]
+  }
+  parts = [
+    b",",
+    b";",
+    b"\t",
+    b'"',
+    b"\n",
+    b"\0",
+    b"\xff",
+    b"\xff\xfe",
+    b"0",
+    b"1",
+    b"-1",
+    b"nan",
+    b"null",
+    b"[",
+    b"}",
+    b"<",
+  ]
   parts += [b"&x;", b"9" * 5000]
   told = 0
   for seed in range(400):
@@ -352,7 +453,9 @@ def test_damaged_files_are_told_or_read(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 def test_annotation_with_entities_is_refused_before_they_are_expanded(tmp_path, encoding):
-  bomb = '<!ENTITY e0 "cat">' + "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 12))
+  bomb = '<!ENTITY e0 "cat">' + "".join(
+    f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 12)
+  )
   text = f'<?xml version="1.0" encoding="{encoding}"?><!DOCTYPE a [{bomb}]><a><object><name>&e11;</name></object></a>'
   (tmp_path / "a.xml").write_bytes(text.encode(encoding))
   assert "entity declaration" in message(lambda: tags.read_tags(tmp_path, ("a",), CLASSES))
@@ -380,14 +483,23 @@ def make_folder(root):
 def test_ignored_pixels_are_no_class_and_sources_without_masks_are_refused(tmp_path):
   options = dict(image_pattern="images/train/{id}.jpg", num_classes=3)
   root = make_folder(tmp_path)
-  source = sources.FolderSource(root, IDS, label_pattern="labels/train/{id}.png", label_map={9: 255}, **options)
+  source = sources.FolderSource(
+    root, IDS, label_pattern="labels/train/{id}.png", label_map={9: 255}, **options
+  )
   np.testing.assert_array_equal(tags.tags_of_masks(source, 3), [[1, 0, 0], [1, 0, 1], [0, 0, 0]])
-  assert "label_pattern" in message(lambda: tags.tags_of_masks(sources.FolderSource(root, IDS, **options), 3))
+  assert "label_pattern" in message(
+    lambda: tags.tags_of_masks(sources.FolderSource(root, IDS, **options), 3)
+  )
 
 
 @pytest.mark.parametrize(
   "names",
-  [("=cmd", "+1", "-x", "@x"), ("a,b", 'c "d"', "e;f", "g h"), ("0", "1", "2", "3"), ("tags", "id", "C#", "1;0")],
+  [
+    ("=cmd", "+1", "-x", "@x"),
+    ("a,b", 'c "d"', "e;f", "g h"),
+    ("0", "1", "2", "3"),
+    ("tags", "id", "C#", "1;0"),
+  ],
 )
 def test_names_of_any_kind_are_written_and_read_back(tmp_path, names):
   wanted = np.float32([[1, 0, 0, 1], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
@@ -438,7 +550,10 @@ def make_config(root):
   [
     ([], ["b,background,dog", "c"]),
     # A bare folder of images, whose ids have endings.
-    (["--config.data.unlabeled_folder=images/train"], ["a.jpg,background", "b.jpg,background,dog", "c.jpg"]),
+    (
+      ["--config.data.unlabeled_folder=images/train"],
+      ["a.jpg,background", "b.jpg,background,dog", "c.jpg"],
+    ),
   ],
 )
 def test_launcher_writes_the_tags_of_unlabeled_images(tmp_path, launcher, options, lines):

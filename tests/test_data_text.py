@@ -20,9 +20,12 @@ READERS = {
   "boxes.json": functools.partial(boxes.read_boxes, ids=("é",), classes=CLASSES),
 }
 TEXTS = {
-  "classes.txt": "é\ncat\n", "list.txt": "é\n", "tags.csv": "é,cat\n", "tags.json": '{"é": ["cat"]}',
+  "classes.txt": "é\ncat\n",
+  "list.txt": "é\n",
+  "tags.csv": "é,cat\n",
+  "tags.json": '{"é": ["cat"]}',
   "boxes.json": '{"images": [{"id": 1, "file_name": "é"}], "annotations": [], "categories": []}',
-}  # fmt: skip
+}
 
 
 def message(call):

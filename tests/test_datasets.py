@@ -1,4 +1,6 @@
-"""Every data set's config takes training steps on a tiny tree in that data set's official layout."""
+"""Every data set's config takes training steps on a tiny tree in that data set's official
+layout.
+"""
 
 import functools
 import io
@@ -17,8 +19,11 @@ from pseudoseg_jax.evaluation import inference
 
 SIZE = (40, 52)
 SMALL = {
-  "network.width": 4, "views.crop_size": "33,33", "batch_size_global.labeled": 8, "batch_size_global.unlabeled": 8,
-}  # fmt: skip
+  "network.width": 4,
+  "views.crop_size": "33,33",
+  "batch_size_global.labeled": 8,
+  "batch_size_global.unlabeled": 8,
+}
 
 
 def write(path, pixels):
@@ -35,12 +40,17 @@ def make_voc(root, rng):
   voc = root / "VOCdevkit/VOC2012"
   lists = voc / "ImageSets/Segmentation"
   lists.mkdir(parents=True)
-  names = {"train_aug": [f"2007_{index:06}" for index in range(16)], "val": ["2008_000001", "2008_000002"]}
+  names = {
+    "train_aug": [f"2007_{index:06}" for index in range(16)],
+    "val": ["2008_000001", "2008_000002"],
+  }
   for name, ids in names.items():
     (lists / f"{name}.txt").write_text("\n".join(ids))
     for image_id in ids:
       folder = "SegmentationClassAug" if name == "train_aug" else "SegmentationClass"
-      write_pair(rng, voc / f"JPEGImages/{image_id}.jpg", voc / f"{folder}/{image_id}.png", [*range(21), 255])
+      write_pair(
+        rng, voc / f"JPEGImages/{image_id}.jpg", voc / f"{folder}/{image_id}.png", [*range(21), 255]
+      )
 
 
 def make_cityscapes(root, rng):
@@ -48,7 +58,10 @@ def make_cityscapes(root, rng):
     for city in cities:
       for index in range(8 if split == "train" else 2):
         frame = f"{split}/{city}/{city}_{index:06}_000019"
-        image, mask = root / f"leftImg8bit/{frame}_leftImg8bit.png", root / f"gtFine/{frame}_gtFine_labelIds.png"
+        image, mask = (
+          root / f"leftImg8bit/{frame}_leftImg8bit.png",
+          root / f"gtFine/{frame}_gtFine_labelIds.png",
+        )
         write_pair(rng, image, mask, range(34))
 
 
@@ -62,12 +75,19 @@ def make_coco(root, rng):
 def make_camvid(root, rng):
   for split, count in {"train": 16, "test": 2}.items():
     for index in range(count):
-      write_pair(rng, root / f"images/{split}/f{index:02}.jpg", root / f"labels/{split}/f{index:02}.png", range(12))
+      write_pair(
+        rng,
+        root / f"images/{split}/f{index:02}.jpg",
+        root / f"labels/{split}/f{index:02}.png",
+        range(12),
+      )
 
 
 def make_folder(root, rng):
   for index in range(16):
-    write_pair(rng, root / f"images/p{index:02}.jpg", root / f"masks/p{index:02}.png", (0, 1, 2, 255))
+    write_pair(
+      rng, root / f"images/p{index:02}.jpg", root / f"masks/p{index:02}.png", (0, 1, 2, 255)
+    )
   (root / "classes.txt").write_text("ground\ncat\nhot dog\n")
   (root / "labeled.txt").write_text("p00\nimages/p01.jpg\nimages/p02.jpg masks/p02.png\n")
   (root / "val.txt").write_text("p14\np15\n")
@@ -88,7 +108,10 @@ class TinyPets(tfds.core.GeneratorBasedBuilder):
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
   def _split_generators(self, dl_manager):
-    return {"train": self._generate_examples("train", 16), "test": self._generate_examples("test", 2)}
+    return {
+      "train": self._generate_examples("train", 16),
+      "test": self._generate_examples("test", 2),
+    }
 
   def _generate_examples(self, split, count):
     rng = np.random.default_rng(0)
@@ -97,7 +120,15 @@ class TinyPets(tfds.core.GeneratorBasedBuilder):
       Image.fromarray(rng.integers(0, 256, (*SIZE, 3), np.uint8)).save(jpeg, "JPEG")
       mask = rng.integers(1, 4, (*SIZE, 1)).astype(np.uint8)
       name = f"{split}_{index}.jpg"
-      yield name, {"image": io.BytesIO(jpeg.getvalue()), "species": index % 2, "file_name": name, "segmentation_mask": mask}
+      yield (
+        name,
+        {
+          "image": io.BytesIO(jpeg.getvalue()),
+          "species": index % 2,
+          "file_name": name,
+          "segmentation_mask": mask,
+        },
+      )
 
 
 def make_pets(root, rng):
@@ -105,9 +136,13 @@ def make_pets(root, rng):
 
 
 MAKERS = {
-  "camvid": make_camvid, "cityscapes": make_cityscapes, "coco": make_coco, "folder": make_folder, "pets": make_pets,
+  "camvid": make_camvid,
+  "cityscapes": make_cityscapes,
+  "coco": make_coco,
+  "folder": make_folder,
+  "pets": make_pets,
   "voc": make_voc,
-}  # fmt: skip
+}
 # name -> argument, options, (labeled, unlabeled, evaluated) images, labels that training meets
 CASES = {
   "camvid": ("split=1_4", {}, (4, 12, 2), range(11)),
@@ -139,7 +174,9 @@ def load(name, root, argument="", **overrides):
 
 @functools.cache
 def shared_method():
-  """One method for all data sets, with as many classes as the largest has: one compilation. It is shown unlabeled images too."""
+  """One method for all data sets, with as many classes as the largest has: one compilation. It is
+  shown unlabeled images too.
+  """
   method = build.build_method(configs.load("configs/quickstart.py:method=supervised", SMALL), 81)
   return method._replace(needs=Needs(unlabeled=True, strong_views=1))
 
@@ -170,8 +207,12 @@ def test_every_data_set_takes_two_steps(trees, name):
 def test_cityscapes_label_ids_are_trained_on_as_the_nineteen_classes(trees):
   data = build.build_data(load("cityscapes", trees("cityscapes"), "split=full").data)
   row = data.labeled.ids.index("ulm/ulm_000003_000019")
-  stored = np.asarray(Image.open(trees("cityscapes") / "gtFine/train/ulm/ulm_000003_000019_gtFine_labelIds.png"))
-  assert set(data.labeled.label(row)[stored == 26]) == {13} and set(data.labeled.label(row)[stored == 29]) == {255}
+  stored = np.asarray(
+    Image.open(trees("cityscapes") / "gtFine/train/ulm/ulm_000003_000019_gtFine_labelIds.png")
+  )
+  assert set(data.labeled.label(row)[stored == 26]) == {13} and set(
+    data.labeled.label(row)[stored == 29]
+  ) == {255}
 
 
 def test_cityscapes_masks_of_train_ids_are_refused(trees, tmp_path):
@@ -185,8 +226,15 @@ def test_cityscapes_masks_of_train_ids_are_refused(trees, tmp_path):
 def test_cityscapes_has_the_published_settings():
   config = configs.load("configs/cityscapes.py:method=cps,split=1_16")
   # 128 epochs of 348 steps; the rate and decay that 8 GPUs amounted to. [CPS, official scripts]
-  assert (config.total_steps, config.method.weight, config.views.crop_size) == (44544, 6.0, (800, 800))
-  assert [configs.load(f"configs/cityscapes.py:split={split}").total_steps for split in ("1_8", "1_4", "1_2")] == [
+  assert (config.total_steps, config.method.weight, config.views.crop_size) == (
+    44544,
+    6.0,
+    (800, 800),
+  )
+  assert [
+    configs.load(f"configs/cityscapes.py:split={split}").total_steps
+    for split in ("1_8", "1_4", "1_2")
+  ] == [
     44525,
     44640,
     44640,
@@ -203,12 +251,17 @@ def test_voc_names_the_published_list_that_a_split_has():
     return configs.load(f"configs/voc.py:{argument}").data.split
 
   assert split("split=183") == "voc2012/pseudoseg/183" and split("split=1_16") == "voc2012/cps/1_16"
-  assert split("split=1_16,lists=u2pl") == "voc2012/u2pl/1_16" and split("split=1_16,lists=random") == "1_16"
+  assert (
+    split("split=1_16,lists=u2pl") == "voc2012/u2pl/1_16"
+    and split("split=1_16,lists=random") == "1_16"
+  )
 
 
 def lists(tree, **options):
   """The ids of each role, of configs/folder.py with other options."""
-  data = build.build_data(load("folder", tree, **{f"data.{name}": value for name, value in options.items()}).data)
+  data = build.build_data(
+    load("folder", tree, **{f"data.{name}": value for name, value in options.items()}).data
+  )
   return tuple(set(getattr(data, role).ids) for role in ("labeled", "unlabeled", "evaluated"))
 
 
@@ -220,7 +273,11 @@ def test_images_on_no_list_are_unlabeled_and_evaluated_ones_are_not(trees):
   assert lists(trees("folder")) == (ids(0, 1, 2), ids(*range(3, 14)), ids(14, 15))
   labeled, unlabeled, _ = lists(trees("folder"), split="1_2")
   assert len(labeled) == 7 and labeled | unlabeled == ids(*range(14)) and not labeled & unlabeled
-  assert lists(trees("folder"), split="1_4")[0] < labeled != lists(trees("folder"), split="1_2", split_seed="1")[0]
+  assert (
+    lists(trees("folder"), split="1_4")[0]
+    < labeled
+    != lists(trees("folder"), split="1_2", split_seed="1")[0]
+  )
   everything = ids(*range(14))
   assert lists(trees("folder"), split="full")[:2] == (everything, everything)
 
@@ -228,18 +285,32 @@ def test_images_on_no_list_are_unlabeled_and_evaluated_ones_are_not(trees):
 def test_lists_of_pairs_alone_are_enough(trees, tmp_path):
   tree = trees("folder")
   for name, numbers in {"train": range(8), "labeled": range(2), "val": (14, 15)}.items():
-    (tmp_path / f"{name}.txt").write_text("".join(f"images/p{number:02}.jpg masks/p{number:02}.png\n" for number in numbers))
-  paths = {"train_list": tmp_path / "train.txt", "split": tmp_path / "labeled.txt", "eval_list": tmp_path / "val.txt"}
+    (tmp_path / f"{name}.txt").write_text(
+      "".join(f"images/p{number:02}.jpg masks/p{number:02}.png\n" for number in numbers)
+    )
+  paths = {
+    "train_list": tmp_path / "train.txt",
+    "split": tmp_path / "labeled.txt",
+    "eval_list": tmp_path / "val.txt",
+  }
   labeled, unlabeled, evaluated = lists(
     tree, image_pattern="", label_pattern="", **{name: str(path) for name, path in paths.items()}
   )
-  assert labeled == {"images/p00", "images/p01"} and len(unlabeled) == 6 and evaluated == {"images/p14", "images/p15"}
+  assert (
+    labeled == {"images/p00", "images/p01"}
+    and len(unlabeled) == 6
+    and evaluated == {"images/p14", "images/p15"}
+  )
 
 
-def test_a_list_s_own_mask_comes_before_the_pattern_s_and_the_training_list_s_image_fills_in(trees, tmp_path):
+def test_a_list_s_own_mask_comes_before_the_pattern_s_and_the_training_list_s_image_fills_in(
+  trees, tmp_path
+):
   make_folder(tmp_path, np.random.default_rng(0))
   write(tmp_path / "refined/p00.png", np.full(SIZE, 2, np.uint8))
-  (tmp_path / "labeled.txt").write_text("elsewhere/p00.jpg refined/p00.png\nelsewhere/p01.jpg refined/p01.png\n")
+  (tmp_path / "labeled.txt").write_text(
+    "elsewhere/p00.jpg refined/p00.png\nelsewhere/p01.jpg refined/p01.png\n"
+  )
   labeled = build.build_data(load("folder", tmp_path).data).labeled
   assert [labeled.label_path(row).parent.name for row in (0, 1)] == ["refined", "masks"]
   assert labeled.image_path(0) == tmp_path / "images/p00.jpg" and np.all(labeled.label(0) == 2)
@@ -253,9 +324,15 @@ def test_a_list_s_own_mask_comes_before_the_pattern_s_and_the_training_list_s_im
     ({"classes": "names.txt"}, ["names.txt"]),
     ({"image_pattern": "images/{id}.png"}, ["images/{id}.png", "images holds p00.jpg"]),
     ({"image_pattern": "images"}, ["{id}"]),
-    ({"label_pattern": "masks/{id}.tif"}, ["labeled.txt", "3 of 3 label files absent", "'masks/{id}.png'", "val.txt"]),
+    (
+      {"label_pattern": "masks/{id}.tif"},
+      ["labeled.txt", "3 of 3 label files absent", "'masks/{id}.png'", "val.txt"],
+    ),
     ({"split": "labelled.txt"}, ["config.data.split", "did you mean 'labeled.txt'"]),
-    ({"split": "voc2012/pseudoseg/92"}, ["92 of 92 images that are no training images", "2007_000733", "'p00'"]),
+    (
+      {"split": "voc2012/pseudoseg/92"},
+      ["92 of 92 images that are no training images", "2007_000733", "'p00'"],
+    ),
     ({"split": "val.txt"}, ["labeled and evaluated", "p14, p15"]),
     ({"eval_list": ""}, ["training images would be evaluated", "eval_list"]),
     ({"eval_list": "no.txt"}, ["no.txt"]),
@@ -284,7 +361,10 @@ def test_masks_of_0_and_255_for_two_classes_are_noticed(trees, tmp_path):
 
 def test_normalisation_must_fit_the_channels(trees):
   config = load("folder", trees("folder"), **{"data.channels": "1"})
-  with pytest.raises(checks.InputError, match="config.data.mean: got 3 values; allowed: one for each of the 1 channels"):
+  with pytest.raises(
+    checks.InputError,
+    match="config.data.mean: got 3 values; allowed: one for each of the 1 channels",
+  ):
     build.check_run(config)
   config.data.update({"mean": (0.5,), "std": (0.25,)})
   build.check_run(config)
@@ -303,7 +383,9 @@ def test_boxes_of_an_option_reach_the_batches(trees, tmp_path):
   for index in range(14):
     box = "<bndbox><xmin>14</xmin><ymin>1</ymin><xmax>26</xmax><ymax>20</ymax></bndbox>"
     size = f"<size><width>{SIZE[1]}</width><height>{SIZE[0]}</height></size>"
-    (tmp_path / f"p{index:02}.xml").write_text(f"<annotation>{size}<object><name>cat</name>{box}</object></annotation>")
+    (tmp_path / f"p{index:02}.xml").write_text(
+      f"<annotation>{size}<object><name>cat</name>{box}</object></annotation>"
+    )
   method = shared_method()._replace(needs=Needs(weak_label="boxes"))
   config = load("folder", trees("folder"), **{"data.boxes": str(tmp_path)})
   data = build.build_data(config.data)
@@ -318,12 +400,20 @@ def test_boxes_of_an_option_reach_the_batches(trees, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_leaves_lists_that_load_as_the_same_images(trees, tmp_path):
-  tree, tiny = trees("folder"), {"total_steps": 1, "evaluation.batch_size": 8, "evaluation.pictures": 1}
+  tree, tiny = (
+    trees("folder"),
+    {"total_steps": 1, "evaluation.batch_size": 8, "evaluation.pictures": 1},
+  )
   config = load("folder", tree, "method=supervised", **tiny)
   config.evaluation.update({"style": "whole", "pad_multiple": 1})
   api.train(config, tmp_path)
   for role, expected in zip(("labeled", "unlabeled", "evaluated"), lists(tree), strict=True):
     path = tmp_path / "lists" / f"{role}.txt"
-    assert {entry.id for entry in sources.read_entries(tree, path, "images/{id}.jpg", "masks/{id}.png")} == expected
+    assert {
+      entry.id for entry in sources.read_entries(tree, path, "images/{id}.jpg", "masks/{id}.png")
+    } == expected
     assert len(splits.read_list(path)) == len(expected)
-  assert json.loads((tmp_path / "results.json").read_text())["split"] == "labeled.txt: 3 labeled, 11 unlabeled"
+  assert (
+    json.loads((tmp_path / "results.json").read_text())["split"]
+    == "labeled.txt: 3 labeled, 11 unlabeled"
+  )

@@ -20,7 +20,10 @@ def normal(seed, *shape):
 def plain_depthwise(x, kernel, stride, dilation, same=False):
   """The textbook sum, padded symmetrically or as TensorFlow's documentation says of "SAME"."""
   reach = dilation * (kernel.shape[0] // 2)
-  totals = [max((-(-size // stride) - 1) * stride + 2 * reach + 1 - size, 0) if same else 2 * reach for size in x.shape[1:3]]
+  totals = [
+    max((-(-size // stride) - 1) * stride + 2 * reach + 1 - size, 0) if same else 2 * reach
+    for size in x.shape[1:3]
+  ]
   padded = np.pad(x, ((0, 0), *((total // 2, total - total // 2) for total in totals), (0, 0)))
   height, width = ((size - 1) // stride + 1 for size in x.shape[1:3])
   y = np.zeros((x.shape[0], height, width, x.shape[-1]))
@@ -33,29 +36,48 @@ def plain_depthwise(x, kernel, stride, dilation, same=False):
 
 def _gradients_by_taps(x, kernel, stride, dilation, same):
   y = layers._depthwise_by_taps(x, kernel, stride, dilation, same)
-  return y, lambda gradient: layers._depthwise_gradients_by_taps(x, kernel, gradient, stride, dilation, same)
+  return y, lambda gradient: layers._depthwise_gradients_by_taps(
+    x, kernel, gradient, stride, dilation, same
+  )
 
 
 def _gradients_of(form):
   return lambda x, kernel, *options: jax.vjp(lambda x, kernel: form(x, kernel, *options), x, kernel)
 
 
-# This platform's way, and both ways by name: only one of them runs on a platform. With the last sizes some taps see nothing.
+# This platform's way, and both ways by name: only one of them runs on a platform. With the last
+# sizes some taps see nothing.
 @pytest.mark.parametrize(
-  "form", [_gradients_of(layers.convolve_depthwise), _gradients_by_taps, _gradients_of(layers._depthwise_grouped)],
+  "form",
+  [
+    _gradients_of(layers.convolve_depthwise),
+    _gradients_by_taps,
+    _gradients_of(layers._depthwise_grouped),
+  ],
   ids=["platform", "taps", "grouped"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize(
   "size,k,stride,dilation",
-  [((6, 7), 3, 1, 1), ((6, 7), 3, 2, 1), ((8, 6), 5, 2, 1), ((7, 5), 5, 1, 1), ((9, 8), 3, 1, 2), ((4, 7), 3, 1, 6), ((1, 2), 5, 2, 1)],
+  [
+    ((6, 7), 3, 1, 1),
+    ((6, 7), 3, 2, 1),
+    ((8, 6), 5, 2, 1),
+    ((7, 5), 5, 1, 1),
+    ((9, 8), 3, 1, 2),
+    ((4, 7), 3, 1, 6),
+    ((1, 2), 5, 2, 1),
+  ],
 )
-def test_depthwise_convolution_is_the_textbook_sum_and_its_gradient_the_adjoint(form, size, k, stride, dilation, same):
+def test_depthwise_convolution_is_the_textbook_sum_and_its_gradient_the_adjoint(
+  form, size, k, stride, dilation, same
+):
   x, kernel = normal(0, 2, *size, 3), normal(1, k, k, 1, 3)
   y, pull = form(x, kernel, stride, dilation, same)
   textbook = functools.partial(plain_depthwise, stride=stride, dilation=dilation, same=same)
   np.testing.assert_allclose(y, textbook(np.asarray(x), kernel), atol=1e-5)
-  # <g, conv(u)> = <pull(g), u> for every u, because convolution is linear in the map and in the kernel.
+  # <g, conv(u)> = <pull(g), u> for every u, because convolution is linear in the map and in the
+  # kernel.
   g, u, v = normal(2, *y.shape), normal(3, *x.shape), normal(4, *kernel.shape)
   by_x, by_kernel = pull(g)
   along_u, along_v = textbook(np.asarray(u), kernel), textbook(np.asarray(x), v)
@@ -101,19 +123,30 @@ def test_at_output_stride_8_the_third_stage_dilates_as_a_whole():
 def test_a_strided_shortcut_without_change_of_channels_picks_every_second_pixel():
   block = resnet.BlockBeta(width=2, stride=2, dilation=1, momentum=0.95)
   x = normal(7, 1, 5, 6, 8)
-  (y, residual), variables = block.init_with_output(jax.random.key(0), x, train=False)  # kernels of zeros
+  # Kernels of zeros.
+  (y, residual), variables = block.init_with_output(jax.random.key(0), x, train=False)
   assert "shortcut" not in variables["params"]
   np.testing.assert_array_equal(residual, np.zeros((1, 3, 3, 8)))
   np.testing.assert_array_equal(y, np.maximum(x[:, ::2, ::2], 0))
 
 
-@pytest.mark.parametrize("output_stride,strides", [(8, (4, 8, 8, 8, 8)), (16, (4, 8, 16, 16, 16)), (32, (4, 8, 16, 32, 32))])
+@pytest.mark.parametrize(
+  "output_stride,strides",
+  [(8, (4, 8, 8, 8, 8)), (16, (4, 8, 16, 16, 16)), (32, (4, 8, 16, 32, 32))],
+)
 def test_maps_have_their_strides_and_channels(output_stride, strides):
-  network = table.compose(*deeplab_tf.deeplabv3plus_tf(5, output_stride=output_stride, dtype=jnp.bfloat16))
+  network = table.compose(
+    *deeplab_tf.deeplabv3plus_tf(5, output_stride=output_stride, dtype=jnp.bfloat16)
+  )
   variables = jax.eval_shape(network.init, jax.random.key(0))
   images = jax.ShapeDtypeStruct((2, 65, 50, 3), jnp.float32)
-  maps, _ = jax.eval_shape(functools.partial(network.encode, train=True, groups=2), *variables, images)
-  expected = [(2, -(-65 // s), -(-50 // s), c) for s, c in zip(strides, (256, 256, 512, 1024, 2048), strict=True)]
+  maps, _ = jax.eval_shape(
+    functools.partial(network.encode, train=True, groups=2), *variables, images
+  )
+  expected = [
+    (2, -(-65 // s), -(-50 // s), c)
+    for s, c in zip(strides, (256, 256, 512, 1024, 2048), strict=True)
+  ]
   assert [x.shape for x in maps] == expected
   assert {x.dtype for x in maps} == {jnp.dtype("bfloat16")}
   scores, _ = jax.eval_shape(functools.partial(network.decode, train=False), *variables, maps)
@@ -125,7 +158,9 @@ def test_maps_have_their_strides_and_channels(output_stride, strides):
 
 @pytest.fixture(scope="module")
 def small():
-  """A training forward (low-level map, scores, statistics) of a network with few blocks, its variables, and images."""
+  """A training forward (low-level map, scores, statistics) of a network with few blocks, its
+  variables, and images.
+  """
   backbone, head = deeplab_tf.deeplabv3plus_tf(3, head_momentum=0.75)
   network = table.compose(backbone.clone(variant="few"), head)
 
@@ -146,8 +181,11 @@ def test_grouped_forward_is_two_forwards(small):
   low, scores, moved = forward(params, stats, images, 2)
   low_first, first, between = forward(params, stats, images[::2], 1)
   low_second, second, after = forward(params, between, images[1::2], 1)
-  np.testing.assert_allclose(low, jnp.stack([low_first, low_second], 1).reshape(low.shape), atol=1e-4)
-  # Batch norms over three pooled values amplify rounding: input noise of 1e-7 moves these scores by 2e-3 already.
+  np.testing.assert_allclose(
+    low, jnp.stack([low_first, low_second], 1).reshape(low.shape), atol=1e-4
+  )
+  # Batch norms over three pooled values amplify rounding: input noise of 1e-7 moves these scores by
+  # 2e-3 already.
   np.testing.assert_allclose(scores, jnp.stack([first, second], 1).reshape(scores.shape), atol=2e-2)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=1e-2), moved, after)
 
@@ -160,7 +198,9 @@ def test_running_statistics_of_backbone_and_head_keep_their_own_share(small):
   for path in once:
     if path[-1] == "mean":  # (1 - m) x, then m (1 - m) x + (1 - m) x
       share = 0.75 if path[0] == "head" else 0.95
-      np.testing.assert_allclose(twice[path] - once[path], share * once[path], rtol=1e-3, atol=1e-4, err_msg=path)
+      np.testing.assert_allclose(
+        twice[path] - once[path], share * once[path], rtol=1e-3, atol=1e-4, err_msg=path
+      )
 
 
 def head_and_maps(**options):
@@ -177,7 +217,12 @@ def test_dropout_acts_where_training_and_a_key_meet_and_drops_its_fraction():
   def context(key, *, train):
     rngs = {} if key is None else {"dropout": key}
     _, seen = head.apply(
-      variables, maps, train=train, rngs=rngs, mutable=True, capture_intermediates=lambda module, _: module.name == "aspp"
+      variables,
+      maps,
+      train=train,
+      rngs=rngs,
+      mutable=True,
+      capture_intermediates=lambda module, _: module.name == "aspp",
     )
     return seen["intermediates"]["aspp"]["__call__"][0]
 
@@ -206,22 +251,39 @@ def test_depthwise_kernels_are_drawn_disturb_no_other_draw_and_do_not_decay():
   shapes = {"unit": {"kernel": jnp.zeros((1, 1, 8, 4)), "bias": jnp.zeros(4)}}
   more = shapes | {"depthwise": {"conv": {"depthwise": jnp.zeros((3, 3, 1, 2000))}}}
   values = initial.initial_values(jax.random.key(3), more)
-  jax.tree.map(np.testing.assert_array_equal, values["unit"], initial.initial_values(jax.random.key(3), shapes)["unit"])
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    values["unit"],
+    initial.initial_values(jax.random.key(3), shapes)["unit"],
+  )
   drawn = values["depthwise"]["conv"]["depthwise"]  # each sum has nine terms: variance 2 / 9
   np.testing.assert_allclose([drawn.mean(), drawn.std()], [0, (2 / 9) ** 0.5], atol=1e-2)
   _, head = deeplab_tf.deeplabv3plus_tf(3)
   maps = (jnp.zeros((1, 5, 5, 4)), jnp.zeros((1, 2, 2, 4)))
-  leaves = traverse_util.flatten_dict(jax.eval_shape(lambda: head.init(jax.random.key(0), maps, train=False))["params"], sep="/")
-  spared = {path for path, leaf in leaves.items() if len(leaf.shape) == 4 and not optim.decays(path, "kernels")}
+  leaves = traverse_util.flatten_dict(
+    jax.eval_shape(lambda: head.init(jax.random.key(0), maps, train=False))["params"], sep="/"
+  )
+  spared = {
+    path
+    for path, leaf in leaves.items()
+    if len(leaf.shape) == 4 and not optim.decays(path, "kernels")
+  }
   separable = ("aspp/branch1", "aspp/branch2", "aspp/branch3", "unit1", "unit2")
   assert spared == {f"{name}/depthwise/conv/depthwise" for name in separable}
 
 
 def test_what_a_network_cannot_be_is_told_at_once():
   with pytest.raises(checks.InputError) as error:
-    deeplab_tf.deeplabv3plus_tf(3, output_stride=4, multi_grid=(1, 2), dropout=1.0, head_momentum=-0.1)
+    deeplab_tf.deeplabv3plus_tf(
+      3, output_stride=4, multi_grid=(1, 2), dropout=1.0, head_momentum=-0.1
+    )
   message = str(error.value)
-  for words in ("output_stride: got 4", "multi_grid: got (1, 2)", "dropout: got 1.0", "head_momentum: got -0.1"):
+  for words in (
+    "output_stride: got 4",
+    "multi_grid: got (1, 2)",
+    "dropout: got 1.0",
+    "head_momentum: got -0.1",
+  ):
     assert words in message
   with pytest.raises(checks.InputError, match="resnet18.*resnet101, resnet50"):
     deeplab_tf.deeplabv3plus_tf(3, backbone="resnet18")
@@ -234,15 +296,21 @@ def with_heads(backbone, num_classes):
   """Shapes of a network with PseudoSeg's heads."""
   network = table.compose(*deeplab_tf.deeplabv3plus_tf(num_classes, backbone=backbone))
   params, stats = jax.eval_shape(network.init, jax.random.key(0))
-  classifier, _ = jax.eval_shape(heads.image_classifier(2048, num_classes - 1).init, jax.random.key(0))
-  attention, moving = jax.eval_shape(heads.self_attention(3072, num_classes).init, jax.random.key(0))
+  classifier, _ = jax.eval_shape(
+    heads.image_classifier(2048, num_classes - 1).init, jax.random.key(0)
+  )
+  attention, moving = jax.eval_shape(
+    heads.self_attention(3072, num_classes).init, jax.random.key(0)
+  )
   return params | {"classifier": classifier, "attention": attention}, stats | {"attention": moving}
 
 
 def variables_for(params, stats, variant):
   """A checkpoint that fits, of views of one zero: name -> array in TensorFlow's shape."""
   variables = {}
-  for path, leaf in traverse_util.flatten_dict({"params": params, "batch_stats": stats}, sep="/").items():
+  for path, leaf in traverse_util.flatten_dict(
+    {"params": params, "batch_stats": stats}, sep="/"
+  ).items():
     name = tf_names.tf_name(path.split("/", 1)[1], variant=variant)
     shape = (1, 1, *leaf.shape) if len(leaf.shape) == 2 else leaf.shape
     if name.endswith("depthwise_weights"):
@@ -264,12 +332,19 @@ def test_names_are_distinct_and_those_of_the_scope(variant):
   }
   assert f"{scope}/{deepest[variant]}/BatchNorm/moving_variance" in variables
   assert variables[f"{scope}/logits/weights"].shape == (1, 1, 2048, 20)
-  assert {name.split("/")[0] for name in variables if name.startswith(("resnet", "xception"))} == {scope}
+  assert {name.split("/")[0] for name in variables if name.startswith(("resnet", "xception"))} == {
+    scope
+  }
   tf_names.from_tf(variables, params, stats)
 
 
 def test_paths_that_tensorflow_does_not_have_have_no_name():
-  for path in ("backbone/layer1_0/unit2/conv/bias", "head/unit3/conv/kernel", "head/aspp/branch4/pointwise/conv/kernel", "low"):
+  for path in (
+    "backbone/layer1_0/unit2/conv/bias",
+    "head/unit3/conv/kernel",
+    "head/aspp/branch4/pointwise/conv/kernel",
+    "low",
+  ):
     assert tf_names.tf_name(path, variant="resnet50") is None
 
 

@@ -30,11 +30,19 @@ def text_of(markup):
 
 def predictor(**options):
   return Predictor(
-    lambda x: x, CLASSES, protocol=Protocol(), mean=(0.0,) * 3, std=(1.0,) * 3, name="teacher", checkpoint="best", step=7, **options
+    lambda x: x,
+    CLASSES,
+    protocol=Protocol(),
+    mean=(0.0,) * 3,
+    std=(1.0,) * 3,
+    name="teacher",
+    checkpoint="best",
+    step=7,
+    **options,
   )
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def test_predictions_are_arrays_that_show_the_colors_of_their_classes():
@@ -42,7 +50,9 @@ def test_predictions_are_arrays_that_show_the_colors_of_their_classes():
   ids = predictor().predict(image)
   np.testing.assert_array_equal(ids, image.argmax(-1))
   assert isinstance(ids, np.ndarray) and ids.dtype == np.uint8
-  np.testing.assert_array_equal(shown(ids)[:300, :280], pictures.colorize(image.argmax(-1), CLASSES))
+  np.testing.assert_array_equal(
+    shown(ids)[:300, :280], pictures.colorize(image.argmax(-1), CLASSES)
+  )
   overlay = predictor().overlay(image)
   np.testing.assert_array_equal(shown(overlay), pictures.overlay(image, image.argmax(-1), CLASSES))
 
@@ -61,36 +71,75 @@ def test_small_pictures_are_enlarged_by_whole_pixels():
 def test_large_pictures_are_shrunk_in_what_is_shown_alone():
   picture = ClassMap(np.repeat(np.arange(2, dtype=np.uint8), 2000)[:, None].repeat(500, 1), CLASSES)
   colors = shown(picture)[:1600, :200]
-  assert picture.shape == (4000, 500) and {*map(tuple, colors.reshape(-1, 3))} == {(0, 0, 255), (128, 64, 128)}
+  assert picture.shape == (4000, 500) and {*map(tuple, colors.reshape(-1, 3))} == {
+    (0, 0, 255),
+    (128, 64, 128),
+  }
   assert shown(Picture(np.zeros((30, 3200, 3), np.uint8))).shape == (15, 1600, 3)
 
 
-@pytest.mark.parametrize("make", [lambda: Picture(np.zeros((8, 9, 3), np.uint8)), lambda: ClassMap(np.zeros((8, 9), np.uint8), CLASSES)])
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda: Picture(np.zeros((8, 9, 3), np.uint8)),
+    lambda: ClassMap(np.zeros((8, 9), np.uint8), CLASSES),
+  ],
+)
 def test_what_is_computed_from_a_picture_is_a_plain_array(make):
   picture = make()
-  for plain in (picture == 1, picture + 1, np.where(picture, 1, 2), np.concatenate([picture, picture]).max(), picture.mean(0)):
+  for plain in (
+    picture == 1,
+    picture + 1,
+    np.where(picture, 1, 2),
+    np.concatenate([picture, picture]).max(),
+    picture.mean(0),
+  ):
     assert not hasattr(plain, "_repr_png_") or plain._repr_png_() is None
   assert isinstance(picture.max(), np.uint8) and jnp.asarray(picture).shape == picture.shape
   assert picture[2:5]._repr_png_() is not None  # a part is one too
-  assert Picture(np.zeros((0, 3, 3), np.uint8))._repr_png_() is None and picture[0].view(type(picture))._repr_png_() is None
+  assert (
+    Picture(np.zeros((0, 3, 3), np.uint8))._repr_png_() is None
+    and picture[0].view(type(picture))._repr_png_() is None
+  )
 
 
 def test_ids_that_lost_their_classes_are_numbers():
   assert np.zeros((4, 4), np.uint8).view(ClassMap)._repr_png_() is None
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 MATRIX = np.array([[8, 2, 0], [0, 10, 0], [0, 0, 0]])
 
 
 def test_scores_read_as_a_table():
-  table = ScoreTable({"a": scores(MATRIX), "b": scores(MATRIX)}, {"a": CLASSES, "b": CLASSES}, "best checkpoint, step 7")
+  table = ScoreTable(
+    {"a": scores(MATRIX), "b": scores(MATRIX)},
+    {"a": CLASSES, "b": CLASSES},
+    "best checkpoint, step 7",
+  )
   for text in (repr(table), text_of(table._repr_html_())):
-    for part in ("best checkpoint, step 7", "sky", "80.00", "83.33", "-", "mean IoU", "81.67", "pixel accuracy", "90.00"):
+    for part in (
+      "best checkpoint, step 7",
+      "sky",
+      "80.00",
+      "83.33",
+      "-",
+      "mean IoU",
+      "81.67",
+      "pixel accuracy",
+      "90.00",
+    ):
       assert part in text
-  assert "<b>road" not in table._repr_html_().replace("&lt;b&gt;", "") and "rgb(128,64,128)" in table._repr_html_()
-  assert table["a"].miou == pytest.approx(0.8166667) and "mIoU 81.67 %" in repr(table["a"]) and "80.00 83.33 -" in repr(table["a"])
+  assert (
+    "<b>road" not in table._repr_html_().replace("&lt;b&gt;", "")
+    and "rgb(128,64,128)" in table._repr_html_()
+  )
+  assert (
+    table["a"].miou == pytest.approx(0.8166667)
+    and "mIoU 81.67 %" in repr(table["a"])
+    and "80.00 83.33 -" in repr(table["a"])
+  )
 
 
 def test_scores_of_other_classes_stand_in_a_table_of_their_own():
@@ -100,8 +149,24 @@ def test_scores_of_other_classes_stand_in_a_table_of_their_own():
 
 
 def results(**changes):
-  entry = {"step": 3, "predictors": {"a": {"miou": 0.5, "pixel_accuracy": None, "iou": {"sky": 0.25, "<b>road</b>": None, "car": 1.0}}}}
-  found = {"method": "cps", "seed": 1, "split": "4 labeled", "protocol": "whole images", "last": entry, "best": entry}
+  entry = {
+    "step": 3,
+    "predictors": {
+      "a": {
+        "miou": 0.5,
+        "pixel_accuracy": None,
+        "iou": {"sky": 0.25, "<b>road</b>": None, "car": 1.0},
+      }
+    },
+  }
+  found = {
+    "method": "cps",
+    "seed": 1,
+    "split": "4 labeled",
+    "protocol": "whole images",
+    "last": entry,
+    "best": entry,
+  }
   return RunResults(found | {"finished": True, "stopped_by": None} | changes, CLASSES, "/w")
 
 
@@ -128,7 +193,7 @@ def test_a_predictor_says_what_it_is():
   assert "<b>road" not in predictor()._repr_html_()
 
 
-# --- the cell as a console --------------------------------------------------------------------------------------------------------
+# --- the cell as a console ------------------------------------------------------------------------
 
 
 class Cell:

@@ -1,4 +1,6 @@
-"""README, docs and notebooks: every command, flag, option, config, file and link that they name exists."""
+"""README, docs and notebooks: every command, flag, option, config, file and link that they name
+exists.
+"""
 
 import ast
 import pathlib
@@ -15,7 +17,11 @@ from pseudoseg_jax import config as configs
 
 ROOT = pathlib.Path(__file__).parents[1]
 _OF_THE_SITE = ("index", "changes", "contributing")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.stem not in _OF_THE_SITE)]
+PAGES = [
+  ROOT / "README.md",
+  ROOT / "CONTRIBUTING.md",
+  *sorted(page for page in (ROOT / "docs").glob("*.md") if page.stem not in _OF_THE_SITE),
+]
 TEXTS = [*PAGES, *sorted((ROOT / "launch" / "notebooks").glob("*.ipynb"))]
 
 
@@ -33,15 +39,26 @@ def code_of(text):
   """What stands in fences and between backquotes, a command with continued lines in one."""
   fences = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
   rest = re.sub(r"^```\w*\n(.*?)^```", "", text, flags=re.MULTILINE | re.DOTALL)
-  return [*"\n".join(fences).replace("\\\n", " ").splitlines(), *re.findall(r"`([^`]+)`", rest.replace("\n", " "))]
+  return [
+    *"\n".join(fences).replace("\\\n", " ").splitlines(),
+    *re.findall(r"`([^`]+)`", rest.replace("\n", " ")),
+  ]
 
 
 def commands_of(text):
   """(file of a command, its words after it), of every command of ours."""
-  of_cells = [line for line in text.replace("\\\n", " ").splitlines() if line.startswith(("!", "%"))]
+  of_cells = [
+    line for line in text.replace("\\\n", " ").splitlines() if line.startswith(("!", "%"))
+  ]
   for line in [*code_of(text), *of_cells]:
-    for program, words in re.findall(r"python (-m pseudoseg_jax\.\w+|launch/\w+\.py)([^|&#;]*)", line):
-      module = program.removeprefix("-m ").replace(".", "/") + ".py" if program.startswith("-m") else program
+    for program, words in re.findall(
+      r"python (-m pseudoseg_jax\.\w+|launch/\w+\.py)([^|&#;]*)", line
+    ):
+      module = (
+        program.removeprefix("-m ").replace(".", "/") + ".py"
+        if program.startswith("-m")
+        else program
+      )
       yield ROOT / module, shlex.split(words, comments=True)
 
 
@@ -58,10 +75,16 @@ def test_commands_and_flags_exist(path):
     accepted = flags_in(command) | {"--help"}
     if command.name == "pipeline.py":  # --STAGE.KEY=VALUE
       own = {flag for flag in own if "." not in flag}
-    elif command.parent.name == "launch" and "pseudoseg_jax.main" in command.read_text() and "parse_known_args" in command.read_text():
+    elif (
+      command.parent.name == "launch"
+      and "pseudoseg_jax.main" in command.read_text()
+      and "parse_known_args" in command.read_text()
+    ):
       accepted |= flags_in(ROOT / "pseudoseg_jax" / "main.py")
     elif command.name == "prepare.py":  # a flag for each archive
-      shown = subprocess.run([sys.executable, command, words[0], "--help"], capture_output=True, text=True, check=True).stdout
+      shown = subprocess.run(
+        [sys.executable, command, words[0], "--help"], capture_output=True, text=True, check=True
+      ).stdout
       accepted = set(re.findall(r"--\w+", shown))
     assert own <= accepted, (command, own - accepted)
 
@@ -70,9 +93,21 @@ def test_commands_and_flags_exist(path):
 def test_options_exist(path):
   text, known = text_of(path), known_options()
   groups = {option.split(".")[0] for option in known if "." in option}
-  given = {option.rstrip(".") for option in re.findall(r"--config\.([\w.]+)", text) if not re.fullmatch(r"(other_data\..*|KEY)", option)}
-  quoted = {option for option in re.findall(r"[`\"](\w+(?:\.\w+)+)(?:=[^`]*`|[`\"])", text) if option.split(".")[0] in groups}
-  quoted -= {f"{group}.{suffix}" for group in groups for suffix in ("py", "csv", "json", "txt", "md", "safetensors")}
+  given = {
+    option.rstrip(".")
+    for option in re.findall(r"--config\.([\w.]+)", text)
+    if not re.fullmatch(r"(other_data\..*|KEY)", option)
+  }
+  quoted = {
+    option
+    for option in re.findall(r"[`\"](\w+(?:\.\w+)+)(?:=[^`]*`|[`\"])", text)
+    if option.split(".")[0] in groups
+  }
+  quoted -= {
+    f"{group}.{suffix}"
+    for group in groups
+    for suffix in ("py", "csv", "json", "txt", "md", "safetensors")
+  }
   assert not (quoted | given) - known
 
 
@@ -86,7 +121,11 @@ def test_configs_can_be_made(path):
 
 def anchors_of(page):
   """The links to headings that GitHub makes."""
-  headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), flags=re.MULTILINE)
+  headings = re.findall(
+    r"^#+ (.*)$",
+    re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL),
+    flags=re.MULTILINE,
+  )
   return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -101,18 +140,34 @@ def test_links_lead_somewhere(path):
 
 
 def test_every_page_is_found_from_the_readme():
-  linked = {(ROOT / link.partition("#")[0]).resolve() for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text())}
+  linked = {
+    (ROOT / link.partition("#")[0]).resolve()
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text())
+  }
   assert not [page.name for page in PAGES[1:] if page not in linked]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=named)
 def test_python_can_be_parsed(path):
-  for block in re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL):
+  for block in re.findall(
+    r"^```python\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL
+  ):
     ast.parse(block)
 
 
 def test_the_docs_are_a_site_without_a_warning(tmp_path):
-  command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", tmp_path / "doctrees", ROOT / "docs", tmp_path / "site"]
+  command = [
+    sys.executable,
+    "-m",
+    "sphinx",
+    "-q",
+    "-W",
+    "--keep-going",
+    "-d",
+    tmp_path / "doctrees",
+    ROOT / "docs",
+    tmp_path / "site",
+  ]
   made = subprocess.run(command, capture_output=True, text=True, check=False)
   assert made.returncode == 0, made.stderr
   first = (tmp_path / "site" / "index.html").read_text()

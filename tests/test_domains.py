@@ -1,4 +1,6 @@
-"""Several data sets with classes of their own in one run: their batches, their scores, and what goes wrong."""
+"""Several data sets with classes of their own in one run: their batches, their scores, and what
+goes wrong.
+"""
 
 import json
 
@@ -32,19 +34,25 @@ SHAPES = ("ground", "disc", "cross")
 
 
 def supervised_domains(task):
-  """Learns the labeled images of all domains: the network is the first one's, others have a classifier of its deepest map."""
+  """Learns the labeled images of all domains: the network is the first one's, others have a
+  classifier of its deepest map.
+  """
   channels = nets.map_channels(task.network)[-1]
   numbers = range(1, 1 + len(task.other_classes))
 
   def head(classes):
-    return Head(lambda key: ({"kernel": 0.1 * jax.random.normal(key, (channels, classes))}, {}), apply=None)
+    return Head(
+      lambda key: ({"kernel": 0.1 * jax.random.normal(key, (channels, classes))}, {}), apply=None
+    )
 
   def init(key):
     heads = {f"classifier_{number}": head(task.other_classes[number - 1]) for number in numbers}
     return State(step=jnp.zeros([], jnp.int32), nets={"student": nets.create(task, key, **heads)})
 
   def logits(net, maps, number, images):
-    return task.network.upsample(maps[-1] @ net.params[f"classifier_{number}"]["kernel"], images.shape[1:3])
+    return task.network.upsample(
+      maps[-1] @ net.params[f"classifier_{number}"]["kernel"], images.shape[1:3]
+    )
 
   def draw(key, batch):
     assert all(batch[f"unlabeled_{number}"]["strong"].shape[1] == 1 for number in numbers)
@@ -73,10 +81,14 @@ def supervised_domains(task):
     predicted = nets.infer(task.network, state.nets["student"], batch["unlabeled"]["weak"])
     return (batch["unlabeled_1"]["weak"], jax.nn.softmax(predicted)), batch["unlabeled"]["valid"]
 
-  predictors = nets.predictors(task.network, "student") | {f"student_{number}": predictor(number) for number in numbers}
+  predictors = nets.predictors(task.network, "student") | {
+    f"student_{number}": predictor(number) for number in numbers
+  }
   panels = Panels(("other image", "prediction"), ("image", "classes"), shown)
   domains = {f"student_{number}": number for number in numbers}
-  return Method(Needs(strong_views=1, domains=True), init, draw, update, predictors, panels, domains)
+  return Method(
+    Needs(strong_views=1, domains=True), init, draw, update, predictors, panels, domains
+  )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -98,7 +110,10 @@ def shapes(tmp_path_factory):
   scenes = synthetic.SyntheticScenes(25, (44, 36), seed=5)
   for row in range(25):
     part = "train" if row < 16 else "test"
-    for folder, pixels in {"images": scenes.image(row), "masks": shape_of(scenes.label(row))}.items():
+    for folder, pixels in {
+      "images": scenes.image(row),
+      "masks": shape_of(scenes.label(row)),
+    }.items():
       (root / folder / part).mkdir(parents=True, exist_ok=True)
       Image.fromarray(pixels).save(root / folder / part / f"{row}.png")
   (root / "classes.txt").write_text("\n".join(SHAPES))
@@ -107,15 +122,22 @@ def shapes(tmp_path_factory):
 
 def load(shapes, method="supervised_domains", **overrides):
   config = configs.load(f"configs/quickstart.py:method={method}", SMALL)
-  config.other_data = {"shapes": configs.folder_data(
-    root=str(shapes), classes="classes.txt", split="1_2", image_pattern="images/train/{id}.png",
-    label_pattern="masks/train/{id}.png", eval_image_pattern="images/test/{id}.png", eval_label_pattern="masks/test/{id}.png",
-  )}  # fmt: skip
+  config.other_data = {
+    "shapes": configs.folder_data(
+      root=str(shapes),
+      classes="classes.txt",
+      split="1_2",
+      image_pattern="images/train/{id}.png",
+      label_pattern="masks/train/{id}.png",
+      eval_image_pattern="images/test/{id}.png",
+      eval_label_pattern="masks/test/{id}.png",
+    )
+  }
   configs.override(config, overrides)
   return config
 
 
-# --- batches -----------------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
 def twins(**names):
@@ -141,7 +163,9 @@ def test_the_first_domain_s_batches_are_those_of_a_run_without_others():
   alone = configs.load("configs/quickstart.py:method=mean_teacher,convention=official", SMALL)
   data = build.build_data(alone.data)
   spec = build.build_pipeline(alone, data, build.build_method(alone, 7))
-  for expected, batch, _ in zip(build.batches(spec)(0), batches(twins(b=1)), range(2), strict=False):
+  for expected, batch, _ in zip(
+    build.batches(spec)(0), batches(twins(b=1)), range(2), strict=False
+  ):
     assert set(batch) == {"labeled", "unlabeled", "labeled_1", "unlabeled_1"}
     assert_equal(expected, {name: batch[name] for name in ("labeled", "unlabeled")})
     for name in ("labeled", "unlabeled"):
@@ -150,7 +174,8 @@ def test_the_first_domain_s_batches_are_those_of_a_run_without_others():
 
 def test_domains_draw_apart_and_by_their_names():
   few, more = next(batches(twins(b=0))), next(batches(twins(a=1, b=0)))
-  assert np.any(few["labeled"]["image"] != few["labeled_1"]["image"])  # the very same images, in another order and other crops
+  # The very same images, in another order and other crops.
+  assert np.any(few["labeled"]["image"] != few["labeled_1"]["image"])
   assert_equal(few["labeled_1"], more["labeled_2"])  # domains are numbered by name: a, b
   assert_equal(few["unlabeled_1"], more["unlabeled_2"])
 
@@ -168,7 +193,7 @@ def test_batches_go_on_at_any_step_and_are_shared_among_processes(monkeypatch):
   assert_equal(second, jax.tree.map(lambda *rows: np.concatenate(rows), *parts))
 
 
-# --- a run -------------------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +213,16 @@ def test_every_domain_is_scored_in_its_own_classes(trained):
     assert set(shapes[series]["predictors"]["student_1"]["iou"]) == set(SHAPES)
     assert shapes[series]["step"] == results[series]["step"]
   assert (trained / "scores.csv").read_text().startswith("class,student\n")
-  told = {name for line in (trained / "history.jsonl").read_text().splitlines() for name in json.loads(line)}
-  assert {"evaluation/student/miou", "evaluation/shapes/student_1/miou", "evaluation/shapes/student_1/iou/disc"} <= told
+  told = {
+    name
+    for line in (trained / "history.jsonl").read_text().splitlines()
+    for name in json.loads(line)
+  }
+  assert {
+    "evaluation/student/miou",
+    "evaluation/shapes/student_1/miou",
+    "evaluation/shapes/student_1/iou/disc",
+  } <= told
   log = (trained / "log.txt").read_text()
   assert "step 4, shapes (" in log and "evaluating 18 images" in log
   assert len((trained / "lists" / "shapes" / "labeled.txt").read_text().split()) == 8
@@ -207,7 +240,10 @@ def test_evaluate_agrees_with_training_on_all_domains(trained):
   results = json.loads((trained / "results.json").read_text())
   again = json.loads(next((trained / "evaluations").glob("*/last/results.json")).read_text())
   assert list(scores) == ["student", "student_1"]
-  for name, of_domain in (("student", lambda results: results), ("student_1", lambda results: results["domains"]["shapes"])):
+  for name, of_domain in (
+    ("student", lambda results: results),
+    ("student_1", lambda results: results["domains"]["shapes"]),
+  ):
     entry = of_domain(results)["last"]
     np.testing.assert_allclose(scores[name].miou, entry["predictors"][name]["miou"], rtol=1e-6)
     assert of_domain(again)["last"]["step"] == 4 and again["domains"]["shapes"]["split"]
@@ -217,7 +253,11 @@ def test_a_predictor_segments_in_the_classes_of_its_domain_without_any_data(trai
   image = np.random.default_rng(0).integers(0, 256, (37, 51, 3), np.uint8)
   first, other = pseudoseg_jax.load(trained), pseudoseg_jax.load(trained, predictor="student_1")
   assert (first.name, first.classes, other.classes.names) == ("student", synthetic.CLASSES, SHAPES)
-  assert first.probabilities(image).shape == (37, 51, 7) and other.probabilities(image).shape == (37, 51, 3)
+  assert first.probabilities(image).shape == (37, 51, 7) and other.probabilities(image).shape == (
+    37,
+    51,
+    3,
+  )
 
 
 def test_the_first_domain_s_network_can_be_exported_and_stands_alone(trained, tmp_path):
@@ -229,18 +269,30 @@ def test_the_first_domain_s_network_can_be_exported_and_stands_alone(trained, tm
     pseudoseg_jax.export(trained, tmp_path / "other", predictor="student_1")
 
 
-# --- what goes wrong ---------------------------------------------------------------------------------------------------------
+# --- what goes wrong ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
   ("method", "overrides", "said"),
   [
     ("cps", {}, ["method 'cps'", "config.other_data: got shapes", "config of one data set"]),
-    ("supervised_domains", {"other_data.shapes.root": "/nowhere"}, ["domain 'shapes'", "config.other_data.shapes.root", "/nowhere"]),
-    ("supervised_domains", {"other_data.shapes.split": "lst.txt"}, ["config.other_data.shapes.split", "'lst.txt'"]),
-    ("supervised_domains", {"other_data.shapes.channels": 1}, ["config.other_data.shapes.channels: got 1; allowed: 3"]),
+    (
+      "supervised_domains",
+      {"other_data.shapes.root": "/nowhere"},
+      ["domain 'shapes'", "config.other_data.shapes.root", "/nowhere"],
+    ),
+    (
+      "supervised_domains",
+      {"other_data.shapes.split": "lst.txt"},
+      ["config.other_data.shapes.split", "'lst.txt'"],
+    ),
+    (
+      "supervised_domains",
+      {"other_data.shapes.channels": 1},
+      ["config.other_data.shapes.channels: got 1; allowed: 3"],
+    ),
   ],
-)  # fmt: skip
+)
 def test_a_domain_that_does_not_fit_is_named(shapes, tmp_path, method, overrides, said):
   with pytest.raises(checks.InputError) as error:
     pseudoseg_jax.train(load(shapes, method, **overrides), tmp_path / "w")
@@ -260,11 +312,14 @@ def test_an_unknown_option_of_a_domain_gets_the_nearest(shapes):
 
 def test_a_network_of_other_classes_is_not_scored(trained, shapes, tmp_path):
   (shapes / "four.txt").write_text("\n".join((*SHAPES, "more")))
-  with pytest.raises(checks.InputError, match="config.other_data.shapes.classes: got 4 classes; allowed: the 3 of the network"):
+  with pytest.raises(
+    checks.InputError,
+    match="config.other_data.shapes.classes: got 4 classes; allowed: the 3 of the network",
+  ):
     pseudoseg_jax.evaluate(trained, overrides={"other_data.shapes.classes": "four.txt"})
 
 
-# --- configs/domains.py ------------------------------------------------------------------------------------------------------
+# --- configs/domains.py ---------------------------------------------------------------------------
 
 
 def test_the_config_of_two_domains_is_the_first_s_with_the_second_s_data():
@@ -273,11 +328,17 @@ def test_the_config_of_two_domains_is_the_first_s_with_the_second_s_data():
     f"configs/domains.py:{argument},method=mean_teacher,convention=official",
     {"data.root": "here", "other_data.voc.root": "there", "other_data.voc.split_seed": "3"},
   )
-  first = configs.load("configs/camvid.py:split=1_16,method=mean_teacher,convention=official", {"data.root": "here"})
+  first = configs.load(
+    "configs/camvid.py:split=1_16,method=mean_teacher,convention=official", {"data.root": "here"}
+  )
   different = configs.differences(config, first)
   assert different and all(line.startswith("other_data.voc.") for line in different)
-  second = configs.load("configs/voc.py:split=92,recipe=pseudoseg", {"data.root": "there", "data.split_seed": 3}).data.to_dict()
-  assert config.other_data.voc.to_dict() == {name: value for name, value in second.items() if name not in ("mean", "std")}
+  second = configs.load(
+    "configs/voc.py:split=92,recipe=pseudoseg", {"data.root": "there", "data.split_seed": 3}
+  ).data.to_dict()
+  assert config.other_data.voc.to_dict() == {
+    name: value for name, value in second.items() if name not in ("mean", "std")
+  }
 
 
 @pytest.mark.parametrize(

@@ -19,20 +19,33 @@ TX = optax.identity()
 
 
 def make_method(ruined_at=-1):
-  """Adds the mean of the batch and a random number to its one parameter; a NaN image gives a NaN loss.
+  """Adds the mean of the batch and a random number to its one parameter; a NaN image gives a NaN
+  loss.
 
   ruined_at: the step that makes the parameter infinite, by a finite loss.
   """
 
   def init(key):
-    net = NetState.create(apply_fn=None, params={"w": jnp.zeros(4) + jax.random.uniform(key)}, tx=TX, batch_stats={})
-    return State(step=jnp.zeros([], jnp.int32), nets={"net": net.replace(step=jnp.zeros([], jnp.int32))})
+    net = NetState.create(
+      apply_fn=None, params={"w": jnp.zeros(4) + jax.random.uniform(key)}, tx=TX, batch_stats={}
+    )
+    return State(
+      step=jnp.zeros([], jnp.int32), nets={"net": net.replace(step=jnp.zeros([], jnp.int32))}
+    )
 
   def update(state, batch, draws):
     net = state.nets["net"]
     loss = jnp.mean(batch["labeled"]["image"])
-    after = net.replace(params={"w": net.params["w"] + loss + draws + jnp.where(state.step == ruined_at, jnp.inf, 0.0)})
-    return state.replace(step=state.step + 1, nets={"net": after}), {"loss": loss, "loss_other": jnp.ones([]), "kept": loss}
+    after = net.replace(
+      params={
+        "w": net.params["w"] + loss + draws + jnp.where(state.step == ruined_at, jnp.inf, 0.0)
+      }
+    )
+    return state.replace(step=state.step + 1, nets={"net": after}), {
+      "loss": loss,
+      "loss_other": jnp.ones([]),
+      "kept": loss,
+    }
 
   return Method(Needs(unlabeled=False), init, lambda key, batch: jax.random.normal(key), update, {})
 
@@ -42,14 +55,21 @@ def batches(start, *, at=lambda step: None):
   while True:
     step += 1
     value = at(step)
-    yield {"labeled": {"image": np.full((8, 2, 2, 3), step if value is None else value, np.float32)}}
+    yield {
+      "labeled": {"image": np.full((8, 2, 2, 3), step if value is None else value, np.float32)}
+    }
 
 
 class Run:
   """fit() in a folder, as often as asked; counts its evaluations."""
 
   def __init__(self, workdir, total_steps=10, scores=lambda step: step, method=None):
-    self.workdir, self.total_steps, self.scores, self.method = workdir, total_steps, scores, method or make_method()
+    self.workdir, self.total_steps, self.scores, self.method = (
+      workdir,
+      total_steps,
+      scores,
+      method or make_method(),
+    )
     self.evaluated = []
 
   def __call__(self, feed=batches, checkpoints=None, **options):
@@ -61,9 +81,18 @@ class Run:
     checkpoints = checkpoints or Checkpoints(self.workdir / "checkpoints")
     try:
       return loop.fit(
-        self.method, mesh=meshes.make_mesh(), seed=0, total_steps=self.total_steps, batches=feed, images_per_step=8,
-        every=loop.Every(log_steps=2, eval_steps=4, checkpoint_steps=3), checkpoints=checkpoints, records=records, evaluate=evaluate, **options,
-      )  # fmt: skip
+        self.method,
+        mesh=meshes.make_mesh(),
+        seed=0,
+        total_steps=self.total_steps,
+        batches=feed,
+        images_per_step=8,
+        every=loop.Every(log_steps=2, eval_steps=4, checkpoint_steps=3),
+        checkpoints=checkpoints,
+        records=records,
+        evaluate=evaluate,
+        **options,
+      )
     finally:
       checkpoints.close()
       records.close()
@@ -81,7 +110,9 @@ def test_trains_evaluates_and_keeps_the_last_and_the_best(tmp_path):
   checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
   assert checkpoints.step("last") == 10 and checkpoints.step("best") == 8
   assert checkpoints.note("best") == {"score": 0.9, "step": 8}
-  assert sorted(path.name for path in (tmp_path / "checkpoints" / "last").iterdir() if path.name.isdigit()) == ["10", "9"]
+  assert sorted(
+    path.name for path in (tmp_path / "checkpoints" / "last").iterdir() if path.name.isdigit()
+  ) == ["10", "9"]
   text = (tmp_path / "log.txt").read_text()
   assert "steps/s" in text and "images/s" in text and "input wait" in text and "left" in text
   assert list((tmp_path / "tensorboard").iterdir())
@@ -91,10 +122,12 @@ def test_history_holds_means_over_the_steps_since_the_last_line(tmp_path):
   Run(tmp_path)()
   records = Records(tmp_path)
   history = records.history()
-  # The first step, compilation, is not logged; then steps 2, 3-4, 5-6, ... whose losses are the step numbers.
+  # The first step, compilation, is not logged; then steps 2, 3-4, 5-6, ... whose losses are the
+  # step numbers.
   assert history["train/loss"] == [(2, 2.0), (4, 3.5), (6, 5.5), (8, 7.5), (10, 9.5)]
   with records.history_path.open("a") as file:
-    file.write('{"step": 10, "train/loss": 7.0}\n{"step": 12, "tra')  # told again after a resume; then cut short by a kill
+    # Told again after a resume; then cut short by a kill.
+    file.write('{"step": 10, "train/loss": 7.0}\n{"step": 12, "tra')
   assert records.history()["train/loss"][-1] == (10, 7.0)
   records.close()
 
@@ -122,7 +155,11 @@ def test_a_run_ends_when_nothing_gets_better(tmp_path, patience, last):
   scores = lambda step: {4: 0.2, 8: 0.9, 12: 0.5, 16: 0.9, 20: 0.3}[step]  # as good is not better
   run = Run(tmp_path / "run", total_steps=20, scores=scores)
   outcome = run(patience=patience)
-  assert outcome.finished and outcome.stopped_by is None and int(outcome.state.step) == last == run.evaluated[-1]
+  assert (
+    outcome.finished
+    and outcome.stopped_by is None
+    and int(outcome.state.step) == last == run.evaluated[-1]
+  )
   checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
   assert checkpoints.step("last") == last and checkpoints.step("best") == 8
   for evaluated_step in (last, None):  # None: killed before its scores were published
@@ -150,14 +187,17 @@ def test_a_finished_run_only_evaluates(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_non_finite_loss_stops_the_run_and_is_never_saved(tmp_path, value):
-  with pytest.raises(loop.NonFiniteLoss, match=r"step 7: loss = (nan|inf)\..* resumes at step 6") as error:
+  with pytest.raises(
+    loop.NonFiniteLoss, match=r"step 7: loss = (nan|inf)\..* resumes at step 6"
+  ) as error:
     Run(tmp_path)(lambda start: batches(start, at=lambda step: value if step == 8 else None))
   assert "loss_other" not in str(error.value) and "learning_rate" in str(error.value)
   assert Checkpoints(tmp_path / "checkpoints", read_only=True).step() == 6
 
 
 def test_a_state_that_its_next_loss_shows_to_be_ruined_is_not_kept(tmp_path):
-  with pytest.raises(loop.NonFiniteLoss, match=r"step 6: loss = nan\..* resumes at step 4"):  # 6 had been saved by then
+  # 6 had been saved by then.
+  with pytest.raises(loop.NonFiniteLoss, match=r"step 6: loss = nan\..* resumes at step 4"):
     Run(tmp_path)(lambda start: batches(start, at=lambda step: np.nan if step == 7 else None))
   resumed = Run(tmp_path)
   starts = []
@@ -229,7 +269,8 @@ def test_a_signal_in_an_evaluation_leaves_at_once_and_the_resumed_run_evaluates(
 def test_a_file_that_cannot_be_read_costs_no_step(tmp_path):
   def feed(start):
     for batch in batches(start):
-      if batch["labeled"]["image"].flat[0] == 9:  # two batches are on their way: steps 7 and 8 are not taken
+      # Two batches are on their way: steps 7 and 8 are not taken.
+      if batch["labeled"]["image"].flat[0] == 9:
         raise OSError("cannot read b.jpg")
       yield batch
 
@@ -266,7 +307,8 @@ def test_a_workdir_that_is_removed_ends_the_run(tmp_path):
 
   def at(step):
     if step == 5:
-      workdir.rename(tmp_path / "elsewhere")  # at once, unlike the removal of what is just being written to
+      # at once, unlike the removal of what is just being written to.
+      workdir.rename(tmp_path / "elsewhere")
 
   with pytest.raises(FileNotFoundError, match="was removed"):
     Run(workdir)(lambda start: batches(start, at=at))
@@ -279,12 +321,29 @@ def test_what_cannot_be_written_beside_the_networks_is_told_once(tmp_path, capsy
   handlers = list(loop.log.handlers)
   assert Run(tmp_path)().finished
   text = (tmp_path / "log.txt").read_text()
-  assert text.count("tensorboard (") == 1 and text.count("history.jsonl (") == 1 and "the run goes on without it" in text
+  assert (
+    text.count("tensorboard (") == 1
+    and text.count("history.jsonl (") == 1
+    and "the run goes on without it" in text
+  )
   assert loop.log.handlers == handlers
   assert not before or len(os.listdir("/proc/self/fd")) <= before + 1
 
 
-@pytest.mark.parametrize("line", ["", "[]", "3", "null", '{"train/loss": 1}', '{"step": "x"}', '{"step": 4, "train/loss": [1]}', '{"st', "\x00"])
+@pytest.mark.parametrize(
+  "line",
+  [
+    "",
+    "[]",
+    "3",
+    "null",
+    '{"train/loss": 1}',
+    '{"step": "x"}',
+    '{"step": 4, "train/loss": [1]}',
+    '{"st',
+    "\x00",
+  ],
+)
 def test_damaged_lines_of_the_history_are_left_out(tmp_path, line):
   records = Records(tmp_path)
   records.scalars(2, {"train/loss": 1.0})

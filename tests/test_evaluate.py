@@ -29,7 +29,9 @@ RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 class FakeSource:
-  """Random images; about a tenth of the labels are ignored, the others mostly the brightest channel."""
+  """Random images; about a tenth of the labels are ignored, the others mostly the brightest
+  channel.
+  """
 
   channels, dtype = 3, np.uint8
 
@@ -96,7 +98,8 @@ def test_counts_are_exact_beyond_what_float32_can_count():
 
 def test_scores_by_hand_leave_out_classes_never_seen():
   got = confusion.scores([[2, 1, 0, 0], [1, 4, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0]])
-  np.testing.assert_allclose(got.iou, [2 / 4, 4 / 8, 0, np.nan])  # class 2 was seen and missed, class 3 never seen
+  # Class 2 was seen and missed, class 3 never seen.
+  np.testing.assert_allclose(got.iou, [2 / 4, 4 / 8, 0, np.nan])
   np.testing.assert_allclose([got.miou, got.pixel_accuracy], [1 / 3, 6 / 10])
 
 
@@ -113,7 +116,9 @@ def infer_one(image, protocol, predict=lambda x: x, mean=RAW["mean"], std=RAW["s
   height, width = image.shape[:2]
   canvas = np.zeros((1, *inference.canvas_size((height, width), protocol), 3), np.uint8)
   canvas[0, :height, :width] = image
-  infer = jax.jit(functools.partial(inference.infer, predict, protocol=protocol, mean=mean, std=std))
+  infer = jax.jit(
+    functools.partial(inference.infer, predict, protocol=protocol, mean=mean, std=std)
+  )
   return [np.asarray(x[0, :height, :width]) for x in infer(canvas, jnp.array([[height, width]]))]
 
 
@@ -124,7 +129,9 @@ def image():
 
 def with_context(x):
   """Every score depends on all pixels of what the network is shown, on their places too."""
-  weight = jnp.linspace(0.5, 1.5, x.shape[1])[:, None, None] * jnp.linspace(1, 2, x.shape[2])[:, None]
+  weight = (
+    jnp.linspace(0.5, 1.5, x.shape[1])[:, None, None] * jnp.linspace(1, 2, x.shape[2])[:, None]
+  )
   return jnp.sin(3 * x) + jnp.mean(x * weight, (1, 2), keepdims=True)
 
 
@@ -154,19 +161,28 @@ def test_scaled_scores_are_those_of_the_resized_image_resized_back(image, scale,
   scores, passes = infer_one(image, protocol, pointwise)
   size = tuple(int(np.rint(side * scale)) for side in image.shape[:2])
   resized = jnp.rint(resize.bilinear_half_pixel(jnp.asarray(image[None], jnp.float32), size)) / 255
-  expected = pointwise(image / 255) + resize.bilinear_half_pixel(pointwise(resized), image.shape[:2])[0]
-  np.testing.assert_allclose(scores, expected, atol=2e-2)  # where a level rounds the other way: 5 / 255
+  expected = (
+    pointwise(image / 255) + resize.bilinear_half_pixel(pointwise(resized), image.shape[:2])[0]
+  )
+  # Where a level rounds the other way: 5 / 255.
+  np.testing.assert_allclose(scores, expected, atol=2e-2)
   assert np.abs(scores - expected).mean() < 1e-4
   np.testing.assert_allclose(passes, 2, atol=1e-5)
 
 
 # At factors of two, resized grey levels are exact: none can round the other way on another canvas.
-@pytest.mark.parametrize("size, scales", [((13, 22), (1.0,)), ((9, 9), (1.0,)), ((3, 40), (1.0,)), ((12, 14), (0.5, 2.0))])
+@pytest.mark.parametrize(
+  "size, scales", [((13, 22), (1.0,)), ((9, 9), (1.0,)), ((3, 40), (1.0,)), ((12, 14), (0.5, 2.0))]
+)
 def test_sliding_scores_do_not_depend_on_the_canvas(size, scales):
   image = np.random.default_rng(2).integers(0, 256, (*size, 3), dtype=np.uint8)
-  slide = functools.partial(Protocol, style="slide", window_pixels=(10, 12), stride_fraction=0.5, scales=scales)
+  slide = functools.partial(
+    Protocol, style="slide", window_pixels=(10, 12), stride_fraction=0.5, scales=scales
+  )
   exact, exact_passes = infer_one(image, slide(), with_context, (0.5,) * 3, (0.2,) * 3)
-  roomy, roomy_passes = infer_one(image, slide(pad_multiple=34), with_context, (0.5,) * 3, (0.2,) * 3)
+  roomy, roomy_passes = infer_one(
+    image, slide(pad_multiple=34), with_context, (0.5,) * 3, (0.2,) * 3
+  )
   np.testing.assert_allclose(roomy, exact, atol=2e-4)
   np.testing.assert_allclose(roomy_passes, exact_passes, atol=1e-4)
 
@@ -182,12 +198,17 @@ def test_sliding_passes_count_the_windows_over_each_pixel():
 def test_images_of_several_sizes_on_one_canvas_keep_apart():
   protocol = Protocol("slide", (8, 8), pad_multiple=30)
   sizes = [(20, 30), (9, 11), (29, 5)]
-  images = [np.random.default_rng(row).integers(0, 256, (*size, 3), dtype=np.uint8) for row, size in enumerate(sizes)]
+  images = [
+    np.random.default_rng(row).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for row, size in enumerate(sizes)
+  ]
   assert len({inference.canvas_size(size, protocol) for size in sizes[:2]}) == 1
   canvas = np.zeros((2, 30, 30, 3), np.uint8)
   for row in (0, 1):
     canvas[row, : sizes[row][0], : sizes[row][1]] = images[row]
-  together, _ = jax.jit(functools.partial(inference.infer, with_context, protocol=protocol, **RAW))(canvas, jnp.array(sizes[:2]))
+  together, _ = jax.jit(functools.partial(inference.infer, with_context, protocol=protocol, **RAW))(
+    canvas, jnp.array(sizes[:2])
+  )
   for row in (0, 1):
     alone, _ = infer_one(images[row], protocol, with_context)
     np.testing.assert_allclose(together[row, : sizes[row][0], : sizes[row][1]], alone, atol=1e-5)
@@ -196,14 +217,21 @@ def test_images_of_several_sizes_on_one_canvas_keep_apart():
 def test_all_problems_of_a_protocol_are_told_at_once():
   with pytest.raises(InputError) as error:
     inference.check_protocol(Protocol("slid", scales=(0.0,), pad_multiple=0))
-  assert all(text in str(error.value) for text in ("did you mean 'slide'", "scales", "pad_multiple"))
+  assert all(
+    text in str(error.value) for text in ("did you mean 'slide'", "scales", "pad_multiple")
+  )
   with pytest.raises(InputError, match="window_pixels"):
     inference.check_protocol(Protocol("slide"))
 
 
 def test_a_protocol_can_be_said_in_words():
-  assert inference.describe(Protocol("slide", (512, 512))) == "sliding windows of 512x512, stride 342x342, scale 1"
-  assert "multiples of 14" in inference.describe(Protocol(pad_multiple=14, scales=(0.5, 1), flip=True))
+  assert (
+    inference.describe(Protocol("slide", (512, 512)))
+    == "sliding windows of 512x512, stride 342x342, scale 1"
+  )
+  assert "multiples of 14" in inference.describe(
+    Protocol(pad_multiple=14, scales=(0.5, 1), flip=True)
+  )
 
 
 def test_logits_of_another_size_are_refused(image):
@@ -218,12 +246,19 @@ SIZES = [(7, 9), (12, 6), (7, 9), (5, 5), (7, 9), (12, 6), (7, 9)]
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
 @pytest.mark.parametrize(
-  "protocol", [Protocol(), Protocol(pad_multiple=16), Protocol("slide", (8, 8))], ids=["whole", "padded", "slide"]
+  "protocol",
+  [Protocol(), Protocol(pad_multiple=16), Protocol("slide", (8, 8))],
+  ids=["whole", "padded", "slide"],
 )
 def test_every_image_counts_once_whatever_the_batch_size(protocol, batch_size):
   source = FakeSource(SIZES)
   score = evaluator.make_evaluator(
-    {"brightest": brightest, "darkest": darkest}, source, CLASSES, protocol=protocol, batch_size=batch_size, **RAW
+    {"brightest": brightest, "darkest": darkest},
+    source,
+    CLASSES,
+    protocol=protocol,
+    batch_size=batch_size,
+    **RAW,
   )
   got = score(0.0)
   assert list(got) == ["brightest", "darkest"]
@@ -232,7 +267,9 @@ def test_every_image_counts_once_whatever_the_batch_size(protocol, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [1, 11])
-@pytest.mark.parametrize("protocol", [Protocol(), Protocol("slide", (5, 5))], ids=["whole", "slide"])
+@pytest.mark.parametrize(
+  "protocol", [Protocol(), Protocol("slide", (5, 5))], ids=["whole", "slide"]
+)
 def test_eight_devices_say_what_one_says(protocol, batch_size):
   protocol = protocol._replace(pad_multiple=16)
   source = FakeSource(SIZES)
@@ -249,9 +286,13 @@ def test_it_compiles_once_and_scores_the_state_it_is_given():
   source = FakeSource([(6, 6)] * 5)
   traces = []
   count_traces = lambda state, images: (traces.append(1), brightest(state, images))[1]
-  score = evaluator.make_evaluator({"x": count_traces}, source, CLASSES, protocol=Protocol(), batch_size=2, **RAW)
+  score = evaluator.make_evaluator(
+    {"x": count_traces}, source, CLASSES, protocol=Protocol(), batch_size=2, **RAW
+  )
   for state in (0.0, 0.5, 2.0):
-    np.testing.assert_array_equal(score(jnp.float32(state))["x"].matrix, expected_matrix(source, state))
+    np.testing.assert_array_equal(
+      score(jnp.float32(state))["x"].matrix, expected_matrix(source, state)
+    )
   score.predictions(jnp.float32(0.0), [0, 3, 4])
   assert len(traces) == 1
 
@@ -272,8 +313,13 @@ def test_loading_overlaps_computing():
   source = FakeSource([(4, 4)] * 12)
   load = source.image
   source.image = lambda row: (time.sleep(0.05), load(row))[1]
-  slow = lambda state, x: (jax.debug.callback(lambda: time.sleep(0.05), ordered=True), brightest(state, x))[1]
-  score = evaluator.make_evaluator({"x": slow}, source, CLASSES, protocol=Protocol(), batch_size=1, **RAW)
+  slow = lambda state, x: (
+    jax.debug.callback(lambda: time.sleep(0.05), ordered=True),
+    brightest(state, x),
+  )[1]
+  score = evaluator.make_evaluator(
+    {"x": slow}, source, CLASSES, protocol=Protocol(), batch_size=1, **RAW
+  )
   score.predictions(0.0, [0])  # compiles
   start = time.perf_counter()
   score(0.0)
@@ -282,7 +328,9 @@ def test_loading_overlaps_computing():
 
 def test_unusable_sources_are_refused_with_all_problems():
   with pytest.raises(InputError) as error:
-    evaluator.make_evaluator({}, FakeSource([], has_labels=False), CLASSES, protocol=Protocol(), batch_size=0, **RAW)
+    evaluator.make_evaluator(
+      {}, FakeSource([], has_labels=False), CLASSES, protocol=Protocol(), batch_size=0, **RAW
+    )
   assert all(text in str(error.value) for text in ("no labels", "at least one", "batch_size"))
 
 
@@ -293,7 +341,9 @@ def test_a_bad_file_is_named():
     raise InputError("cannot read mask /data/labels/image1.png")
 
   source.label = broken
-  score = evaluator.make_evaluator({"x": brightest}, source, CLASSES, protocol=Protocol(), batch_size=2, **RAW)
+  score = evaluator.make_evaluator(
+    {"x": brightest}, source, CLASSES, protocol=Protocol(), batch_size=2, **RAW
+  )
   with pytest.raises(InputError, match="/data/labels/image1.png"):
     score(0.0)
 
@@ -301,14 +351,21 @@ def test_a_bad_file_is_named():
 def test_a_label_of_another_size_is_named():
   source = FakeSource([(4, 4)] * 2)
   source.labels[1] = source.labels[1][:3]
-  score = evaluator.make_evaluator({"x": brightest}, source, CLASSES, protocol=Protocol(), batch_size=2, **RAW)
+  score = evaluator.make_evaluator(
+    {"x": brightest}, source, CLASSES, protocol=Protocol(), batch_size=2, **RAW
+  )
   with pytest.raises(InputError, match="image1.*\n.*label"):
     score(0.0)
 
 
 def test_a_predictor_with_other_classes_is_refused():
   score = evaluator.make_evaluator(
-    {"x": lambda state, x: x[..., :2]}, FakeSource([(4, 4)]), CLASSES, protocol=Protocol(), batch_size=1, **RAW
+    {"x": lambda state, x: x[..., :2]},
+    FakeSource([(4, 4)]),
+    CLASSES,
+    protocol=Protocol(),
+    batch_size=1,
+    **RAW,
   )
   with pytest.raises(InputError, match="2 classes"):
     score(0.0)
@@ -337,10 +394,16 @@ for row, ids in zip([5, 0], score.predictions(state, [5, 0])["x"]):
 @pytest.mark.slow
 def test_two_processes_read_their_share_and_both_know_the_whole():
   port = str(10000 + os.getpid() % 20000)
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+  environment = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "JAX_PLATFORMS": "cpu",
+  }
   root = pathlib.Path(__file__).parent.parent
   options = {"cwd": root, "env": environment, "stderr": subprocess.PIPE, "text": True}
-  processes = [subprocess.Popen([sys.executable, "-c", PROCESS, str(number), port], **options) for number in (0, 1)]
+  processes = [
+    subprocess.Popen([sys.executable, "-c", PROCESS, str(number), port], **options)
+    for number in (0, 1)
+  ]
   for process in processes:
     try:
       _, error = process.communicate(timeout=180)
@@ -378,16 +441,30 @@ def test_csv_holds_fractions():
   assert lines[4].startswith("mean IoU,0.816667")
 
 
-ABOUT = {"config": {"path": "c.py", "argument": ""}, "seed": 0, "method": "m", "split": "1_8", "protocol": "whole images"}
+ABOUT = {
+  "config": {"path": "c.py", "argument": ""},
+  "seed": 0,
+  "method": "m",
+  "split": "1_8",
+  "protocol": "whole images",
+}
 
 
 def test_results_are_read_as_they_were_written(tmp_path):
   last, best = (report.entry(CLASSES, step, two_scores()) for step in (30, 20))
-  results = {**ABOUT, "last": last, "best": best | {"selected_by": "mIoU of 'student' on the evaluated images"}}
+  results = {
+    **ABOUT,
+    "last": last,
+    "best": best | {"selected_by": "mIoU of 'student' on the evaluated images"},
+  }
   path = tmp_path / "results.json"
   report.write_results(path, results)
   assert report.read_results(path) == results
-  assert results["best"]["predictors"]["teacher"]["iou"] == {"red": 8 / 9, "green": 11 / 12, "blue": None}
+  assert results["best"]["predictors"]["teacher"]["iou"] == {
+    "red": 8 / 9,
+    "green": 11 / 12,
+    "blue": None,
+  }
   assert list(tmp_path.iterdir()) == [path]
 
 
@@ -408,7 +485,9 @@ def test_damaged_results_are_named(tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / "file"
   report.write_atomically(path, "old")
-  monkeypatch.setattr(pathlib.Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+  monkeypatch.setattr(
+    pathlib.Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+  )
   with pytest.raises(OSError, match="disk full"):
     report.write_atomically(path, "new")
   assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
@@ -419,7 +498,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_colours_and_overlay_by_hand():
   ids = np.array([[0, 2, 255]], np.uint8)
-  np.testing.assert_array_equal(pictures.colorize(ids, CLASSES), [[[255, 0, 0], [0, 0, 255], [224, 224, 224]]])
+  np.testing.assert_array_equal(
+    pictures.colorize(ids, CLASSES), [[[255, 0, 0], [0, 0, 255], [224, 224, 224]]]
+  )
 
 
 def test_overlays_tint_areas_outline_them_and_leave_the_background():
@@ -428,7 +509,10 @@ def test_overlays_tint_areas_outline_them_and_leave_the_background():
   ids[:, 7] = 255
   gray = np.full((7, 8, 3), 100, np.uint8)
   things = dataclasses.replace(CLASSES, background=True)
-  for classes, ground in ((things, [100, 100, 100]), (dataclasses.replace(CLASSES, background=False), [178, 50, 50])):
+  for classes, ground in (
+    (things, [100, 100, 100]),
+    (dataclasses.replace(CLASSES, background=False), [178, 50, 50]),
+  ):
     shown = pictures.overlay(gray, ids, classes, 0.5)
     np.testing.assert_array_equal(shown[3, 3], [50, 50, 178])  # 177.5, half to even
     for row, column in ((1, 1), (1, 3), (3, 1), (5, 5), (3, 5)):
@@ -436,7 +520,10 @@ def test_overlays_tint_areas_outline_them_and_leave_the_background():
     np.testing.assert_array_equal(shown[0, 0], ground)
     np.testing.assert_array_equal(shown[3, 7], [162, 162, 162])  # ignored: grey, without an outline
   outlined = np.all(pictures.overlay(gray, ids, things, 0.5) == [0, 0, 255], axis=-1)
-  assert outlined.sum() == 16 and pictures.overlay(gray, np.full((7, 8), 2, np.uint8), things, 0.0).tolist() == gray.tolist()
+  assert (
+    outlined.sum() == 16
+    and pictures.overlay(gray, np.full((7, 8), 2, np.uint8), things, 0.0).tolist() == gray.tolist()
+  )
 
 
 def test_indexed_pictures_hold_ids_and_show_colours(tmp_path):
@@ -460,20 +547,29 @@ def test_contact_sheet_shows_every_map_and_the_legend():
 
 
 def test_legend_wraps_many_classes():
-  many = Classes(tuple(f"class{index}" for index in range(40)), tuple((index, 0, 0) for index in range(40)))
+  many = Classes(
+    tuple(f"class{index}" for index in range(40)), tuple((index, 0, 0) for index in range(40))
+  )
   narrow, wide = pictures.legend(many, 300), pictures.legend(many, 1200)
   assert narrow.width == 300 and narrow.height > wide.height
 
 
 def test_curves_draw_what_there_is():
-  history = {"train/loss": [(1, 2.0), (2, 1.0)], "evaluation/a/miou": [(2, 0.5)], "train/learning_rate": [(1, 0.1)]}
+  history = {
+    "train/loss": [(1, 2.0), (2, 1.0)],
+    "evaluation/a/miou": [(2, 0.5)],
+    "train/learning_rate": [(1, 0.1)],
+  }
   history["rate/images_per_second"] = [(1, 9.0)]  # in the log, but no curve
   widths = {}
   for name, kept in (("all", list(history)), ("loss", ["train/loss"]), ("none", [])):
     with Image.open(io.BytesIO(pictures.curves({key: history[key] for key in kept}))) as picture:
       widths[name] = picture.width
   assert widths["all"] == 3 * widths["loss"] and widths["none"] == widths["loss"]
-  nothing_seen = {"evaluation/a/miou": [(2, float("nan"))], "evaluation/b/miou": [(2, 0.5), (4, float("nan"))]}
+  nothing_seen = {
+    "evaluation/a/miou": [(2, float("nan"))],
+    "evaluation/b/miou": [(2, 0.5), (4, float("nan"))],
+  }
   assert pictures.curves(nothing_seen)  # where no evaluated image has a class
 
 
@@ -489,10 +585,14 @@ def test_predictor_takes_arrays_pictures_and_paths_of_any_size(tmp_path):
       ids = predictor.predict(given)
       assert ids.dtype == np.uint8
       np.testing.assert_array_equal(ids, image.argmax(-1))
-    np.testing.assert_array_equal(predictor.overlay(path), pictures.overlay(image, image.argmax(-1), CLASSES))
+    np.testing.assert_array_equal(
+      predictor.overlay(path), pictures.overlay(image, image.argmax(-1), CLASSES)
+    )
 
 
-@pytest.mark.parametrize("protocol", [Protocol(flip=True), Protocol("slide", (4, 4), 0.5)], ids=["flip", "slide"])
+@pytest.mark.parametrize(
+  "protocol", [Protocol(flip=True), Protocol("slide", (4, 4), 0.5)], ids=["flip", "slide"]
+)
 def test_probabilities_are_those_of_mean_logits(protocol):
   image = FakeSource([(9, 7)]).images[0]
   got = Predictor(lambda x: 5 * x, CLASSES, protocol=protocol, **RAW).probabilities(image)
@@ -514,13 +614,18 @@ def test_weights_are_arguments_of_the_compiled_function_not_part_of_it(monkeypat
 
 def test_a_predictor_compiles_once_for_a_canvas():
   traces = []
-  predictor = Predictor(lambda x: (traces.append(1), x)[1], CLASSES, protocol=Protocol(pad_multiple=8), **RAW)
+  predictor = Predictor(
+    lambda x: (traces.append(1), x)[1], CLASSES, protocol=Protocol(pad_multiple=8), **RAW
+  )
   for size in ((5, 5), (8, 3), (7, 8)):
     predictor.predict(np.zeros((*size, 3), np.uint8))
   assert len(traces) == 1
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((4, 4, 3), complex), np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4, 3), np.uint8)])
+@pytest.mark.parametrize(
+  "wrong",
+  [np.zeros((4, 4, 3), complex), np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4, 3), np.uint8)],
+)
 def test_wrong_arrays_are_refused(wrong):
   with pytest.raises(InputError, match=r"allowed: \[height, width, 3\] of numbers"):
     read_image(wrong)
@@ -543,7 +648,9 @@ def test_gray_and_transparent_images_become_rgb_and_deep_ones_keep_their_levels(
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-  """A workdir, images of two sizes with a sub-folder, and a `load` that gives the brightest-channel predictor."""
+  """A workdir, images of two sizes with a sub-folder, and a `load` that gives the brightest-channel
+  predictor.
+  """
   (tmp_path / "workdir").mkdir()
   images = FakeSource([(6, 8), (5, 4), (6, 8)]).images
   for name, image in zip(("a.png", "b.png", "deep/c.png"), images, strict=True):
@@ -553,14 +660,28 @@ def folder(tmp_path, monkeypatch):
 
   def load(workdir, predictor=None, checkpoint="best", overrides=None):
     assert workdir == tmp_path / "workdir"
-    return Predictor(lambda x: x, CLASSES, protocol=Protocol(), name=predictor or "student", checkpoint=checkpoint, **RAW)
+    return Predictor(
+      lambda x: x,
+      CLASSES,
+      protocol=Protocol(),
+      name=predictor or "student",
+      checkpoint=checkpoint,
+      **RAW,
+    )
 
   monkeypatch.setattr(pseudoseg_jax, "load", load, raising=False)
   return tmp_path
 
 
 def run(folder, *more, images="images", out="out"):
-  return predict_cli.main([f"--workdir={folder / 'workdir'}", f"--images={folder / images}", f"--out={folder / out}", *more])
+  return predict_cli.main(
+    [
+      f"--workdir={folder / 'workdir'}",
+      f"--images={folder / images}",
+      f"--out={folder / out}",
+      *more,
+    ]
+  )
 
 
 def test_predict_writes_ids_colours_and_overlays_with_sub_folders(folder, capsys):
@@ -571,9 +692,12 @@ def test_predict_writes_ids_colours_and_overlays_with_sub_folders(folder, capsys
     with Image.open(folder / "out" / "ids" / f"{name}.png") as ids:
       assert ids.mode == "P"
       np.testing.assert_array_equal(np.asarray(ids), expected)
-    np.testing.assert_array_equal(read_image(folder / "out" / "color" / f"{name}.png"), pictures.colorize(expected, CLASSES))
     np.testing.assert_array_equal(
-      read_image(folder / "out" / "overlay" / f"{name}.png"), pictures.overlay(image, expected, CLASSES)
+      read_image(folder / "out" / "color" / f"{name}.png"), pictures.colorize(expected, CLASSES)
+    )
+    np.testing.assert_array_equal(
+      read_image(folder / "out" / "overlay" / f"{name}.png"),
+      pictures.overlay(image, expected, CLASSES),
     )
   assert (folder / "out" / "legend.png").exists()
   assert "3 images segmented" in capsys.readouterr().out
@@ -585,7 +709,9 @@ def test_predict_goes_on_where_it_was_stopped(folder, capsys):
   kept = (folder / "out" / "ids" / "a.png").stat().st_mtime_ns
   assert run(folder) == 0
   said = capsys.readouterr().out
-  assert "3 images segmented" in said and "1 images segmented" in said and "2 were there already" in said
+  assert (
+    "3 images segmented" in said and "1 images segmented" in said and "2 were there already" in said
+  )
   assert (folder / "out" / "color" / "b.png").exists()
   assert (folder / "out" / "ids" / "a.png").stat().st_mtime_ns == kept
 
@@ -611,7 +737,12 @@ def test_predict_tells_all_problems_at_once(folder, capsys):
   assert run(folder) == 2
   error = capsys.readouterr().err
   assert all(
-    text in error for text in (f"{folder / 'workdir'}, which", f"image {folder / 'images' / 'a.jpg'}", "outputs 'a.png'")
+    text in error
+    for text in (
+      f"{folder / 'workdir'}, which",
+      f"image {folder / 'images' / 'a.jpg'}",
+      "outputs 'a.png'",
+    )
   )
   assert not (folder / "out").exists()
 

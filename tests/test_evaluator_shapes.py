@@ -1,4 +1,6 @@
-"""Images of many sizes: how many canvases they take, what runs on them, and that scores do not change; ends of evaluations."""
+"""Images of many sizes: how many canvases they take, what runs on them, and that scores do not
+change; ends of evaluations.
+"""
 
 import functools
 import logging
@@ -47,18 +49,29 @@ class Scenes:
 def network(state, images):
   """A small network whose scores depend on all of a window."""
   kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 3, 3)), jnp.float32)
-  mixed = jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  mixed = jax.lax.conv_general_dilated(
+    images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
   return jnp.tanh(mixed) + 3 * mixed.mean((1, 2), keepdims=True)
 
 
 def make(sizes, protocol, predict=network, batch_size=3, **options):
   return evaluator.make_evaluator(
-    {"x": predict}, Scenes(sizes), CLASSES, protocol=protocol, batch_size=batch_size, **RAW, **options
+    {"x": predict},
+    Scenes(sizes),
+    CLASSES,
+    protocol=protocol,
+    batch_size=batch_size,
+    **RAW,
+    **options,
   )
 
 
 def sizes_of(count, least, most, seed=0):
-  return [tuple(size) for size in np.random.default_rng(seed).integers(least, most + 1, (count, 2)).tolist()]
+  return [
+    tuple(size)
+    for size in np.random.default_rng(seed).integers(least, most + 1, (count, 2)).tolist()
+  ]
 
 
 def canvases(sizes, protocol):
@@ -77,9 +90,12 @@ def test_many_sizes_share_few_canvases(style, least, most, multiple):
   own = [inference.canvas_size(size, protocol) for size in sizes]
   got, said = inference.bounded(protocol, sizes)
   chosen = [inference.canvas_size(size, got) for size in sizes]
-  assert len(set(chosen)) <= 4 and all(c[0] >= o[0] and c[1] >= o[1] for c, o in zip(chosen, own, strict=True))
+  assert len(set(chosen)) <= 4 and all(
+    c[0] >= o[0] and c[1] >= o[1] for c, o in zip(chosen, own, strict=True)
+  )
   assert all(side in (321, 300) or side % multiple == 0 for canvas in chosen for side in canvas)
-  assert sum(map(math.prod, chosen)) < 2.3 * sum(map(math.prod, own))  # all on the largest: 3.5 times, of 20..4000 pixels
+  # All on the largest: 3.5 times, of 20..4000 pixels.
+  assert sum(map(math.prod, chosen)) < 2.3 * sum(map(math.prod, own))
   assert bool(said) == (len(set(own)) > 4) and (not said or "scores stay the same" in said)
   assert inference.bounded(got, sizes) == (got, "")
   assert inference.describe(got) == inference.describe(protocol)
@@ -95,7 +111,9 @@ def test_a_huge_image_has_a_canvas_of_its_own():
 def test_batches_on_huge_canvases_have_few_images():
   score = make([(100, 100)] * 9 + [(9000, 12_000)] * 5, Protocol("slide", (90, 90)), batch_size=4)
   assert score.batch_sizes == {(100, 100): 4, (9000, 12_000): 1}
-  assert make([(100, 100)] * 3, Protocol("slide", (90, 90)), batch_size=8).batch_sizes == {(100, 100): 3}
+  assert make([(100, 100)] * 3, Protocol("slide", (90, 90)), batch_size=8).batch_sizes == {
+    (100, 100): 3
+  }
 
 
 def test_canvases_of_thousands_of_sizes_are_soon_chosen():
@@ -117,7 +135,14 @@ def test_sizes_that_come_later_have_a_canvas_too():
   "protocol",
   [
     Protocol("slide", (24, 20)),
-    Protocol("slide", (24, 20), stride_fraction=0.5, flip=True, summed="probabilities", stride_rounding="down"),
+    Protocol(
+      "slide",
+      (24, 20),
+      stride_fraction=0.5,
+      flip=True,
+      summed="probabilities",
+      stride_rounding="down",
+    ),
     Protocol("center_crop", (24, 20)),
   ],
   ids=["slide", "flip", "center_crop"],
@@ -148,7 +173,13 @@ def test_windows_that_no_image_needs_are_not_run():
     return network(state, images)
 
   # On the canvas of the largest image there would be 25 windows for each.
-  sizes = [(20, 20)] * 9 + [(20, 33)] * 3 + [(33, 33)] * 3 + [(60, 60)] * 3 + [(22, 59), (23, 58), (50, 56)]
+  sizes = (
+    [(20, 20)] * 9
+    + [(20, 33)] * 3
+    + [(33, 33)] * 3
+    + [(60, 60)] * 3
+    + [(22, 59), (23, 58), (50, 56)]
+  )
   protocol = Protocol("slide", (20, 20), stride_fraction=0.5)._replace(canvases=((60, 60),))
   score = make(sizes, protocol, watched)
   score(None)
@@ -176,7 +207,9 @@ def test_shared_canvases_are_told_at_the_first_scores(caplog):
   score = make(sizes_of(30, 18, 30), Protocol("slide", (24, 24)))
   with caplog.at_level(logging.INFO, "pseudoseg_jax"):
     score(None)
-    assert "to compile for 1 size instead of" in caplog.text and "scores stay the same" in caplog.text
+    assert (
+      "to compile for 1 size instead of" in caplog.text and "scores stay the same" in caplog.text
+    )
     caplog.clear()
     score(None)
     assert not caplog.text
@@ -203,19 +236,29 @@ def test_the_way_to_fewer_sizes_can_be_followed(options):
   configs.override(config, {f"evaluation.{key}": value for key, value in options.items()})
 
   def made():
-    return make(sizes, build.build_protocol(config), flags=functools.partial(build._protocol_flags, config))
+    return make(
+      sizes, build.build_protocol(config), flags=functools.partial(build._protocol_flags, config)
+    )
 
   many = made()
   (remark,) = many.remarks
   said = remark.partition("; ")[2].partition(" makes them ")
-  assert remark.startswith(f"{len(many.batch_sizes)} image sizes") and many.protocol == build.build_protocol(config)
+  assert remark.startswith(
+    f"{len(many.batch_sizes)} image sizes"
+  ) and many.protocol == build.build_protocol(config)
   flags = shlex.split(said[0])
   assert "--config.evaluation.pad_multiple=" in said[0] and "may change" in said[2]
   configs.override(config, dict(flag.removeprefix("--config.").split("=", 1) for flag in flags))
   few = made()
-  assert not few.remarks and len(few.batch_sizes) == int(said[2].split(",")[0]) < len(many.batch_sizes)
-  before, after = (shown.protocol._replace(pad_multiple=1, window_pixels=None) for shown in (many, few))
-  assert before == after and few.protocol.pad_multiple % (32 * few.protocol.multiple_pixels // 2) == 0
+  assert not few.remarks and len(few.batch_sizes) == int(said[2].split(",")[0]) < len(
+    many.batch_sizes
+  )
+  before, after = (
+    shown.protocol._replace(pad_multiple=1, window_pixels=None) for shown in (many, few)
+  )
+  assert (
+    before == after and few.protocol.pad_multiple % (32 * few.protocol.multiple_pixels // 2) == 0
+  )
 
 
 # Ends
@@ -239,7 +282,9 @@ def alarm():
 
 
 def running():
-  return [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+  return [
+    thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")
+  ]
 
 
 @pytest.mark.parametrize("where", ["read", "consumer", "consumer of a stream"])
@@ -275,7 +320,9 @@ def test_errors_end_an_evaluation_with_its_threads(where, monkeypatch):
 
 def test_a_signal_ends_an_evaluation_while_the_device_computes(alarm):
   def slow(state, images):
-    work = jax.lax.fori_loop(0, 300, lambda _, x: jnp.tanh(x @ x), jnp.full((300, 300), 0.01) + images[0, 0, 0, 0])
+    work = jax.lax.fori_loop(
+      0, 300, lambda _, x: jnp.tanh(x @ x), jnp.full((300, 300), 0.01) + images[0, 0, 0, 0]
+    )
     return network(state, images) + 0 * work[0, 0]
 
   score = make([(20, 20)] * 100, Protocol(), slow, batch_size=1)

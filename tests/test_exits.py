@@ -1,4 +1,6 @@
-"""Real processes that end while images are being read: each of them is gone within seconds of its last word."""
+"""Real processes that end while images are being read: each of them is gone within seconds of its
+last word.
+"""
 
 import contextlib
 import os
@@ -54,13 +56,20 @@ def started(*command):
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
   environment.pop("XLA_FLAGS", None)  # one device
   return subprocess.Popen(
-    [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    [sys.executable, *command],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
   )
 
 
 @contextlib.contextmanager
 def killed_after(process, seconds):
-  """A process that has not done within that time what is waited for is killed, and fails the test."""
+  """A process that has not done within that time what is waited for is killed, and fails the
+  test.
+  """
   killer = threading.Timer(seconds, process.kill)
   killer.start()
   yield
@@ -81,7 +90,8 @@ def wait_for_line(process, line):
 def ended(process, seconds):
   """(exit code, output) of a process that ends."""
   with killed_after(process, seconds):
-    output = process.stdout.read()  # not by communicate(), which would lose what was read together with a line
+    # Not by communicate(), which would lose what was read together with a line.
+    output = process.stdout.read()
     code = process.wait()
   return code, output
 
@@ -137,13 +147,17 @@ for _ in feed:
 
 @pytest.fixture
 def folder(tmp_path):
-  """Sixteen images: twelve labeled ones, of which i08 has a mask with a value that is no class, and two to evaluate on."""
+  """Sixteen images: twelve labeled ones, of which i08 has a mask with a value that is no class, and
+  two to evaluate on.
+  """
   rng = np.random.default_rng(0)
   names = [f"i{number:02d}" for number in range(16)]
   for kind in ("images", "masks"):
     (tmp_path / kind).mkdir()
   for name in names:
-    Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(tmp_path / "images" / f"{name}.jpg")
+    Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(
+      tmp_path / "images" / f"{name}.jpg"
+    )
     mask = rng.integers(0, 3, (40, 50)).astype(np.uint8)
     mask[3, 4] = 9 if name == "i08" else 0
     Image.fromarray(mask).save(tmp_path / "masks" / f"{name}.png")
@@ -154,7 +168,11 @@ def folder(tmp_path):
 
 
 CONFIG = "configs/folder.py:method=supervised,network=tiny,crop=33,steps=4"
-OPTIONS = {"batch_size_global.labeled": 2, "batch_size_global.unlabeled": 2, "evaluation.pictures": 0}
+OPTIONS = {
+  "batch_size_global.labeled": 2,
+  "batch_size_global.unlabeled": 2,
+  "evaluation.pictures": 0,
+}
 
 
 def command(root, **options):
@@ -166,7 +184,9 @@ def command(root, **options):
 @pytest.mark.slow
 def test_bad_mask_ends_a_training_command(folder):
   code, output = ended(started(*command(folder)), STARTS_WITHIN)
-  assert code == 2 and str(folder / "masks" / "i08.png") in output and "9 on 1 pixels" in output, output
+  assert code == 2 and str(folder / "masks" / "i08.png") in output and "9 on 1 pixels" in output, (
+    output
+  )
 
 
 @pytest.mark.slow

@@ -11,17 +11,35 @@ import pytest
 from mutations import mutated
 
 import pseudoseg_jax
-from pseudoseg_jax import api, build, checks, config as configs, export_model, main as command_line, nets, trained as opened
+from pseudoseg_jax import (
+  api,
+  build,
+  checks,
+  config as configs,
+  export_model,
+  main as command_line,
+  nets,
+  trained as opened,
+)
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 from pseudoseg_jax.evaluation import report
 from pseudoseg_jax.methods import table as methods_table
 
 QUICKSTART = {
-  "total_steps": 2, "log_every_steps": 1, "eval_every_steps": 2, "checkpoint_every_steps": 2, "network.width": 4,
-  "views.crop_size": "33,33", "evaluation.batch_size": 8, "evaluation.pictures": 0, "data.num_scenes": 24, "data.num_labeled": 8,
-  "data.num_eval_scenes": 9, "data.size": "40,48",
-}  # fmt: skip
+  "total_steps": 2,
+  "log_every_steps": 1,
+  "eval_every_steps": 2,
+  "checkpoint_every_steps": 2,
+  "network.width": 4,
+  "views.crop_size": "33,33",
+  "evaluation.batch_size": 8,
+  "evaluation.pictures": 0,
+  "data.num_scenes": 24,
+  "data.num_labeled": 8,
+  "data.num_eval_scenes": 9,
+  "data.size": "40,48",
+}
 IMAGE = np.random.default_rng(0).integers(0, 256, (37, 51, 3), np.uint8)
 
 
@@ -51,7 +69,13 @@ def trained(tmp_path_factory):
     checkpoints.save(state, series=series)
   checkpoints.close()
   entry = {"step": 2, "predictors": {"a": {"miou": 0.25}, "b": {"miou": 0.5}}}
-  about = {"config": {"path": "", "argument": ""}, "seed": 0, "method": "cps", "split": "8 of 24", "protocol": "whole"}
+  about = {
+    "config": {"path": "", "argument": ""},
+    "seed": 0,
+    "method": "cps",
+    "split": "8 of 24",
+    "protocol": "whole",
+  }
   report.write_results(workdir / "results.json", about | {"last": entry, "best": entry})
   return workdir
 
@@ -59,16 +83,25 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
   out = tmp_path_factory.mktemp("exported") / "b"
-  assert export_model.main([f"--workdir={trained}", f"--out={out}", "--predictor=b", "--checkpoint=last"]) == 0
+  assert (
+    export_model.main(
+      [f"--workdir={trained}", f"--out={out}", "--predictor=b", "--checkpoint=last"]
+    )
+    == 0
+  )
   return out
 
 
 def started(argument, classes=None, **options):
-  """A fresh state of a config, before and after what it starts from; classes: others than the config's."""
+  """A fresh state of a config, before and after what it starts from; classes: others than the
+  config's.
+  """
   config = configs.load(f"configs/quickstart.py:{argument}", QUICKSTART | options)
   method = build.build_method(config, len(build.build_classes(config.data)))
   fresh = loop.jit_init(method, meshes.make_mesh(), 0)
-  return fresh, api._started(fresh, *api._starting_weights(config, classes or build.build_classes(config.data)))
+  return fresh, api._started(
+    fresh, *api._starting_weights(config, classes or build.build_classes(config.data))
+  )
 
 
 def kernel(state, role, part):
@@ -88,7 +121,11 @@ def test_the_folder_says_what_it_is_and_names_no_place(trained, exported):
   assert sorted(path.name for path in exported.iterdir()) == ["config.json", "model.safetensors"]
   text = (exported / "config.json").read_text()
   about = json.loads(text)
-  assert about["provenance"]["step"] == 2 and about["provenance"]["method"] == "cps" and about["predictor"] == "b"
+  assert (
+    about["provenance"]["step"] == 2
+    and about["provenance"]["method"] == "cps"
+    and about["predictor"] == "b"
+  )
   assert about["provenance"]["scores"] == {"miou": 0.5}
   assert str(trained) not in text
 
@@ -105,7 +142,9 @@ def test_it_is_scored_as_a_workdir_is(trained, exported, tmp_path, capsys):
 def test_a_run_starts_from_it(source, request):
   folder = request.getfixturevalue(source)
   _, state = started("method=supervised", init_from=str(folder))
-  there = opened.weights_of(opened.open_trained(folder, meshes.make_mesh(), "best"), "b" if source == "exported" else "a")
+  there = opened.weights_of(
+    opened.open_trained(folder, meshes.make_mesh(), "best"), "b" if source == "exported" else "a"
+  )
   for part in ("backbone", "head"):
     assert any(np.array_equal(kernel(state, "student", part), value) for value in there.values())
 
@@ -115,7 +154,11 @@ def test_a_teacher_gets_the_same_values_in_arrays_of_its_own(exported):
   leaves = lambda role: jax.tree.leaves((state.nets[role].params, state.nets[role].batch_stats))
   for student, teacher in zip(leaves("student"), leaves("teacher"), strict=True):
     np.testing.assert_array_equal(student, teacher)
-    apart = {shard.data.unsafe_buffer_pointer() for array in (student, teacher) for shard in array.addressable_shards}
+    apart = {
+      shard.data.unsafe_buffer_pointer()
+      for array in (student, teacher)
+      for shard in array.addressable_shards
+    }
     assert len(apart) == 2 * len(student.addressable_shards)
 
 
@@ -135,7 +178,9 @@ def test_training_from_it_begins_there_and_goes_on_without_it(exported, tmp_path
   overrides = QUICKSTART | {"init_from": str(source), "optimizer.learning_rate": 1e-12}
   pseudoseg_jax.train("configs/quickstart.py:method=supervised", tmp_path / "w", overrides)
   assert (tmp_path / "w" / "log.txt").read_text().count(f"weights of {source}") == 1
-  got = opened.weights_of(opened.open_trained(tmp_path / "w", meshes.make_mesh(), "last"), "student")
+  got = opened.weights_of(
+    opened.open_trained(tmp_path / "w", meshes.make_mesh(), "last"), "student"
+  )
   want = opened.weights_of(opened.open_trained(source, meshes.make_mesh(), "last"), "b")
   for key, value in want.items():
     if key.startswith("params"):
@@ -154,9 +199,13 @@ def test_training_from_it_begins_there_and_goes_on_without_it(exported, tmp_path
     ({"network.pretrained": "a", "init_from": "b"}, ["config.init_from", "keep one"]),
   ],
 )
-def test_a_start_that_is_not_there_is_told_before_the_workdir_is_taken(options, said, tmp_path, capsys):
+def test_a_start_that_is_not_there_is_told_before_the_workdir_is_taken(
+  options, said, tmp_path, capsys
+):
   flags = [f"--config.{key}={value}" for key, value in (QUICKSTART | options).items()]
-  assert command_line.main(["--config=configs/quickstart.py", f"--workdir={tmp_path}/w", *flags]) == 2
+  assert (
+    command_line.main(["--config=configs/quickstart.py", f"--workdir={tmp_path}/w", *flags]) == 2
+  )
   error = capsys.readouterr().err
   assert all(part in error for part in said), error
   assert not (tmp_path / "w").exists()
@@ -179,30 +228,46 @@ def test_a_damaged_folder_is_named(exported, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(methods_table.METHODS))
 def test_predictors_that_are_named_as_networks_are_these_networks(name):
-  """What export relies on: such a predictor is the plain network, without anything that the method adds."""
+  """What export relies on: such a predictor is the plain network, without anything that the method
+  adds.
+  """
   config = configs.load("configs/quickstart.py", QUICKSTART)
   config.method = configs.method(name)
   network, method = build.build_network(config, 3), build.build_method(config, 3)
   state = jax.eval_shape(method.init, jax.random.key(0))
   images = jax.ShapeDtypeStruct((1, 33, 33, 3), np.float32)
-  for role in method.predictors.keys() & state.nets.keys() - method.predictor_hints.keys():  # those are not exported
-    plain = jax.make_jaxpr(lambda state, images, role=role: nets.infer(network, state.nets[role], images))(state, images)
+  # Those are not exported.
+  for role in method.predictors.keys() & state.nets.keys() - method.predictor_hints.keys():
+    plain = jax.make_jaxpr(
+      lambda state, images, role=role: nets.infer(network, state.nets[role], images)
+    )(state, images)
     assert str(jax.make_jaxpr(method.predictors[role])(state, images)) == str(plain)
 
 
 def test_the_classifier_of_classes_in_another_order_is_not_taken(exported, caplog):
   known = build.build_classes(configs.load("configs/quickstart.py").data)
-  swapped = dataclasses.replace(known, names=(known.names[0], known.names[2], known.names[1], *known.names[3:]))
+  swapped = dataclasses.replace(
+    known, names=(known.names[0], known.names[2], known.names[1], *known.names[3:])
+  )
   option = {"init_from": str(exported)}
   fresh, same = started("method=supervised", **option)
   _, other = started("method=supervised", classes=swapped, **option)
   leaves = lambda state: jax.tree_util.tree_leaves_with_path(state.nets["student"].params)
-  classifier = lambda state: [leaf for path, leaf in leaves(state) if "classifier" in jax.tree_util.keystr(path)]
-  for before, taken, left in zip(classifier(fresh), classifier(same), classifier(other), strict=True):
+  classifier = lambda state: [
+    leaf for path, leaf in leaves(state) if "classifier" in jax.tree_util.keystr(path)
+  ]
+  for before, taken, left in zip(
+    classifier(fresh), classifier(same), classifier(other), strict=True
+  ):
     assert not np.array_equal(before, taken)
     np.testing.assert_array_equal(before, left)
-  np.testing.assert_array_equal(kernel(same, "student", "backbone"), kernel(other, "student", "backbone"))
-  assert "the same names in another order" in caplog.text and "its classifier is not taken" in caplog.text
+  np.testing.assert_array_equal(
+    kernel(same, "student", "backbone"), kernel(other, "student", "backbone")
+  )
+  assert (
+    "the same names in another order" in caplog.text
+    and "its classifier is not taken" in caplog.text
+  )
 
 
 def test_no_exported_config_that_anybody_edited_is_a_traceback(exported, tmp_path):

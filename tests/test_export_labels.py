@@ -1,4 +1,6 @@
-"""Labels that a trained network makes: whole, the same on any number of devices, and never mixed with others."""
+"""Labels that a trained network makes: whole, the same on any number of devices, and never mixed
+with others.
+"""
 
 import dataclasses
 import json
@@ -21,14 +23,21 @@ from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 
 QUICKSTART = {
-  "total_steps": 4, "network.width": 4, "evaluation.batch_size": 8, "data.num_scenes": 21, "data.num_labeled": 8,
-  "data.num_eval_scenes": 5, "data.size": "40,48",
-}  # fmt: skip
+  "total_steps": 4,
+  "network.width": 4,
+  "evaluation.batch_size": 8,
+  "data.num_scenes": 21,
+  "data.num_labeled": 8,
+  "data.num_eval_scenes": 5,
+  "data.size": "40,48",
+}
 
 
 def random_state(config, seed):
   """A state of networks that predict several classes, unlike fresh ones."""
-  state = loop.jit_init(build.build_method(config, len(build.build_classes(config.data))), meshes.make_mesh(), seed)
+  state = loop.jit_init(
+    build.build_method(config, len(build.build_classes(config.data))), meshes.make_mesh(), seed
+  )
   rng = np.random.default_rng(seed)
 
   def moved(path, leaf):
@@ -36,9 +45,14 @@ def random_state(config, seed):
       return leaf
     kernel = rng.normal(0, 3, leaf.shape)
     # Features are positive: a class with larger weights than the others would win everywhere.
-    return jax.device_put((kernel - kernel.mean(-2, keepdims=True)).astype(np.float32), leaf.sharding)
+    return jax.device_put(
+      (kernel - kernel.mean(-2, keepdims=True)).astype(np.float32), leaf.sharding
+    )
 
-  nets = {role: net.replace(params=jax.tree_util.tree_map_with_path(moved, net.params)) for role, net in state.nets.items()}
+  nets = {
+    role: net.replace(params=jax.tree_util.tree_map_with_path(moved, net.params))
+    for role, net in state.nets.items()
+  }
   return state.replace(step=jax.device_put(np.int32(seed), state.step.sharding), nets=nets)
 
 
@@ -57,7 +71,9 @@ def write_workdir(workdir, config, steps=(2, 4)):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  return write_workdir(tmp_path_factory.mktemp("trained"), configs.load("configs/quickstart.py:method=cps", QUICKSTART))
+  return write_workdir(
+    tmp_path_factory.mktemp("trained"), configs.load("configs/quickstart.py:method=cps", QUICKSTART)
+  )
 
 
 def run(workdir, out, *extra):
@@ -69,7 +85,10 @@ def manifest(out):
 
 
 def labels(out):
-  return {path.relative_to(out / "labels").as_posix(): np.asarray(Image.open(path)) for path in (out / "labels").rglob("*.png")}
+  return {
+    path.relative_to(out / "labels").as_posix(): np.asarray(Image.open(path))
+    for path in (out / "labels").rglob("*.png")
+  }
 
 
 @pytest.fixture(scope="module")
@@ -98,17 +117,33 @@ def test_labels_and_confidence_are_what_the_network_predicts(workdir, exported):
     np.testing.assert_allclose(confidence, 255 * probabilities.max(-1), atol=0.6)
   with Image.open(exported / "labels" / f"{source.ids[0]}.png") as image:
     assert image.mode == "P"
-    np.testing.assert_array_equal(np.asarray(image.getpalette()).reshape(-1, 3)[:7], build.synthetic.CLASSES.palette)
+    np.testing.assert_array_equal(
+      np.asarray(image.getpalette()).reshape(-1, 3)[:7], build.synthetic.CLASSES.palette
+    )
 
 
 def test_the_manifest_says_what_the_labels_are_from_and_what_is_in_them(workdir, exported):
   about, written = manifest(exported), np.stack(list(labels(exported).values()))
-  assert about["finished"] and about["images"] == 13 and about["split"] == "unlabeled" and about["image_labels"] is None
-  assert (about["checkpoint"], about["step"], about["predictor"], about["protocol"]) == ("last", 4, "a", "whole images, scale 1")
+  assert (
+    about["finished"]
+    and about["images"] == 13
+    and about["split"] == "unlabeled"
+    and about["image_labels"] is None
+  )
+  assert (about["checkpoint"], about["step"], about["predictor"], about["protocol"]) == (
+    "last",
+    4,
+    "a",
+    "whole images, scale 1",
+  )
   counts = np.bincount(written.ravel(), minlength=7)
-  assert [of["pixels"] for of in about["classes"].values()] == counts.tolist() and (counts > 0).sum() > 2
+  assert [of["pixels"] for of in about["classes"].values()] == counts.tolist() and (
+    counts > 0
+  ).sum() > 2
   assert list(about["classes"]) == list(build.synthetic.CLASSES.names)
-  np.testing.assert_allclose([of["share"] for of in about["classes"].values()], counts / counts.sum())
+  np.testing.assert_allclose(
+    [of["share"] for of in about["classes"].values()], counts / counts.sum()
+  )
   confidences = [np.asarray(Image.open(path)) for path in (exported / "confidence").iterdir()]
   np.testing.assert_allclose(about["mean_confidence"], np.mean(confidences) / 255)
 
@@ -123,7 +158,9 @@ def test_one_device_writes_what_eight_write(workdir, exported, tmp_path, monkeyp
       assert path.read_bytes() == (tmp_path / folder / path.name).read_bytes()
 
 
-def test_an_interrupted_export_has_no_manifest_and_goes_on(workdir, exported, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_export_has_no_manifest_and_goes_on(
+  workdir, exported, tmp_path, monkeypatch, capsys
+):
   write, written = export_labels._write, []
 
   def failing(path, picture):
@@ -148,14 +185,18 @@ def test_a_folder_of_other_labels_is_refused(workdir, exported, capsys):
   before = manifest(exported)
   assert run(workdir, exported, "--step=2") == 2
   error = capsys.readouterr().err
-  assert "step: got 2; allowed: 4" in error and "weights_sha256" in error and "another --out" in error
+  assert (
+    "step: got 2; allowed: 4" in error and "weights_sha256" in error and "another --out" in error
+  )
   assert run(workdir, exported, "--predictor=b", "--config.evaluation.flip=True") == 2
   error = capsys.readouterr().err
   assert "predictor: got 'b'" in error and "flipped too" in error
   assert manifest(exported) == before
 
 
-def test_an_earlier_step_has_labels_of_its_own_and_one_that_is_gone_is_named(workdir, exported, tmp_path, capsys):
+def test_an_earlier_step_has_labels_of_its_own_and_one_that_is_gone_is_named(
+  workdir, exported, tmp_path, capsys
+):
   assert run(workdir, tmp_path / "earlier", "--step=2") == 0
   assert manifest(tmp_path / "earlier")["labels_sha256"] != manifest(exported)["labels_sha256"]
   assert run(workdir, tmp_path / "gone", "--step=3") == 2
@@ -163,7 +204,9 @@ def test_an_earlier_step_has_labels_of_its_own_and_one_that_is_gone_is_named(wor
 
 
 def test_image_level_labels_leave_no_pixel_outside_of_their_classes(workdir, exported, tmp_path):
-  assert run(workdir, tmp_path, "--image_labels", "--split=train", "--config.evaluation.flip=True") == 0
+  assert (
+    run(workdir, tmp_path, "--image_labels", "--split=train", "--config.evaluation.flip=True") == 0
+  )
   data, written = scenes_of(workdir), labels(tmp_path)
   assert len(written) == 21 and manifest(tmp_path)["image_labels"] == "masks"
   plain = labels(exported)
@@ -177,11 +220,29 @@ def test_image_level_labels_leave_no_pixel_outside_of_their_classes(workdir, exp
 
 
 @pytest.mark.slow
-def test_killed_at_once_and_then_written_by_two_processes_it_is_the_same(workdir, exported, tmp_path):
-  command = [sys.executable, "-m", "pseudoseg_jax.export_labels", f"--workdir={workdir}", f"--out={tmp_path}", "--confidence"]
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+def test_killed_at_once_and_then_written_by_two_processes_it_is_the_same(
+  workdir, exported, tmp_path
+):
+  command = [
+    sys.executable,
+    "-m",
+    "pseudoseg_jax.export_labels",
+    f"--workdir={workdir}",
+    f"--out={tmp_path}",
+    "--confidence",
+  ]
+  environment = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "JAX_PLATFORMS": "cpu",
+  }
   root = pathlib.Path(__file__).parents[1]
-  options = {"cwd": root, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+  options = {
+    "cwd": root,
+    "env": environment,
+    "stdout": subprocess.PIPE,
+    "stderr": subprocess.STDOUT,
+    "text": True,
+  }
   alone = subprocess.Popen([*command, "--config.evaluation.batch_size=2"], **options)
   while alone.poll() is None and len(list(tmp_path.glob("labels/*.png"))) < 3:
     time.sleep(0.001)
@@ -189,7 +250,10 @@ def test_killed_at_once_and_then_written_by_two_processes_it_is_the_same(workdir
   alone.communicate()
   assert alone.returncode == -signal.SIGKILL and not (tmp_path / "manifest.json").exists()
   several = [f"--coordinator=localhost:{10000 + os.getpid() % 20000}", "--process_count=2"]
-  processes = [subprocess.Popen([*command, *several, f"--process_index={index}"], **options) for index in (0, 1)]
+  processes = [
+    subprocess.Popen([*command, *several, f"--process_index={index}"], **options)
+    for index in (0, 1)
+  ]
   for process in processes:
     try:
       printed, _ = process.communicate(timeout=180)
@@ -207,11 +271,24 @@ def tree(tmp_path_factory):
   """Images of three sizes in folders and sub-folders, with tags of the unlabeled ones."""
   root = tmp_path_factory.mktemp("tree")
   rng = np.random.default_rng(0)
-  for name, size in {"x/a": (33, 40), "x/b": (33, 40), "y/c": (40, 33), "y/d": (35, 35), "y/e": (35, 35)}.items():
+  for name, size in {
+    "x/a": (33, 40),
+    "x/b": (33, 40),
+    "y/c": (40, 33),
+    "y/d": (35, 35),
+    "y/e": (35, 35),
+  }.items():
     for folder, pixels in {"images": (*size, 3), "masks": size}.items():
       (root / folder / name).parent.mkdir(parents=True, exist_ok=True)
-      Image.fromarray(rng.integers(0, 256 if folder == "images" else 3, pixels, np.uint8)).save(root / folder / f"{name}.png")
-  for name, lines in {"train": "x/a x/b y/c y/d", "labeled": "x/a", "eval": "y/e", "classes": "ground disc cross"}.items():
+      Image.fromarray(rng.integers(0, 256 if folder == "images" else 3, pixels, np.uint8)).save(
+        root / folder / f"{name}.png"
+      )
+  for name, lines in {
+    "train": "x/a x/b y/c y/d",
+    "labeled": "x/a",
+    "eval": "y/e",
+    "classes": "ground disc cross",
+  }.items():
     (root / f"{name}.txt").write_text("\n".join(lines.split()))
   (root / "tags.csv").write_text("x/b,disc\ny/c,ground cross\ny/d,\n")
   return root
@@ -219,24 +296,44 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder_workdir(tree, tmp_path_factory):
-  config = configs.load("configs/quickstart.py:method=supervised", {"total_steps": 4, "network.width": 4})
-  options = {"classes": "classes.txt", "image_pattern": "images/{id}.png", "label_pattern": "masks/{id}.png"}
+  config = configs.load(
+    "configs/quickstart.py:method=supervised", {"total_steps": 4, "network.width": 4}
+  )
+  options = {
+    "classes": "classes.txt",
+    "image_pattern": "images/{id}.png",
+    "label_pattern": "masks/{id}.png",
+  }
   lists = {"train_list": "train.txt", "split": "labeled.txt", "eval_list": "eval.txt"}
-  config.data = configs.folder_data(root=str(tree), **options, **lists) | {"mean": (0.5,) * 3, "std": (0.2,) * 3}
+  config.data = configs.folder_data(root=str(tree), **options, **lists) | {
+    "mean": (0.5,) * 3,
+    "std": (0.2,) * 3,
+  }
   return write_workdir(tmp_path_factory.mktemp("on_folders"), config, steps=(4,))
 
 
-def test_images_of_any_size_keep_their_sub_folders_and_tags_of_files_hold(tree, folder_workdir, tmp_path, capsys):
+def test_images_of_any_size_keep_their_sub_folders_and_tags_of_files_hold(
+  tree, folder_workdir, tmp_path, capsys
+):
   assert run(folder_workdir, tmp_path / "without", "--image_labels") == 2
   assert "config.data.image_labels: got nothing" in capsys.readouterr().err
-  assert run(folder_workdir, tmp_path / "with", "--image_labels", "--config.data.image_labels=tags.csv") == 0
+  assert (
+    run(folder_workdir, tmp_path / "with", "--image_labels", "--config.data.image_labels=tags.csv")
+    == 0
+  )
   written = labels(tmp_path / "with")
-  assert {name: ids.shape for name, ids in written.items()} == {"x/b.png": (33, 40), "y/c.png": (40, 33), "y/d.png": (35, 35)}
+  assert {name: ids.shape for name, ids in written.items()} == {
+    "x/b.png": (33, 40),
+    "y/c.png": (40, 33),
+    "y/d.png": (35, 35),
+  }
   assert (written["x/b.png"] == 1).all() and np.isin(written["y/c.png"], (0, 2)).all()
   assert manifest(tmp_path / "with")["image_labels"] == "tags.csv"
 
 
-def test_a_bare_folder_of_images_loses_the_endings_and_two_of_one_name_are_refused(tree, folder_workdir, tmp_path, capsys):
+def test_a_bare_folder_of_images_loses_the_endings_and_two_of_one_name_are_refused(
+  tree, folder_workdir, tmp_path, capsys
+):
   bare = tmp_path / "bare"
   shutil.copytree(tree / "images" / "x", bare)
   command = (folder_workdir, tmp_path / "out", f"--config.data.unlabeled_folder={bare}")
@@ -250,31 +347,46 @@ def test_a_bare_folder_of_images_loses_the_endings_and_two_of_one_name_are_refus
 # Predictors that want more than images
 
 
-def test_a_predictor_with_boxes_labels_data_sets_and_segments_no_bare_image(workdir, tmp_path, monkeypatch):
+def test_a_predictor_with_boxes_labels_data_sets_and_segments_no_bare_image(
+  workdir, tmp_path, monkeypatch
+):
   build_method = build.build_method
 
   def with_boxes(*args, **options):
     method = build_method(*args, **options)
-    seen = lambda state, images: images[..., 3:].at[..., 0].set(0.5) + 0 * method.predictors["b"](state, images[..., :3])
-    return method._replace(predictors=method.predictors | {"b": seen}, predictor_hints={"b": "boxes"})
+    seen = lambda state, images: (
+      images[..., 3:].at[..., 0].set(0.5) + 0 * method.predictors["b"](state, images[..., :3])
+    )
+    return method._replace(
+      predictors=method.predictors | {"b": seen}, predictor_hints={"b": "boxes"}
+    )
 
   monkeypatch.setattr(build, "build_method", with_boxes)
   export_labels.export_labels(workdir, tmp_path, predictor="b", split="labeled")
   data, written = scenes_of(workdir), labels(tmp_path)
   truth = np.stack([data.labeled.label(row) for row in range(8)])
   assert (np.stack([written[f"{name}.png"] for name in data.labeled.ids]) == truth).mean() > 0.6
-  for refuses in (pseudoseg_jax.load, lambda *args: opened.export(workdir, tmp_path, predictor="b", checkpoint="last")):
-    with pytest.raises(checks.InputError, match="boxes are shown to it beside the image; allowed: a"):
+  for refuses in (
+    pseudoseg_jax.load,
+    lambda *args: opened.export(workdir, tmp_path, predictor="b", checkpoint="last"),
+  ):
+    with pytest.raises(
+      checks.InputError, match="boxes are shown to it beside the image; allowed: a"
+    ):
       refuses(workdir, "b", "last")
   with pytest.raises(checks.InputError, match="image-level labels"):
     pseudoseg_jax.load(workdir, "a+image_labels", "last")
 
 
 def test_a_workdir_is_scored_with_image_level_labels_beside_the_plain_scores(workdir):
-  scores = pseudoseg_jax.evaluate(workdir, checkpoint="last", overrides={"evaluation.image_labels": True})
+  scores = pseudoseg_jax.evaluate(
+    workdir, checkpoint="last", overrides={"evaluation.image_labels": True}
+  )
   assert list(scores) == ["a", "a+image_labels", "b", "b+image_labels"]
   folder = workdir / "evaluations" / "whole_images_scale_1" / "last"
-  assert list(json.loads((folder / "results.json").read_text())["last"]["predictors"]) == list(scores)
+  assert list(json.loads((folder / "results.json").read_text())["last"]["predictors"]) == list(
+    scores
+  )
   plain = pseudoseg_jax.evaluate(workdir, checkpoint="last")
   for name, score in plain.items():
     np.testing.assert_array_equal(scores[name].matrix, score.matrix)
@@ -290,11 +402,16 @@ def test_quality_is_scored_against_the_masks(tree, folder_workdir, tmp_path, mon
   spec.loader.exec_module(module)
   assert run(folder_workdir, tmp_path / "out") == 0
   for name in ("x/b", "y/c", "y/d"):  # as if the network were right, but for one image
-    shutil.copy(tree / "masks" / f"{name if name != 'y/d' else 'y/e'}.png", tmp_path / "out" / "labels" / f"{name}.png")
+    shutil.copy(
+      tree / "masks" / f"{name if name != 'y/d' else 'y/e'}.png",
+      tmp_path / "out" / "labels" / f"{name}.png",
+    )
   config = configs.from_json((folder_workdir / "config.json").read_text())
   monkeypatch.setattr(module.configs, "load", lambda path, overrides: config)
   assert module.main([f"--labels={tmp_path / 'out'}", "--config=any"]) == 0
   row = capsys.readouterr().out.splitlines()[-1].split()
   mask = {name: np.asarray(Image.open(tree / "masks" / f"{name}.png")) for name in ("y/d", "y/e")}
   right = 2 * 33 * 40 + (mask["y/d"] == mask["y/e"]).sum()
-  assert row[:2] == ["pixel", "accuracy"] and float(row[2]) == round(100 * right / (2 * 33 * 40 + 35 * 35), 2)
+  assert row[:2] == ["pixel", "accuracy"] and float(row[2]) == round(
+    100 * right / (2 * 33 * 40 + 35 * 35), 2
+  )

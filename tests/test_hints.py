@@ -1,4 +1,6 @@
-"""Weak labels of evaluated images: shown to predictors as planes, and as the only classes that count."""
+"""Weak labels of evaluated images: shown to predictors as planes, and as the only classes that
+count.
+"""
 
 import functools
 
@@ -32,7 +34,9 @@ class Images:
 
   has_labels, channels, dtype = True, 3, np.uint8
   present = np.array([[1, 1, 0], [0, 0, 1], [1, 1, 1], [1, 0, 1]], np.float32)
-  boxes = [np.array([[1, 0.2, 0.1, 0.6, 0.5], [2, 0.5, 0.4, 1.0, 0.9], [-1, 0, 0, 1, 1]], np.float32)] * 4
+  boxes = [
+    np.array([[1, 0.2, 0.1, 0.6, 0.5], [2, 0.5, 0.4, 1.0, 0.9], [-1, 0, 0, 1, 1]], np.float32)
+  ] * 4
 
   def __init__(self):
     rng = np.random.default_rng(0)
@@ -62,14 +66,18 @@ def test_an_absent_class_never_wins_and_an_image_without_any_named_class_keeps_i
   logits = jnp.asarray([[[[5.0, 1.0, 2.0]]], [[[5.0, 1.0, 2.0]]]])
   planes = jnp.asarray([[[[0.0, 1.0, 1.0]]], [[[0.0, 0.0, 0.0]]]])
   got = hints.mask_logits(logits, planes)
-  np.testing.assert_allclose(jax.nn.softmax(got[0, 0, 0]), [0, 1 / (1 + np.e), np.e / (1 + np.e)], rtol=1e-5)
+  np.testing.assert_allclose(
+    jax.nn.softmax(got[0, 0, 0]), [0, 1 / (1 + np.e), np.e / (1 + np.e)], rtol=1e-5
+  )
   np.testing.assert_array_equal(got[1], logits[1])
   assert np.isfinite(1000 * got).all()
 
 
 def test_a_class_that_lies_elsewhere_in_the_image_may_win_anywhere():
   planes = jnp.zeros((1, 2, 2, 2)).at[0, 1, 1, 0].set(1.0)
-  assert (jnp.argmax(hints.mask_logits(jnp.zeros((1, 2, 2, 2)).at[..., 1].set(9.0), planes), -1) == 0).all()
+  assert (
+    jnp.argmax(hints.mask_logits(jnp.zeros((1, 2, 2, 2)).at[..., 1].set(9.0), planes), -1) == 0
+  ).all()
 
 
 def test_planes_of_boxes_are_those_that_a_network_was_trained_on():
@@ -83,14 +91,18 @@ def test_planes_of_boxes_are_those_that_a_network_was_trained_on():
 def test_answers_are_kept_to_the_classes_in_the_image_whatever_the_protocol(name):
   source, protocol = Images(), PROTOCOLS[name]
   hinted = hints.Hinted(source, 3, {"image": source.present.__getitem__})
-  predictors = {"plain": hinted.predictor(pointwise), "masked": hinted.predictor(pointwise, masked=True)}
+  predictors = {
+    "plain": hinted.predictor(pointwise),
+    "masked": hinted.predictor(pointwise, masked=True),
+  }
   for row, results in make(predictors, hinted, protocol, 3).stream(None, range(4)):
     plain, masked = (results[name][0] for name in ("plain", "masked"))
     known = plain < 255
     assert known.any() and (known == (masked < 255)).all()
     assert source.present[row][masked[known]].all()
     kept = known & source.present[row][np.where(known, plain, 0)].astype(bool)
-    if protocol.summed == "logits":  # sums of probabilities over windows weigh each by what it leaves out
+    # Sums of probabilities over windows weigh each by what it leaves out.
+    if protocol.summed == "logits":
       np.testing.assert_array_equal(masked[kept], plain[kept])
     if source.present[row].all():
       np.testing.assert_array_equal(masked, plain)
@@ -102,7 +114,9 @@ def test_answers_are_kept_to_the_classes_in_the_image_whatever_the_protocol(name
 @pytest.mark.parametrize("name", sorted(set(PROTOCOLS) - {"center_crop"}))
 def test_a_predictor_sees_its_planes_where_they_belong(name):
   source = Images()
-  hinted = hints.Hinted(source, 3, {"boxes": source.boxes.__getitem__, "image": source.present.__getitem__})
+  hinted = hints.Hinted(
+    source, 3, {"boxes": source.boxes.__getitem__, "image": source.present.__getitem__}
+  )
   protocol = PROTOCOLS[name]._replace(summed="logits")
   canvas = np.zeros((1, *inference.canvas_size((17, 23), protocol), 9), np.uint8)
   canvas[0, :17, :23] = hinted.image(1)
@@ -121,8 +135,12 @@ def test_a_predictor_sees_its_planes_where_they_belong(name):
 
 def test_padding_has_no_planes():
   hinted = hints.Hinted(Images(), 3, {"image": lambda row: np.ones(3)})
-  predictor = functools.partial(hinted.predictor(lambda state, images: images[..., 3:], "image"), None)
-  infer = functools.partial(inference.infer, predictor, protocol=Protocol(pad_multiple=32), mean=(0.5,) * 3 + (0.0,) * 3)
+  predictor = functools.partial(
+    hinted.predictor(lambda state, images: images[..., 3:], "image"), None
+  )
+  infer = functools.partial(
+    inference.infer, predictor, protocol=Protocol(pad_multiple=32), mean=(0.5,) * 3 + (0.0,) * 3
+  )
   canvas = np.full((1, 32, 32, 6), 255, np.uint8)
   scores, _ = infer(canvas, jnp.array([[17, 23]]), std=(1.0,) * 6)
   assert scores[0, :17, :23].min() == 1 and scores[0, 17:].max() == scores[0, :, 23:].max() == 0
@@ -143,7 +161,9 @@ def test_no_label_is_opened_to_stream_and_none_is_needed():
 
 
 def make_method(num_classes):
-  """A predictor that sees images, and one that answers with the boxes it is shown and background elsewhere."""
+  """A predictor that sees images, and one that answers with the boxes it is shown and background
+  elsewhere.
+  """
 
   def plain(state, images):
     return jnp.sin(7 * images.mean(-1, keepdims=True) * jnp.arange(1, num_classes + 1))
@@ -153,11 +173,18 @@ def make_method(num_classes):
     return images[..., 3:].at[..., 0].set(0.5)
 
   predictors, known = {"plain": plain, "boxed": boxed}, {"boxed": "boxes"}
-  return Method(Needs(), init=None, draw=None, update=None, predictors=predictors, predictor_hints=known)
+  return Method(
+    Needs(), init=None, draw=None, update=None, predictors=predictors, predictor_hints=known
+  )
 
 
 def quickstart(**options):
-  sizes = {"data.num_scenes": 4, "data.num_labeled": 2, "data.num_eval_scenes": 5, "data.size": "32,40"}
+  sizes = {
+    "data.num_scenes": 4,
+    "data.num_labeled": 2,
+    "data.num_eval_scenes": 5,
+    "data.size": "32,40",
+  }
   config = configs.load("configs/quickstart.py:method=supervised", sizes | options)
   (domain,) = build.build_domains(config)
   return config, domain.data

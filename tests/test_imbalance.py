@@ -1,4 +1,6 @@
-"""Rare classes: weights, criteria, images met more often, and gradients that are clipped; numbers against other definitions of them."""
+"""Rare classes: weights, criteria, images met more often, and gradients that are clipped; numbers
+against other definitions of them.
+"""
 
 import functools
 import json
@@ -23,7 +25,11 @@ def draw(seed, shape=(2, 5, 6)):
   rng = np.random.default_rng(seed)
   label = rng.integers(0, K - seed % 2, shape)  # an odd seed lacks the last class
   label[rng.random(shape) < 0.3] = IGNORE_LABEL
-  return (3 * rng.normal(size=(*shape, K))).astype(np.float32), label.astype(np.int32), rng.uniform(0.1, 3, K)
+  return (
+    (3 * rng.normal(size=(*shape, K))).astype(np.float32),
+    label.astype(np.int32),
+    rng.uniform(0.1, 3, K),
+  )
 
 
 def softmax(logits):
@@ -33,23 +39,35 @@ def softmax(logits):
 
 def pixels_of(logits, label):
   """(probability of the true class, class) of each labeled pixel."""
-  return [(softmax(logits)[index][label[index]], label[index]) for index in np.ndindex(label.shape) if label[index] != IGNORE_LABEL]
+  return [
+    (softmax(logits)[index][label[index]], label[index])
+    for index in np.ndindex(label.shape)
+    if label[index] != IGNORE_LABEL
+  ]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_losses_are_weighted_means_over_labeled_pixels(seed):
   logits, label, weights = draw(seed)
   close = functools.partial(np.testing.assert_allclose, rtol=2e-5)
-  pairs, total = pixels_of(logits, label), sum(weights[kind] for _, kind in pixels_of(logits, label))
+  pairs, total = (
+    pixels_of(logits, label),
+    sum(weights[kind] for _, kind in pixels_of(logits, label)),
+  )
   by_class = tuple(weights)
-  close(losses.cross_entropy_mean(logits, label, class_weights=by_class), sum(-weights[k] * np.log(p) for p, k in pairs) / total)
+  close(
+    losses.cross_entropy_mean(logits, label, class_weights=by_class),
+    sum(-weights[k] * np.log(p) for p, k in pairs) / total,
+  )
   of_all = sum(-weights[k] * np.log(p) for p, k in pairs) / label.size
   close(losses.cross_entropy_mean(logits, label, class_weights=by_class, denominator="all"), of_all)
   focal = sum(-weights[k] * (1 - p) ** 1.5 * np.log(p) for p, k in pairs) / total
   close(losses.focal_mean(logits, label, gamma=1.5, class_weights=by_class), focal)
   close(losses.focal_mean(logits, label, gamma=0.0), losses.cross_entropy_mean(logits, label))
   alike = (2.0,) * K
-  mined = functools.partial(losses.ohem_cross_entropy, logits, label, min_confidence=0.4, min_kept=3, scope="batch")
+  mined = functools.partial(
+    losses.ohem_cross_entropy, logits, label, min_confidence=0.4, min_kept=3, scope="batch"
+  )
   close(mined(class_weights=alike), mined())
   kept = [(p, k) for p, k in pairs if p <= 0.4]
   expected = sum(-weights[k] * np.log(p) for p, k in kept) / sum(weights[k] for _, k in kept)
@@ -60,13 +78,19 @@ def test_losses_are_weighted_means_over_labeled_pixels(seed):
 def test_weighted_cross_entropy_and_its_gradient_are_those_of_pytorch(seed):
   torch = pytest.importorskip("torch")
   logits, label, weights = draw(seed)
-  loss, gradient = jax.value_and_grad(functools.partial(losses.cross_entropy_mean, class_weights=tuple(weights)))(logits, label)
+  loss, gradient = jax.value_and_grad(
+    functools.partial(losses.cross_entropy_mean, class_weights=tuple(weights))
+  )(logits, label)
   theirs = torch.tensor(logits.reshape(-1, K), requires_grad=True)
   flat = torch.tensor(label.reshape(-1), dtype=torch.long)
-  their_loss = torch.nn.functional.cross_entropy(theirs, flat, torch.tensor(weights, dtype=torch.float32), ignore_index=IGNORE_LABEL)
+  their_loss = torch.nn.functional.cross_entropy(
+    theirs, flat, torch.tensor(weights, dtype=torch.float32), ignore_index=IGNORE_LABEL
+  )
   their_loss.backward()
   np.testing.assert_allclose(loss, their_loss.item(), rtol=1e-5)
-  np.testing.assert_allclose(np.reshape(gradient, (-1, K)), theirs.grad.numpy(), rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(
+    np.reshape(gradient, (-1, K)), theirs.grad.numpy(), rtol=1e-4, atol=1e-6
+  )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -81,7 +105,9 @@ def test_dice_is_that_of_the_sets_where_probabilities_are_0_or_1(seed):
   np.testing.assert_allclose(losses.dice_loss(certain, label), 1 - np.mean(scores), rtol=1e-5)
 
 
-@pytest.mark.parametrize("criterion", [losses.cross_entropy_mean, losses.focal_mean, losses.dice_loss])
+@pytest.mark.parametrize(
+  "criterion", [losses.cross_entropy_mean, losses.focal_mean, losses.dice_loss]
+)
 @pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
 def test_gradients_are_finite_and_none_where_no_pixel_has_a_label(criterion, scale):
   logits, label, weights = draw(0)
@@ -134,7 +160,9 @@ def test_masks_that_cannot_be_read_count_nothing_where_they_are_skipped(error):
   with pytest.raises(error):
     frequencies.count_pixels(source, K)
   for by in frequencies.WEIGHTS:
-    assert np.all(np.isfinite(frequencies.class_weights(expected, by))) and np.all(frequencies.class_weights(0 * expected, by) == 1)
+    assert np.all(np.isfinite(frequencies.class_weights(expected, by))) and np.all(
+      frequencies.class_weights(0 * expected, by) == 1
+    )
 
 
 @pytest.mark.parametrize("by", frequencies.WEIGHTS)
@@ -165,13 +193,19 @@ def test_images_with_rare_classes_are_met_more_often():
 
 
 def make_config(**overrides):
-  return configs.make_config("supervised", network="tiny", overrides={key.replace("__", "."): value for key, value in overrides.items()})
+  return configs.make_config(
+    "supervised",
+    network="tiny",
+    overrides={key.replace("__", "."): value for key, value in overrides.items()},
+  )
 
 
 @pytest.mark.parametrize("way", frequencies.WEIGHTS)
 def test_weights_become_numbers_of_the_config_once(way):
   source = make_masks(0)
-  classes = type("Classes", (), {"names": ("ground", "wall", "door", "roof"), "__len__": lambda self: K})()
+  classes = type(
+    "Classes", (), {"names": ("ground", "wall", "door", "roof"), "__len__": lambda self: K}
+  )()
   data = types.SimpleNamespace(labeled=source, classes=classes, skipped=None)
   config = make_config(criterion__class_weights=way)
   build.weigh_classes(config, data)
@@ -182,32 +216,43 @@ def test_weights_become_numbers_of_the_config_once(way):
   assert config.criterion.class_weights == text
   logits, label, _ = draw(0)
   weights = tuple(float(part) for part in text.split(","))
-  assert build.build_criterion(config, K)(logits, label) == losses.cross_entropy_mean(logits, label, class_weights=weights)
+  assert build.build_criterion(config, K)(logits, label) == losses.cross_entropy_mean(
+    logits, label, class_weights=weights
+  )
 
 
 def test_sums_of_criteria():
   logits, label, _ = draw(1)
   said = build.build_criterion(make_config(criterion__name="focal+dice"), K)(logits, label)
-  np.testing.assert_allclose(said, losses.focal_mean(logits, label) + losses.dice_loss(logits, label), rtol=1e-6)
+  np.testing.assert_allclose(
+    said, losses.focal_mean(logits, label) + losses.dice_loss(logits, label), rtol=1e-6
+  )
 
 
-@pytest.mark.parametrize("overrides, told", [
-  ({"criterion__class_weights": "1,2"}, r"class_weights: got '1,2'; allowed: .*4 numbers"),
-  ({"criterion__class_weights": "1,2,3,-1"}, "class_weights.*4 numbers of 0 or more"),
-  ({"criterion__class_weights": "0,0,0,0"}, "class_weights"),
-  ({"criterion__class_weights": "inverted"}, "'inverse', 'effective'"),
-  ({"criterion__class_weights": "1,1,1,2", "criterion__name": "dice"}, "cross_entropy\\+dice"),
-  ({"criterion__name": "cross_entropy+lovasz"}, "config.criterion.name: got 'lovasz'"),
-  ({"criterion__focal_gamma": -1.0}, "focal_gamma"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "overrides, told",
+  [
+    ({"criterion__class_weights": "1,2"}, r"class_weights: got '1,2'; allowed: .*4 numbers"),
+    ({"criterion__class_weights": "1,2,3,-1"}, "class_weights.*4 numbers of 0 or more"),
+    ({"criterion__class_weights": "0,0,0,0"}, "class_weights"),
+    ({"criterion__class_weights": "inverted"}, "'inverse', 'effective'"),
+    ({"criterion__class_weights": "1,1,1,2", "criterion__name": "dice"}, "cross_entropy\\+dice"),
+    ({"criterion__name": "cross_entropy+lovasz"}, "config.criterion.name: got 'lovasz'"),
+    ({"criterion__focal_gamma": -1.0}, "focal_gamma"),
+  ],
+)
 def test_what_cannot_be_meant_is_told(overrides, told):
   with pytest.raises(checks.InputError, match=told):
     build.build_criterion(make_config(**overrides), K)
 
 
-@pytest.mark.parametrize("method, option", [("learn_pseudo", None), ("cct", "method.bootstrapped"), ("cps", None)])
+@pytest.mark.parametrize(
+  "method, option", [("learn_pseudo", None), ("cct", "method.bootstrapped"), ("cps", None)]
+)
 def test_a_criterion_that_a_method_would_not_use_is_told(method, option):
-  config = configs.make_config(method, network="tiny", steps=10, overrides={option: True} if option else {})
+  config = configs.make_config(
+    method, network="tiny", steps=10, overrides={option: True} if option else {}
+  )
   domain = types.SimpleNamespace(config=config, name="")
   config.criterion.update({"name": "cross_entropy+dice", "class_weights": "1,2,3,4"})
   if method == "cps":
@@ -228,10 +273,18 @@ def test_numbers_out_of_range_are_told_together():
 
 @pytest.mark.parametrize("freeze", ["none", "encoder"])
 def test_gradients_are_clipped_by_their_norm(freeze):
-  clipped = build.build_optimizer(make_config(optimizer__clip_norm=0.5, optimizer__weight_decay=0.0, network__freeze=freeze))
-  params = {"backbone": {"conv": {"kernel": jnp.zeros(3)}}, "head": {"conv": {"kernel": jnp.zeros(2)}}}
+  clipped = build.build_optimizer(
+    make_config(optimizer__clip_norm=0.5, optimizer__weight_decay=0.0, network__freeze=freeze)
+  )
+  params = {
+    "backbone": {"conv": {"kernel": jnp.zeros(3)}},
+    "head": {"conv": {"kernel": jnp.zeros(2)}},
+  }
   of_backbone = jnp.zeros(3) if freeze == "encoder" else jnp.full(3, 2.0)
-  gradient = {"backbone": {"conv": {"kernel": of_backbone}}, "head": {"conv": {"kernel": jnp.full(2, 2.0)}}}
+  gradient = {
+    "backbone": {"conv": {"kernel": of_backbone}},
+    "head": {"conv": {"kernel": jnp.full(2, 2.0)}},
+  }
   for factor in (0.01, 1.0):
     scaled = jax.tree.map(lambda value: factor * value, gradient)
     norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(scaled)))
@@ -240,34 +293,58 @@ def test_gradients_are_clipped_by_their_norm(freeze):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), way, expected)
   without = build.build_optimizer(make_config(optimizer__weight_decay=0.0, network__freeze=freeze))
   states = [optimizer.transform.init(params) for optimizer in (clipped, without)]
-  assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])  # or a run could not be resumed with another norm
+  # or a run could not be resumed with another norm.
+  assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
 
 
 def test_a_run_with_all_of_it_resumes_with_the_same_weights_and_ends_early(tmp_path, monkeypatch):
   options = {
-    "criterion.name": "cross_entropy+dice", "criterion.class_weights": "effective", "oversampling_threshold": 0.9,
-    "optimizer.clip_norm": 1.0, "optimizer.power": 0.0, "checkpoint_every_steps": 2, "eval_every_steps": 2, "evaluation.pictures": 0,
-    "views.crop_size": (16, 16), "network.width": 4, "data.num_scenes": 12, "data.num_eval_scenes": 2,
+    "criterion.name": "cross_entropy+dice",
+    "criterion.class_weights": "effective",
+    "oversampling_threshold": 0.9,
+    "optimizer.clip_norm": 1.0,
+    "optimizer.power": 0.0,
+    "checkpoint_every_steps": 2,
+    "eval_every_steps": 2,
+    "evaluation.pictures": 0,
+    "views.crop_size": (16, 16),
+    "network.width": 4,
+    "data.num_scenes": 12,
+    "data.num_eval_scenes": 2,
     "batch_size_global.labeled": 8,
-  }  # fmt: skip
+  }
 
   def train(name, steps, **changed):
     config = "configs/quickstart.py:method=supervised,labels=6"
     return pseudoseg_jax.train(config, tmp_path / name, options | {"total_steps": steps} | changed)
 
   evaluate = api._Scoring.__call__
-  monkeypatch.setattr(api._Scoring, "__call__", lambda self, state: evaluate(self, state)._replace(score=0.5))  # never better
+  # Never better.
+  monkeypatch.setattr(
+    api._Scoring, "__call__", lambda self, state: evaluate(self, state)._replace(score=0.5)
+  )
 
-  # One run that is extended, rather than a second one to compare it with: that those agree is every run's, see test_engine.
+  # One run that is extended, rather than a second one to compare it with: that those agree is every
+  # run's, see test_engine.
   train("run", 1, **{"optimizer.clip_norm": 0.0})
   results = train("run", 6, early_stopping_patience=1)
   saved = json.loads((tmp_path / "run" / "config.json").read_text())
   assert len([float(part) for part in saved["criterion"]["class_weights"].split(",")]) == 7
   log = (tmp_path / "run" / "log.txt").read_text()
-  assert log.count("class weights: background") == log.count("one pass over the 6 labeled images meets") == 2
-  for change in ("total_steps: 6 now", "early_stopping_patience: 1 now", "optimizer.clip_norm: 1.0 now"):
+  assert (
+    log.count("class weights: background")
+    == log.count("one pass over the 6 labeled images meets")
+    == 2
+  )
+  for change in (
+    "total_steps: 6 now",
+    "early_stopping_patience: 1 now",
+    "optimizer.clip_norm: 1.0 now",
+  ):
     assert f"resumed with a change: {change}" in log
   assert "class_weights" not in log
   assert results["finished"] and results["last"]["step"] == 4 and results["best"]["step"] == 1
-  assert json.loads((tmp_path / "run" / "results.json").read_text())["ended_early"] and "Done: " in log
+  assert (
+    json.loads((tmp_path / "run" / "results.json").read_text())["ended_early"] and "Done: " in log
+  )
   assert "ended at step 4 of 6: nothing better than step 1" in log and "ended before step 6" in log

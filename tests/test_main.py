@@ -22,13 +22,23 @@ SMALL = {
   "evaluation.batch_size": 8,
   "evaluation.pictures": 2,
 }
-QUICKSTART = SMALL | {"data.num_scenes": 24, "data.num_labeled": 8, "data.num_eval_scenes": 9, "data.size": "40,48"}
+QUICKSTART = SMALL | {
+  "data.num_scenes": 24,
+  "data.num_labeled": 8,
+  "data.num_eval_scenes": 9,
+  "data.size": "40,48",
+}
 
 
 def run(config, workdir, overrides, *extra):
-  return command_line.main([
-    f"--config={config}", f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in overrides.items()), *extra
-  ])  # fmt: skip
+  return command_line.main(
+    [
+      f"--config={config}",
+      f"--workdir={workdir}",
+      *(f"--config.{key}={value}" for key, value in overrides.items()),
+      *extra,
+    ]
+  )
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +50,18 @@ def trained(tmp_path_factory):
 
 def test_a_run_leaves_what_its_summary_names(trained):
   for name in (
-    "results.json", "scores.csv", "config.json", "classes.json", "log.txt", "history.jsonl", "pictures/overlays.png",
-    "pictures/curves.png", "checkpoints/last/4", "checkpoints/best", "tensorboard",
-  ):  # fmt: skip
+    "results.json",
+    "scores.csv",
+    "config.json",
+    "classes.json",
+    "log.txt",
+    "history.jsonl",
+    "pictures/overlays.png",
+    "pictures/curves.png",
+    "checkpoints/last/4",
+    "checkpoints/best",
+    "tensorboard",
+  ):
     assert (trained / name).exists(), name
   results = json.loads((trained / "results.json").read_text())
   assert results["config"] == {"path": "configs/quickstart.py", "argument": "method=cps"}
@@ -56,7 +75,11 @@ def beside(trained, folder, miou, changed=None, **results):
   """A finished supervised run of the quickstart, as far as its files tell."""
   folder.mkdir()
   shutil.copy(trained / "data.json", folder)
-  config = json.loads((trained / "config.json").read_text()) | {"method": {"name": "supervised"}} | (changed or {})
+  config = (
+    json.loads((trained / "config.json").read_text())
+    | {"method": {"name": "supervised"}}
+    | (changed or {})
+  )
   of_run = json.loads((trained / "results.json").read_text()) | {"method": "supervised"} | results
   of_run["last"]["predictors"] = {"student": of_run["last"]["predictors"]["a"] | {"miou": miou}}
   (folder / "config.json").write_text(json.dumps(config))
@@ -66,7 +89,10 @@ def beside(trained, folder, miou, changed=None, **results):
 def test_the_gain_over_a_supervised_run_beside_it(trained, tmp_path):
   workdir = tmp_path / "cps"
   shutil.copytree(trained, workdir)
-  config, results = workdirs.saved_config(workdir), json.loads((workdir / "results.json").read_text())
+  config, results = (
+    workdirs.saved_config(workdir),
+    json.loads((workdir / "results.json").read_text()),
+  )
   gain = lambda: workdirs.supervised_beside(workdir, config, results)
   assert gain() is None
   for name, content in {"empty": "", "no_run": "{}", "of_nothing": "[]"}.items():
@@ -76,22 +102,45 @@ def test_the_gain_over_a_supervised_run_beside_it(trained, tmp_path):
   beside(trained, tmp_path / "unfinished", 0.5, {"total_steps": 5})
   beside(trained, tmp_path / "of_cps", 0.5, method="cps")
   beside(trained, tmp_path / "other_images", 0.5)
-  (tmp_path / "other_images" / "data.json").write_text(json.dumps({"": {"evaluated": {"images": 1}}}))
+  (tmp_path / "other_images" / "data.json").write_text(
+    json.dumps({"": {"evaluated": {"images": 1}}})
+  )
   assert gain() is None
   beside(trained, tmp_path / "ended_early", 0.5, {"total_steps": 5, "seed": 2}, ended_early=True)
   assert gain()["workdir"] == str(tmp_path / "ended_early")
-  beside(trained, tmp_path / "another_seed", 0.25, {"seed": 1, "batch_size_global": {"labeled": 8, "unlabeled": 16}})
+  beside(
+    trained,
+    tmp_path / "another_seed",
+    0.25,
+    {"seed": 1, "batch_size_global": {"labeled": 8, "unlabeled": 16}},
+  )
   miou = results["last"]["predictors"]["a"]["miou"]
-  assert gain() == {"workdir": str(tmp_path / "another_seed"), "miou": 0.25, "gain": miou - 0.25, "differs": ["seed"]}
+  assert gain() == {
+    "workdir": str(tmp_path / "another_seed"),
+    "miou": 0.25,
+    "gain": miou - 0.25,
+    "differs": ["seed"],
+  }
   beside(trained, tmp_path / "supervised", 0.02)
-  assert gain() == {"workdir": str(tmp_path / "supervised"), "miou": 0.02, "gain": miou - 0.02, "differs": []}
+  assert gain() == {
+    "workdir": str(tmp_path / "supervised"),
+    "miou": 0.02,
+    "gain": miou - 0.02,
+    "differs": [],
+  }
   (line,) = api._findings(results | {"baseline": gain()}, config)
-  assert line == f"  {100 * miou - 2:+.2f} mIoU against supervised, 2.00 in {tmp_path / 'supervised'}"
+  assert (
+    line == f"  {100 * miou - 2:+.2f} mIoU against supervised, 2.00 in {tmp_path / 'supervised'}"
+  )
 
 
 def test_a_network_that_says_one_class_of_every_pixel_is_told():
   config = configs.make_config("cps", network="tiny", steps=20_000)
-  scores = {"miou": 0.1, "iou": {"ground": 0.3, "leaf": 0.0, "wing": None}, "predicted_classes": ["ground"]}
+  scores = {
+    "miou": 0.1,
+    "iou": {"ground": 0.3, "leaf": 0.0, "wing": None},
+    "predicted_classes": ["ground"],
+  }
   results = {"last": {"predictors": {"a": scores}}}
   (line,) = api._findings(results, config)
   assert "'a' SAYS 'ground' OF EVERY PIXEL" in line
@@ -99,8 +148,12 @@ def test_a_network_that_says_one_class_of_every_pixel_is_told():
   configs.override(config, told)
   assert config.total_steps == 40_000 and config.criterion.class_weights == "effective"
   (line,) = api._findings(results | {"ended_early": True}, config)
-  assert "steps (--config.early_stopping_patience=0)" in line  # with more of them, it would end where it did
-  for better in ({"predicted_classes": ["ground", "leaf"]}, {"iou": {"ground": 0.3, "leaf": None, "wing": None}}):
+  # With more of them, it would end where it did.
+  assert "steps (--config.early_stopping_patience=0)" in line
+  for better in (
+    {"predicted_classes": ["ground", "leaf"]},
+    {"iou": {"ground": 0.3, "leaf": None, "wing": None}},
+  ):
     assert api._findings({"last": {"predictors": {"a": scores | better}}}, config) == []
 
 
@@ -112,9 +165,16 @@ def test_the_same_command_again_trains_nothing_more(trained, capsys):
 
 
 def test_a_workdir_of_another_config_is_refused(trained, capsys):
-  assert run("configs/quickstart.py:method=cps", trained, QUICKSTART | {"total_steps": 6, "seed": 1}) == 2
+  assert (
+    run("configs/quickstart.py:method=cps", trained, QUICKSTART | {"total_steps": 6, "seed": 1})
+    == 2
+  )
   error = capsys.readouterr().err
-  assert "belongs to another config" in error and "seed: 1 now, 0 there" in error and "total_steps" not in error
+  assert (
+    "belongs to another config" in error
+    and "seed: 1 now, 0 there" in error
+    and "total_steps" not in error
+  )
 
 
 def test_eval_and_load_agree_with_training(trained, capsys):
@@ -137,7 +197,7 @@ def test_python_trains_as_the_command_line_does(tmp_path, trained):
   assert results["last"] == json.loads((trained / "results.json").read_text())["last"]
 
 
-# --- what goes wrong ---------------------------------------------------------------------------------------------------------
+# --- what goes wrong ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +209,12 @@ def tree(tmp_path_factory):
     for folder in ("images", "labels"):
       (root / folder / part).mkdir(parents=True)
     for index in range(count):
-      Image.fromarray(rng.integers(0, 256, (40, 52, 3), np.uint8)).save(root / f"images/{part}/{part}{index:02}.jpg")
-      Image.fromarray(rng.integers(0, 12, (40, 52), np.uint8)).save(root / f"labels/{part}/{part}{index:02}.png")
+      Image.fromarray(rng.integers(0, 256, (40, 52, 3), np.uint8)).save(
+        root / f"images/{part}/{part}{index:02}.jpg"
+      )
+      Image.fromarray(rng.integers(0, 12, (40, 52), np.uint8)).save(
+        root / f"labels/{part}/{part}{index:02}.png"
+      )
   return root
 
 
@@ -158,8 +222,14 @@ CAMVID = SMALL | {"batch_size_global.labeled": 8, "batch_size_global.unlabeled":
 
 
 def test_trains_on_a_folder(tree, tmp_path):
-  assert run("configs/camvid.py:method=supervised,split=1_2", tmp_path, CAMVID | {"data.root": tree}) == 0
-  assert json.loads((tmp_path / "results.json").read_text())["split"] == "every_2: 8 labeled, 8 unlabeled"
+  assert (
+    run("configs/camvid.py:method=supervised,split=1_2", tmp_path, CAMVID | {"data.root": tree})
+    == 0
+  )
+  assert (
+    json.loads((tmp_path / "results.json").read_text())["split"]
+    == "every_2: 8 labeled, 8 unlabeled"
+  )
 
 
 WITH_TAGS = CAMVID | {"method.image_labels": "True", "data.image_labels": "tags.csv"}
@@ -168,17 +238,30 @@ WITH_TAGS = CAMVID | {"method.image_labels": "True", "data.image_labels": "tags.
 def test_trains_with_image_level_labels_and_shows_why(tree, tmp_path):
   lines = [f"train{index:02},car,{'tree' if index % 2 else 'sky'}" for index in range(16)]
   (tree / "tags.csv").write_text("\n".join(lines))
-  assert run("configs/camvid.py:method=pseudoseg,split=1_2", tmp_path, WITH_TAGS | {"data.root": tree}) == 0
+  assert (
+    run("configs/camvid.py:method=pseudoseg,split=1_2", tmp_path, WITH_TAGS | {"data.root": tree})
+    == 0
+  )
   panels = Image.open(tmp_path / "pictures" / "panels.png")
   assert panels.width > 6 * 33 and panels.height > 8 * 33
 
 
 def test_image_level_labels_that_are_missing_or_unknown_are_named(tree, tmp_path, capsys):
   (tree / "tags.csv").write_text("train01,car\ntrain03,kar\n")
-  assert run("configs/camvid.py:method=pseudoseg,split=1_2", tmp_path, WITH_TAGS | {"data.root": tree}) == 2
+  assert (
+    run("configs/camvid.py:method=pseudoseg,split=1_2", tmp_path, WITH_TAGS | {"data.root": tree})
+    == 2
+  )
   error = capsys.readouterr().err
   assert "tags.csv" in error and "did you mean 'car'?" in error and "train05" in error
-  assert run("configs/camvid.py:method=pseudoseg,split=1_2", tmp_path, WITH_TAGS | {"data.root": tree, "data.image_labels": ""}) == 2
+  assert (
+    run(
+      "configs/camvid.py:method=pseudoseg,split=1_2",
+      tmp_path,
+      WITH_TAGS | {"data.root": tree, "data.image_labels": ""},
+    )
+    == 2
+  )
   assert "config.data.image_labels=FILE" in capsys.readouterr().err
 
 
@@ -252,14 +335,26 @@ def test_broken_data_is_named(tree, tmp_path, capsys, breaking, overrides, said)
     ("configs/quickstart.py:methd=cps", {}, ["'methd'", "did you mean 'method'?"]),
     ("configs/quickstart.py:method=cps,convention=official", {}, ["convention"]),
     ("configs/quikstart.py", {}, ["configs/quikstart.py", "did you mean 'configs/quickstart.py'?"]),
-    ("configs/quickstart.py:method=cps", {"method.wieght": 1, "total_stps": 3}, ["did you mean 'method.weight'?", "did you mean 'total_steps'?"]),
+    (
+      "configs/quickstart.py:method=cps",
+      {"method.wieght": 1, "total_stps": 3},
+      ["did you mean 'method.weight'?", "did you mean 'total_steps'?"],
+    ),
     ("configs/quickstart.py", {"total_steps": "many"}, ["'many'", "int"]),
-    ("configs/quickstart.py", {"batch_size_global.labeled": 6, "eval_every_steps": 0}, ["8 devices", "eval_every_steps"]),
+    (
+      "configs/quickstart.py",
+      {"batch_size_global.labeled": 6, "eval_every_steps": 0},
+      ["8 devices", "eval_every_steps"],
+    ),
     ("configs/quickstart.py", {"optimizer.name": "sdg"}, ["'sdg'", "did you mean 'sgd'?"]),
-    ("configs/quickstart.py", {"method.distance": "softmax_mes"}, ["'softmax_mes'", "did you mean 'softmax_mse'?"]),
+    (
+      "configs/quickstart.py",
+      {"method.distance": "softmax_mes"},
+      ["'softmax_mes'", "did you mean 'softmax_mse'?"],
+    ),
     ("configs/quickstart.py", {"network.name": "resnet"}, ["resnet"]),
   ],
-)  # fmt: skip
+)
 def test_a_wrong_config_is_explained(tmp_path, capsys, config, overrides, said):
   overrides = overrides if "configs/camvid.py" in config else QUICKSTART | overrides
   if "camvid" in config:
@@ -275,7 +370,9 @@ def test_eval_of_a_folder_that_no_run_made(tmp_path, capsys):
   assert "config.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["--config=configs/quickstart.py"], ["--config=c", "--workdir=w", "--steps=3"]])
+@pytest.mark.parametrize(
+  "arguments", [[], ["--config=configs/quickstart.py"], ["--config=c", "--workdir=w", "--steps=3"]]
+)
 def test_usage_errors(arguments, capsys):
   with pytest.raises(SystemExit):
     command_line.main(arguments)
@@ -291,7 +388,9 @@ def test_help_and_print_config(capsys):
 
 
 def test_the_headline_predictor_comes_first(tmp_path):
-  results = pseudoseg_jax.train("configs/quickstart.py:method=mean_teacher,convention=official", tmp_path, QUICKSTART)
+  results = pseudoseg_jax.train(
+    "configs/quickstart.py:method=mean_teacher,convention=official", tmp_path, QUICKSTART
+  )
   assert list(results["last"]["predictors"]) == ["teacher", "student"]
   assert (tmp_path / "scores.csv").read_text().startswith("class,teacher,student\n")
   assert pseudoseg_jax.load(tmp_path).name == "teacher"

@@ -25,7 +25,8 @@ def test_align_corners_keeps_the_corners_and_spaces_the_rest_evenly():
 
 def test_half_pixel_treats_pixels_as_areas():
   got = resize.bilinear_half_pixel(jnp.array([0.0, 4.0]).reshape(1, 2, 1, 1), (4, 1))
-  np.testing.assert_allclose(got.ravel(), [0, 1, 3, 4], atol=1e-6)  # reads at -1/4 (clipped), 1/4, 3/4, 5/4 (clipped)
+  # Reads at -1/4 (clipped), 1/4, 3/4, 5/4 (clipped).
+  np.testing.assert_allclose(got.ravel(), [0, 1, 3, 4], atol=1e-6)
 
 
 def test_half_pixel_does_not_antialias():
@@ -71,21 +72,37 @@ def plain_convolution(x, kernel, stride, dilation):
   return y
 
 
-# The last three take the way by taps: some taps see part of the map, or only the middle one sees any.
+# The last three take the way by taps: some taps see part of the map, or only the middle one sees
+# any.
 @pytest.mark.parametrize(
   "size,k,stride,dilation",
-  [(6, 3, 2, 1), (7, 7, 2, 1), (7, 1, 2, 1), (8, 3, 1, 2), (5, 3, 1, 3), ((5, 3), 3, 1, 4), (5, 3, 1, 6)],
+  [
+    (6, 3, 2, 1),
+    (7, 7, 2, 1),
+    (7, 1, 2, 1),
+    (8, 3, 1, 2),
+    (5, 3, 1, 3),
+    ((5, 3), 3, 1, 4),
+    (5, 3, 1, 6),
+  ],
 )
 def test_convolution_is_the_textbook_sum_and_its_gradient_the_adjoint(size, k, stride, dilation):
   height, width = size if isinstance(size, tuple) else (size, size)
   x, kernel = normal(1, 2, height, width, 3), normal(2, k, k, 3, 4)
   y, pull = jax.vjp(lambda x, kernel: layers.convolve(x, kernel, stride, dilation), x, kernel)
-  np.testing.assert_allclose(y, plain_convolution(np.asarray(x), np.asarray(kernel), stride, dilation), atol=1e-4)
-  # <g, conv(u)> = <pull(g), u> for every u, because convolution is linear in the map and in the kernel.
+  np.testing.assert_allclose(
+    y, plain_convolution(np.asarray(x), np.asarray(kernel), stride, dilation), atol=1e-4
+  )
+  # <g, conv(u)> = <pull(g), u> for every u, because convolution is linear in the map and in the
+  # kernel.
   g, u, v = normal(3, *y.shape), normal(4, *x.shape), normal(5, *kernel.shape)
   by_x, by_kernel = pull(g)
-  np.testing.assert_allclose((by_x * u).sum(), (g * layers.convolve(u, kernel, stride, dilation)).sum(), rtol=1e-3, atol=1e-3)
-  np.testing.assert_allclose((by_kernel * v).sum(), (g * layers.convolve(x, v, stride, dilation)).sum(), rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(
+    (by_x * u).sum(), (g * layers.convolve(u, kernel, stride, dilation)).sum(), rtol=1e-3, atol=1e-3
+  )
+  np.testing.assert_allclose(
+    (by_kernel * v).sum(), (g * layers.convolve(x, v, stride, dilation)).sum(), rtol=1e-3, atol=1e-3
+  )
 
 
 @pytest.mark.parametrize("size", [(7, 6), (4, 5)])
@@ -116,7 +133,9 @@ def test_max_pool_gives_the_gradient_of_equal_values_to_the_first():
 
 def batch_norm(x, params, stats, groups=1, negative_slope=1.0):
   layer = layers.BatchNorm(negative_slope=negative_slope)
-  return layer.apply({"params": params, "batch_stats": stats}, x, train=True, groups=groups, mutable=["batch_stats"])
+  return layer.apply(
+    {"params": params, "batch_stats": stats}, x, train=True, groups=groups, mutable=["batch_stats"]
+  )
 
 
 def batch_norm_variables(channels):
@@ -131,7 +150,9 @@ def test_batch_norm_gradient_is_that_of_its_definition(negative_slope):
   params, stats = batch_norm_variables(5)
 
   def definition(x, params):
-    z = (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-5) * params["scale"] + params["bias"]
+    z = (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-5) * params["scale"] + params[
+      "bias"
+    ]
     return (weight * jnp.where(z > 0, z, negative_slope * z)).sum()
 
   def ours(x, params):
@@ -158,14 +179,20 @@ def test_interleaved_groups_are_separate_batches_one_after_the_other():
       parts.append(y)
     return total, (jnp.stack(parts, 1).reshape(x.shape), moved)
 
-  got, expected = (jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(x, params) for f in (together, apart))
+  got, expected = (
+    jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(x, params) for f in (together, apart)
+  )
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, expected)
 
 
 def test_running_variance_is_unbiased_and_one_value_per_channel_is_safe():
-  params, stats = {"scale": jnp.ones(1), "bias": jnp.zeros(1)}, {"mean": jnp.zeros(1), "var": jnp.ones(1)}
+  params, stats = (
+    {"scale": jnp.ones(1), "bias": jnp.zeros(1)},
+    {"mean": jnp.zeros(1), "var": jnp.ones(1)},
+  )
   _, moved = batch_norm(jnp.array([1.0, 3.0]).reshape(2, 1, 1, 1), params, stats)
-  np.testing.assert_allclose(moved["batch_stats"]["var"], 0.9 * 1 + 0.1 * 2, rtol=1e-6)  # not 0.1 * 1
+  # Not 0.1 * 1.
+  np.testing.assert_allclose(moved["batch_stats"]["var"], 0.9 * 1 + 0.1 * 2, rtol=1e-6)
   y, moved = batch_norm(jnp.full((1, 1, 1, 1), 5.0), params, stats)
   np.testing.assert_allclose(y, 0)
   np.testing.assert_allclose(moved["batch_stats"]["var"], 0.9, rtol=1e-6)
@@ -178,7 +205,9 @@ def test_batch_norm_of_bfloat16_counts_in_float32():
   expected, expected_moved = batch_norm(x.astype(jnp.float32), params, stats)
   assert y.dtype == jnp.bfloat16
   np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=1e-2, atol=1e-2)
-  np.testing.assert_allclose(moved["batch_stats"]["var"], expected_moved["batch_stats"]["var"], rtol=1e-6)
+  np.testing.assert_allclose(
+    moved["batch_stats"]["var"], expected_moved["batch_stats"]["var"], rtol=1e-6
+  )
 
 
 # --- backbones
@@ -199,19 +228,28 @@ def test_without_multi_grid_the_first_block_keeps_the_dilation_before():
 
 @pytest.mark.parametrize("stem", resnet.STEMS)
 @pytest.mark.parametrize(
-  "variant,output_stride,sizes", [("resnet18", 32, (9, 5, 3, 2)), ("resnet34", 16, (9, 5, 3, 3)), ("resnet50", 8, (9, 5, 5, 5))]
+  "variant,output_stride,sizes",
+  [("resnet18", 32, (9, 5, 3, 2)), ("resnet34", 16, (9, 5, 3, 3)), ("resnet50", 8, (9, 5, 5, 5))],
 )
 def test_stages_have_their_strides_and_channels(variant, stem, output_stride, sizes):
   module = resnet.ResNet(variant, stem, output_stride)
   images = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
-  stages, _ = jax.eval_shape(functools.partial(module.init_with_output, train=False), jax.random.key(0), images)
+  stages, _ = jax.eval_shape(
+    functools.partial(module.init_with_output, train=False), jax.random.key(0), images
+  )
   width = 64 * (4 if variant in resnet.BOTTLENECK else 1)
-  assert [stage.shape for stage in stages] == [(1, size, size, width * 2**i) for i, size in enumerate(sizes)]
+  assert [stage.shape for stage in stages] == [
+    (1, size, size, width * 2**i) for i, size in enumerate(sizes)
+  ]
 
 
 def test_number_of_parameters_of_resnet101_deeplab():
-  params, _ = jax.eval_shape(table.make_network("deeplabv3plus", num_classes=21, backbone="resnet101").init, jax.random.key(0))
-  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 59_468_085  # the official network's count
+  params, _ = jax.eval_shape(
+    table.make_network("deeplabv3plus", num_classes=21, backbone="resnet101").init,
+    jax.random.key(0),
+  )
+  # The official network's count.
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 59_468_085
 
 
 # --- networks
@@ -230,7 +268,9 @@ SMALL = {
 
 def abstract_forward(network, images, **arguments):
   key = jax.random.key(0)
-  return jax.eval_shape(lambda images: network.apply(*network.init(key), images, **arguments), images)
+  return jax.eval_shape(
+    lambda images: network.apply(*network.init(key), images, **arguments), images
+  )
 
 
 @pytest.mark.parametrize("name", table.NETWORKS)
@@ -244,7 +284,9 @@ def test_logits_have_the_image_size_and_are_float32(name, dtype):
   for arguments in ({"train": False}, {"train": True, "groups": 2}):
     logits, moved = abstract_forward(network, images, **arguments)
     assert (logits.shape, logits.dtype) == ((4, 37, 50, 5), jnp.float32)
-    assert jax.tree.map(lambda leaf: leaf.shape, moved) == jax.tree.map(lambda leaf: leaf.shape, stats)
+    assert jax.tree.map(lambda leaf: leaf.shape, moved) == jax.tree.map(
+      lambda leaf: leaf.shape, stats
+    )
 
 
 @pytest.mark.parametrize("name", table.NETWORKS)
@@ -264,14 +306,21 @@ def test_networks_take_tiny_images_of_any_number_of_channels(name, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", table.NETWORKS)
 def test_every_parameter_has_a_gradient(name):
-  # In inference mode: a batch norm with the batch's own statistics would take away the bias of HRNet's head.
+  # In inference mode: a batch norm with the batch's own statistics would take away the bias of
+  # HRNet's head.
   network = table.make_network(name, num_classes=5, **SMALL[name])
   params, stats = network.init(jax.random.key(0))
   images, weight = normal(19, 2, 33, 33, 3), normal(20, 2, 33, 33, 5)
   loss = lambda params: (weight * network.apply(params, stats, images, train=False)[0]).sum()
   quickly = {"xla_backend_optimization_level": 0}  # compiling is what takes the time
-  gradients = traverse_util.flatten_dict(jax.jit(jax.grad(loss), compiler_options=quickly)(params), sep="/")
-  assert [path for path, gradient in gradients.items() if not (jnp.isfinite(gradient).all() and jnp.any(gradient))] == []
+  gradients = traverse_util.flatten_dict(
+    jax.jit(jax.grad(loss), compiler_options=quickly)(params), sep="/"
+  )
+  assert [
+    path
+    for path, gradient in gradients.items()
+    if not (jnp.isfinite(gradient).all() and jnp.any(gradient))
+  ] == []
 
 
 @pytest.mark.parametrize(
@@ -289,25 +338,36 @@ def test_networks_have_the_published_number_of_parameters(name, options, count):
   assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
-@pytest.mark.parametrize("name", [name for name in table.NETWORKS if name not in ("deeplabv3plus_tf", "tiny")])
+@pytest.mark.parametrize(
+  "name", [name for name in table.NETWORKS if name not in ("deeplabv3plus_tf", "tiny")]
+)
 def test_every_leaf_has_a_pytorch_name_of_its_own(name):
   network = table.make_network(name, num_classes=5, **SMALL[name])
-  leaves = [traverse_util.flatten_dict(tree, sep="/") for tree in jax.eval_shape(network.init, jax.random.key(0))]
+  leaves = [
+    traverse_util.flatten_dict(tree, sep="/")
+    for tree in jax.eval_shape(network.init, jax.random.key(0))
+  ]
   paths = [path for tree in leaves for path in tree]
   names = torch_names.names(paths, name)
   assert None not in names.values() and len(set(names.values())) == len(paths)
   # Alone, a backbone has the names of its own files; heads and pyramid pooling have none.
   alone = torch_names.backbone_names(paths)
-  assert {path for path in paths if alone[path]} == {p for p in paths if p.startswith("backbone/") and "/psp/" not in p}
+  assert {path for path in paths if alone[path]} == {
+    p for p in paths if p.startswith("backbone/") and "/psp/" not in p
+  }
   assert alone["backbone/layer1_0/unit2/conv/kernel"] == "layer1.0.conv2.weight"
 
 
 def test_networks_without_a_pytorch_twin_have_no_names():
-  assert torch_names.names(["backbone/unit1/conv/kernel"], "tiny") == {"backbone/unit1/conv/kernel": None}
+  assert torch_names.names(["backbone/unit1/conv/kernel"], "tiny") == {
+    "backbone/unit1/conv/kernel": None
+  }
 
 
 def test_linear_layers_are_transposed_and_vectors_are_not():
-  np.testing.assert_array_equal(torch_names.to_ours(np.arange(6).reshape(2, 3), "classifier/kernel"), [[0, 3], [1, 4], [2, 5]])
+  np.testing.assert_array_equal(
+    torch_names.to_ours(np.arange(6).reshape(2, 3), "classifier/kernel"), [[0, 3], [1, 4], [2, 5]]
+  )
   np.testing.assert_array_equal(torch_names.to_ours(np.arange(3), "classifier/bias"), [0, 1, 2])
 
 
@@ -339,7 +399,8 @@ def test_initial_values_are_kaiming_kernels_uniform_biases_and_neutral_norms():
   params, stats = network.init(jax.random.key(2))
   kernel = params["backbone"]["unit7"]["conv"]["kernel"]  # [3, 3, 64, 64]: variance 2 / (9 * 64)
   np.testing.assert_allclose([kernel.mean(), kernel.std()], [0, (2 / 576) ** 0.5], atol=1e-3)
-  bias = params["head"]["classifier"]["bias"]  # fan_in 16: uniform in +-1/4, standard deviation 1 / sqrt(48)
+  # fan_in 16: uniform in +-1/4, standard deviation 1 / sqrt(48).
+  bias = params["head"]["classifier"]["bias"]
   assert 0.2 < abs(bias).max() <= 0.25
   np.testing.assert_allclose(bias.std(), 48**-0.5, rtol=0.1)
   leaves = traverse_util.flatten_dict({**params, "stats": stats})
@@ -353,7 +414,11 @@ def test_initial_values_are_kaiming_kernels_uniform_biases_and_neutral_norms():
 @pytest.mark.parametrize(
   "name,options,words",
   [
-    ("deeplabv3", {}, ["deeplabv3", "deeplabv3plus, deeplabv3plus_tf, deeplabv3plus_unimatch, hrnet, pspnet"]),
+    (
+      "deeplabv3",
+      {},
+      ["deeplabv3", "deeplabv3plus, deeplabv3plus_tf, deeplabv3plus_unimatch, hrnet, pspnet"],
+    ),
     ("tiny", {"witdh": 3}, ["witdh", "did you mean 'width'"]),
     ("deeplabv3plus", {"backbone": "resnet5"}, ["resnet5", "resnet50"]),
     ("deeplabv3plus", {"stem": "wide"}, ["wide", "deep, plain"]),
@@ -384,7 +449,10 @@ def test_torch_weights_that_do_not_fit_are_listed_together():
   for path, leaf in leaves.items():
     shape = tuple(leaf.shape[i] for i in (3, 2, 0, 1)) if len(leaf.shape) == 4 else leaf.shape
     state_dict[names[path.split("/", 1)[1]]] = np.zeros(shape, np.float32)
-  assert "backbone.conv1.weight" in state_dict and "backbone.layer2.0.downsample.1.running_var" in state_dict
+  assert (
+    "backbone.conv1.weight" in state_dict
+    and "backbone.layer2.0.downsample.1.running_var" in state_dict
+  )
   state_dict["backbone.bn1.num_batches_tracked"] = np.zeros((), np.int64)
   filled, _ = torch_names.from_torch(state_dict, params, stats)
   assert jax.tree.map(jnp.shape, filled) == jax.tree.map(jnp.shape, params)
@@ -395,6 +463,9 @@ def test_torch_weights_that_do_not_fit_are_listed_together():
   with pytest.raises(checks.InputError) as error:
     torch_names.from_torch(state_dict, params, stats)
   message = str(error.value)
-  assert "params/backbone/layer1_1/unit2/conv/kernel: got no tensor 'backbone.layer1.1.conv2.weight' in the file" in message
+  assert (
+    "params/backbone/layer1_1/unit2/conv/kernel: got no tensor 'backbone.layer1.1.conv2.weight' in the file"
+    in message
+  )
   assert "(1, 1, 256, 21)" in message and "(1, 1, 256, 3)" in message
   assert "backbone.fc.weight of shape (1000, 512)" in message

@@ -14,7 +14,9 @@ from pseudoseg_jax.ops import losses, resize
 
 def make_task(**options):
   optimizer = optim.sgd(lambda step: 0.1 / (1 + step), **options)
-  return Task(3, 10, make_network("tiny", num_classes=3, width=4), optimizer, losses.cross_entropy_mean)
+  return Task(
+    3, 10, make_network("tiny", num_classes=3, width=4), optimizer, losses.cross_entropy_mean
+  )
 
 
 def images(seed, batch=2):
@@ -39,7 +41,11 @@ def test_backbone_then_head_then_resizing_is_the_network():
   (maps,), halfway = nets.encode(task.network, net, x)
   (scores,), after = nets.decode(task.network, halfway, maps)
   np.testing.assert_allclose(resize.bilinear_align_corners(scores, x.shape[1:3]), whole, atol=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.batch_stats, after_whole.batch_stats)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+    after.batch_stats,
+    after_whole.batch_stats,
+  )
   assert tuple(one.shape[-1] for one in maps) == nets.map_channels(task.network)
 
 
@@ -62,7 +68,9 @@ def test_batches_of_different_sizes_pass_one_after_the_other():
 def test_a_teacher_shares_no_array_with_its_student_and_has_no_momentum():
   student = nets.create(make_task(), jax.random.key(0))
   teacher = nets.teacher_of(student)
-  for old, new in zip(jax.tree.leaves(student.params), jax.tree.leaves(teacher.params), strict=True):
+  for old, new in zip(
+    jax.tree.leaves(student.params), jax.tree.leaves(teacher.params), strict=True
+  ):
     np.testing.assert_array_equal(old, new)
     assert old.unsafe_buffer_pointer() != new.unsafe_buffer_pointer()
   assert not jax.tree.leaves(teacher.opt_state)
@@ -73,16 +81,24 @@ def descend_by(optimizer, params, gradient, steps):
   for step in range(steps):
     direction, state = optimizer.transform.update(gradient, state, params)
     rates = optim.by_path(optimizer.multiplier, params)
-    params = jax.tree.map(lambda p, d, r, step=step: p - optimizer.learning_rate(step) * r * d, params, direction, rates)
+    params = jax.tree.map(
+      lambda p, d, r, step=step: p - optimizer.learning_rate(step) * r * d, params, direction, rates
+    )
   return params
 
 
 def test_sgd_is_pytorch_s_by_hand():
-  params = {"backbone": {"kernel": jnp.array(2.0), "scale": jnp.array(2.0)}, "head": {"kernel": jnp.array(2.0)}}
+  params = {
+    "backbone": {"kernel": jnp.array(2.0), "scale": jnp.array(2.0)},
+    "head": {"kernel": jnp.array(2.0)},
+  }
   gradient = jax.tree.map(jnp.ones_like, params)
-  optimizer = optim.sgd(lambda step: 0.5, momentum=0.9, weight_decay=0.1, factors={"^(?!backbone)": 10.0})
+  optimizer = optim.sgd(
+    lambda step: 0.5, momentum=0.9, weight_decay=0.1, factors={"^(?!backbone)": 10.0}
+  )
   got = descend_by(optimizer, params, gradient, 2)
-  # kernel: v1 = 1.2, p1 = 1.4; v2 = 0.9 * 1.2 + 1.14 = 2.22, p2 = 0.29. The scale does not decay: v = 1, 1.9. The head: rate 5.
+  # kernel: v1 = 1.2, p1 = 1.4; v2 = 0.9 * 1.2 + 1.14 = 2.22, p2 = 0.29. The scale does not decay: v
+  # = 1, 1.9. The head: rate 5.
   np.testing.assert_allclose(got["backbone"]["kernel"], 0.29, rtol=1e-6)
   np.testing.assert_allclose(got["backbone"]["scale"], 2 - 0.5 - 0.95, rtol=1e-6)
   np.testing.assert_allclose(got["head"]["kernel"], -4 - 5 * (0.9 * 1.2 + 1 - 0.4), rtol=1e-6)
@@ -108,8 +124,15 @@ def test_the_average_leaves_statistics_alone_unless_asked():
   both = nets.ema(teacher, student, 0.75, statistics="average")
   jax.tree.map(np.testing.assert_array_equal, own.batch_stats, teacher.batch_stats)
   kernel = lambda net: jax.tree.leaves(net.params)[-1]
-  np.testing.assert_allclose(kernel(own), 0.75 * kernel(teacher) + 0.25 * kernel(student), rtol=1e-6)
-  assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(both.batch_stats), jax.tree.leaves(own.batch_stats), strict=True))
+  np.testing.assert_allclose(
+    kernel(own), 0.75 * kernel(teacher) + 0.25 * kernel(student), rtol=1e-6
+  )
+  assert any(
+    np.any(a != b)
+    for a, b in zip(
+      jax.tree.leaves(both.batch_stats), jax.tree.leaves(own.batch_stats), strict=True
+    )
+  )
 
 
 def test_keys_of_streams_and_steps_differ_and_repeat():

@@ -1,4 +1,6 @@
-"""The notebooks: stripped, with names that exist, and executed as a person does, from a fresh kernel, on small settings."""
+"""The notebooks: stripped, with names that exist, and executed as a person does, from a fresh
+kernel, on small settings.
+"""
 
 import ast
 import json
@@ -16,7 +18,14 @@ from pseudoseg_jax import build, config as configs, make_data
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "launch" / "notebooks").glob("*.ipynb"))
-SCENES = ["background", *(f"{texture}_{shape}" for shape in ("disc", "cross") for texture in ("striped", "checked", "speckled"))]
+SCENES = [
+  "background",
+  *(
+    f"{texture}_{shape}"
+    for shape in ("disc", "cross")
+    for texture in ("striped", "checked", "speckled")
+  ),
+]
 
 
 def read(name):
@@ -33,16 +42,21 @@ def test_a_notebook_is_valid_and_stripped(path):
   nbformat.validate(book)
   assert (book.nbformat, book.nbformat_minor) == (4, 5)
   assert path.read_text() == nbformat.writes(book, indent=1).rstrip("\n") + "\n"
-  assert book.metadata.kernelspec.name == "python3" and set(book.metadata) == {"kernelspec", "language_info"}
+  assert book.metadata.kernelspec.name == "python3" and set(book.metadata) == {
+    "kernelspec",
+    "language_info",
+  }
   assert len({cell.id for cell in book.cells}) == len(book.cells)
-  assert [cell.id for cell in book.cells if "parameters" in cell.metadata.get("tags", [])] == ["parameters"]
+  assert [cell.id for cell in book.cells if "parameters" in cell.metadata.get("tags", [])] == [
+    "parameters"
+  ]
   for cell in book.cells:
     assert set(cell.metadata) <= {"tags"}
     if cell.cell_type == "code":
       assert cell.execution_count is None and cell.outputs == []
 
 
-# --- every name exists ----------------------------------------------------------------------------------------------------------
+# --- every name exists ----------------------------------------------------------------------------
 
 
 def plain_python(source):
@@ -53,7 +67,11 @@ def plain_python(source):
 def python_of(path):
   """The code of a notebook, or of a page's blocks."""
   if path.suffix == ".ipynb":
-    return "\n".join(plain_python(cell.source) for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    return "\n".join(
+      plain_python(cell.source)
+      for cell in nbformat.read(path, as_version=4).cells
+      if cell.cell_type == "code"
+    )
   return "\n".join(blocks(path))
 
 
@@ -76,12 +94,16 @@ PAGES = [*NOTEBOOKS, ROOT / "docs" / "notebooks.md"]
 def test_what_is_taken_from_the_package_exists(path):
   tree = ast.parse(python_of(path))
   names = imported(tree)
-  used = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in names]
+  used = [
+    node
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in names
+  ]
   assert "pseudoseg_jax" in names and used
   assert not [ast.unparse(node) for node in used if not hasattr(names[node.value.id], node.attr)]
 
 
-# --- executed -------------------------------------------------------------------------------------------------------------------
+# --- executed -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -90,18 +112,23 @@ def kernel(tmp_path, monkeypatch):
   folder = tmp_path / "jupyter" / "kernels" / "this_python"
   folder.mkdir(parents=True)
   command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-  (folder / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "this Python", "language": "python"}))
+  (folder / "kernel.json").write_text(
+    json.dumps({"argv": command, "display_name": "this Python", "language": "python"})
+  )
   monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
   monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
   monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
   for name in ("XLA_FLAGS", "NPROC"):  # of conftest.py
     monkeypatch.delenv(name, raising=False)
-  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # a few steps take less time than compiling them well
+  # a few steps take less time than compiling them well.
+  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   return "this_python"
 
 
 def run(book, kernel, folder):
-  NotebookClient(book, timeout=600, kernel_name=kernel, resources={"metadata": {"path": str(folder)}}).execute()
+  NotebookClient(
+    book, timeout=600, kernel_name=kernel, resources={"metadata": {"path": str(folder)}}
+  ).execute()
   return {cell.id: cell for cell in book.cells if cell.cell_type == "code"}
 
 
@@ -109,7 +136,9 @@ def execute(name, kernel, folder, **parameters):
   """Runs a notebook in `folder` with other parameters, set behind its own; its code cells by id."""
   book = read(name)
   place = next(index for index, cell in enumerate(book.cells) if cell.id == "parameters")
-  known = {node.id for node in ast.walk(ast.parse(book.cells[place].source)) if isinstance(node, ast.Name)}
+  known = {
+    node.id for node in ast.walk(ast.parse(book.cells[place].source)) if isinstance(node, ast.Name)
+  }
   assert parameters.keys() <= known
   values = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
   book.cells.insert(place + 1, nbformat.v4.new_code_cell(values))
@@ -128,9 +157,16 @@ def printed(cell):
 def assert_trained(cell, workdir, steps):
   """A run whose progress stands in one display, with its end in it, and not in lines."""
   (display,) = [html for html in shown(cell, "text/html") if "<progress" in html]
-  assert "value='1.0000'" in display and f"step {steps}/{steps}" in display and "data:image/png;base64" in display
+  assert (
+    "value='1.0000'" in display
+    and f"step {steps}/{steps}" in display
+    and "data:image/png;base64" in display
+  )
   assert (workdir / "log.txt").read_text().count(f"/{steps} (") > 1  # so often it was updated
-  assert f"/{steps} (" not in printed(cell) and [output.output_type for output in cell.outputs].count("display_data") == 1
+  assert (
+    f"/{steps} (" not in printed(cell)
+    and [output.output_type for output in cell.outputs].count("display_data") == 1
+  )
   assert json.loads((workdir / "results.json").read_text())["last"]["step"] == steps
 
 
@@ -141,13 +177,17 @@ def assert_table(cell, names, *headings):
 
 def test_the_quickstart_runs(kernel, tmp_path):
   workdir = tmp_path / "runs"
-  cells = execute("quickstart", kernel, tmp_path, STEPS=3, SCENES=12, LABELED=4, EVALUATED=4, WORKDIR=str(workdir))
+  cells = execute(
+    "quickstart", kernel, tmp_path, STEPS=3, SCENES=12, LABELED=4, EVALUATED=4, WORKDIR=str(workdir)
+  )
   assert_trained(cells["train"], workdir / "pseudoseg", 3)
   assert_trained(cells["baseline"], workdir / "supervised", 3)
   assert_table(cells["results"], SCENES, "student, last", "student, best")
   assert_table(cells["evaluate"], SCENES, "flip")
   assert_table(cells["compare"], SCENES, "pseudoseg", "supervised")
-  assert [len(shown(cells[name], "image/png")) for name in ("scenes", "overlays", "predict", "panels")] == [1, 1, 3, 1]
+  assert [
+    len(shown(cells[name], "image/png")) for name in ("scenes", "overlays", "predict", "panels")
+  ] == [1, 1, 3, 1]
   assert "Predictor &#x27;student&#x27;" in shown(cells["load"], "text/html")[0]
   assert not [cell.id for cell in cells.values() if "Traceback" in printed(cell)]
 
@@ -179,7 +219,9 @@ def test_own_data_makes_a_folder_of_the_pets(tmp_path, monkeypatch):
 
   def stand_in(data):
     opened.append((data.dataset, data.split))
-    return make_data(images, masks, ["background", "cat", "dog"], evaluated=([images[0] // 2], [masks[0]]))
+    return make_data(
+      images, masks, ["background", "cat", "dog"], evaluated=([images[0] // 2], [masks[0]])
+    )
 
   cells = {cell.id: cell.source for cell in read("own_data").cells}
   scope = {}
@@ -189,7 +231,9 @@ def test_own_data_makes_a_folder_of_the_pets(tmp_path, monkeypatch):
     patched.setattr(build, "build_data", stand_in)
     exec(cells["folder"], scope)
   assert opened == [("oxford_iiit_pet", "full")]
-  data = build.build_data(configs.load("configs/folder.py", {"data.root": str(tmp_path / "photos")}).data)
+  data = build.build_data(
+    configs.load("configs/folder.py", {"data.root": str(tmp_path / "photos")}).data
+  )
   assert [len(source) for source in (data.labeled, data.unlabeled, data.evaluated)] == [2, 2, 1]
   assert data.classes.names == ("background", "cat", "dog")
   for row in range(2):
@@ -199,10 +243,16 @@ def test_own_data_makes_a_folder_of_the_pets(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_code_of_the_page_runs(kernel, tmp_path):
-  Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)).save(tmp_path / "photo.jpg")
+  Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)).save(
+    tmp_path / "photo.jpg"
+  )
   sources = [block.replace("200", "4") for block in blocks(ROOT / "docs" / "notebooks.md")]
-  sources.append("print(ids.shape, (ids == same).all(), data.split, results['last']['step'], *sorted(scores))")
-  cells = [nbformat.v4.new_code_cell(source, id=f"block{number}") for number, source in enumerate(sources)]
+  sources.append(
+    "print(ids.shape, (ids == same).all(), data.split, results['last']['step'], *sorted(scores))"
+  )
+  cells = [
+    nbformat.v4.new_code_cell(source, id=f"block{number}") for number, source in enumerate(sources)
+  ]
   done = run(nbformat.v4.new_notebook(cells=cells), kernel, tmp_path)
   assert printed(done[cells[-1].id]) == "(40, 50) True 4 labeled, 2 unlabeled 4 student teacher\n"
   assert json.loads((tmp_path / "runs" / "first" / "results.json").read_text())["last"]["step"] == 4

@@ -17,18 +17,24 @@ def test_cross_entropy_is_the_log_of_the_true_probability_and_zero_where_ignored
 
 def test_cross_entropy_is_finite_at_extreme_logits_with_its_gradient():
   logits = jnp.array([[1e4, -1e4], [-1e4, 1e4]])
-  value, gradient = jax.value_and_grad(lambda x: losses.cross_entropy(x, jnp.array([1, IGNORE_LABEL])).sum())(logits)
+  value, gradient = jax.value_and_grad(
+    lambda x: losses.cross_entropy(x, jnp.array([1, IGNORE_LABEL])).sum()
+  )(logits)
   assert value == 2e4 and np.isfinite(gradient).all() and (gradient[1] == 0).all()
 
 
 def test_mean_over_nothing_is_zero_with_a_finite_gradient():
-  value, gradient = jax.value_and_grad(lambda x: losses.mean_over(x, jnp.zeros(3, bool)))(jnp.ones(3))
+  value, gradient = jax.value_and_grad(lambda x: losses.mean_over(x, jnp.zeros(3, bool)))(
+    jnp.ones(3)
+  )
   assert value == 0 and (gradient == 0).all()
 
 
 def test_the_two_denominators_differ_by_the_share_of_valid_pixels():
   logits, label = jnp.zeros([1, 2, 2, 3]), jnp.array([[[0, 1], [IGNORE_LABEL, IGNORE_LABEL]]])
-  valid, everything = (losses.cross_entropy_mean(logits, label, denominator=name) for name in ("valid", "all"))
+  valid, everything = (
+    losses.cross_entropy_mean(logits, label, denominator=name) for name in ("valid", "all")
+  )
   np.testing.assert_allclose([valid, everything], [np.log(3), np.log(3) / 2], rtol=1e-6)
 
 
@@ -43,11 +49,14 @@ def test_ohem_per_image_mines_each_image_alone():
   per_batch = losses.ohem_cross_entropy(logits, label, min_kept=2, scope="batch")
   per_image = losses.ohem_cross_entropy(logits, label, min_kept=2, scope="image")
   np.testing.assert_allclose(per_batch, np.log(2), rtol=1e-6)  # the confident image is dropped
-  np.testing.assert_allclose(per_image, (np.log(2) - np.log(0.99)) / 2, rtol=1e-4)  # it keeps its own ties
+  # it keeps its own ties.
+  np.testing.assert_allclose(per_image, (np.log(2) - np.log(0.99)) / 2, rtol=1e-4)
 
 
 def test_ohem_of_an_ignored_image_is_zero():
-  loss = losses.ohem_cross_entropy(jnp.zeros([1, 2, 2, 3]), jnp.full([1, 2, 2], IGNORE_LABEL), min_kept=1)
+  loss = losses.ohem_cross_entropy(
+    jnp.zeros([1, 2, 2, 3]), jnp.full([1, 2, 2], IGNORE_LABEL), min_kept=1
+  )
   assert loss == 0
 
 
@@ -66,7 +75,9 @@ def test_overlapping_boxes_cancel():
 
 @pytest.mark.parametrize("boxes", [1, 3])
 def test_boxes_cover_what_they_should_and_differ(boxes):
-  masks = mixing.box_masks(mixing.draw_boxes(jax.random.key(0), 200, boxes=boxes), (48, 64), area_range=(0.5, 0.5))
+  masks = mixing.box_masks(
+    mixing.draw_boxes(jax.random.key(0), 200, boxes=boxes), (48, 64), area_range=(0.5, 0.5)
+  )
   assert masks.shape == (200, 48, 64) and masks.dtype == bool
   share = np.mean(masks, axis=(1, 2))
   # One box of half the area covers half; of three that share it some overlap cancels.
@@ -90,5 +101,7 @@ def test_poly_ends_at_zero_and_shifts_are_clipped():
 
 
 def test_schedules_trace():
-  ramp = jax.jit(lambda step: schedules.sigmoid_rampup(step, 10) * schedules.poly(step, base=1.0, total_steps=20))
+  ramp = jax.jit(
+    lambda step: schedules.sigmoid_rampup(step, 10) * schedules.poly(step, base=1.0, total_steps=20)
+  )
   np.testing.assert_allclose(ramp(jnp.int32(10)), 0.5**0.9, rtol=1e-6)

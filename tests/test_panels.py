@@ -21,10 +21,13 @@ def cell(sheet, row, column, size, notes=True):
 
 
 def test_agreement_by_hand_reads_the_nearest_truth_and_leaves_out_what_is_ignored_or_not_kept():
-  truth = np.repeat(np.repeat(np.array([[[0, 1], [2, 255]]]), 4, 1), 4, 2)  # [1, 8, 8] for a grid of [1, 2, 2]
+  # [1, 8, 8] for a grid of [1, 2, 2]
+  truth = np.repeat(np.repeat(np.array([[[0, 1], [2, 255]]]), 4, 1), 4, 2)
   values = one_hot([[[0, 1], [1, 1]]], 0.4)
   assert panels.agreement(values, truth) == {"accuracy": 2 / 3}
-  assert panels.agreement(values, truth, np.array([[[True, False], [True, True]]])) == {"accuracy": 1 / 2}
+  assert panels.agreement(values, truth, np.array([[[True, False], [True, True]]])) == {
+    "accuracy": 1 / 2
+  }
   assert panels.agreement(values, truth, np.array([[[0.5, 0.0], [1.5, 9.0]]])) == {"accuracy": 0.25}
 
 
@@ -43,32 +46,53 @@ def test_agreement_of_maps_with_their_own_argmax_is_one():
 def test_images_are_shown_as_they_were_before_they_were_normalised():
   pixels = np.random.default_rng(1).integers(0, 256, (1, 300, 300, 3), dtype=np.uint8)
   mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-  sheet = panels.panel_sheet(("image",), ("image",), ((pixels / 255 - mean) / std,), CLASSES, mean=mean, std=std)
+  sheet = panels.panel_sheet(
+    ("image",), ("image",), ((pixels / 255 - mean) / std,), CLASSES, mean=mean, std=std
+  )
   np.testing.assert_array_equal(cell(sheet, 0, 0, 300, notes=False), pixels[0])
 
 
 def test_sure_pixels_show_the_full_colour_and_unsure_ones_fade_in_squares():
-  values = one_hot([[[0, 1], [2, 2]]], [[[[1.0], [0.5]], [[0.0], [7.0]]]])  # scores above 1 are as sure as 1
+  # Scores above 1 are as sure as 1.
+  values = one_hot([[[0, 1], [2, 2]]], [[[[1.0], [0.5]], [[0.0], [7.0]]]])
   image = np.zeros((1, 100, 100, 3), np.float32)
-  sheet = panels.panel_sheet(("image", "teacher"), ("image", "classes"), (image, values), CLASSES, **RAW)
+  sheet = panels.panel_sheet(
+    ("image", "teacher"), ("image", "classes"), (image, values), CLASSES, **RAW
+  )
   shown = cell(sheet, 0, 1, 300)
   gray = panels._UNSURE
-  quarters = {(0, 0): (255, 0, 0), (0, 1): np.rint((gray + (0, 255, 0)) / 2), (1, 0): gray, (1, 1): (0, 0, 255)}
+  quarters = {
+    (0, 0): (255, 0, 0),
+    (0, 1): np.rint((gray + (0, 255, 0)) / 2),
+    (1, 0): gray,
+    (1, 1): (0, 0, 255),
+  }
   for (row, column), color in quarters.items():
     area = shown[150 * row : 150 * row + 150, 150 * column : 150 * column + 150]
-    np.testing.assert_array_equal(area.reshape(-1, 3), np.broadcast_to(color, (150 * 150, 3)), err_msg=f"{row}, {column}")
+    np.testing.assert_array_equal(
+      area.reshape(-1, 3), np.broadcast_to(color, (150 * 150, 3)), err_msg=f"{row}, {column}"
+    )
 
 
 def test_pixels_left_out_are_hatched_in_the_last_class_panel_alone():
   kept = np.ones((1, 10, 10), bool)
   kept[:, :5] = False
   everywhere = one_hot(np.ones((1, 10, 10), int))
-  values = np.zeros((1, 10, 10, 3), np.float32), everywhere, everywhere, np.zeros((1, 10, 10), np.float32)
+  values = (
+    np.zeros((1, 10, 10, 3), np.float32),
+    everywhere,
+    everywhere,
+    np.zeros((1, 10, 10), np.float32),
+  )
   kinds = ("image", "classes", "classes", "heat")
-  sheet = panels.panel_sheet(kinds, kinds, values, CLASSES, **RAW, truth=np.ones((1, 10, 10), int), kept=kept)
+  sheet = panels.panel_sheet(
+    kinds, kinds, values, CLASSES, **RAW, truth=np.ones((1, 10, 10), int), kept=kept
+  )
   shown = cell(sheet, 0, 2, 300)
   assert (shown[150:] == (0, 255, 0)).all()
-  assert {tuple(color) for color in shown[:150].reshape(-1, 3).tolist()} == {tuple(c) for c in panels._HATCH.tolist()}
+  assert {tuple(color) for color in shown[:150].reshape(-1, 3).tolist()} == {
+    tuple(c) for c in panels._HATCH.tolist()
+  }
   for column, color in ((0, (0, 0, 0)), (1, (0, 255, 0)), (4, (0, 255, 0))):
     assert (cell(sheet, 0, column, 300) == color).all()
 
@@ -93,10 +117,19 @@ def test_notes_say_mean_confidence_and_accuracy_of_the_kept_pixels_alone():
 @pytest.mark.parametrize("count", [1, 6, 40])
 def test_sheets_stay_below_1800_pixels_and_8_rows(count):
   values = np.zeros((9, 96, 24, 3), np.float32)
-  names, truth = [f"a rather long title, number {number}" for number in range(count)], np.zeros((9, 96, 24), int)
+  names, truth = (
+    [f"a rather long title, number {number}" for number in range(count)],
+    np.zeros((9, 96, 24), int),
+  )
   sheets = [
     panels.panel_sheet(
-      names, ["classes"] * count, [values[:rows]] * count, CLASSES, **RAW, truth=truth[:rows], kept=truth[:rows] == 0
+      names,
+      ["classes"] * count,
+      [values[:rows]] * count,
+      CLASSES,
+      **RAW,
+      truth=truth[:rows],
+      kept=truth[:rows] == 0,
     )
     for rows in (7, 8, 9)
   ]
@@ -111,7 +144,9 @@ def test_what_is_not_finite_is_drawn_as_0():
   broken, zero = [[value.copy() for value in values] for _ in range(2)]
   for number, bad in enumerate((np.nan, np.inf, -np.inf)):
     broken[number][0], zero[number][0] = bad, 0
-  got, expected = (panels.panel_sheet(kinds, kinds, value, CLASSES, **RAW) for value in (broken, zero))
+  got, expected = (
+    panels.panel_sheet(kinds, kinds, value, CLASSES, **RAW) for value in (broken, zero)
+  )
   np.testing.assert_array_equal(got, expected)
 
 
@@ -119,9 +154,23 @@ def test_panels_that_do_not_fit_are_refused_all_at_once():
   values = np.zeros((2, 8, 8, 3)), np.zeros((2, 4, 4, 5)), np.zeros((1, 4, 4)), np.zeros((2, 4, 4))
   with pytest.raises(InputError) as error:
     panels.panel_sheet(
-      ("image", "CAM", "doubt", "odd"), ("image", "classes", "heat", "heta"), values, CLASSES, **RAW, truth=np.zeros((8, 8))
+      ("image", "CAM", "doubt", "odd"),
+      ("image", "classes", "heat", "heta"),
+      values,
+      CLASSES,
+      **RAW,
+      truth=np.zeros((8, 8)),
     )
-  for part in ("'CAM'", "[2, 4, 4, 5]", "[B, h, w, 3]", "'doubt'", "1 images", "did you mean 'heat'?", "truth", "[8, 8]"):
+  for part in (
+    "'CAM'",
+    "[2, 4, 4, 5]",
+    "[B, h, w, 3]",
+    "'doubt'",
+    "1 images",
+    "did you mean 'heat'?",
+    "truth",
+    "[8, 8]",
+  ):
     assert part in str(error.value)
   with pytest.raises(InputError, match="1 names, 2 kinds, 2 arrays"):
     panels.panel_sheet(("image",), ("image", "heat"), values[::2], CLASSES, **RAW)

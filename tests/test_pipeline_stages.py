@@ -1,4 +1,6 @@
-"""launch/pipeline.py: stages in order, each made once, from what the others made; and the pipelines of configs/pipelines.py."""
+"""launch/pipeline.py: stages in order, each made once, from what the others made; and the pipelines
+of configs/pipelines.py.
+"""
 
 import importlib.util
 import json
@@ -19,9 +21,19 @@ from pseudoseg_jax import build, checks
 ROOT = pathlib.Path(__file__).parents[1]
 PIPELINES = str(ROOT / "configs" / "pipelines.py")
 ST = f"--config={PIPELINES}:self_training,data=quickstart"  # eight stages, of every kind
-STAGES = ["teacher", "labels_third", "labels_two_thirds", "labels", "reliable", "student1", "labels1", "student2"]
+STAGES = [
+  "teacher",
+  "labels_third",
+  "labels_two_thirds",
+  "labels",
+  "reliable",
+  "student1",
+  "labels1",
+  "student2",
+]
 
-# What a stage does for the runner: it reads what it is given, works for a while, saves what is done, stops at SIGTERM, goes on.
+# What a stage does for the runner: it reads what it is given, works for a while, saves what is
+# done, stops at SIGTERM, goes on.
 FAKE = """
 import hashlib, json, os, pathlib, re, signal, sys, time
 
@@ -112,16 +124,22 @@ def outcomes(workdir):
   return {name: record(workdir, name)["made"] for name in STAGES}, summary
 
 
-# --- with fake stages ---------------------------------------------------------------------------------------------------------
+# --- with fake stages -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("last, more, finished", [(4, {}, True), (2, {}, False), (2, {"ended_early": True}, True)])
-def test_a_training_is_finished_at_its_last_step_or_where_it_ended_early(tmp_path, last, more, finished):
+@pytest.mark.parametrize(
+  "last, more, finished", [(4, {}, True), (2, {}, False), (2, {"ended_early": True}, True)]
+)
+def test_a_training_is_finished_at_its_last_step_or_where_it_ended_early(
+  tmp_path, last, more, finished
+):
   step = types.SimpleNamespace(kind="train", config=types.SimpleNamespace(total_steps=4))
   content = {"config": {}, "last": {"step": last, "predictors": {"student": {"miou": 0.5}}}} | more
   (tmp_path / "results.json").write_text(json.dumps(content))
   made, told = load().outcome(step, tmp_path)
-  assert (made is not None, told) == ((True, {"miou": {"student": 0.5}}) if finished else (False, {}))
+  assert (made is not None, told) == (
+    (True, {"miou": {"student": 0.5}}) if finished else (False, {})
+  )
 
 
 def test_stages_run_in_order_once_and_read_what_earlier_ones_made(runner, tmp_path, capfd):
@@ -132,19 +150,29 @@ def test_stages_run_in_order_once_and_read_what_earlier_ones_made(runner, tmp_pa
   assert re.findall(r"stage \d of 8, '(\w+)'", printed) == STAGES and printed.count("step 4") == 8
   assert "step 4" in (workdir / "stages" / "labels.log").read_text()
   commands = {name: record(workdir, name)["command"] for name in STAGES}
-  assert "--step=2" in commands["labels_third"] and "--step=4" in commands["labels_two_thirds"]  # of 4, in parts of ceil(4 / 3)
+  # of 4, in parts of ceil(4 / 3).
+  assert "--step=2" in commands["labels_third"] and "--step=4" in commands["labels_two_thirds"]
   assert f"--config.pseudo_labels.list={workdir}/reliable/list.txt" in commands["student1"]
   assert f"--config.pseudo_labels.folder={workdir}/labels1" in commands["student2"]
-  miou = json.loads((workdir / "teacher" / "results.json").read_text())["last"]["predictors"]["student"]["miou"]
+  miou = json.loads((workdir / "teacher" / "results.json").read_text())["last"]["predictors"][
+    "student"
+  ]["miou"]
   table = (workdir / "table.md").read_text()
-  assert re.search(rf"^\| teacher \| [\d.]+ \| {100 * miou:.2f} \| 50.00 \| - \|$", table, re.MULTILINE)
-  assert re.search(r"^\| reliable \| [\d.]+ \| - \| - \| 2 \|$", table, re.MULTILINE) and table in printed
+  assert re.search(
+    rf"^\| teacher \| [\d.]+ \| {100 * miou:.2f} \| 50.00 \| - \|$", table, re.MULTILINE
+  )
+  assert (
+    re.search(r"^\| reliable \| [\d.]+ \| - \| - \| 2 \|$", table, re.MULTILINE)
+    and table in printed
+  )
 
   assert runner([ST, f"--workdir={workdir}", STEPS]) == 0
   assert starts(workdir) == STAGES and capfd.readouterr().out.count("there already") == 8
 
 
-def test_a_failed_stage_ends_the_pipeline_with_its_code_and_its_error_and_is_taken_up_again(runner, tmp_path, capfd):
+def test_a_failed_stage_ends_the_pipeline_with_its_code_and_its_error_and_is_taken_up_again(
+  runner, tmp_path, capfd
+):
   workdir = tmp_path / "w"
   workdir.mkdir()
   (workdir / "break_labels").touch()
@@ -157,7 +185,9 @@ def test_a_failed_stage_ends_the_pipeline_with_its_code_and_its_error_and_is_tak
   assert starts(workdir) == STAGES
 
 
-def test_other_options_are_refused_and_a_stage_whose_folder_is_removed_is_made_again(runner, tmp_path, capfd):
+def test_other_options_are_refused_and_a_stage_whose_folder_is_removed_is_made_again(
+  runner, tmp_path, capfd
+):
   workdir = tmp_path / "w"
   run = lambda *more: runner([ST, f"--workdir={workdir}", STEPS, *more])
   assert run() == 0
@@ -177,7 +207,8 @@ def test_other_options_are_refused_and_a_stage_whose_folder_is_removed_is_made_a
   for path in (workdir / "student1").iterdir():
     path.unlink()
   (workdir / "student1").rmdir()
-  assert run("--student1.optimizer.learning_rate=0.5") == 2  # with another one: what follows does not fit
+  # With another one: what follows does not fit.
+  assert run("--student1.optimizer.learning_rate=0.5") == 2
   told = capfd.readouterr().err
   assert "'labels1'" in told and "stage 'student1': got made anew" in told
   assert f"rm -r {workdir}/labels1 {workdir}/student2" in told
@@ -197,7 +228,9 @@ def test_a_stage_that_was_begun_from_something_else_is_refused(runner, tmp_path,
   assert "stage 'labels' in" in capfd.readouterr().err
 
 
-def test_a_stage_that_ends_well_without_its_result_is_no_success(runner, tmp_path, monkeypatch, capfd):
+def test_a_stage_that_ends_well_without_its_result_is_no_success(
+  runner, tmp_path, monkeypatch, capfd
+):
   (tmp_path / "fake_stage.py").write_text("print('nothing done')")
   assert runner([ST, f"--workdir={tmp_path / 'w'}", STEPS]) == 1
   assert "ended before it was finished" in capfd.readouterr().err
@@ -205,9 +238,15 @@ def test_a_stage_that_ends_well_without_its_result_is_no_success(runner, tmp_pat
 
 def start(tmp_path, seconds=0.0):
   (tmp_path / "fake_stage.py").write_text(FAKE)
-  environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "FAKE_SECONDS": str(seconds), "JAX_PLATFORMS": "cpu"}
+  environment = os.environ | {
+    "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
+    "FAKE_SECONDS": str(seconds),
+    "JAX_PLATFORMS": "cpu",
+  }
   command = [sys.executable, "-c", RUN, ST, f"--workdir={tmp_path / 'w'}", STEPS]
-  return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  return subprocess.Popen(
+    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
 
 
 def wait_for(path, process, seconds=60):
@@ -226,10 +265,15 @@ def test_signals_reach_the_stage_which_saves_and_the_same_command_goes_on(number
   wait_for(workdir / "labels_third" / "step_1", process)
   second = start(tmp_path)
   _, told = second.communicate(timeout=60)
-  assert second.returncode == 2 and f"process {process.pid}, its stage" in told  # one pipeline at a time
+  # One pipeline at a time.
+  assert second.returncode == 2 and f"process {process.pid}, its stage" in told
   process.send_signal(number)
   output, told = process.communicate(timeout=60)
-  assert process.returncode == 128 + number and "stopped by a signal" in output and f"stopped by {number.name}" in told
+  assert (
+    process.returncode == 128 + number
+    and "stopped by a signal" in output
+    and f"stopped by {number.name}" in told
+  )
   assert starts(workdir) == STAGES[:2] and record(workdir, "labels_third")["made"] is None
   (workdir / "hold_labels_third").unlink()
   assert runner([ST, f"--workdir={workdir}", STEPS]) == 0
@@ -272,42 +316,59 @@ def test_killed_at_any_moment_and_started_again_it_ends_as_if_undisturbed(runner
   assert outcomes(tmp_path / "w") == outcomes(tmp_path / "undisturbed")
 
 
-# --- what can be known before the first stage ---------------------------------------------------------------------------------
+# --- what can be known before the first stage -----------------------------------------------------
 
 
-@pytest.mark.parametrize("flags, told", [
-  (["--config.totl_steps=3"], "did you mean 'total_steps'"),
-  (["--techer.total_steps=3"], "did you mean 'teacher'"),
-  (["--reliable.share=1"], "--reliable.KEY: got no such stage"),
-  (["--labels.evaluation.flp=True"], "did you mean 'evaluation.flip'"),
-  (["--config.pseudo_labels.repeat_labeled=False"], "allowed: True; leave it"),
-  (["--teacher.checkpoint_every_steps=7"], "checkpoint_every_steps: got 7; allowed: 1000"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "flags, told",
+  [
+    (["--config.totl_steps=3"], "did you mean 'total_steps'"),
+    (["--techer.total_steps=3"], "did you mean 'teacher'"),
+    (["--reliable.share=1"], "--reliable.KEY: got no such stage"),
+    (["--labels.evaluation.flp=True"], "did you mean 'evaluation.flip'"),
+    (["--config.pseudo_labels.repeat_labeled=False"], "allowed: True; leave it"),
+    (["--teacher.checkpoint_every_steps=7"], "checkpoint_every_steps: got 7; allowed: 1000"),
+  ],
+)
 def test_wrong_options_are_told_before_the_first_stage(runner, tmp_path, capsys, flags, told):
   assert runner([ST, f"--workdir={tmp_path / 'w'}", *flags]) == 2
   assert told in capsys.readouterr().err and not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize("argument, told", [
-  ("lern_pseudo", "did you mean 'learn_pseudo'"),
-  ("self_training,rounds=0,select=2", r"(?s)rounds: got 0.*select: got 2"),
-  ("self_training,roundz=1", "did you mean 'rounds'"),
-  ("self_correcting,correction=linar", "did you mean 'linear'"),
-  ("learn_pseudo,data=cityscapes", "allowed: camvid, quickstart, voc"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "argument, told",
+  [
+    ("lern_pseudo", "did you mean 'learn_pseudo'"),
+    ("self_training,rounds=0,select=2", r"(?s)rounds: got 0.*select: got 2"),
+    ("self_training,roundz=1", "did you mean 'rounds'"),
+    ("self_correcting,correction=linar", "did you mean 'linear'"),
+    ("learn_pseudo,data=cityscapes", "allowed: camvid, quickstart, voc"),
+  ],
+)
 def test_wrong_arguments_are_told_with_the_nearest_right_one(argument, told):
   with pytest.raises(checks.InputError, match=told):
     load().load_stages(f"{PIPELINES}:{argument}")
 
 
-# --- the pipelines ------------------------------------------------------------------------------------------------------------
+# --- the pipelines --------------------------------------------------------------------------------
 
 OPTIONS = [
   "learn_pseudo",
-  *(f"self_correcting,correction={name}" for name in ("none", "linear", "convolutional", "em_fixed")),
-  "self_training", "self_training,rounds=1,select=0", "self_training,rounds=3,teacher=cps", "self_training,teacher=pseudoseg",
-]  # fmt: skip
-DATA = ["voc", "voc,split=1_8", "camvid", "camvid,split=1_4,network=deeplabv3plus,backbone=resnet101", "quickstart,labels=32"]
+  *(
+    f"self_correcting,correction={name}" for name in ("none", "linear", "convolutional", "em_fixed")
+  ),
+  "self_training",
+  "self_training,rounds=1,select=0",
+  "self_training,rounds=3,teacher=cps",
+  "self_training,teacher=pseudoseg",
+]
+DATA = [
+  "voc",
+  "voc,split=1_8",
+  "camvid",
+  "camvid,split=1_4,network=deeplabv3plus,backbone=resnet101",
+  "quickstart,labels=32",
+]
 
 
 def plan(argument, **overrides):
@@ -320,14 +381,20 @@ def plan(argument, **overrides):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_pipeline_loads_for_every_data_set(options, data):
   name, *rest = options.split(",")
-  sizes = {"batch_size_global.labeled": "16", "batch_size_global.unlabeled": "16"}  # for the tests' eight devices
+  # For the tests' eight devices.
+  sizes = {"batch_size_global.labeled": "16", "batch_size_global.unlabeled": "16"}
   steps = plan(",".join([name, f"data={data}", *rest]), config=sizes)
   read = {of for step in steps.values() for of in step.reads}
-  assert list(steps)[-1] not in read and read == set(steps) - {list(steps)[-1]}  # the last is the result, all others serve it
+  # The last is the result, all others serve it.
+  assert list(steps)[-1] not in read and read == set(steps) - {list(steps)[-1]}
   for step in steps.values():
     if step.kind == "train":
       build.check_run(step.config)
-      assert set(re.findall(r"{(\w+)}", " ".join(step.arguments))) == {"configs", step.name, *step.reads}
+      assert set(re.findall(r"{(\w+)}", " ".join(step.arguments))) == {
+        "configs",
+        step.name,
+        *step.reads,
+      }
 
 
 def test_the_stages_of_learning_pseudo_labels():
@@ -336,50 +403,87 @@ def test_the_stages_of_learning_pseudo_labels():
   hybrid, retrained = steps["hybrid"].config, steps["retrained"].config
   assert (hybrid.method.name, hybrid.evaluation.image_labels) == ("learn_pseudo", True)
   assert (retrained.method.name, retrained.pseudo_labels.folder) == ("supervised", "{labels}")
-  assert (hybrid.total_steps, retrained.total_steps) == (20_000, 30_000)  # [learning pseudo labels, sections 8 and 10]
+  # [learning pseudo labels, sections 8 and 10]
+  assert (hybrid.total_steps, retrained.total_steps) == (20_000, 30_000)
   assert retrained.views.labeled_operations == 2
   export = steps["labels"].arguments
-  assert {"--image_labels", "--predictor=hybrid", "--config.evaluation.scales=0.5,0.75,1.0,1.25,1.5"} <= {*export}
+  assert {
+    "--image_labels",
+    "--predictor=hybrid",
+    "--config.evaluation.scales=0.5,0.75,1.0,1.25,1.5",
+  } <= {*export}
 
 
 def test_a_learnt_correction_has_its_ancillary_network_from_half_of_the_masks():
   steps = plan("self_correcting,correction=convolutional,data=quickstart")
   assert list(steps) == ["ancillary", "correction", "primary"]
   assert [step.config.labeled_every for step in steps.values()] == [2, 1, 1]
-  assert not steps["correction"].config.method.learn_weak and steps["primary"].config.method.learn_weak
-  assert steps["primary"].config.nets_from == "ancillary={ancillary},primary={correction},correction={correction}"
-  assert [step.config.labeled_every for step in plan("self_correcting,data=quickstart").values()] == [1, 1]
+  assert (
+    not steps["correction"].config.method.learn_weak and steps["primary"].config.method.learn_weak
+  )
+  assert (
+    steps["primary"].config.nets_from
+    == "ancillary={ancillary},primary={correction},correction={correction}"
+  )
+  assert [
+    step.config.labeled_every for step in plan("self_correcting,data=quickstart").values()
+  ] == [1, 1]
   assert list(plan("self_correcting,correction=em_fixed,data=quickstart")) == ["primary"]
 
 
 def test_the_teachers_checkpoints_after_each_third_outlive_evaluations_and_interruptions():
-  steps = plan("self_training,data=quickstart", config={"total_steps": "100", "eval_every_steps": "10"})
+  steps = plan(
+    "self_training,data=quickstart", config={"total_steps": "100", "eval_every_steps": "10"}
+  )
   teacher = steps["teacher"].config
   assert teacher.checkpoint_every_steps == 34 and teacher.keep_last_checkpoints >= 10 + 2 + 1
-  assert "--step=34" in steps["labels_third"].arguments and "--step=68" in steps["labels_two_thirds"].arguments
-  assert plan("self_training,split=92")["teacher"].config.total_steps == 80 * 11  # 184 // 16 steps an epoch [ST++, main.py]
+  assert (
+    "--step=34" in steps["labels_third"].arguments
+    and "--step=68" in steps["labels_two_thirds"].arguments
+  )
+  # 184 // 16 steps an epoch [ST++, main.py]
+  assert plan("self_training,split=92")["teacher"].config.total_steps == 80 * 11
 
 
-# --- the whole way ------------------------------------------------------------------------------------------------------------
+# --- the whole way --------------------------------------------------------------------------------
 
 SMALL = {
-  "total_steps": 6, "log_every_steps": 3, "network.width": 4, "views.crop_size": "33,33", "data.num_scenes": 24,
-  "data.size": "40,48", "data.num_eval_scenes": 5, "evaluation.batch_size": 8, "evaluation.pictures": 0, "batch_size_global.labeled": 8,
+  "total_steps": 6,
+  "log_every_steps": 3,
+  "network.width": 4,
+  "views.crop_size": "33,33",
+  "data.num_scenes": 24,
+  "data.size": "40,48",
+  "data.num_eval_scenes": 5,
+  "evaluation.batch_size": 8,
+  "evaluation.pictures": 0,
+  "batch_size_global.labeled": 8,
   "batch_size_global.unlabeled": 8,
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("argument", ["learn_pseudo", "self_correcting,correction=convolutional", "self_training"])
+@pytest.mark.parametrize(
+  "argument", ["learn_pseudo", "self_correcting,correction=convolutional", "self_training"]
+)
 def test_a_pipeline_runs_on_synthetic_scenes_from_start_to_end(argument, tmp_path, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
   monkeypatch.chdir(ROOT)
   workdir = tmp_path / "w"
   flags = [f"--config.{key}={value}" for key, value in SMALL.items()]
-  assert load().main([f"--config={PIPELINES}:{argument},data=quickstart,labels=8", f"--workdir={workdir}", *flags]) == 0
+  assert (
+    load().main(
+      [f"--config={PIPELINES}:{argument},data=quickstart,labels=8", f"--workdir={workdir}", *flags]
+    )
+    == 0
+  )
   summary = {stage["name"]: stage for stage in json.loads((workdir / "summary.json").read_text())}
-  assert all(0 <= miou <= 1 for stage in summary.values() for miou in stage.get("miou", {}).values())
+  assert all(
+    0 <= miou <= 1 for stage in summary.values() for miou in stage.get("miou", {}).values()
+  )
   if argument == "learn_pseudo":
-    assert {"hybrid", "hybrid+image_labels"} <= summary["hybrid"]["miou"].keys() and summary["labels"]["images"] == 16
+    assert {"hybrid", "hybrid+image_labels"} <= summary["hybrid"]["miou"].keys() and summary[
+      "labels"
+    ]["images"] == 16
   if argument == "self_training":
     assert (summary["labels"]["images"], summary["reliable"]["images"]) == (16, 8)

@@ -1,4 +1,6 @@
-"""Weights of others in our trees: small networks stand for large ones where only names and shapes matter."""
+"""Weights of others in our trees: small networks stand for large ones where only names and shapes
+matter.
+"""
 
 import sys
 import types
@@ -12,7 +14,14 @@ from pseudoseg_jax.models import checkpoint_files, pretrained, resnet, table, to
 
 STEMS = {
   "mmsegmentation": ["stem.0", "stem.1", "stem.3", "stem.4", "stem.6", "stem.7"],
-  "torchcv": ["prefix.conv1", "prefix.bn1", "prefix.conv2", "prefix.bn2", "prefix.conv3", "prefix.bn3"],
+  "torchcv": [
+    "prefix.conv1",
+    "prefix.bn1",
+    "prefix.conv2",
+    "prefix.bn2",
+    "prefix.conv3",
+    "prefix.bn3",
+  ],
   "csail": ["conv1", "bn1", "conv2", "bn2", "conv3", "bn3"],
 }
 OURS = ["conv1.0", "conv1.1", "conv1.3", "conv1.4", "conv1.6", "bn1"]
@@ -42,21 +51,34 @@ def paths(shapes):
 
 @pytest.fixture(scope="module")
 def backbone():
-  """shapes of a network with a plain ResNet-18, and the file of such a backbone with its ImageNet classifier."""
+  """shapes of a network with a plain ResNet-18, and the file of such a backbone with its ImageNet
+  classifier.
+  """
   shapes = shapes_of(stem="plain")
   file = torch_file(shapes, torch_names.backbone_names(paths(shapes)))
-  return shapes, file | {"fc.weight": np.zeros((1000, 512), np.float32), "fc.bias": np.zeros(1000, np.float32)}
+  return shapes, file | {
+    "fc.weight": np.zeros((1000, 512), np.float32),
+    "fc.bias": np.zeros(1000, np.float32),
+  }
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "state_dict.module.", "model.encoder.", "student.backbone.", "ema.branch1."])
+@pytest.mark.parametrize(
+  "prefix",
+  ["", "module.", "state_dict.module.", "model.encoder.", "student.backbone.", "ema.branch1."],
+)
 def test_a_backbone_is_found_under_any_prefix(backbone, prefix):
   shapes, file = backbone
-  values, report = pretrained.fit({prefix + name: value for name, value in file.items()}, shapes, "deeplabv3plus")
+  values, report = pretrained.fit(
+    {prefix + name: value for name, value in file.items()}, shapes, "deeplabv3plus"
+  )
   assert set(values) == {key for key in shapes if "/backbone/" in key}
   np.testing.assert_array_equal(
-    values["params/backbone/layer2_0/shortcut/conv/kernel"], file["layer2.0.downsample.0.weight"].transpose(2, 3, 1, 0)
+    values["params/backbone/layer2_0/shortcut/conv/kernel"],
+    file["layer2.0.downsample.0.weight"].transpose(2, 3, 1, 0),
   )
-  np.testing.assert_array_equal(values["batch_stats/backbone/layer4_1/unit2/bn/var"], file["layer4.1.bn2.running_var"])
+  np.testing.assert_array_equal(
+    values["batch_stats/backbone/layer4_1/unit2/bn/var"], file["layer4.1.bn2.running_var"]
+  )
   assert report.prefix == prefix
 
 
@@ -64,9 +86,12 @@ def test_every_tensor_and_every_leaf_is_accounted_for(backbone):
   shapes, file = backbone
   values, report = pretrained.fit(file, shapes, "deeplabv3plus")
   fresh = [key for keys in report.fresh.values() for key in keys]
-  assert sorted([*report.loaded, *fresh]) == sorted(shapes) and {key.split("/")[1] for key in fresh} == {"head"}
+  assert sorted([*report.loaded, *fresh]) == sorted(shapes) and {
+    key.split("/")[1] for key in fresh
+  } == {"head"}
   dropped = {reason: len(names) for reason, names in report.dropped.items()}
-  assert dropped == {"batch counters": 20, "not the network's: fc": 2}  # a ResNet-18 has 20 batch norms
+  # a ResNet-18 has 20 batch norms.
+  assert dropped == {"batch counters": 20, "not the network's: fc": 2}
   assert len(file) == len(values) + 22
   assert "loaded 100 of the backbone" in str(report) and "no such head" in str(report)
 
@@ -82,11 +107,19 @@ def test_deep_stems_of_other_codes(code):
     renamed[f"{theirs.get(module, module)}.{leaf}"] = value
   values, _ = pretrained.fit(renamed, shapes, "deeplabv3plus")
   want, _ = pretrained.fit(file, shapes, "deeplabv3plus")
-  assert values.keys() == want.keys() and all(np.array_equal(values[key], want[key]) for key in want)
-  assert pretrained.guess(renamed)[0] == {"name": "deeplabv3plus", "backbone": "resnet18", "stem": "deep"}
+  assert values.keys() == want.keys() and all(
+    np.array_equal(values[key], want[key]) for key in want
+  )
+  assert pretrained.guess(renamed)[0] == {
+    "name": "deeplabv3plus",
+    "backbone": "resnet18",
+    "stem": "deep",
+  }
 
 
-@pytest.mark.parametrize("network", ["deeplabv3plus", "deeplabv3plus_unimatch", "pspnet", "pspnet_pixelssl"])
+@pytest.mark.parametrize(
+  "network", ["deeplabv3plus", "deeplabv3plus_unimatch", "pspnet", "pspnet_pixelssl"]
+)
 def test_published_networks_with_their_heads(network):
   shapes = shapes_of(network, num_classes=5)
   file = torch_file(shapes, torch_names.names(paths(shapes), network), prefix="model.module.")
@@ -129,7 +162,9 @@ def test_grey_images_get_the_sum_over_colours(backbone):
   shapes = shapes_of(stem="plain", in_channels=1)
   values, report = pretrained.fit(file, shapes, "deeplabv3plus")
   got = values["params/backbone/stem/unit1/conv/kernel"]
-  np.testing.assert_allclose(got[..., 0, :], file["conv1.weight"].sum(1).transpose(1, 2, 0), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    got[..., 0, :], file["conv1.weight"].sum(1).transpose(1, 2, 0), rtol=1e-5, atol=1e-6
+  )
   assert "summed" in str(report)
 
 
@@ -144,12 +179,16 @@ def test_our_own_file_comes_back_equal(backbone, tmp_path):
   shapes, file = backbone
   values, _ = pretrained.fit(file, shapes, "deeplabv3plus")
   (tmp_path / "ours.safetensors").write_bytes(checkpoint_files.to_safetensors(values, {}))
-  again, report = pretrained.fit(pretrained.read(str(tmp_path / "ours.safetensors")), shapes, "deeplabv3plus")
-  assert again.keys() == values.keys() and all(np.array_equal(again[key], values[key]) for key in values)
+  again, report = pretrained.fit(
+    pretrained.read(str(tmp_path / "ours.safetensors")), shapes, "deeplabv3plus"
+  )
+  assert again.keys() == values.keys() and all(
+    np.array_equal(again[key], values[key]) for key in values
+  )
   assert report.layout == "our own layout" and not report.dropped
 
 
-# --- what does not fit --------------------------------------------------------------------------------------------------
+# --- what does not fit ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -157,8 +196,16 @@ def test_our_own_file_comes_back_equal(backbone, tmp_path):
   [
     ({"stem": "deep"}, {"stem": "plain"}, ["--config.network.stem=plain", "conv1.0.weight"]),
     ({"stem": "plain"}, {"stem": "deep"}, ["--config.network.stem=deep", "conv1.6.weight"]),
-    ({"backbone": "resnet18"}, {"backbone": "resnet34"}, ["config.network.backbone", "layer1.2.conv1.weight", "not used"]),
-    ({"backbone": "resnet34"}, {"backbone": "resnet18"}, ["config.network.backbone", "no tensor 'layer3.2.conv1.weight'"]),
+    (
+      {"backbone": "resnet18"},
+      {"backbone": "resnet34"},
+      ["config.network.backbone", "layer1.2.conv1.weight", "not used"],
+    ),
+    (
+      {"backbone": "resnet34"},
+      {"backbone": "resnet18"},
+      ["config.network.backbone", "no tensor 'layer3.2.conv1.weight'"],
+    ),
   ],
 )
 def test_another_backbone_is_one_error_with_the_remedy(ours, theirs, said):
@@ -168,13 +215,20 @@ def test_another_backbone_is_one_error_with_the_remedy(ours, theirs, said):
     pretrained.fit(file, shapes_of(**ours), "deeplabv3plus", where="file.pth")
   # Only the first 20 of many problems are shown.
   text = str(error.value)
-  assert said[0] in text and "file.pth" in text and ("more" in text or all(part in text for part in said)), text
+  assert (
+    said[0] in text
+    and "file.pth" in text
+    and ("more" in text or all(part in text for part in said))
+  ), text
 
 
 def test_a_narrow_deep_stem_is_told():
   shapes = shapes_of(stem="deep")
   file = torch_file(shapes, torch_names.backbone_names(paths(shapes)))
-  file |= {"conv1.0.weight": file["conv1.0.weight"][:32], "conv1.3.weight": file["conv1.3.weight"][:32, :32]}
+  file |= {
+    "conv1.0.weight": file["conv1.0.weight"][:32],
+    "conv1.3.weight": file["conv1.3.weight"][:32, :32],
+  }
   with pytest.raises(checks.InputError, match="32, 32, 64"):
     pretrained.fit(file, shapes, "deeplabv3plus")
 
@@ -205,7 +259,10 @@ def test_the_hub_is_asked_for_the_named_file(monkeypatch, tmp_path, backbone):
   monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
   assert len(pretrained.read("hf://timm/resnet18")) == len(backbone[1])
   pretrained.read("hf://timm/resnet18/sub/other.safetensors")
-  assert asked == [("timm/resnet18", "model.safetensors"), ("timm/resnet18", "sub/other.safetensors")]
+  assert asked == [
+    ("timm/resnet18", "model.safetensors"),
+    ("timm/resnet18", "sub/other.safetensors"),
+  ]
   with pytest.raises(checks.InputError, match="offline"):
     pretrained.read("hf://timm/none")
   with pytest.raises(checks.InputError, match="hf://organisation/name"):
@@ -215,7 +272,7 @@ def test_the_hub_is_asked_for_the_named_file(monkeypatch, tmp_path, backbone):
     pretrained.read("hf://timm/resnet18")
 
 
-# --- with PyTorch, where it is installed ----------------------------------------------------------------------------------
+# --- with PyTorch, where it is installed ----------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -229,13 +286,19 @@ def test_features_of_torchvision_are_reproduced(form, tmp_path):
     pytest.importorskip("safetensors.torch").save_file(model.state_dict(), path)
   else:
     path = tmp_path / "r50.pth"
-    torch.save({"state_dict": model.state_dict()}, path, _use_new_zipfile_serialization=form == "zip")
-  values, _ = pretrained.fit(pretrained.read(str(path)), shapes_of(backbone="resnet50", stem="plain"), "deeplabv3plus")
+    torch.save(
+      {"state_dict": model.state_dict()}, path, _use_new_zipfile_serialization=form == "zip"
+    )
+  values, _ = pretrained.fit(
+    pretrained.read(str(path)), shapes_of(backbone="resnet50", stem="plain"), "deeplabv3plus"
+  )
   trees = {kind: tree["backbone"] for kind, tree in pretrained.unflat(values).items()}
   images = np.random.default_rng(0).standard_normal((1, 65, 97, 3), np.float32)
   got = resnet.ResNet("resnet50", "plain", 32).apply(trees, images, train=False)[-1]
   with torch.no_grad():
-    want = torch.nn.Sequential(*list(model.children())[:-2])(torch.from_numpy(images.transpose(0, 3, 1, 2)))
+    want = torch.nn.Sequential(*list(model.children())[:-2])(
+      torch.from_numpy(images.transpose(0, 3, 1, 2))
+    )
   want = want.numpy().transpose(0, 2, 3, 1)
   np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
@@ -244,5 +307,7 @@ def test_features_of_torchvision_are_reproduced(form, tmp_path):
 def test_the_trunk_of_timm_loads(tmp_path):
   torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
   torch.save(timm.create_model("hrnet_w18", pretrained=False).state_dict(), tmp_path / "w18.pth")
-  values, report = pretrained.fit(pretrained.read(str(tmp_path / "w18.pth")), shapes_of("hrnet", backbone="hrnet_w18"), "hrnet")
+  values, report = pretrained.fit(
+    pretrained.read(str(tmp_path / "w18.pth")), shapes_of("hrnet", backbone="hrnet_w18"), "hrnet"
+  )
   assert {key.split("/")[1] for key in values} == {"backbone"} and "incre_modules" in str(report)

@@ -23,8 +23,12 @@ def infer_one(image, protocol, predict):
   height, width, channels = image.shape
   canvas = np.zeros((1, *inference.canvas_size((height, width), protocol), channels), image.dtype)
   canvas[0, :height, :width] = image
-  infer = functools.partial(inference.infer, predict, protocol=protocol, mean=(0.0,) * channels, std=(1.0,) * channels)
-  return [np.asarray(x[0, :height, :width]) for x in jax.jit(infer)(canvas, jnp.array([[height, width]]))]
+  infer = functools.partial(
+    inference.infer, predict, protocol=protocol, mean=(0.0,) * channels, std=(1.0,) * channels
+  )
+  return [
+    np.asarray(x[0, :height, :width]) for x in jax.jit(infer)(canvas, jnp.array([[height, width]]))
+  ]
 
 
 def random_image(height, width, seed=0):
@@ -34,7 +38,9 @@ def random_image(height, width, seed=0):
 def size_and_mean(x):
   """Scores that say how large a window was and what it showed."""
   shape = jnp.asarray([x.shape[1], x.shape[2]], jnp.float32)
-  return jnp.concatenate([jnp.broadcast_to(shape, (*x.shape[:3], 2)), x * 0 + x.mean((1, 2), keepdims=True)], -1)
+  return jnp.concatenate(
+    [jnp.broadcast_to(shape, (*x.shape[:3], 2)), x * 0 + x.mean((1, 2), keepdims=True)], -1
+  )
 
 
 # Styles
@@ -44,9 +50,12 @@ def test_cut_windows_end_at_the_border_and_shifted_ones_do_not():
   # Along 10, windows of 6 with stride 4: cut 0-6, 4-10, 8-10; shifted 0-6, 4-10.
   image = random_image(10, 6)
   heights, passes = infer_one(image, Protocol("slide", (6, 6), 4 / 6, edges="cut"), size_and_mean)
-  np.testing.assert_array_equal(passes[:, 0, 0], [1, 1, 1, 1, 3, 3, 1, 1, 2, 2] + np.array([0, 0, 0, 0, -1, -1, 0, 0, 0, 0]))
+  np.testing.assert_array_equal(
+    passes[:, 0, 0], [1, 1, 1, 1, 3, 3, 1, 1, 2, 2] + np.array([0, 0, 0, 0, -1, -1, 0, 0, 0, 0])
+  )
   np.testing.assert_array_equal(heights[:, 0, 0], [6, 6, 6, 6, 12, 12, 6, 6, 8, 8])
-  np.testing.assert_array_equal(passes[:, 4:], 2 * passes[:, :4][:, :2])  # columns 4 and 5: the windows 0-6 and 4-6
+  # Columns 4 and 5: the windows 0-6 and 4-6.
+  np.testing.assert_array_equal(passes[:, 4:], 2 * passes[:, :4][:, :2])
   _, passes = infer_one(image, Protocol("slide", (6, 6), 4 / 6), size_and_mean)
   np.testing.assert_array_equal(passes[:, 0, 0], [1, 1, 1, 1, 2, 2, 1, 1, 1, 1])
 
@@ -60,7 +69,9 @@ def test_a_cut_window_sees_nothing_but_its_part_of_the_image():
 
 def everywhere(x, numpy=jnp):
   """Scores that depend on all that a window shows, and where in it."""
-  weight = numpy.linspace(0.5, 1.5, x.shape[1])[:, None, None] * numpy.linspace(1, 2, x.shape[2])[:, None]
+  weight = (
+    numpy.linspace(0.5, 1.5, x.shape[1])[:, None, None] * numpy.linspace(1, 2, x.shape[2])[:, None]
+  )
   return numpy.sin(5 * x) + numpy.mean(x * weight, (1, 2), keepdims=True)
 
 
@@ -97,7 +108,9 @@ def windows_of_unimatch_v2(height, width, grid):
     row = min(row + int(grid * 2 / 3), height - grid)
 
 
-@pytest.mark.parametrize(("window", "size"), [(11, (33, 29)), (20, (33, 47)), (20, (20, 40)), (21, (34, 33))])
+@pytest.mark.parametrize(
+  ("window", "size"), [(11, (33, 29)), (20, (33, 47)), (20, (20, 40)), (21, (34, 33))]
+)
 @pytest.mark.parametrize(
   ("preset", "windows"),
   [
@@ -125,8 +138,14 @@ def test_windows_are_those_of_the_official_loops(preset, windows, window, size):
 def test_strides_of_two_thirds_are_exact_for_every_window():
   for window in range(1, 2001):
     for rounding, exact in {"up": -(-2 * window // 3), "down": 2 * window // 3}.items():
-      assert inference._strides(Protocol("slide", (window, window), stride_rounding=rounding)) == (exact, exact)
-    assert int(np.ceil(window * (2 / 3))) == -(-2 * window // 3) and int(window * 2 / 3) == 2 * window // 3
+      assert inference._strides(Protocol("slide", (window, window), stride_rounding=rounding)) == (
+        exact,
+        exact,
+      )
+    assert (
+      int(np.ceil(window * (2 / 3))) == -(-2 * window // 3)
+      and int(window * 2 / 3) == 2 * window // 3
+    )
 
 
 def test_a_stride_of_nothing_is_refused_with_a_way_on():
@@ -139,7 +158,9 @@ def test_a_stride_of_nothing_is_refused_with_a_way_on():
   configs.override(config, {"evaluation.style": "slide", "evaluation.stride_rounding": "upp"})
   with pytest.raises(InputError, match="stride_rounding: got 'upp'.*did you mean 'up'"):
     build.check_run(config)
-  configs.override(config, {"evaluation.stride_rounding": "down", "evaluation.window_pixels": "(20, 21)"})
+  configs.override(
+    config, {"evaluation.stride_rounding": "down", "evaluation.window_pixels": "(20, 21)"}
+  )
   assert "stride 13x14" in build.describe_protocol(config)
 
 
@@ -174,7 +195,12 @@ def test_what_the_protocol_does_not_look_at_is_not_scored():
 
   classes = Classes(("r", "g", "b"), ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
   score = evaluator.make_evaluator(
-    {"x": lambda state, x: x}, OneImage(), classes, protocol=Protocol("center_crop", (3, 4)), batch_size=1, **RAW
+    {"x": lambda state, x: x},
+    OneImage(),
+    classes,
+    protocol=Protocol("center_crop", (3, 4)),
+    batch_size=1,
+    **RAW,
   )
   assert score(None)["x"].matrix.sum() == 12
   (ids,) = score.predictions(None, [0])["x"]
@@ -194,7 +220,9 @@ def test_sides_are_resized_to_the_nearest_multiple_and_back_by_their_corners():
   scores, _ = infer_one(image, Protocol(multiple_pixels=14), spy)
   assert shown[-1] == (28, 42)
   to = functools.partial(resize.bilinear_align_corners, jnp.asarray(image[None] / 255, jnp.float32))
-  np.testing.assert_allclose(scores, resize.bilinear_align_corners(jnp.sin(9 * to((28, 42))), (21, 35))[0], atol=1e-4)
+  np.testing.assert_allclose(
+    scores, resize.bilinear_align_corners(jnp.sin(9 * to((28, 42))), (21, 35))[0], atol=1e-4
+  )
 
 
 def test_summed_probabilities_are_those_of_each_window():
@@ -208,14 +236,17 @@ def test_summed_probabilities_are_those_of_each_window():
 
 @pytest.mark.parametrize("style", inference.STYLES)
 def test_every_style_takes_scales_and_flips(style):
-  image = np.kron(random_image(5, 7), np.ones((4, 4, 1), np.uint8))  # blocks, whose middles no resizing changes
+  # blocks, whose middles no resizing changes.
+  image = np.kron(random_image(5, 7), np.ones((4, 4, 1), np.uint8))
   protocol = Protocol(style, (12, 16), scales=(1.0, 2.0), flip=True)
   scores, passes = infer_one(image, protocol, lambda x: x)
   seen = passes[..., 0] > 0
   assert seen.sum() == (12 * 16 if style == "center_crop" else 20 * 28)
   middles = np.zeros_like(seen)
   middles[1::4, 1::4] = True
-  np.testing.assert_allclose((scores / passes.clip(1))[seen & middles], image[seen & middles] / 255, atol=1e-5)
+  np.testing.assert_allclose(
+    (scores / passes.clip(1))[seen & middles], image[seen & middles] / 255, atol=1e-5
+  )
 
 
 def test_images_of_one_channel_and_of_more_bits_are_shown_unrounded():
@@ -223,7 +254,13 @@ def test_images_of_one_channel_and_of_more_bits_are_shown_unrounded():
   scores, _ = infer_one(image, Protocol(scales=(2.0,)), lambda x: x)
   twice = resize.bilinear_half_pixel(jnp.asarray(image[None]), (12, 10))
   np.testing.assert_allclose(scores, resize.bilinear_half_pixel(twice, (6, 5))[0] / 255, atol=1e-5)
-  grey = Predictor(lambda x: jnp.concatenate([x, 0.5 + 0 * x], -1), COCO, protocol=Protocol(), mean=(0.0,), std=(1.0,))
+  grey = Predictor(
+    lambda x: jnp.concatenate([x, 0.5 + 0 * x], -1),
+    COCO,
+    protocol=Protocol(),
+    mean=(0.0,),
+    std=(1.0,),
+  )
   np.testing.assert_array_equal(grey.predict(image[..., :1]), image[..., 0] < 127.5)
   with pytest.raises(InputError, match="height, width, 1"):
     grey.predict(random_image(3, 4))
@@ -259,8 +296,15 @@ def test_every_preset_can_be_used_and_says_what_it_is():
   assert said["cps_cityscapes"] == "sliding windows of 800x800, stride 534x534, scale 1"
   assert said["pseudoseg_voc"] == "whole images padded to 513x513, scale 1"
   for name, rounding in {"cps": "up", "unimatch": "down"}.items():
-    assert {p.stride_rounding for key, p in PRESETS.items() if key.startswith(name) and p.style == "slide"} == {rounding}
-  for words in ("801x801, stride 534x534", "cut off at the border", "probabilities summed", "never seen count as 0"):
+    assert {
+      p.stride_rounding for key, p in PRESETS.items() if key.startswith(name) and p.style == "slide"
+    } == {rounding}
+  for words in (
+    "801x801, stride 534x534",
+    "cut off at the border",
+    "probabilities summed",
+    "never seen count as 0",
+  ):
     assert words in said["unimatch_cityscapes"]
 
 
@@ -276,7 +320,9 @@ def test_a_preset_replaces_the_options_and_a_wrong_name_gets_the_nearest():
 
 def test_options_that_are_wrong_are_told_together():
   with pytest.raises(InputError) as error:
-    inference.check_protocol(Protocol("pad_to_crop", edges="cutt", summed="x", absent_classes="nan", multiple_pixels=14))
+    inference.check_protocol(
+      Protocol("pad_to_crop", edges="cutt", summed="x", absent_classes="nan", multiple_pixels=14)
+    )
   told = ("window_pixels", "did you mean 'cut'", "summed", "skip, zero", "style 'whole'")
   assert all(text in str(error.value) for text in told)
 
@@ -291,7 +337,10 @@ def test_progress_tells_rate_and_time_left_without_the_first_images(monkeypatch)
   for second in (30, 32, 36, 38, 41.5):  # the first ones compile
     now[0] = second
     passed.more(4)
-  assert said == ["12/100 images  1.3 images/s  left 1 min 6 s", "20/100 images  1.4 images/s  left 0 min 58 s"]
+  assert said == [
+    "12/100 images  1.3 images/s  left 1 min 6 s",
+    "20/100 images  1.4 images/s  left 0 min 58 s",
+  ]
 
 
 # Pictures
@@ -340,8 +389,18 @@ def test_grey_and_deep_images_can_be_seen():
 
 @pytest.mark.slow
 def test_another_protocol_leaves_the_scores_of_training_as_they_are(tmp_path, capsys):
-  options = {"total_steps": 2, "eval_every_steps": 2, "data.num_scenes": 24, "data.num_labeled": 8, "data.num_eval_scenes": 3}
-  options |= {"evaluation.pictures": 1, "batch_size_global.labeled": 8, "batch_size_global.unlabeled": 8}
+  options = {
+    "total_steps": 2,
+    "eval_every_steps": 2,
+    "data.num_scenes": 24,
+    "data.num_labeled": 8,
+    "data.num_eval_scenes": 3,
+  }
+  options |= {
+    "evaluation.pictures": 1,
+    "batch_size_global.labeled": 8,
+    "batch_size_global.unlabeled": 8,
+  }
   pseudoseg_jax.train("configs/quickstart.py:method=supervised", tmp_path, options)
   before = (tmp_path / "results.json").read_bytes()
   assert {"iou.png", "confusion.png"} <= {path.name for path in (tmp_path / "pictures").iterdir()}

@@ -21,7 +21,9 @@ def write_labels(folder, ids, value=3, size=(64, 64), **changes):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full(size, value, np.uint8)).save(path)
   (folder / "list.txt").write_text("".join(f"{name}\n" for name in ids))
-  (folder / "manifest.json").write_text(json.dumps({"finished": True, "classes": dict.fromkeys(NAMES, {}), **changes}))
+  (folder / "manifest.json").write_text(
+    json.dumps({"finished": True, "classes": dict.fromkeys(NAMES, {}), **changes})
+  )
   return folder
 
 
@@ -33,7 +35,12 @@ def message(call):
 
 def load(folder, **overrides):
   """Twenty scenes, six of them labeled."""
-  small = {"data.num_scenes": 20, "data.num_labeled": 6, "data.num_eval_scenes": 8, "pseudo_labels.folder": str(folder)}
+  small = {
+    "data.num_scenes": 20,
+    "data.num_labeled": 6,
+    "data.num_eval_scenes": 8,
+    "pseudo_labels.folder": str(folder),
+  }
   return configs.load("configs/quickstart.py:method=supervised", small | overrides)
 
 
@@ -44,14 +51,21 @@ def scene_ids(*rows):
 def opened(config):
   """The data, and what training batches are made of."""
   (domain,) = build.build_domains(config)
-  return domain.data, build.build_pipeline(config, domain.data, build.build_method(config, len(NAMES)))
+  return domain.data, build.build_pipeline(
+    config, domain.data, build.build_method(config, len(NAMES))
+  )
 
 
 def test_labels_stand_beside_the_images_of_their_source(tmp_path):
   scenes = synthetic.SyntheticScenes(4, (32, 40))
   folder = write_labels(tmp_path, scene_ids(1, 2, 3), size=(32, 40))
   found = sources.PseudoLabels(scenes, folder, NAMES, scene_ids(2, 1))
-  assert found.ids == tuple(scene_ids(2, 1)) and found.has_labels and len(found) == 2 and found.size(0) == (32, 40)
+  assert (
+    found.ids == tuple(scene_ids(2, 1))
+    and found.has_labels
+    and len(found) == 2
+    and found.size(0) == (32, 40)
+  )
   np.testing.assert_array_equal(found.image(0), scenes.image(2))
   assert np.all(found.label(0) == 3)
 
@@ -70,7 +84,9 @@ def test_what_is_wrong_with_labels_is_told_together(tmp_path):
 
 def test_labels_of_no_class_are_told_when_they_are_read(tmp_path):
   scenes = synthetic.SyntheticScenes(1, (32, 40))
-  found = sources.PseudoLabels(scenes, write_labels(tmp_path, scenes.ids, value=7, size=(32, 40)), NAMES)
+  found = sources.PseudoLabels(
+    scenes, write_labels(tmp_path, scenes.ids, value=7, size=(32, 40)), NAMES
+  )
   assert "7 on 1280 pixels" in message(lambda: found.label(0))
   write_labels(tmp_path, scenes.ids, value=255, size=(32, 40))
   assert np.all(found.label(0) == 255)
@@ -80,14 +96,28 @@ def test_labels_of_no_class_are_told_when_they_are_read(tmp_path):
   ("change", "said"),
   [
     (lambda folder: (folder / "manifest.json").unlink(), "did not finish"),
-    (lambda folder: (folder / "manifest.json").write_text('{"finished": false, "classes": {}}'), "did not finish"),
-    (lambda folder: (folder / "manifest.json").write_text('{"finished": true, "classes": {"cat": 1}}'), "of the classes cat"),
+    (
+      lambda folder: (folder / "manifest.json").write_text('{"finished": false, "classes": {}}'),
+      "did not finish",
+    ),
+    (
+      lambda folder: (folder / "manifest.json").write_text(
+        '{"finished": true, "classes": {"cat": 1}}'
+      ),
+      "of the classes cat",
+    ),
     (lambda folder: (folder / "manifest.json").write_text("{"), "JSONDecodeError"),
-    (lambda folder: (folder / "list.txt").write_text("elsewhere\n"), "1 of 1 images that are not among the training"),
-    (lambda folder: (folder / "list.txt").write_text("scene_000000\n"), "only images that have true labels"),
+    (
+      lambda folder: (folder / "list.txt").write_text("elsewhere\n"),
+      "1 of 1 images that are not among the training",
+    ),
+    (
+      lambda folder: (folder / "list.txt").write_text("scene_000000\n"),
+      "only images that have true labels",
+    ),
     (lambda folder: folder.rename(folder.parent / "moved"), "no such folder of labels"),
   ],
-)  # fmt: skip
+)
 def test_folders_that_cannot_be_used_are_refused_before_training(tmp_path, change, said):
   folder = write_labels(tmp_path / "exported", scene_ids(8, 9))
   change(folder)
@@ -97,8 +127,12 @@ def test_folders_that_cannot_be_used_are_refused_before_training(tmp_path, chang
 def test_true_labels_win_and_labeled_images_can_be_repeated_to_be_half(tmp_path):
   folder = write_labels(tmp_path, scene_ids(*range(20)))  # of labeled images too
   data, spec = opened(load(folder))
-  assert data.labeled.ids == tuple(scene_ids(*range(6))) and data.unlabeled.ids == tuple(scene_ids(*range(6, 20)))
-  assert data.pseudo_labeled.ids == data.unlabeled.ids and data.split.endswith("synthetic scenes + 14 pseudo labels")
+  assert data.labeled.ids == tuple(scene_ids(*range(6))) and data.unlabeled.ids == tuple(
+    scene_ids(*range(6, 20))
+  )
+  assert data.pseudo_labeled.ids == data.unlabeled.ids and data.split.endswith(
+    "synthetic scenes + 14 pseudo labels"
+  )
   assert spec.labeled.ids == (*data.labeled.ids, *data.unlabeled.ids)
   np.testing.assert_array_equal(spec.labeled.label(5), data.labeled.label(5))
   assert np.all(spec.labeled.label(6) == 3) and np.any(data.labeled.label(5) != 3)
@@ -120,7 +154,9 @@ def test_only_every_nth_labeled_image_is_used_and_the_others_are_not_unlabeled()
   data, spec = opened(load("", labeled_every=2))
   assert spec.labeled.ids == tuple(scene_ids(0, 2, 4)) and len(data.unlabeled) == 14
   assert data.split.endswith("; labeled_every 2: 3 labeled") and data.pseudo_labeled is None
-  assert "config.labeled_every: got 0" in message(lambda: build.build_domains(load("", labeled_every=0)))
+  assert "config.labeled_every: got 0" in message(
+    lambda: build.build_domains(load("", labeled_every=0))
+  )
 
 
 def make_folder(root):
@@ -134,21 +170,33 @@ def make_folder(root):
     Image.fromarray(rng.integers(0, 7, (64, 64)).astype(np.uint8)).save(root / f"masks/{name}.png")
   (root / "classes.txt").write_text("\n".join(NAMES))
   return configs.folder_data(
-    root=str(root), classes="classes.txt", image_pattern="images/{id}.jpg", label_pattern="masks/{id}.png",
-    eval_image_pattern="val/{id}.jpg", unlabeled_folder="more",
-  )  # fmt: skip
+    root=str(root),
+    classes="classes.txt",
+    image_pattern="images/{id}.jpg",
+    label_pattern="masks/{id}.png",
+    eval_image_pattern="val/{id}.jpg",
+    unlabeled_folder="more",
+  )
 
 
 def test_images_of_a_bare_folder_are_found_without_their_endings(tmp_path):
   config = load(write_labels(tmp_path / "exported", ("a", "new/c")))
   config.data.unlock()
-  config.data = configs.ConfigDict(make_folder(tmp_path) | {"mean": config.data.mean, "std": config.data.std})
+  config.data = configs.ConfigDict(
+    make_folder(tmp_path) | {"mean": config.data.mean, "std": config.data.std}
+  )
   data, spec = opened(config)
-  assert data.pseudo_labeled.ids == ("a.png", "new/c.jpg") and spec.labeled.ids == ("a", "b", "a.png", "new/c.jpg")
+  assert data.pseudo_labeled.ids == ("a.png", "new/c.jpg") and spec.labeled.ids == (
+    "a",
+    "b",
+    "a.png",
+    "new/c.jpg",
+  )
   assert np.all(spec.labeled.label(3) == 3) and np.any(spec.labeled.label(0) != 3)
   workdirs.write_lists(tmp_path, data)  # as a run's lists
   assert (tmp_path / "labeled.txt").read_text() == "a\nb\n"
-  config.pseudo_labels.list = str(tmp_path / "pseudo_labeled.txt")  # which may say again what counts
+  # Which may say again what counts.
+  config.pseudo_labels.list = str(tmp_path / "pseudo_labeled.txt")
   assert opened(config)[0].pseudo_labeled.ids == ("a.png", "new/c.jpg")
 
 
@@ -167,20 +215,30 @@ class Untouchable:
 
 
 def labeled_too(**changes):
-  """A batch of twelve whole scenes, of which three are labeled and also among the unlabeled ones."""
+  """A batch of twelve whole scenes, of which three are labeled and also among the unlabeled
+  ones.
+  """
   scenes = synthetic.SyntheticScenes(12, (40, 40))
   options = dict(
-    labeled=sources.Subset(scenes, scenes.ids[:3]), unlabeled=Untouchable(scenes), batch_size_labeled_global=2,
-    batch_size_unlabeled_global=12, geometry=pipeline.Geometry((40, 40), scales=(1.0,), flip=False, convention="pillow"),
-    needs=Needs(labeled_too=True, weak_label="image"), mean=(0,) * 3, std=(1,) * 3,
-    unlabeled_image_labels=np.full((12, 7), 0.5, np.float32) + np.arange(12, dtype=np.float32)[:, None],
-  )  # fmt: skip
+    labeled=sources.Subset(scenes, scenes.ids[:3]),
+    unlabeled=Untouchable(scenes),
+    batch_size_labeled_global=2,
+    batch_size_unlabeled_global=12,
+    geometry=pipeline.Geometry((40, 40), scales=(1.0,), flip=False, convention="pillow"),
+    needs=Needs(labeled_too=True, weak_label="image"),
+    mean=(0,) * 3,
+    std=(1,) * 3,
+    unlabeled_image_labels=np.full((12, 7), 0.5, np.float32)
+    + np.arange(12, dtype=np.float32)[:, None],
+  )
   spec = pipeline.PipelineSpec(**options | changes)
   return scenes, next(itertools.islice(pipeline.train_batches(spec), 1))["unlabeled"]
 
 
 def row_of(scenes, image):
-  return next(row for row in range(len(scenes)) if np.array_equal(np.rint(image * 255), scenes.image(row)))
+  return next(
+    row for row in range(len(scenes)) if np.array_equal(np.rint(image * 255), scenes.image(row))
+  )
 
 
 def test_labeled_images_are_drawn_once_among_the_unlabeled_ones_with_their_masks():
@@ -206,11 +264,17 @@ def test_boxes_follow_their_images_among_labeled_and_unlabeled_ones():
   labeled = np.zeros((3, 1, 5), np.float32) + [0, 0, 0, 1, 1]
   unlabeled = np.full((12, 2, 5), -1, np.float32)
   unlabeled[:, 0] = [[row, 0, 0, 1, 1] for row in range(12)]
-  options = dict(needs=Needs(labeled_too=True, weak_label="boxes"), labeled_boxes=labeled, unlabeled_boxes=unlabeled)
+  options = dict(
+    needs=Needs(labeled_too=True, weak_label="boxes"),
+    labeled_boxes=labeled,
+    unlabeled_boxes=unlabeled,
+  )
   scenes, batch = labeled_too(**options)
   expected = [0 if row < 3 else row for row in (row_of(scenes, image) for image in batch["weak"])]
   assert batch["boxes"].shape == (12, 2, 5) and batch["boxes"][:, 0, 0].tolist() == expected
 
 
 def test_ids_and_labeled_images_do_not_go_together():
-  assert "ids are rows of the unlabeled images alone" in message(lambda: labeled_too(needs=Needs(labeled_too=True, ids=True)))
+  assert "ids are rows of the unlabeled images alone" in message(
+    lambda: labeled_too(needs=Needs(labeled_too=True, ids=True))
+  )

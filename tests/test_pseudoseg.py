@@ -18,9 +18,17 @@ K, SIZE, BATCH = 4, 33, 2
 
 @functools.cache
 def make_method(supervised=True, **options):
-  criterion = losses.cross_entropy_mean if supervised else lambda logits, label: 0.0 * jnp.sum(logits)
+  criterion = (
+    losses.cross_entropy_mean if supervised else lambda logits, label: 0.0 * jnp.sum(logits)
+  )
   # At learning rate 1 without momentum the parameters move by minus their gradient.
-  task = Task(K, 10, make_network("tiny", num_classes=K, width=4), optim.sgd(lambda step: 1.0, momentum=0.0), criterion)
+  task = Task(
+    K,
+    10,
+    make_network("tiny", num_classes=K, width=4),
+    optim.sgd(lambda step: 1.0, momentum=0.0),
+    criterion,
+  )
   return pseudoseg.pseudoseg(task, **options)
 
 
@@ -28,10 +36,19 @@ def make_batch(seed=0):
   rng = np.random.default_rng(seed)
   images = lambda: jnp.asarray(rng.normal(size=(BATCH, SIZE, SIZE, 3)), jnp.float32)
   valid = jnp.ones((BATCH, SIZE, SIZE), bool).at[:, -4:].set(False)
-  label = jnp.asarray(rng.integers(0, K, size=(BATCH, SIZE, SIZE)), jnp.int32).at[:, -4:].set(IGNORE_LABEL)
+  label = (
+    jnp.asarray(rng.integers(0, K, size=(BATCH, SIZE, SIZE)), jnp.int32)
+    .at[:, -4:]
+    .set(IGNORE_LABEL)
+  )
   return {
     "labeled": {"image": images(), "label": label, "valid": valid},
-    "unlabeled": {"weak": images(), "strong": images()[:, None], "valid": valid, "image_label": jnp.ones((BATCH, K))},
+    "unlabeled": {
+      "weak": images(),
+      "strong": images()[:, None],
+      "valid": valid,
+      "image_label": jnp.ones((BATCH, K)),
+    },
   }
 
 
@@ -40,7 +57,11 @@ def moved_groups(method):
   state = method.init(jax.random.key(0))
   batch = make_batch()
   after, _ = jax.jit(method.update)(state, batch, method.draw(jax.random.key(1), batch))
-  moved = jax.tree.map(lambda old, new: bool(np.any(old != new)), state.nets["student"].params, after.nets["student"].params)
+  moved = jax.tree.map(
+    lambda old, new: bool(np.any(old != new)),
+    state.nets["student"].params,
+    after.nets["student"].params,
+  )
   return {group for group, leaves in moved.items() if any(jax.tree.leaves(leaves))}
 
 
@@ -68,7 +89,9 @@ def test_no_gradient_reaches_the_weak_view_without_image_labels():
   draws = method.draw(jax.random.key(1), batch)
 
   def loss(weak):
-    return method.update(state, batch | {"unlabeled": batch["unlabeled"] | {"weak": weak}}, draws)[1]["loss"]
+    return method.update(state, batch | {"unlabeled": batch["unlabeled"] | {"weak": weak}}, draws)[
+      1
+    ]["loss"]
 
   gradient = jax.jit(jax.grad(loss))(batch["unlabeled"]["weak"])
   np.testing.assert_array_equal(gradient, 0)
@@ -82,7 +105,9 @@ def test_pixels_in_the_cutout_box_teach_nothing():
   strong = shown[method.panels.names.index("strong view")]
   half = round(0.5 * SIZE / 2)
   np.testing.assert_array_equal(strong[0, 16 - half : 16 + half, 16 - half : 16 + half], 0)
-  np.testing.assert_array_equal(strong[0, : 16 - half], batch["unlabeled"]["strong"][0, 0, : 16 - half])
+  np.testing.assert_array_equal(
+    strong[0, : 16 - half], batch["unlabeled"]["strong"][0, 0, : 16 - half]
+  )
   np.testing.assert_array_equal(strong[1, :half, 32 - half :], 0)  # clipped at the border
   assert strong[1, half:].any(-1).all()
   assert not kept[0, 8, 8] and kept[0, 0, 0] and not kept[1, 0, -1]
@@ -101,7 +126,12 @@ def test_an_image_without_any_valid_pixel_gives_a_finite_step():
 def test_options_that_cannot_work_are_told_together():
   with pytest.raises(checks.InputError) as error:
     make_method(source="decoder", attention_maps=(-1, -4), temperature=0.0, cutout_fraction=1.5)
-  for part in ("'fused' or 'attention'", "some of -1..-3", "temperature: got 0.0", "cutout_fraction: got 1.5"):
+  for part in (
+    "'fused' or 'attention'",
+    "some of -1..-3",
+    "temperature: got 0.0",
+    "cutout_fraction: got 1.5",
+  ):
     assert part in str(error.value)
 
 
@@ -109,7 +139,8 @@ def test_a_class_map_is_the_share_of_each_position_in_the_logit():
   features = jnp.array([[[[1.0, 0.0], [2.0, 1.0]]]])  # one row of two positions, two channels
   kernel = jnp.array([[1.0, -1.0, 2.0], [0.0, 4.0, 0.0]])
   cam = cams.class_activation_maps(features, kernel, jnp.array([[1, 1, 0]]))
-  np.testing.assert_allclose(cam[0, 0], [[0.5, 0, 0], [1, 1, 0]], atol=1e-6)  # class 2 is not asked for
+  # Class 2 is not asked for.
+  np.testing.assert_allclose(cam[0, 0], [[0.5, 0, 0], [1, 1, 0]], atol=1e-6)
   np.testing.assert_allclose(cams.with_background(cam)[0, 0, :, 0], [0.5, 0], atol=1e-6)
 
 
@@ -127,10 +158,13 @@ def test_attention_averages_over_what_looks_alike():
   features = 5 * jnp.array([[[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]]])
   value = jnp.array([[[[1.0], [5.0], [3.0]]]])
   everywhere = jnp.ones((1, 1, 3), bool)
-  np.testing.assert_allclose(attention.propagate(features, features, value, everywhere).ravel(), [2, 5, 2], atol=1e-5)
+  np.testing.assert_allclose(
+    attention.propagate(features, features, value, everywhere).ravel(), [2, 5, 2], atol=1e-5
+  )
   without_last = everywhere.at[0, 0, 2].set(False)
   got = attention.propagate(features, features, value, without_last).ravel()
-  np.testing.assert_allclose(got, [1, 5, 3], atol=1e-5)  # the invalid position gets the mean of all (1, 5, 3)
+  # The invalid position gets the mean of all (1, 5, 3).
+  np.testing.assert_allclose(got, [1, 5, 3], atol=1e-5)
 
 
 def test_fusion_depends_on_the_ratio_of_the_two_opinions_alone():
@@ -141,13 +175,17 @@ def test_fusion_depends_on_the_ratio_of_the_two_opinions_alone():
 
 
 def test_sharpening_squares_at_one_half():
-  np.testing.assert_allclose(fusion.sharpen(jnp.array([0.6, 0.3, 0.1]), 0.5), np.array([36, 9, 1]) / 46, atol=1e-6)
+  np.testing.assert_allclose(
+    fusion.sharpen(jnp.array([0.6, 0.3, 0.1]), 0.5), np.array([36, 9, 1]) / 46, atol=1e-6
+  )
   np.testing.assert_allclose(fusion.sharpen(jnp.array([1.0, 0.0]), 0.5), [1, 0])
 
 
 def test_unsure_pixels_are_left_out_but_counted():
   logits = jnp.log(jnp.array([[[[0.9, 0.1], [0.5, 0.5]]]]))
-  target, kept = pseudoseg.pseudo_label(logits, logits, calibrate=False, temperature=1.0, min_confidence=0.8)
+  target, kept = pseudoseg.pseudo_label(
+    logits, logits, calibrate=False, temperature=1.0, min_confidence=0.8
+  )
   np.testing.assert_allclose(target, jnp.exp(logits), atol=1e-6)
   np.testing.assert_array_equal(kept, [[[True, False]]])
   hard, _ = pseudoseg.pseudo_label(logits, -logits, source="fused", soft=False)

@@ -16,7 +16,9 @@ def test_adaptive_pooling_cuts_a_side_into_cells_that_overlap_where_they_must():
 
 
 def test_adaptive_pooling_of_bfloat16_counts_in_float32():
-  x = jnp.full((1, 64, 64, 1), 257 / 256, jnp.bfloat16) + jnp.zeros((1, 64, 64, 1), jnp.bfloat16).at[0, 0].set(1)
+  x = jnp.full((1, 64, 64, 1), 257 / 256, jnp.bfloat16) + jnp.zeros(
+    (1, 64, 64, 1), jnp.bfloat16
+  ).at[0, 0].set(1)
   pooled = pspnet.adaptive_average_pool(x, 1)
   assert pooled.dtype == jnp.float32
   np.testing.assert_allclose(pooled.ravel(), np.mean(np.asarray(x, np.float32)), rtol=1e-6)
@@ -30,7 +32,10 @@ def test_channels_become_pixels_row_by_row():
 
 def test_four_pixels_of_a_class_begin_with_one_kernel_and_biases_of_their_own():
   shapes = {
-    "subpixel1": {"kernel": jax.ShapeDtypeStruct((1, 1, 3, 8), jnp.float32), "bias": jax.ShapeDtypeStruct((8,), jnp.float32)}
+    "subpixel1": {
+      "kernel": jax.ShapeDtypeStruct((1, 1, 3, 8), jnp.float32),
+      "bias": jax.ShapeDtypeStruct((8,), jnp.float32),
+    }
   }
   values = initial.initial_values(jax.random.key(0), shapes)["subpixel1"]
   kernel = values["kernel"].reshape(3, 2, 4)  # [Cin, class, pixel]
@@ -42,11 +47,15 @@ def test_four_pixels_of_a_class_begin_with_one_kernel_and_biases_of_their_own():
 def test_the_backbone_ends_with_the_pyramid_beside_the_parts_of_a_resnet(factory, size):
   backbone, head = factory(7, backbone="resnet18")
   images = jax.ShapeDtypeStruct((2, 33, 33, 3), jnp.float32)
-  maps, variables = jax.eval_shape(lambda x: backbone.init_with_output(jax.random.key(0), x, train=False), images)
+  maps, variables = jax.eval_shape(
+    lambda x: backbone.init_with_output(jax.random.key(0), x, train=False), images
+  )
   assert [one.shape[-1] for one in maps] == [64, 128, 256, 512, 128]
   assert maps[-1].shape == (2, size, size, 128)
   plain = resnet.ResNet("resnet18", backbone.body.stem)
   alone = jax.eval_shape(lambda x: plain.init(jax.random.key(0), x, train=False), images)
   assert set(variables["params"]) == set(alone["params"]) | {"psp"}
-  scores, _ = jax.eval_shape(lambda maps: head.init_with_output(jax.random.key(0), maps, train=False), maps)
+  scores, _ = jax.eval_shape(
+    lambda maps: head.init_with_output(jax.random.key(0), maps, train=False), maps
+  )
   assert (scores.shape, scores.dtype) == ((2, 8 * size, 8 * size, 7), jnp.float32)

@@ -32,7 +32,8 @@ def folders(tmp_path):
 def test_stability_by_hand_over_the_classes_that_either_has(folders):
   last, *earlier = folders
   expected = {
-    "x/a": ((2 / 4 + 0) / 2 + 1) / 2,  # class 0: 2 of 4 pixels, class 1: none of 2; class 2 is in neither
+    # Class 0: 2 of 4 pixels, class 1: none of 2; class 2 is in neither.
+    "x/a": ((2 / 4 + 0) / 2 + 1) / 2,
     "b": ((1 / 2 + 2 / 3) / 2 + 1) / 2,
     "c": 0.0,
     "d": 1.0,
@@ -45,8 +46,16 @@ def test_stability_by_hand_over_the_classes_that_either_has(folders):
 def test_the_stablest_share_comes_first_and_is_rounded_down(folders, tmp_path, capsys):
   last, *earlier = map(str, folders)
   out = tmp_path / "lists" / "reliable.txt"
-  for share, chosen in {0.5: ["d", "b"], 0.74: ["d", "b"], 0.75: ["d", "b", "x/a"], 0.01: ["d"]}.items():
-    assert reliable.main([f"--labels={last}", "--earlier", *earlier, f"--share={share}", f"--out={out}"]) == 0
+  for share, chosen in {
+    0.5: ["d", "b"],
+    0.74: ["d", "b"],
+    0.75: ["d", "b", "x/a"],
+    0.01: ["d"],
+  }.items():
+    assert (
+      reliable.main([f"--labels={last}", "--earlier", *earlier, f"--share={share}", f"--out={out}"])
+      == 0
+    )
     assert out.read_text().split() == chosen
   assert json.loads((tmp_path / "lists" / "reliable.txt.json").read_text())["scores"]["d"] == 1.0
   assert "1 of 4 images" in capsys.readouterr().out

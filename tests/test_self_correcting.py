@@ -29,7 +29,9 @@ NETWORK = make_network("tiny", num_classes=K, width=4)
 @functools.cache
 def make_method(factory=methods.self_correcting, criterion=losses.cross_entropy_mean, **options):
   # At learning rate 1 without momentum the parameters move by minus their gradient.
-  return factory(Task(K, 10, NETWORK, optim.sgd(lambda step: 1.0, momentum=0.0), criterion), **options)
+  return factory(
+    Task(K, 10, NETWORK, optim.sgd(lambda step: 1.0, momentum=0.0), criterion), **options
+  )
 
 
 def make_batch(seed=0):
@@ -48,27 +50,40 @@ def compiled_step(**options):
 
 
 def step(batch, number=0, **options):
-  """The state before and after step `number` of the method with these options, and the step's metrics."""
+  """The state before and after step `number` of the method with these options, and the step's
+  metrics.
+  """
   state = make_method(**options).init(jax.random.key(0)).replace(step=jnp.int32(number))
   return state, *compiled_step(**options)(state, batch, jax.random.key(1))
 
 
 def largest_change(before, after, role):
-  apart = jax.tree.map(lambda old, new: jnp.max(jnp.abs(old - new)), before.nets[role].params, after.nets[role].params)
+  apart = jax.tree.map(
+    lambda old, new: jnp.max(jnp.abs(old - new)), before.nets[role].params, after.nets[role].params
+  )
   return max(map(float, jax.tree.leaves(apart)))
 
 
 def test_a_box_holds_the_pixels_whose_centres_it_holds():
-  given = jnp.array([[[1, 0.25, 0.0, 0.75, 0.5], [2, 0.5, 0.3, 1.0, 1.0], [-1, 0.0, 0.0, 1.0, 1.0]]])
+  given = jnp.array(
+    [[[1, 0.25, 0.0, 0.75, 0.5], [2, 0.5, 0.3, 1.0, 1.0], [-1, 0.0, 0.0, 1.0, 1.0]]]
+  )
   planes = boxes.box_planes(given, (4, 4), K)
   np.testing.assert_array_equal(planes[0, ..., 0], 0)
-  np.testing.assert_array_equal(planes[0, ..., 1], [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
-  np.testing.assert_array_equal(planes[0, ..., 2], [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]])  # one pixel in both
+  np.testing.assert_array_equal(
+    planes[0, ..., 1], [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
+  )
+  # One pixel in both.
+  np.testing.assert_array_equal(
+    planes[0, ..., 2], [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]]
+  )
 
 
 def test_background_is_where_no_box_lies():
   planes = jnp.array([[[[0.0, 0.4, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.0]]]])
-  np.testing.assert_array_equal(boxes.with_background(planes, background=True)[0, 0], [[1, 0, 0], [0, 1, 1], [1, 0, 0]])
+  np.testing.assert_array_equal(
+    boxes.with_background(planes, background=True)[0, 0], [[1, 0, 0], [0, 1, 1], [1, 0, 0]]
+  )
   without = boxes.with_background(planes, background=False)[0, 0]
   np.testing.assert_array_equal(without, [[0, 0, 0, 1], [0, 1, 1, 0], [1, 0, 0, 0]])
 
@@ -80,7 +95,9 @@ def test_a_silent_box_encoder_halves_the_first_and_the_deepest_map():
     seen.append(maps)
     return network.decode(params, batch_stats, maps, **keywords)
 
-  task = Task(K, 10, network._replace(decode=decode), optim.sgd(lambda step: 1.0), losses.cross_entropy_mean)
+  task = Task(
+    K, 10, network._replace(decode=decode), optim.sgd(lambda step: 1.0), losses.cross_entropy_mean
+  )
   encoder, run = methods.box_network(task, background=True)
   net = nets.create(task, jax.random.key(0), box_encoder=encoder)
   net.params["box_encoder"] = jax.tree.map(jnp.zeros_like, net.params["box_encoder"])
@@ -95,7 +112,9 @@ def test_a_silent_box_encoder_halves_the_first_and_the_deepest_map():
 def test_boxes_change_what_the_ancillary_model_says():
   method = make_method(methods.ancillary)
   state, image = method.init(jax.random.key(0)), make_batch()["labeled"]["image"]
-  shown = (jnp.concatenate([image, jnp.full((BATCH, SIZE, SIZE, K), plane)], -1) for plane in (0.0, 1.0))
+  shown = (
+    jnp.concatenate([image, jnp.full((BATCH, SIZE, SIZE, K), plane)], -1) for plane in (0.0, 1.0)
+  )
   said = [method.predictors["ancillary"](state, images) for images in shown]
   assert np.max(np.abs(said[0] - said[1])) > 1e-3
 
@@ -104,7 +123,9 @@ def test_no_other_label_is_nearer_to_both_opinions_than_the_linear_correction():
   logits = jax.random.normal(jax.random.key(0), (3, 50, 5)) * 3
   primary, ancillary, noise = logits
   for alpha in (0.0, 0.5, 30.0):
-    objective = lambda q, alpha=alpha: losses.kl_divergence(primary, q) + alpha * losses.kl_divergence(ancillary, q)
+    objective = lambda q, alpha=alpha: (
+      losses.kl_divergence(primary, q) + alpha * losses.kl_divergence(ancillary, q)
+    )
     q = fusion.self_corrected(primary, ancillary, alpha)
     assert np.all(objective(q + 0.1 * noise) >= objective(q))
   np.testing.assert_array_equal(fusion.self_corrected(primary, ancillary, 0.0), primary)
@@ -124,7 +145,9 @@ def test_em_fixed_takes_the_likeliest_class_that_has_a_box():
   # Class 1 lies 1 below the background: biases 5 and 3 lift it above, equal ones do not.
   np.testing.assert_array_equal(label(foreground_bias=5.0, background=True)[0, 0], [0, 1, 2, 2])
   np.testing.assert_array_equal(label(foreground_bias=3.0, background=True)[0, 0], [0, 0, 2, 2])
-  np.testing.assert_array_equal(label(foreground_bias=5.0, background=False)[0, 0], [IGNORE_LABEL, 1, 2, 2])
+  np.testing.assert_array_equal(
+    label(foreground_bias=5.0, background=False)[0, 0], [IGNORE_LABEL, 1, 2, 2]
+  )
 
 
 # Without the masks; alpha is 30 at step 0 and 0 at step 10.
@@ -138,13 +161,20 @@ def test_the_networks_own_opinion_teaches_it_nothing_and_the_ancillary_models_do
     before, after, told = step(make_batch(), number, **FROM_BOXES)
     change[float(told["alpha"])] = largest_change(before, after, "primary")
     assert largest_change(before, after, "ancillary") == 0
-    assert jax.tree.all(jax.tree.map(np.array_equal, before.nets["ancillary"].batch_stats, after.nets["ancillary"].batch_stats))
+    assert jax.tree.all(
+      jax.tree.map(
+        np.array_equal, before.nets["ancillary"].batch_stats, after.nets["ancillary"].batch_stats
+      )
+    )
   assert change[0.0] < 1e-6 and change[30.0] > 1e-2
 
 
 def test_an_image_without_any_valid_pixel_gives_a_finite_step():
   batch = make_batch()
-  batch["unlabeled"] |= {"valid": jnp.zeros((BATCH, SIZE, SIZE), bool), "boxes": jnp.full((BATCH, 2, 5), -1.0)}
+  batch["unlabeled"] |= {
+    "valid": jnp.zeros((BATCH, SIZE, SIZE), bool),
+    "boxes": jnp.full((BATCH, 2, 5), -1.0),
+  }
   before, after, told = step(batch, **FROM_BOXES)
   assert told["loss_weak"] == 0 and largest_change(before, after, "primary") == 0
 
@@ -159,34 +189,58 @@ def test_from_masks_the_correction_net_learns_without_moving_the_primary_model_o
   before, after, _ = step(make_batch(), correction="convolutional", hidden=4, learn_weak=False)
   assert largest_change(before, after, "correction") > 5e-4
   alone = make_method(supervised)
-  student = alone.init(jax.random.key(0)).nets["student"].replace(params=before.nets["primary"].params)
-  state, _ = jax.jit(alone.step)(before.replace(nets={"student": student}), make_batch(), jax.random.key(1))
-  apart = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), after.nets["primary"].params, state.nets["student"].params)
+  student = (
+    alone.init(jax.random.key(0)).nets["student"].replace(params=before.nets["primary"].params)
+  )
+  state, _ = jax.jit(alone.step)(
+    before.replace(nets={"student": student}), make_batch(), jax.random.key(1)
+  )
+  apart = jax.tree.map(
+    lambda a, b: np.max(np.abs(a - b)), after.nets["primary"].params, state.nets["student"].params
+  )
   assert max(jax.tree.leaves(apart)) < 1e-6
 
 
 def test_the_correction_net_sees_three_pixels_and_both_opinions():
   head = heads.correction_net(K, hidden=4)
   params, _ = head.init(jax.random.key(0))
-  assert params["conv1"]["kernel"].shape == (3, 3, 2 * K, 4) and params["conv2"]["kernel"].shape == (3, 3, 4, K)
+  assert params["conv1"]["kernel"].shape == (3, 3, 2 * K, 4) and params["conv2"][
+    "kernel"
+  ].shape == (3, 3, 4, K)
   still = jnp.zeros((1, 9, 9, K))
   run = lambda *logits: head.apply(params, {}, *logits, train=True)[0]
   for one in ((still.at[:, 4, 4].set(5.0), still), (still, still.at[:, 4, 4].set(5.0))):
     felt = np.any(np.abs(run(*one) - run(still, still)) > 0, axis=(0, 3))
-    assert felt[4, 4] and not felt[:2].any() and not felt[7:].any() and not felt[:, :2].any() and not felt[:, 7:].any()
+    assert (
+      felt[4, 4]
+      and not felt[:2].any()
+      and not felt[7:].any()
+      and not felt[:, :2].any()
+      and not felt[:, 7:].any()
+    )
 
 
 def test_every_stage_says_which_networks_it_goes_on_with():
   assert make_method().given_nets == ("ancillary",)
   assert make_method(correction="em_fixed").given_nets == ()
   assert make_method(correction="convolutional", learn_weak=False).given_nets == ("ancillary",)
-  assert make_method(correction="convolutional").given_nets == ("ancillary", "primary", "correction")
+  assert make_method(correction="convolutional").given_nets == (
+    "ancillary",
+    "primary",
+    "correction",
+  )
 
 
 def test_options_that_cannot_work_are_told_together():
   with pytest.raises(checks.InputError) as error:
     make_method(correction="lienar", learn_weak=False, alpha_start=0.1, alpha_decay=-1.0, hidden=0)
-  for part in ("mean 'linear'?", "take method 'supervised'", "start >= end >= 0", "alpha_decay: got -1", "hidden: got 0"):
+  for part in (
+    "mean 'linear'?",
+    "take method 'supervised'",
+    "start >= end >= 0",
+    "alpha_decay: got -1",
+    "hidden: got 0",
+  ):
     assert part in str(error.value)
 
 
@@ -202,7 +256,9 @@ def discs(count, seed):
     images.append(image + rng.normal(0, 0.4, image.shape))
     labels.append(inside)
     rows, columns = np.nonzero(inside)
-    given.append([[1, *np.array([rows.min(), columns.min(), rows.max() + 1, columns.max() + 1]) / SIZE]])
+    given.append(
+      [[1, *np.array([rows.min(), columns.min(), rows.max() + 1, columns.max() + 1]) / SIZE]]
+    )
   return np.array(images, np.float32), np.array(labels, np.int32), np.array(given, np.float32)
 
 
@@ -216,24 +272,46 @@ def test_images_with_boxes_make_the_primary_model_better():
   held, truth, held_boxes = discs(48, seed=2)
 
   def trained(method, **known):
-    state, advance, rng = method.init(jax.random.key(0)), jax.jit(method.step), np.random.default_rng(0)
+    state, advance, rng = (
+      method.init(jax.random.key(0)),
+      jax.jit(method.step),
+      np.random.default_rng(0),
+    )
     for role, net in known.items():
       state.nets[role] = state.nets[role].replace(params=net.params, batch_stats=net.batch_stats)
     for index in range(steps):
       at = rng.integers(0, len(weak), 8)
       batch = {"labeled": {"image": images, "label": labels, "boxes": given}}
-      batch["unlabeled"] = {"weak": weak[at], "boxes": weak_boxes[at], "valid": np.ones((8, SIZE, SIZE), bool)}
+      batch["unlabeled"] = {
+        "weak": weak[at],
+        "boxes": weak_boxes[at],
+        "valid": np.ones((8, SIZE, SIZE), bool),
+      }
       state, _ = advance(state, batch, jax.random.key(index))
     return state
 
   def iou(method, state):
-    """Of the discs of images that no run has seen; shown boxes where the method's predictor asks for them."""
-    (name, predict), = method.predictors.items()
+    """Of the discs of images that no run has seen; shown boxes where the method's predictor asks
+    for them.
+    """
+    ((name, predict),) = method.predictors.items()
     planes = boxes.box_planes(held_boxes, (SIZE, SIZE), K)
-    found = np.argmax(predict(state, np.concatenate([held, planes], -1) if name in method.predictor_hints else held), -1) == 1
+    found = (
+      np.argmax(
+        predict(
+          state, np.concatenate([held, planes], -1) if name in method.predictor_hints else held
+        ),
+        -1,
+      )
+      == 1
+    )
     return np.sum(found & (truth == 1)) / np.sum(found | (truth == 1))
 
   guide, alone, method = methods.ancillary(task), supervised(task), methods.self_correcting(task)
   guided = trained(guide)
-  scores = iou(alone, trained(alone)), iou(method, trained(method, ancillary=guided.nets["ancillary"])), iou(guide, guided)
+  scores = (
+    iou(alone, trained(alone)),
+    iou(method, trained(method, ancillary=guided.nets["ancillary"])),
+    iou(guide, guided),
+  )
   assert all(better > worse + 0.05 for worse, better in itertools.pairwise(scores)), scores

@@ -1,4 +1,6 @@
-"""The comparisons of the CPS paper: single-network pseudo supervision and cross probability consistency."""
+"""The comparisons of the CPS paper: single-network pseudo supervision and cross probability
+consistency.
+"""
 
 import functools
 
@@ -19,7 +21,10 @@ K, SIZE, BATCH = 4, 33, 2
 def make_method(factory, **options):
   # At learning rate 1 without momentum the parameters move by minus their gradient.
   optimizer = optim.sgd(lambda step: 1.0, momentum=0.0)
-  return factory(Task(K, 10, make_network("tiny", num_classes=K, width=4), optimizer, losses.cross_entropy_mean), **options)
+  return factory(
+    Task(K, 10, make_network("tiny", num_classes=K, width=4), optimizer, losses.cross_entropy_mean),
+    **options,
+  )
 
 
 @functools.cache
@@ -27,7 +32,11 @@ def make_batch():
   rng = np.random.default_rng(0)
   images = lambda: jnp.asarray(rng.normal(size=(BATCH, SIZE, SIZE, 3)), jnp.float32)
   label = jnp.asarray(rng.integers(0, K, size=(BATCH, SIZE, SIZE)), jnp.int32)
-  return {"labeled": {"image": images(), "label": label}, "unlabeled": {"weak": images()}, "partner": {"weak": images()}}
+  return {
+    "labeled": {"image": images(), "label": label},
+    "unlabeled": {"weak": images()},
+    "partner": {"weak": images()},
+  }
 
 
 def stepped(method, state, **recorded):
@@ -56,14 +65,20 @@ MASK = jnp.zeros((BATCH, SIZE, SIZE), bool).at[:, 3:20, 5:30].set(True)
   [
     (cps.cps, single_pseudo.single_pseudo, {}),
     (cps.cps_cutmix, single_pseudo.single_pseudo_cutmix, {"mask": MASK}),
-    (functools.partial(cps.cps_cutmix, on_labeled=True), functools.partial(single_pseudo.single_pseudo_cutmix, on_labeled=True), {"mask": MASK}),
+    (
+      functools.partial(cps.cps_cutmix, on_labeled=True),
+      functools.partial(single_pseudo.single_pseudo_cutmix, on_labeled=True),
+      {"mask": MASK},
+    ),
   ],
-)  # fmt: skip
+)
 def test_cross_supervision_of_two_equal_networks_is_twice_self_supervision(pair, single, recorded):
   method, state, net = twins(pair, weight=0.7)
   after, metrics = stepped(method, state, **recorded)
   method = make_method(single, weight=0.7)
-  alone, told = stepped(method, method.init(jax.random.key(0)).replace(nets={"student": net}), **recorded)
+  alone, told = stepped(
+    method, method.init(jax.random.key(0)).replace(nets={"student": net}), **recorded
+  )
   np.testing.assert_allclose(metrics["loss_cross"], 2 * told["loss_pseudo"], rtol=1e-5)
   np.testing.assert_allclose(metrics["loss"], 2 * told["loss"], rtol=1e-5)
   for role in ("a", "b"):
@@ -74,7 +89,9 @@ def test_a_pseudo_label_of_oneself_pulls_towards_its_corner():
   logits = jnp.log(jnp.array([[[[0.6, 0.3, 0.1], [0.2, 0.5, 0.3]]]]))
   value, gradient = jax.value_and_grad(single_pseudo.self_supervision)(logits)
   np.testing.assert_allclose(value, -(np.log(0.6) + np.log(0.5)) / 2, rtol=1e-6)
-  np.testing.assert_allclose(gradient[0, 0], np.array([[-0.4, 0.3, 0.1], [0.2, -0.5, 0.3]]) / 2, atol=1e-6)
+  np.testing.assert_allclose(
+    gradient[0, 0], np.array([[-0.4, 0.3, 0.1], [0.2, -0.5, 0.3]]) / 2, atol=1e-6
+  )
 
 
 def test_each_network_moves_towards_the_other_that_stands_still():
@@ -83,14 +100,19 @@ def test_each_network_moves_towards_the_other_that_stands_still():
   cross = lambda a, b: cross_prob.cross_consistency((a, b), distance="l2")
   value, gradients = jax.value_and_grad(cross, (0, 1))(a, b)
   np.testing.assert_allclose(value, 1.0, rtol=1e-6)
-  # Each term has one moving side, so the gradient is that of the distance counted once, with both sides moving.
-  once = jax.grad(lambda a, b: jnp.sum(jnp.square(jax.nn.softmax(a) - jax.nn.softmax(b))), (0, 1))(a, b)
+  # Each term has one moving side, so the gradient is that of the distance counted once, with both
+  # sides moving.
+  once = jax.grad(lambda a, b: jnp.sum(jnp.square(jax.nn.softmax(a) - jax.nn.softmax(b))), (0, 1))(
+    a, b
+  )
   np.testing.assert_allclose(gradients, once, atol=1e-6)
 
 
 def test_kl_counts_both_directions():
   a, b = jnp.log(jnp.array([[[[0.5, 0.5]]]])), jnp.log(jnp.array([[[[0.25, 0.75]]]]))
-  value, (of_a, _) = jax.value_and_grad(lambda a, b: cross_prob.cross_consistency((a, b), distance="kl"), (0, 1))(a, b)
+  value, (of_a, _) = jax.value_and_grad(
+    lambda a, b: cross_prob.cross_consistency((a, b), distance="kl"), (0, 1)
+  )(a, b)
   there = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
   back = 0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)
   np.testing.assert_allclose(value, there + back, rtol=1e-5)

@@ -36,7 +36,10 @@ def test_elsewhere_it_is_noted_and_acknowledged(number, caplog):
     assert stop.requested(2) and stop.name == number.name
     with pytest.raises(Interrupted), stop.nothing_to_lose():
       pytest.fail("nothing more is begun")
-  assert f"{number.name}: saving and leaving" in caplog.text and "once more to leave at once" in caplog.text
+  assert (
+    f"{number.name}: saving and leaving" in caplog.text
+    and "once more to leave at once" in caplog.text
+  )
 
 
 def test_a_second_one_leaves_at_once(caplog):
@@ -71,7 +74,10 @@ def test_signals_stay_with_whoever_has_them_outside_the_main_thread():
 
   def work():
     with StopRequest() as stop, stop.nothing_to_lose():
-      seen.append([signal.getsignal(number) for number in stopping.SIGNALS] == handlers and not stop.requested(1))
+      seen.append(
+        [signal.getsignal(number) for number in stopping.SIGNALS] == handlers
+        and not stop.requested(1)
+      )
 
   thread = threading.Thread(target=work)
   thread.start()
@@ -88,23 +94,32 @@ def test_compiled_code_that_ignores_signals_does_not_keep_a_command_alive(number
       print("begun", flush=True)
       hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in C, without a look at Python's signals
   """
-  process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen(
+    [sys.executable, "-c", textwrap.dedent(program)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   assert process.stdout.readline() == "begun\n"
   time.sleep(0.5)  # into C
   process.send_signal(number)
-  assert any(f"{number.name}: leaving" in line for line in process.stderr)  # at once, not after the computation
+  # at once, not after the computation.
+  assert any(f"{number.name}: leaving" in line for line in process.stderr)
   try:
     assert process.wait(timeout=30) == code
   finally:
     process.kill()
 
 
-@pytest.mark.parametrize("ending, code, words", [
-  ("lambda: 3", 3, ""),
-  ("lambda: sys.exit(2)", 2, ""),
-  ("lambda: 1 / 0", 1, "ZeroDivisionError"),
-  ("lambda: command_line.run(lambda: (_ for _ in ()).throw(KeyboardInterrupt))", 130, "stopped"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "ending, code, words",
+  [
+    ("lambda: 3", 3, ""),
+    ("lambda: sys.exit(2)", 2, ""),
+    ("lambda: 1 / 0", 1, "ZeroDivisionError"),
+    ("lambda: command_line.run(lambda: (_ for _ in ()).throw(KeyboardInterrupt))", 130, "stopped"),
+  ],
+)
 def test_a_command_ends_its_process_whatever_threads_wait_for(ending, code, words):
   program = f"""
     import sys, threading
@@ -113,7 +128,9 @@ def test_a_command_ends_its_process_whatever_threads_wait_for(ending, code, word
     print("last words")
     command_line.leave({ending})
   """
-  done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60)
+  done = subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
+  )
   assert (done.returncode, done.stdout) == (code, "last words\n") and words in done.stderr
 
 
@@ -131,7 +148,9 @@ def test_an_interrupt_during_imports_is_no_traceback():
   for arguments, code, words in ([], -signal.SIGINT, ""), (["past"], 130, "stopped"):
     command = [sys.executable, "-c", textwrap.dedent(program), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == code and "Traceback" not in done.stderr and done.stderr.strip() == words
+    assert (
+      done.returncode == code and "Traceback" not in done.stderr and done.stderr.strip() == words
+    )
 
 
 def test_exit_codes_of_a_command(capsys):
@@ -141,12 +160,17 @@ def test_exit_codes_of_a_command(capsys):
   def full():
     raise OSError(28, "No space left on device")
 
-  assert command_line.run(interrupted) == 143 and command_line.run(full) == 1 and command_line.run(lambda: None) == 0
+  assert (
+    command_line.run(interrupted) == 143
+    and command_line.run(full) == 1
+    and command_line.run(lambda: None) == 0
+  )
   assert "No space left on device; free some space" in capsys.readouterr().err
 
 
 def test_a_signal_that_the_parent_had_ignored_stays_ignored():
-  handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for jobs in the background
+  # as a shell does for jobs in the background.
+  handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
   try:
     with StopRequest() as stop:
       send(signal.SIGINT)

@@ -21,10 +21,21 @@ from pseudoseg_jax.engine import mesh as meshes
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 30
 OPTIONS = {
-  "total_steps": STEPS, "log_every_steps": 5, "eval_every_steps": 100, "checkpoint_every_steps": 4, "network.width": 4,
-  "views.crop_size": "33,33", "data.num_scenes": 24, "data.num_labeled": 8, "data.num_eval_scenes": 5, "data.size": "40,48",
-  "evaluation.batch_size": 8, "evaluation.pictures": 1, "batch_size_global.labeled": 8, "batch_size_global.unlabeled": 8,
-}  # fmt: skip
+  "total_steps": STEPS,
+  "log_every_steps": 5,
+  "eval_every_steps": 100,
+  "checkpoint_every_steps": 4,
+  "network.width": 4,
+  "views.crop_size": "33,33",
+  "data.num_scenes": 24,
+  "data.num_labeled": 8,
+  "data.num_eval_scenes": 5,
+  "data.size": "40,48",
+  "evaluation.batch_size": 8,
+  "evaluation.pictures": 1,
+  "batch_size_global.labeled": 8,
+  "batch_size_global.unlabeled": 8,
+}
 
 pytestmark = pytest.mark.slow
 
@@ -34,11 +45,25 @@ _SPEC.loader.exec_module(fault_trials)
 
 
 def start(workdir, *extra, devices=2):
-  command = [sys.executable, "-m", "pseudoseg_jax.main", "--config=configs/quickstart.py:method=cps_cutmix", f"--workdir={workdir}"]
+  command = [
+    sys.executable,
+    "-m",
+    "pseudoseg_jax.main",
+    "--config=configs/quickstart.py:method=cps_cutmix",
+    f"--workdir={workdir}",
+  ]
   command += [f"--config.{key}={value}" for key, value in OPTIONS.items()]
-  environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+  environment = os.environ | {
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "JAX_PLATFORMS": "cpu",
+  }
   return subprocess.Popen(
-    [*command, *extra], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    [*command, *extra],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
   )
 
 
@@ -59,7 +84,10 @@ def last_state(workdir):
   config = trained.saved_config(workdir)
   method = build.build_method(config, 7)
   state = trained.restore(workdir, method, meshes.make_mesh(jax.devices()[:1]), "last")
-  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +128,10 @@ def start_two(workdir, **options):
     port = free.getsockname()[1]
   several = [f"--coordinator=localhost:{port}", "--process_count=2"]
   own = [[f"--config.{key}={value[index]}" for key, value in options.items()] for index in range(2)]
-  return [start(workdir, *several, f"--process_index={index}", *own[index], devices=1) for index in range(2)]
+  return [
+    start(workdir, *several, f"--process_index={index}", *own[index], devices=1)
+    for index in range(2)
+  ]
 
 
 def test_two_processes_train_as_one(undisturbed, tmp_path):
@@ -108,9 +139,17 @@ def test_two_processes_train_as_one(undisturbed, tmp_path):
   outputs = [finish(process) for process in processes]
   assert "Done: cps_cutmix" in outputs[0] and "Done" not in outputs[1]
   # Two processes add up in another order than two devices of one do: float32 round-off.
-  assert_same_end(tmp_path, undisturbed, lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-3))
-  ours, theirs = (json.loads((workdir / "results.json").read_text())["last"] for workdir in (tmp_path, undisturbed))
-  assert ours["predictors"].keys() == theirs["predictors"].keys() and ours["step"] == theirs["step"] == STEPS
+  assert_same_end(
+    tmp_path, undisturbed, lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-3)
+  )
+  ours, theirs = (
+    json.loads((workdir / "results.json").read_text())["last"]
+    for workdir in (tmp_path, undisturbed)
+  )
+  assert (
+    ours["predictors"].keys() == theirs["predictors"].keys()
+    and ours["step"] == theirs["step"] == STEPS
+  )
 
 
 def test_processes_that_were_started_differently_are_named(tmp_path):

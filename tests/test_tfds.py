@@ -18,7 +18,9 @@ IDS = tuple(f"2007_{index:06d}" for index in (5, 3, 9, 1))  # a list's own order
 
 def jpeg(seed, size=(14, 20)):
   content = io.BytesIO()
-  Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)).save(content, "JPEG")
+  Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)).save(
+    content, "JPEG"
+  )
   return content.getvalue()
 
 
@@ -40,11 +42,22 @@ def tree(tmp_path_factory):
 
 
 def splits_of(root, ids=IDS):
-  return {"train": tfds_builders.Split(ids, lambda name: root / f"images/{name}.jpg", lambda name: root / f"masks/{name}.png")}
+  return {
+    "train": tfds_builders.Split(
+      ids, lambda name: root / f"images/{name}.jpg", lambda name: root / f"masks/{name}.png"
+    )
+  }
 
 
 def folder_source(root, **changes):
-  return FolderSource(root, IDS, image_pattern="images/{id}.jpg", label_pattern="masks/{id}.png", num_classes=21, **changes)
+  return FolderSource(
+    root,
+    IDS,
+    image_pattern="images/{id}.jpg",
+    label_pattern="masks/{id}.png",
+    num_classes=21,
+    **changes,
+  )
 
 
 def message(call):
@@ -57,7 +70,10 @@ def assert_same(source, other):
   assert source.ids == other.ids and len(source) == len(other)
   for row in range(len(other)):
     assert source.size(row) == other.size(row)
-    for got, wanted in ((source.image(row), other.image(row)), (source.label(row), other.label(row))):
+    for got, wanted in (
+      (source.image(row), other.image(row)),
+      (source.label(row), other.label(row)),
+    ):
       np.testing.assert_array_equal(got, wanted)
       assert got.dtype == wanted.dtype == np.uint8
 
@@ -67,14 +83,18 @@ def test_folder_and_tfds_forms_give_the_same_examples(tree):
   source = TfdsSource(directory, "train", num_classes=21)
   assert source.has_labels and source.channels == 3 and source.dtype == np.uint8
   assert_same(source, folder_source(root))
-  assert_same(TfdsSource("mine", "train", data_dir=root / "tfds", num_classes=21), folder_source(root))
+  assert_same(
+    TfdsSource("mine", "train", data_dir=root / "tfds", num_classes=21), folder_source(root)
+  )
 
 
 def test_images_are_stored_byte_for_byte_and_masks_read_as_indices_by_tfds_itself(tree):
   root, directory = tree
   builder = tfds.builder_from_directory(directory)
   stored = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
-  assert [bytes(example["image"]) for example in stored] == [(root / f"images/{name}.jpg").read_bytes() for name in IDS]
+  assert [bytes(example["image"]) for example in stored] == [
+    (root / f"images/{name}.jpg").read_bytes() for name in IDS
+  ]
   for row, example in enumerate(builder.as_data_source("train")):
     np.testing.assert_array_equal(example["label"][..., 0], folder_source(root).label(row))
 
@@ -100,7 +120,9 @@ def test_opening_reads_no_example_and_ids_come_from_their_list(tree, monkeypatch
 def test_parts_and_sums_of_splits_are_read_as_tfds_names_them(tree):
   source = TfdsSource(tree[1], "train[:50%]", num_classes=21)
   assert source.ids == IDS[:2]
-  assert TfdsSource(tree[1], "train[2:3]", num_classes=21, id_key=None).ids == ("train[2:3]/000000",)
+  assert TfdsSource(tree[1], "train[2:3]", num_classes=21, id_key=None).ids == (
+    "train[2:3]/000000",
+  )
 
 
 def test_eight_threads_read_what_one_reads(tree):
@@ -114,9 +136,13 @@ def test_eight_threads_read_what_one_reads(tree):
 def test_training_batches_are_those_of_the_folder(tree):
   def batch(source):
     spec = pipeline.PipelineSpec(
-      labeled=Subset(source, IDS[:3]), unlabeled=None, batch_size_labeled_global=4, batch_size_unlabeled_global=0,
-      geometry=geometry.Geometry(crop_size=(9, 9)), needs=Needs(unlabeled=False),
-    )  # fmt: skip
+      labeled=Subset(source, IDS[:3]),
+      unlabeled=None,
+      batch_size_labeled_global=4,
+      batch_size_unlabeled_global=0,
+      geometry=geometry.Geometry(crop_size=(9, 9)),
+      needs=Needs(unlabeled=False),
+    )
     return next(pipeline.train_batches(spec))["labeled"]
 
   ours, folders = batch(TfdsSource(tree[1], "train", num_classes=21)), batch(folder_source(tree[0]))
@@ -151,7 +177,12 @@ def test_a_second_writing_leaves_what_is_there_and_a_broken_one_starts_anew(tree
 
 def test_other_ids_are_written_anew(tree, tmp_path):
   for ids in (IDS[:1], IDS[:3]):
-    assert TfdsSource(tfds_builders.write(tmp_path, "mine", splits_of(tree[0], ids)), "train", num_classes=21).ids == ids
+    assert (
+      TfdsSource(
+        tfds_builders.write(tmp_path, "mine", splits_of(tree[0], ids)), "train", num_classes=21
+      ).ids
+      == ids
+    )
 
 
 def test_what_does_not_fit_is_told_with_what_would(tree, tmp_path):
@@ -168,7 +199,9 @@ def test_values_that_are_no_class_and_broken_images_name_their_example(tree, tmp
   text = message(lambda: TfdsSource(tree[1], "train", num_classes=2).label(3))
   for part in ("'label' of example 3", "20", "label_map"):
     assert part in text
-  assert set(np.unique(TfdsSource(tree[1], "train", num_classes=2, label_map={20: 255}).label(3))) <= {0, 1, 255}
+  assert set(
+    np.unique(TfdsSource(tree[1], "train", num_classes=2, label_map={20: 255}).label(3))
+  ) <= {0, 1, 255}
   (tmp_path / "a").write_bytes(jpeg(0)[:-40])
   splits = {"train": tfds_builders.Split(("a",), lambda name: tmp_path / name)}
   source = TfdsSource(tfds_builders.write(tmp_path, "cut", splits), "train", label_key=None)
@@ -199,14 +232,23 @@ class SmallPets(tfds.core.GeneratorBasedBuilder):
       mask = np.full((14, 20, 1), 2, np.uint8)
       mask[:3], mask[3] = 1, 3
       species = int(index > 0)
-      yield name, {
-        "image": io.BytesIO(jpeg(index)), "label": species, "species": species, "file_name": name, "segmentation_mask": mask,
-        "head_bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0),
-      }  # fmt: skip
+      yield (
+        name,
+        {
+          "image": io.BytesIO(jpeg(index)),
+          "label": species,
+          "species": species,
+          "file_name": name,
+          "segmentation_mask": mask,
+          "head_bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0),
+        },
+      )
 
 
 def open_pets(data_dir, **changes):
-  options = dict(label_key="segmentation_mask", id_key="file_name", label_map={2: 0, 3: 255}, num_classes=2)
+  options = dict(
+    label_key="segmentation_mask", id_key="file_name", label_map={2: 0, 3: 255}, num_classes=2
+  )
   return TfdsSource("small_pets", "train", data_dir=data_dir, **{**options, **changes})
 
 
@@ -216,9 +258,18 @@ def test_pets_of_the_catalogue_are_prepared_once_and_masks_named_by_species(tmp_
   by_id = {name: pets.label(row)[:5, 0].tolist() for row, name in enumerate(pets.ids)}
   assert by_id["Abyssinian_1.jpg"] == by_id["beagle_1.jpg"] == [1, 1, 1, 255, 0]
   cats_and_dogs = open_pets(tmp_path, class_key="species", num_classes=3)
-  by_id = {name: cats_and_dogs.label(row)[:5, 0].tolist() for row, name in enumerate(cats_and_dogs.ids)}
-  assert by_id["Abyssinian_1.jpg"] == [1, 1, 1, 255, 0] and by_id["beagle_1.jpg"] == [2, 2, 2, 255, 0]
-  monkeypatch.setattr(TfdsSource, "_id", None)  # from now on the list that the first look left is used
+  by_id = {
+    name: cats_and_dogs.label(row)[:5, 0].tolist() for row, name in enumerate(cats_and_dogs.ids)
+  }
+  assert by_id["Abyssinian_1.jpg"] == [1, 1, 1, 255, 0] and by_id["beagle_1.jpg"] == [
+    2,
+    2,
+    2,
+    255,
+    0,
+  ]
+  # From now on the list that the first look left is used.
+  monkeypatch.setattr(TfdsSource, "_id", None)
   assert open_pets(tmp_path).ids == pets.ids
 
 
@@ -239,12 +290,21 @@ def test_prepare_writes_the_same_examples_as_tfds(tmp_path, capsys):
     for folder, ending in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
       path = source / f"{folder}/{split}/bonn/bonn_000000_000019_{ending}.png"
       path.parent.mkdir(parents=True)
-      Image.fromarray(np.full((4, 6), 7, np.uint8)).convert("RGB" if folder == "leftImg8bit" else "L").save(path)
+      Image.fromarray(np.full((4, 6), 7, np.uint8)).convert(
+        "RGB" if folder == "leftImg8bit" else "L"
+      ).save(path)
   assert prepare.main([*arguments, f"--images={source}", f"--labels={source}"]) == 0
   written = tmp_path / "out/tfds/cityscapes/1.0.0"
   val = TfdsSource(written, "val", num_classes=34)
-  assert val.ids == ("bonn/bonn_000000_000019",) and np.all(val.label(0) == 7) and np.all(val.image(0) == 7)
+  assert (
+    val.ids == ("bonn/bonn_000000_000019",)
+    and np.all(val.label(0) == 7)
+    and np.all(val.image(0) == 7)
+  )
   assert f"{written}: train 1, val 1" in capsys.readouterr().out
-  config = configs.load("configs/cityscapes.py:split=full,form=tfds", {"data.root": str(tmp_path / "out/tfds")})
+  config = configs.load(
+    "configs/cityscapes.py:split=full,form=tfds", {"data.root": str(tmp_path / "out/tfds")}
+  )
   data = build.build_data(config.data)
-  assert data.labeled.ids == val.ids and np.all(data.labeled.label(0) == 0)  # the label id 7 is the road, class 0
+  # The label id 7 is the road, class 0.
+  assert data.labeled.ids == val.ids and np.all(data.labeled.label(0) == 0)

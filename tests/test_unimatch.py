@@ -20,7 +20,9 @@ K, SIZE, BATCH = 4, 33, 2
 def make_step(factory=unimatch.unimatch, **options):
   """The method, and its update jitted."""
   network = make_network("tiny", num_classes=K, width=4)
-  method = factory(Task(K, 10, network, optim.sgd(lambda step: 0.1), losses.cross_entropy_mean), **options)
+  method = factory(
+    Task(K, 10, network, optim.sgd(lambda step: 0.1), losses.cross_entropy_mean), **options
+  )
   return method, jax.jit(method.update)
 
 
@@ -28,9 +30,17 @@ def make_batch(views, seed=0):
   rng = np.random.default_rng(seed)
   images = lambda *lead: jnp.asarray(rng.normal(size=(BATCH, *lead, SIZE, SIZE, 3)), jnp.float32)
   valid = jnp.ones((BATCH, SIZE, SIZE), bool)
-  stream = lambda rows: {"weak": images(), "strong": images(views), "valid": valid.at[:, -rows:].set(False)}
+  stream = lambda rows: {
+    "weak": images(),
+    "strong": images(views),
+    "valid": valid.at[:, -rows:].set(False),
+  }
   label = jnp.asarray(rng.integers(0, K, size=(BATCH, SIZE, SIZE)), jnp.int32)
-  return {"labeled": {"image": images(), "label": label, "valid": valid}, "unlabeled": stream(4), "partner": stream(9)}
+  return {
+    "labeled": {"image": images(), "label": label, "valid": valid},
+    "unlabeled": stream(4),
+    "partner": stream(9),
+  }
 
 
 @functools.cache
@@ -48,27 +58,37 @@ def test_the_mean_is_over_valid_pixels_sure_or_not():
   valid = jnp.array([[[True, True, True, False]]])
   taught = unimatch.opinion(logits, valid)
   others = jnp.zeros_like(logits)  # cross entropy log 2 in each pixel
-  np.testing.assert_allclose(unimatch.agreement(others, taught, min_confidence=0.7), 2 / 3 * np.log(2), rtol=1e-6)
+  np.testing.assert_allclose(
+    unimatch.agreement(others, taught, min_confidence=0.7), 2 / 3 * np.log(2), rtol=1e-6
+  )
   np.testing.assert_allclose(unimatch.kept_fraction(taught, min_confidence=0.7), 2 / 3, rtol=1e-6)
-  np.testing.assert_allclose(unimatch.agreement(others, taught, min_confidence=0.0), np.log(2), rtol=1e-6)
+  np.testing.assert_allclose(
+    unimatch.agreement(others, taught, min_confidence=0.0), np.log(2), rtol=1e-6
+  )
 
 
 def test_a_batch_of_padding_teaches_nothing_and_stays_finite():
   taught = unimatch.opinion(jnp.ones((1, 2, 2, 3)), jnp.zeros((1, 2, 2), bool))
-  value, gradient = jax.value_and_grad(lambda x: unimatch.agreement(x, taught, min_confidence=0.0))(jnp.ones((1, 2, 2, 3)))
+  value, gradient = jax.value_and_grad(lambda x: unimatch.agreement(x, taught, min_confidence=0.0))(
+    jnp.ones((1, 2, 2, 3))
+  )
   assert value == 0 and not gradient.any()
 
 
 def test_the_partner_teaches_inside_the_box_alone_with_its_own_confidence_and_padding():
-  # One image of four pixels, two views; 0 where the image is right and surely so, 1 where its partner is.
-  sure = lambda label, confidence, valid: tuple(jnp.array([[row]]) for row in (label, confidence, valid))
+  # One image of four pixels, two views; 0 where the image is right and surely so, 1 where its
+  # partner is.
+  sure = lambda label, confidence, valid: tuple(
+    jnp.array([[row]]) for row in (label, confidence, valid)
+  )
   own = sure([0, 0, 0, 0], [0.99, 0.5, 0.99, 0.99], [True, True, True, False])
   partner = sure([1, 1, 1, 1], [0.5, 0.99, 0.99, 0.99], [True, True, False, True])
   box = jnp.array([[[[False, True, True, False]], [[True, True, False, True]]]])
   probability = jnp.array([[0.2, 0.8], [0.3, 0.7], [0.4, 0.6], [0.1, 0.9]])
   logits = jnp.log(jnp.stack([probability, probability]))[:, None]
   got = unimatch.strong_agreement(logits, own, partner, box, min_confidence=0.95)
-  # View 1: pixel 0 says 0 and pixel 1 says 1; 2 and 3 are padding. View 2: pixel 0 is unsure, 1 and 3 say 1, 2 says 0.
+  # View 1: pixel 0 says 0 and pixel 1 says 1; 2 and 3 are padding. View 2: pixel 0 is unsure, 1 and
+  # 3 say 1, 2 says 0.
   views = -(np.log(0.2) + np.log(0.7)) / 2, -(np.log(0.7) + np.log(0.4) + np.log(0.9)) / 4
   np.testing.assert_allclose(got, np.mean(views), rtol=1e-6)
 
@@ -77,7 +97,10 @@ def test_two_equal_views_of_unperturbed_features_say_what_fixmatch_says():
   batch = make_batch(2)
   for stream in ("unlabeled", "partner"):
     batch[stream]["strong"] = batch[stream]["strong"][:, [0, 0]]
-  one_view = batch | {name: batch[name] | {"strong": batch[name]["strong"][:, :1]} for name in ("unlabeled", "partner")}
+  one_view = batch | {
+    name: batch[name] | {"strong": batch[name]["strong"][:, :1]}
+    for name in ("unlabeled", "partner")
+  }
   box = jnp.zeros((BATCH, 2, SIZE, SIZE), bool).at[:, :, 5:20, 8:30].set(True)
   two = metrics_of(make_step(drop_rate=0.0, min_confidence=0.6), batch, box=box)
   one = metrics_of(make_step(unimatch.fixmatch, min_confidence=0.6), one_view, box=box[:, :1])
@@ -91,13 +114,18 @@ def test_two_equal_views_of_unperturbed_features_say_what_fixmatch_says():
 def test_the_partner_matters_where_there_is_a_box(probability):
   batch, other = make_batch(1), make_batch(1, seed=1)
   step = make_step(unimatch.fixmatch, box_probability=probability, min_confidence=0.0)
-  one, two = (metrics_of(step, batch | {"partner": partner})["loss_strong"] for partner in (batch["partner"], other["partner"]))
+  one, two = (
+    metrics_of(step, batch | {"partner": partner})["loss_strong"]
+    for partner in (batch["partner"], other["partner"])
+  )
   assert (one != two) == (probability > 0)
 
 
 def test_a_network_that_is_never_sure_learns_from_labels_alone():
   metrics = metrics_of(make_step(min_confidence=1.0), make_batch(2))
-  assert metrics["kept_fraction"] == 0 and metrics["loss_strong"] == 0 and metrics["loss_features"] == 0
+  assert (
+    metrics["kept_fraction"] == 0 and metrics["loss_strong"] == 0 and metrics["loss_features"] == 0
+  )
   assert metrics["loss"] == metrics["loss_supervised"] > 0
 
 
@@ -109,11 +137,13 @@ def test_options_that_cannot_work_are_told_together():
 
 
 def test_a_box_is_the_first_try_that_lies_inside():
-  # A quarter of 10x20 pixels at twice the image's own ratio: sqrt(1/2) x sqrt(1/8) of the sides, 7 x 7 pixels.
+  # A quarter of 10x20 pixels at twice the image's own ratio: sqrt(1/2) x sqrt(1/8) of the sides, 7
+  # x 7 pixels.
   area, ratio = jnp.array([0.25, 0.25]), jnp.full((2, 3), 2.0)
   corner = jnp.array([[[4, 0], [3, 13], [0, 0]], [[4, 0], [0, 14], [9, 19]]])
   edges = mixing.fitting_boxes(area, ratio, corner, (10, 20))
-  np.testing.assert_array_equal(edges, [[3, 13, 10, 20], [0, 0, 0, 0]])  # of the second image no try fits
+  # of the second image no try fits.
+  np.testing.assert_array_equal(edges, [[3, 13, 10, 20], [0, 0, 0, 0]])
   assert mixing.edge_masks(edges, (10, 20)).sum() == 49
 
 
@@ -126,4 +156,5 @@ def test_drawn_boxes_have_the_published_sizes(size):
   np.testing.assert_allclose(np.mean(height * width), 0.206, atol=0.01)
   assert edges.min() >= 0 and (edges[:, 2:] <= size).all()
   assert 0.015 < np.min(height * width) and np.max(height * width) <= 0.4
-  assert 0.25 < np.min(height / width) and np.max(height / width) < 4  # 0.3 and its inverse, but for whole pixels
+  # 0.3 and its inverse, but for whole pixels.
+  assert 0.25 < np.min(height / width) and np.max(height / width) < 4

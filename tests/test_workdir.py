@@ -1,4 +1,6 @@
-"""The folder of a run: its lock, what may change when a run is resumed, and damage to its small files."""
+"""The folder of a run: its lock, what may change when a run is resumed, and damage to its small
+files.
+"""
 
 import json
 import os
@@ -16,7 +18,13 @@ from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.evaluation import report
 
 CLASSES = {"": Classes(("background", "red", "green"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)))}
-DATA = {"": {"labeled": {"images": 3, "sha256": "a"}, "unlabeled": {"images": 5, "sha256": "b"}, "evaluated": {"images": 2, "sha256": "c"}}}
+DATA = {
+  "": {
+    "labeled": {"images": 3, "sha256": "a"},
+    "unlabeled": {"images": 5, "sha256": "b"},
+    "evaluated": {"images": 2, "sha256": "c"},
+  }
+}
 
 
 def make_config(**overrides):
@@ -43,49 +51,76 @@ def message(*args, **options):
   return str(error.value)
 
 
-# --- what may change ----------------------------------------------------------------------------------------------------------
+# --- what may change ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", [
-  {"log_every_steps": 7}, {"eval_every_steps": 7}, {"checkpoint_every_steps": 7}, {"keep_last_checkpoints": 7},
-  {"evaluation.pictures": 0}, {"evaluation.batch_size": 1}, {"data.skip_unreadable": "True"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "option",
+  [
+    {"log_every_steps": 7},
+    {"eval_every_steps": 7},
+    {"checkpoint_every_steps": 7},
+    {"keep_last_checkpoints": 7},
+    {"evaluation.pictures": 0},
+    {"evaluation.batch_size": 1},
+    {"data.skip_unreadable": "True"},
+  ],
+)
 def test_what_changes_neither_network_nor_data_is_free(workdir, option):
   assert check(workdir, make_config(**option)) == []
 
 
-@pytest.mark.parametrize("option, told", [
-  ({"total_steps": 2000}, "total_steps: 2000 now, 1000 there"),
-  ({"total_steps": 500}, "the new length"),
-  ({"optimizer.learning_rate": 0.001}, "optimizer.learning_rate: 0.001 now, 0.01 there"),
-  ({"optimizer.momentum": 0.8}, "from here on"),
-  ({"method.weight": 0.5}, "method.weight"),
-  ({"evaluation.flip": "True"}, "chosen anew"),
-  ({"evaluation.style": "slide"}, "chosen anew"),
-  ({"evaluation.pad_multiple": 32}, "chosen anew"),
-  ({"data.root": "/moved"}, "the images there are the same"),
-  ({"data.split": "listed.txt"}, "the images there are the same"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "option, told",
+  [
+    ({"total_steps": 2000}, "total_steps: 2000 now, 1000 there"),
+    ({"total_steps": 500}, "the new length"),
+    ({"optimizer.learning_rate": 0.001}, "optimizer.learning_rate: 0.001 now, 0.01 there"),
+    ({"optimizer.momentum": 0.8}, "from here on"),
+    ({"method.weight": 0.5}, "method.weight"),
+    ({"evaluation.flip": "True"}, "chosen anew"),
+    ({"evaluation.style": "slide"}, "chosen anew"),
+    ({"evaluation.pad_multiple": 32}, "chosen anew"),
+    ({"data.root": "/moved"}, "the images there are the same"),
+    ({"data.split": "listed.txt"}, "the images there are the same"),
+  ],
+)
 def test_what_a_run_can_go_on_with_is_told(workdir, option, told):
   (line,) = check(workdir, make_config(**option))
   assert told in line
 
 
-@pytest.mark.parametrize("option", [
-  {"seed": 1}, {"optimizer.name": "adamw"}, {"views.crop_size": "33,33"}, {"batch_size_global.labeled": 4}, {"network.width": 4},
-  {"criterion.name": "ohem"}, {"data.label_map": "1:255"}, {"data.exif_orientation": "ignore"}, {"labeled_every": 2},
-  {"data.image_pattern": "photos/{id}.jpg"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "option",
+  [
+    {"seed": 1},
+    {"optimizer.name": "adamw"},
+    {"views.crop_size": "33,33"},
+    {"batch_size_global.labeled": 4},
+    {"network.width": 4},
+    {"criterion.name": "ohem"},
+    {"data.label_map": "1:255"},
+    {"data.exif_orientation": "ignore"},
+    {"labeled_every": 2},
+    {"data.image_pattern": "photos/{id}.jpg"},
+  ],
+)
 def test_what_makes_another_run_is_refused_with_a_way_out(workdir, option):
   text = message(workdir, make_config(**option))
-  assert f"{next(iter(option))}: " in text and "another --workdir" in text and f"--config.init_from={workdir}" in text
+  assert (
+    f"{next(iter(option))}: " in text
+    and "another --workdir" in text
+    and f"--config.init_from={workdir}" in text
+  )
 
 
 def test_every_option_has_an_effect_of_one_of_three_kinds():
   options = configs.all_options(make_config())
   effects = {key: workdirs._effect(key, value, value) for key, value in options.items()}
   assert all(effect is None or isinstance(effect, str) for effect in effects.values())
-  assert effects["method.name"] is None and effects["seed"] is None and effects["views.flip"] is None
+  assert (
+    effects["method.name"] is None and effects["seed"] is None and effects["views.flip"] is None
+  )
 
 
 def test_a_run_is_not_made_shorter_than_it_is(workdir):
@@ -116,14 +151,23 @@ def test_classes_are_compared_by_name_and_order(workdir):
 def test_other_images_are_refused(workdir, role):
   more = {"": DATA[""] | {role: {"images": 9, "sha256": "z"}}}
   text = message(workdir, data=more)
-  assert f"{role} images: got 9 images, not {DATA[''][role]['images']} images" in text and f"{role}.txt" in text
+  assert (
+    f"{role} images: got 9 images, not {DATA[''][role]['images']} images" in text
+    and f"{role}.txt" in text
+  )
   other = {"": DATA[""] | {role: DATA[""][role] | {"sha256": "z"}}}
   assert "other ones than" in message(workdir, data=other)
 
 
-# --- damage ---------------------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
-DAMAGE = {"empty": "", "cut": '{"seed": 0, "tot', "of another type": "[1, 2]", "null": "null", "binary": b"\xff\xfe\x00\x01"}
+DAMAGE = {
+  "empty": "",
+  "cut": '{"seed": 0, "tot',
+  "of another type": "[1, 2]",
+  "null": "null",
+  "binary": b"\xff\xfe\x00\x01",
+}
 
 
 @pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
@@ -163,7 +207,7 @@ def test_no_classes_that_anybody_edited_are_a_traceback(workdir):
     assert all(isinstance(name, str) for name in classes.names)
 
 
-# --- the lock -------------------------------------------------------------------------------------------------------------------
+# --- the lock -------------------------------------------------------------------------------------
 
 
 def hold_lock(workdir, then="time.sleep(60)"):
@@ -174,7 +218,9 @@ def hold_lock(workdir, then="time.sleep(60)"):
       print("held", flush=True)
       {then}
   """
-  process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+  process = subprocess.Popen(
+    [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
+  )
   assert process.stdout.readline() == "held\n"
   return process
 
@@ -182,7 +228,9 @@ def hold_lock(workdir, then="time.sleep(60)"):
 def test_one_run_at_a_time_writes_into_a_workdir(tmp_path):
   process = hold_lock(tmp_path / "run")
   try:
-    with pytest.raises(checks.InputError, match=rf"held by process {process.pid} on .*, started 2") as error:
+    with pytest.raises(
+      checks.InputError, match=rf"held by process {process.pid} on .*, started 2"
+    ) as error:
       with workdirs.locked(tmp_path / "run"):
         pass
     assert "another --workdir" in str(error.value)
@@ -231,7 +279,11 @@ def test_fingerprints_know_images_and_weak_labels():
     labeled, unlabeled, evaluated, pseudo_labeled = Source("a"), Source("b", "c"), Source("d"), None
 
   found = workdirs.fingerprint(Data)
-  assert {role: of["images"] for role, of in found.items()} == {"labeled": 1, "unlabeled": 2, "evaluated": 1}
+  assert {role: of["images"] for role, of in found.items()} == {
+    "labeled": 1,
+    "unlabeled": 2,
+    "evaluated": 1,
+  }
   tags = np.eye(3, dtype=np.float32)
   ours, theirs = (workdirs.fingerprint(Data, (None, array)) for array in (tags, 1 - tags))
   assert ours["weak labels"] != theirs["weak labels"] and "weak labels" not in found

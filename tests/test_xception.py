@@ -40,11 +40,15 @@ def test_a_stride_too_many_dilates_the_blocks_after_its_own(output_stride, plan)
 def test_maps_are_the_image_over_the_stride_rounded_up(output_stride, deepest):
   x = jax.ShapeDtypeStruct((2, 65, 64, 3), jnp.float32)
   module = Xception65(output_stride, jnp.bfloat16)
-  maps, variables = jax.eval_shape(lambda x: module.init_with_output(jax.random.key(0), x, train=False), x)
+  maps, variables = jax.eval_shape(
+    lambda x: module.init_with_output(jax.random.key(0), x, train=False), x
+  )
   entry3 = max(deepest, (5, 4))  # stride 16 at most
   sizes = [(17, 16), (17, 16), (9, 8), entry3, entry3, deepest, deepest]
   channels = [256, 128, 256, 728, 728, 1024, 2048]
-  assert [y.shape for y in maps] == [(2, *size, count) for size, count in zip(sizes, channels, strict=True)]
+  assert [y.shape for y in maps] == [
+    (2, *size, count) for size, count in zip(sizes, channels, strict=True)
+  ]
   assert {y.dtype for y in maps} == {jnp.dtype(jnp.bfloat16)}
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
 
@@ -52,7 +56,8 @@ def test_maps_are_the_image_over_the_stride_rounded_up(output_stride, deepest):
 def test_a_unit_with_silent_convolutions_passes_its_input_on_negative_values_too():
   x = uniform(0, 1, 4, 3, 6)
   unit = Unit((5, 5, 6), stride=1, dilation=2)
-  y, _ = unit.apply(unit.init(jax.random.key(0), x, train=False), x, train=False)  # kernels are 0 before they are drawn
+  # Kernels are 0 before they are drawn.
+  y, _ = unit.apply(unit.init(jax.random.key(0), x, train=False), x, train=False)
   np.testing.assert_array_equal(y, x)
 
 
@@ -87,12 +92,17 @@ def test_groups_do_not_see_each_other(monkeypatch):
   features = [(4, 4, 4), (5, 5, 5), (6, 6, 6), (6, 6, 6), (6, 7, 7), (8, 8, 9)]
   strides = [stride for _, _, stride in xception.BLOCKS.values()]
   monkeypatch.setattr(
-    xception, "BLOCKS", {name: (1, f, s) for name, f, s in zip(xception.BLOCKS, features, strides, strict=True)}
+    xception,
+    "BLOCKS",
+    {name: (1, f, s) for name, f, s in zip(xception.BLOCKS, features, strides, strict=True)},
   )
   x, module = uniform(4, 4, 33, 24, 3), Xception65()
   variables = drawn_variables(module, x)
-  run = jax.jit(lambda x: module.apply(variables, x, train=True, groups=2, mutable=["batch_stats"])[0])
-  for before, after in zip(run(x), run(x.at[1].add(1.0)), strict=True):  # rows 1 and 3 are one group
+  run = jax.jit(
+    lambda x: module.apply(variables, x, train=True, groups=2, mutable=["batch_stats"])[0]
+  )
+  # Rows 1 and 3 are one group.
+  for before, after in zip(run(x), run(x.at[1].add(1.0)), strict=True):
     np.testing.assert_array_equal(after[0::2], before[0::2])
     assert (after[3] != before[3]).any()
 
@@ -101,7 +111,10 @@ def test_groups_do_not_see_each_other(monkeypatch):
   "path,name",
   [
     ("conv2/conv/kernel", "entry_flow/conv1_2/weights"),
-    ("entry2_0/shortcut/bn/bias", "entry_flow/block2/unit_1/xception_module/shortcut/BatchNorm/beta"),
+    (
+      "entry2_0/shortcut/bn/bias",
+      "entry_flow/block2/unit_1/xception_module/shortcut/BatchNorm/beta",
+    ),
     (
       "middle1_15/separable3_depthwise/conv/depthwise",
       "middle_flow/block1/unit_16/xception_module/separable_conv3_depthwise/depthwise_weights",
@@ -112,6 +125,9 @@ def test_names_count_units_from_one(path, name):
   assert tf_name(f"backbone/{path}", variant="xception65") == f"xception_65/{name}"
 
 
-@pytest.mark.parametrize("path", ["backbone/layer1_0/unit1/conv/kernel", "head/unit3/conv/kernel", "backbone/conv1/conv/bias"])
+@pytest.mark.parametrize(
+  "path",
+  ["backbone/layer1_0/unit1/conv/kernel", "head/unit3/conv/kernel", "backbone/conv1/conv/bias"],
+)
 def test_paths_of_other_networks_have_no_name(path):
   assert tf_name(path, variant="xception65") is None

@@ -1,13 +1,17 @@
-"""What short runs on small photographs make of published settings; all figures are on val, none on test.
+"""What short runs on small photographs make of published settings; all figures are on val, none on
+test.
 
-The runs are those of photographs.py (leeds_butterfly, 5 labeled photographs a class, 1000 steps, one seed). Three things are tried here:
+The runs are those of photographs.py (leeds_butterfly, 5 labeled photographs a class, 1000 steps,
+one seed). Three things are tried here:
 
-- of `supervised`: by which factors photographs are resized before they are cropped (a crop at twice the size shows a wing, not a
-  butterfly), the output stride, what of the encoder is learnt, and the learning rate. These trials began with everything learnt at a
-  rate of 0.01; a setting that names neither has that. Other methods were tried in those that looked best;
+- of `supervised`: by which factors photographs are resized before they are cropped (a crop at twice
+  the size shows a wing, not a butterfly), the output stride, what of the encoder is learnt, and the
+  learning rate. These trials began with everything learnt at a rate of 0.01; a setting that names
+  neither has that. Other methods were tried in those that looked best;
 - of pseudoseg with image-level labels, in what was chosen: what holds it back;
-- of three methods together, in what was chosen: config.unlabeled_loss, over which share of the run the unlabeled losses rise, and a factor
-  on their published weights, which are of runs fifty times as long.
+- of three methods together, in what was chosen: config.unlabeled_loss, over which share of the run
+  the unlabeled losses rise, and a factor on their published weights, which are of runs fifty times
+  as long.
 """
 
 from __future__ import annotations
@@ -31,14 +35,27 @@ SETTINGS = {
   "frozen encoder": {"network.freeze": "encoder"},
   "frozen encoder, scales 0.75-1.5": {"network.freeze": "encoder", "views.scales": (0.75, 1.5)},
   "learning rate 0.001": {"optimizer.learning_rate": 0.001},
-  "frozen batch norm, learning rate 0.001": {"network.freeze": "batch_norm", "optimizer.learning_rate": 0.001},
-  "frozen batch norm, learning rate 0.0005": {"network.freeze": "batch_norm", "optimizer.learning_rate": 0.0005},
-  "frozen batch norm, learning rate 0.003": {"network.freeze": "batch_norm", "optimizer.learning_rate": 0.003},
+  "frozen batch norm, learning rate 0.001": {
+    "network.freeze": "batch_norm",
+    "optimizer.learning_rate": 0.001,
+  },
+  "frozen batch norm, learning rate 0.0005": {
+    "network.freeze": "batch_norm",
+    "optimizer.learning_rate": 0.0005,
+  },
+  "frozen batch norm, learning rate 0.003": {
+    "network.freeze": "batch_norm",
+    "optimizer.learning_rate": 0.003,
+  },
   "frozen batch norm, learning rate 0.001, output stride 16": {
-    "network.freeze": "batch_norm", "optimizer.learning_rate": 0.001, "network.output_stride": 16,
+    "network.freeze": "batch_norm",
+    "optimizer.learning_rate": 0.001,
+    "network.output_stride": 16,
   },
   "frozen batch norm, learning rate 0.001, scales 0.75-1.5": {
-    "network.freeze": "batch_norm", "optimizer.learning_rate": 0.001, "views.scales": (0.75, 1.5),
+    "network.freeze": "batch_norm",
+    "optimizer.learning_rate": 0.001,
+    "views.scales": (0.75, 1.5),
   },
 }
 # What else learns in which of these settings.
@@ -47,8 +64,8 @@ OTHERS = {
   "frozen encoder, scales 0.75-1.5": ["cps_cutmix", "fixmatch"],
   "frozen batch norm, learning rate 0.001": ["cps_cutmix", "fixmatch", "mean_teacher"],
 }
-# Of pseudoseg with image-level labels, in what was chosen: it sees classes on a grid of the output stride, and its classifier learns the
-# labeled photographs by heart.
+# Of pseudoseg with image-level labels, in what was chosen: it sees classes on a grid of the output
+# stride, and its classifier learns the labeled photographs by heart.
 PSEUDOSEG = {
   "": {},
   "output stride 16": {"network.output_stride": 16},
@@ -56,9 +73,11 @@ PSEUDOSEG = {
 }
 METHODS = ("fixmatch", "cps_cutmix", "mean_teacher")
 RULES = [
-  {"factor": 1.0, "rampup_fraction": 0.25}, {"factor": 0.1, "rampup_fraction": 0.25},
-  {"factor": 1.0, "rampup_fraction": 0.5}, {"factor": 1.0, "rampup_fraction": 0.0},
-]  # fmt: skip
+  {"factor": 1.0, "rampup_fraction": 0.25},
+  {"factor": 0.1, "rampup_fraction": 0.25},
+  {"factor": 1.0, "rampup_fraction": 0.5},
+  {"factor": 1.0, "rampup_fraction": 0.0},
+]
 
 
 def runs(root: pathlib.Path, workdir: pathlib.Path, seeds: list[int]) -> Iterator[Run]:
@@ -68,11 +87,22 @@ def runs(root: pathlib.Path, workdir: pathlib.Path, seeds: list[int]) -> Iterato
   def run(method: str, variant: str, overrides: Mapping[str, Any], given: str = ""):
     config = photographs.config_of(root, data_set, method, given, data_set.labels, seed, workdir)
     configs.override(config, overrides)
-    return Run(data_set.name, method, ", ".join(filter(None, [given, variant])), data_set.labels, seed, config, {})
+    return Run(
+      data_set.name,
+      method,
+      ", ".join(filter(None, [given, variant])),
+      data_set.labels,
+      seed,
+      config,
+      {},
+    )
 
   for variant, overrides in SETTINGS.items():
     for method in ("supervised", *OTHERS.get(variant, ())):
-      first = {"network.freeze": "none", "optimizer.learning_rate": 0.02 if method in photographs.HALVED else 0.01}
+      first = {
+        "network.freeze": "none",
+        "optimizer.learning_rate": 0.02 if method in photographs.HALVED else 0.01,
+      }
       yield run(method, variant, first | overrides)
   for variant, overrides in PSEUDOSEG.items():
     yield run("pseudoseg", variant, overrides, "image-level labels")

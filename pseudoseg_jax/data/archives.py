@@ -1,7 +1,9 @@
-"""Official archives, read a member at a time: tar, tar.gz, zip, or the folder that one was extracted to.
+"""Official archives, read a member at a time: tar, tar.gz, zip, or the folder that one was
+extracted to.
 
-Whatever an archive says of itself, memory and time are bounded by what it holds: nothing is taken for a size that is only written
-there, nor unfolded to a multiple of itself that no images, masks or lists have.
+Whatever an archive says of itself, memory and time are bounded by what it holds: nothing is taken
+for a size that is only written there, nor unfolded to a multiple of itself that no images, masks or
+lists have.
 """
 
 from __future__ import annotations
@@ -18,12 +20,20 @@ from typing import BinaryIO, NamedTuple
 from pseudoseg_jax import checks
 from pseudoseg_jax.data import listing
 
-# Of damaged files; ValueError: names that are no text, numbers that are none, places before the beginning; RecursionError: names
-# of names of names.
+# Of damaged files; ValueError: names that are no text, numbers that are none, places before the
+# beginning; RecursionError: names of names of names.
 _DAMAGED = (
-  tarfile.TarError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, OSError, ValueError,
-  OverflowError, RecursionError,
-)  # fmt: skip
+  tarfile.TarError,
+  zipfile.BadZipFile,
+  zlib.error,
+  struct.error,
+  EOFError,
+  NotImplementedError,
+  OSError,
+  ValueError,
+  OverflowError,
+  RecursionError,
+)
 _MOST_RATIO, _ANY_RATIO_BYTES = 100, 64 << 20  # of text about 10; what is small may be of any
 _PIECE_BYTES = 1 << 20
 
@@ -31,7 +41,8 @@ _PIECE_BYTES = 1 << 20
 class Member(NamedTuple):
   """A file of an archive.
 
-  name: its path in the archive, parts joined by "/"; in a folder its absolute path, so that the ends of names agree.
+  name: its path in the archive, parts joined by "/"; in a folder its absolute path, so that the
+    ends of names agree.
   size: of its content, in bytes.
   read: () -> its content; to be called before the next member is asked for.
   done: share of the archive that lies before it, 0..1.
@@ -47,9 +58,9 @@ def members(path: str | pathlib.Path, wanted: Callable[[str], object]) -> Iterat
   """The files of an archive or folder of which `wanted(name)` is true.
 
   Raises:
-    InputError: no such path; no archive; a truncated, damaged or encrypted one; one that unfolds to a multiple of itself that no
-      data set has; names that lead out of it (absolute or with ".."); a wanted member that is a link or a device. All name the
-      archive.
+    InputError: no such path; no archive; a truncated, damaged or encrypted one; one that unfolds to
+      a multiple of itself that no data set has; names that lead out of it (absolute or with "..");
+      a wanted member that is a link or a device. All name the archive.
   """
   path = pathlib.Path(path)
   try:
@@ -66,7 +77,9 @@ def members(path: str | pathlib.Path, wanted: Callable[[str], object]) -> Iterat
 
 
 class _Unfolded:
-  """The bytes of a file, unzipped where it is: for `tarfile`, which believes every size that it reads."""
+  """The bytes of a file, unzipped where it is: for `tarfile`, which believes every size that it
+  reads.
+  """
 
   def __init__(self, path: pathlib.Path, raw: BinaryIO):
     self._path, self._raw, self._place = path, raw, 0
@@ -105,7 +118,11 @@ def _tar(path, wanted):
       if not _wanted(path, entry.name, wanted) or entry.isdir():
         continue
       if not entry.isfile() or entry.issparse():
-        _refuse(path, f"member {entry.name!r}", "a sparse file" if entry.issparse() else "a link or device")
+        _refuse(
+          path,
+          f"member {entry.name!r}",
+          "a sparse file" if entry.issparse() else "a link or device",
+        )
       read = _reader(path, lambda entry=entry: archive.extractfile(entry).read())
       yield Member(entry.name.removeprefix("./"), entry.size, read, raw.tell() / total)
 
@@ -124,7 +141,11 @@ def _zip(path, wanted):
         _refuse(path, f"member {entry.filename!r}", "a link")
       if entry.flag_bits & 1:
         problems = checks.Problems("cannot read archive")
-        problems.add(str(path), got="encrypted members", remedy="extract it with its password, and give the folder")
+        problems.add(
+          str(path),
+          got="encrypted members",
+          remedy="extract it with its password, and give the folder",
+        )
         problems.raise_if_any()
       _check_ratio(path, entry.file_size, entry.compress_size, entry.filename)
       read = _reader(path, lambda entry=entry: archive.read(entry))
@@ -140,7 +161,11 @@ def _folder(path, wanted):
 def _check_ratio(path, unfolded: int, stored: int, name: str = "") -> None:
   """Refuses what was made to fill disk or memory."""
   if unfolded > _ANY_RATIO_BYTES + _MOST_RATIO * stored:
-    _refuse(path, f"member {name!r}" if name else "all members", f"more than {_MOST_RATIO} times what is stored of it")
+    _refuse(
+      path,
+      f"member {name!r}" if name else "all members",
+      f"more than {_MOST_RATIO} times what is stored of it",
+    )
 
 
 def _wanted(path, name, wanted) -> bool:
@@ -165,11 +190,17 @@ def _reader(path, read):
 def _unusable(path, error) -> checks.InputError:
   problems = checks.Problems("cannot read archive")
   if path.exists():
-    problems.add(str(path), got=f"{type(error).__name__}: {error}", allowed="a whole .tar, .tar.gz, .tgz or .zip, or a folder",
-                 remedy="it is damaged, cut short or of another kind: fetch it anew, or extract it and give the folder; "
-                 "what is written already stays")  # fmt: skip
+    problems.add(
+      str(path),
+      got=f"{type(error).__name__}: {error}",
+      allowed="a whole .tar, .tar.gz, .tgz or .zip, or a folder",
+      remedy="it is damaged, cut short or of another kind: fetch it anew, or extract it and give the folder; "
+      "what is written already stays",
+    )
   else:
-    problems.add(str(path), got="no such file or folder", remedy="give the path of the official archive")
+    problems.add(
+      str(path), got="no such file or folder", remedy="give the path of the official archive"
+    )
   try:
     problems.raise_if_any()
   except checks.InputError as told:
@@ -178,5 +209,10 @@ def _unusable(path, error) -> checks.InputError:
 
 def _refuse(path, member: str, got: str) -> None:
   problems = checks.Problems(f"archive {path} is not safe to extract")
-  problems.add(member, got=got, allowed="plain files below the archive's own root", remedy="fetch the official one")
+  problems.add(
+    member,
+    got=got,
+    allowed="plain files below the archive's own root",
+    remedy="fetch the official one",
+  )
   problems.raise_if_any()

@@ -18,26 +18,65 @@ from pseudoseg_jax.data.sources import Source
 
 # kind -> what is said of its items, what to do. Errors stop a run or make its scores worthless.
 ERRORS = {
-  "unreadable_image": ("images that cannot be read", "repair or fetch them anew, or take their ids off the list"),
-  "unreadable_mask": ("masks that cannot be read", "repair or fetch them anew, or take their ids off the list"),
-  "unknown_value": ("masks with values that are no class", "map them (config.data.label_map=VALUE:CLASS) or correct the classes"),
-  "size_mismatch": ("masks of another size than their image", "export them again at the image's own size"),
-  "no_class_but_0": ("masks of 0 and 255 alone; none has more", "255 is 'no opinion'; as class 1: config.data.label_map=255:1"),
-  "labeled_in_evaluated": ("labeled images that are also evaluated", "take them out of one list: such scores mean nothing"),
-  "not_trainable": ("what training refuses", "training with this config would end with these errors"),
+  "unreadable_image": (
+    "images that cannot be read",
+    "repair or fetch them anew, or take their ids off the list",
+  ),
+  "unreadable_mask": (
+    "masks that cannot be read",
+    "repair or fetch them anew, or take their ids off the list",
+  ),
+  "unknown_value": (
+    "masks with values that are no class",
+    "map them (config.data.label_map=VALUE:CLASS) or correct the classes",
+  ),
+  "size_mismatch": (
+    "masks of another size than their image",
+    "export them again at the image's own size",
+  ),
+  "no_class_but_0": (
+    "masks of 0 and 255 alone; none has more",
+    "255 is 'no opinion'; as class 1: config.data.label_map=255:1",
+  ),
+  "labeled_in_evaluated": (
+    "labeled images that are also evaluated",
+    "take them out of one list: such scores mean nothing",
+  ),
+  "not_trainable": (
+    "what training refuses",
+    "training with this config would end with these errors",
+  ),
 }
 WARNINGS = {
-  "left_out": ("files beside the images that are not used", "convert or rename them, or correct the pattern, if they are images"),
+  "left_out": (
+    "files beside the images that are not used",
+    "convert or rename them, or correct the pattern, if they are images",
+  ),
   "exif_orientation": (
     "images with an EXIF orientation",
     "config.data.exif_orientation=apply takes image and mask as viewers show them, ignore takes both as stored: which fits?",
   ),
-  "only_0_and_255": ("masks of 0 and 255 alone", "255 is 'no opinion'; does it stand for a class here?"),
-  "only_ignored": ("masks of ignored pixels alone", "nothing can be learnt from them, and nothing scored"),
-  "unseen_class": ("classes of which no mask holds a pixel", "they cannot be learnt from these images, or scored on them"),
+  "only_0_and_255": (
+    "masks of 0 and 255 alone",
+    "255 is 'no opinion'; does it stand for a class here?",
+  ),
+  "only_ignored": (
+    "masks of ignored pixels alone",
+    "nothing can be learnt from them, and nothing scored",
+  ),
+  "unseen_class": (
+    "classes of which no mask holds a pixel",
+    "they cannot be learnt from these images, or scored on them",
+  ),
   "duplicate": ("images that are there more than once", "keep one of each"),
-  "unlabeled_in_evaluated": ("unlabeled images that are also evaluated", "take them out, unless the method may see them"),
-  "labeled_in_unlabeled": ("labeled images that are also unlabeled ones", "meant so in some recipes; else take them out"),
+  "unlabeled_in_evaluated": (
+    "unlabeled images that are also evaluated",
+    "take them out, unless the method may see them",
+  ),
+  "labeled_in_unlabeled": (
+    "labeled images that are also unlabeled ones",
+    "meant so in some recipes; else take them out",
+  ),
 }
 KINDS = ERRORS | WARNINGS
 
@@ -45,14 +84,18 @@ _PAIRS = (("labeled", "evaluated"), ("unlabeled", "evaluated"), ("labeled", "unl
 
 
 class Item(NamedTuple):
-  """path: of a file (of a source without files: role/id), or the name of a class. detail: what is wrong with it, may be empty."""
+  """path: of a file (of a source without files: role/id), or the name of a class. detail: what is
+  wrong with it, may be empty.
+  """
 
   path: str
   detail: str
 
 
 class Finding(NamedTuple):
-  """Everything of one kind. kind: a key of KINDS. role: whose images, e.g. "labeled"; else what it is about."""
+  """Everything of one kind. kind: a key of KINDS. role: whose images, e.g. "labeled"; else what it
+  is about.
+  """
 
   kind: str
   role: str
@@ -67,10 +110,12 @@ class Finding(NamedTuple):
 class Audit:
   """What the images of one role are.
 
-  paths: of the images, by row. digests: of their pixels, by row; None where an image cannot be read.
+  paths: of the images, by row. digests: of their pixels, by row; None where an image cannot be
+    read.
   usable: rows of which image and mask (where there are masks) can be used.
   sizes: (height, width) -> number of images.
-  pixels, images: i64 [K], pixels of each class, and masks that hold it. ignored_pixels: those with no opinion.
+  pixels, images: i64 [K], pixels of each class, and masks that hold it. ignored_pixels: those with
+    no opinion.
   """
 
   has_masks: bool
@@ -93,7 +138,8 @@ def audit(
   threads: int | None = None,
   each: Callable[[], None] = lambda: None,
 ) -> Audit:
-  """Decodes every image and, with_masks, every mask; damage of any kind becomes a finding and never stops it.
+  """Decodes every image and, with_masks, every mask; damage of any kind becomes a finding and never
+  stops it.
 
   Memory does not grow with the images but by some hundred bytes each.
 
@@ -105,10 +151,19 @@ def audit(
   threads = threads or min(32, (os.cpu_count() or 1) + 2)
   items = collections.defaultdict(list)
   result = Audit(
-    with_masks, [_path(source, "image", row, role) for row in range(len(source))], [], [], collections.Counter(),
-    np.zeros(len(names), np.int64), np.zeros(len(names), np.int64), 0, [],
-  )  # fmt: skip
-  for row, seen in enumerate(_in_order(lambda row: _look(source, row, role, with_masks), len(source), threads)):
+    with_masks,
+    [_path(source, "image", row, role) for row in range(len(source))],
+    [],
+    [],
+    collections.Counter(),
+    np.zeros(len(names), np.int64),
+    np.zeros(len(names), np.int64),
+    0,
+    [],
+  )
+  for row, seen in enumerate(
+    _in_order(lambda row: _look(source, row, role, with_masks), len(source), threads)
+  ):
     result.digests.append(seen.digest)
     if seen.size is not None:
       result.sizes[seen.size] += 1
@@ -124,14 +179,18 @@ def audit(
   if with_masks:
     if not result.pixels[1:].any():
       items["no_class_but_0"] = items.pop("only_0_and_255", [])
-    items["unseen_class"] = [Item(name, "") for name, pixels in zip(names, result.pixels, strict=True) if not pixels]
+    items["unseen_class"] = [
+      Item(name, "") for name, pixels in zip(names, result.pixels, strict=True) if not pixels
+    ]
   items["duplicate"] = _duplicates(result)
   result.findings = [Finding(kind, role, tuple(items[kind])) for kind in KINDS if items[kind]]
   return result
 
 
 def overlaps(audits: Mapping[str, Audit]) -> list[Finding]:
-  """Images that stand in two of the roles "labeled", "unlabeled", "evaluated", as the same file or with the same pixels."""
+  """Images that stand in two of the roles "labeled", "unlabeled", "evaluated", as the same file or
+  with the same pixels.
+  """
   findings = []
   for first, second in _PAIRS:
     if first in audits and second in audits:
@@ -163,7 +222,9 @@ def _look(source: Source, row: int, role: str, with_masks: bool) -> _Seen:
     path = _path(source, "image", row, role)
     problems.append(("unreadable_image", Item(path, _reason(error, path))))
   else:
-    orientation = source.orientation_in_words(row) if hasattr(source, "orientation_in_words") else ""
+    orientation = (
+      source.orientation_in_words(row) if hasattr(source, "orientation_in_words") else ""
+    )
     if orientation:
       problems.append(("exif_orientation", Item(_path(source, "image", row, role), orientation)))
   if with_masks:
@@ -183,7 +244,12 @@ def _look(source: Source, row: int, role: str, with_masks: bool) -> _Seen:
       if held == [IGNORE_LABEL]:
         problems.append(("only_ignored", Item(path, "")))
       elif held == [0, IGNORE_LABEL]:
-        problems.append(("only_0_and_255", Item(path, f"{100 * counts[IGNORE_LABEL] / label.size:.1f} % of it is 255")))
+        problems.append(
+          (
+            "only_0_and_255",
+            Item(path, f"{100 * counts[IGNORE_LABEL] / label.size:.1f} % of it is 255"),
+          )
+        )
   return _Seen(size, digest, counts, problems)
 
 
@@ -207,7 +273,9 @@ def _path(source: Source, what: str, row: int, role: str) -> str:
 
 
 def _in_order(call: Callable[[int], _Seen], count: int, threads: int) -> Iterator[_Seen]:
-  """call(0), call(1), ..., computed by threads (decoders release the interpreter's lock), few at a time."""
+  """call(0), call(1), ..., computed by threads (decoders release the interpreter's lock), few at a
+  time.
+  """
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
     waiting = collections.deque()
     try:
@@ -234,7 +302,11 @@ def _duplicates(found: Audit) -> list[Item]:
 
 def _shared(ours: Audit, theirs: Audit) -> tuple[Item, ...]:
   by_path = set(theirs.paths)
-  by_digest = {digest: path for digest, path in zip(theirs.digests, theirs.paths, strict=True) if digest is not None}
+  by_digest = {
+    digest: path
+    for digest, path in zip(theirs.digests, theirs.paths, strict=True)
+    if digest is not None
+  }
   items = []
   for path, digest in zip(ours.paths, ours.digests, strict=True):
     if path in by_path:

@@ -1,7 +1,7 @@
 """Bounding boxes: where objects are, roughly.
 
-Boxes of an image are f32 [M, 5], a row for each: class index, top, left, bottom, right; the edges are fractions of the image's
-height and width, 0..1, before any augmentation.
+Boxes of an image are f32 [M, 5], a row for each: class index, top, left, bottom, right; the edges
+are fractions of the image's height and width, 0..1, before any augmentation.
 """
 
 from __future__ import annotations
@@ -31,20 +31,22 @@ NamedBox = tuple[str, float, float, float, float]  # class name, top, left, bott
 def read_boxes(path: str | pathlib.Path, ids: Sequence[str], classes: Classes) -> list[np.ndarray]:
   """Reads the boxes of images from a folder of VOC annotations or a COCO JSON file.
 
-  An image may have no box, and the file may hold other images as well. Edges at most a pixel outside of the image are clipped;
-  boxes without area are dropped.
+  An image may have no box, and the file may hold other images as well. Edges at most a pixel
+  outside of the image are clipped; boxes without area are dropped.
 
   Args:
-    path: a folder of VOC XML files `<id>.xml` (object/bndbox, pixels counted from 1, the last one included; "difficult" objects
-      count), or a COCO JSON (bbox: left, top, width, height in pixels from 0; crowds are dropped).
-    ids: the images' ids, with or without the ending of an image file; in a COCO JSON they are file names or, where no file name
-      is among them, image ids.
+    path: a folder of VOC XML files `<id>.xml` (object/bndbox, pixels counted from 1, the last one
+      included; "difficult" objects count), or a COCO JSON (bbox: left, top, width, height in pixels
+      from 0; crowds are dropped).
+    ids: the images' ids, with or without the ending of an image file; in a COCO JSON they are file
+      names or, where no file name is among them, image ids.
 
   Returns:
     Boxes f32 [M_i, 5] of each of `ids`.
 
   Raises:
-    InputError: unreadable files, images without an entry, boxes that do not lie in their image, unknown classes; all at once.
+    InputError: unreadable files, images without an entry, boxes that do not lie in their image,
+      unknown classes; all at once.
   """
   path = pathlib.Path(path)
   problems = checks.Problems(f"cannot use boxes {path}")
@@ -57,29 +59,37 @@ def read_boxes(path: str | pathlib.Path, ids: Sequence[str], classes: Classes) -
   return boxes
 
 
-def boxes_of_masks(source: Source, classes: Classes, min_area_fraction: float = 0.001) -> list[np.ndarray]:
+def boxes_of_masks(
+  source: Source, classes: Classes, min_area_fraction: float = 0.001
+) -> list[np.ndarray]:
   """Boxes read off masks, to simulate images that come with boxes only: f32 [M_i, 5] of each image.
 
-  A box around each connected region (4 neighbours) of a class; background (`Classes.background_index`) has none. Objects that
-  touch share one, and an object that is cut in two has two. Regions of less than `min_area_fraction` of the image are left out.
+  A box around each connected region (4 neighbours) of a class; background
+  (`Classes.background_index`) has none. Objects that touch share one, and an object that is cut in
+  two has two. Regions of less than `min_area_fraction` of the image are left out.
 
   Raises:
     InputError: a source without masks, or a mask that cannot be read.
   """
   if not source.has_labels:
-    raise checks.InputError("cannot read boxes off masks: the source has none; give it a label_pattern")
+    raise checks.InputError(
+      "cannot read boxes off masks: the source has none; give it a label_pattern"
+    )
   things = [index for index in range(len(classes)) if index != classes.background_index]
-  return [_boxes_of_mask(source.label(row), things, min_area_fraction) for row in range(len(source))]
+  return [
+    _boxes_of_mask(source.label(row), things, min_area_fraction) for row in range(len(source))
+  ]
 
 
 def boxes_of_instances(instances: np.ndarray, label: np.ndarray, classes: Classes) -> np.ndarray:
   """Boxes around the objects of one image, f32 [M, 5].
 
   Args:
-    instances: integers [h, w], a number for each object, as in VOC's SegmentationObject and Cityscapes' instanceIds; where they
-      are of 8 bits, IGNORE_LABEL is none.
-    label: uint8 [h, w]. An object's class is the one that most of its pixels have; without one, or with background, it has no
-      box. So what is no object, but numbered, has a box as well (Cityscapes: road).
+    instances: integers [h, w], a number for each object, as in VOC's SegmentationObject and
+      Cityscapes' instanceIds; where they are of 8 bits, IGNORE_LABEL is none.
+    label: uint8 [h, w]. An object's class is the one that most of its pixels have; without one, or
+      with background, it has no box. So what is no object, but numbered, has a box as well
+      (Cityscapes: road).
   """
   height, width = label.shape
   numbers, places = np.unique(instances, return_inverse=True)
@@ -91,27 +101,47 @@ def boxes_of_instances(instances: np.ndarray, label: np.ndarray, classes: Classe
     inside = places[rows, columns] == index
     counts = np.bincount(label[rows, columns][inside], minlength=256)[: len(classes)]
     if counts.any() and counts.argmax() != classes.background_index:
-      boxes.append((counts.argmax(), rows.start / height, columns.start / width, rows.stop / height, columns.stop / width))
+      boxes.append(
+        (
+          counts.argmax(),
+          rows.start / height,
+          columns.start / width,
+          rows.stop / height,
+          columns.stop / width,
+        )
+      )
   return np.array(boxes, np.float32).reshape(-1, 5)
 
 
 def write_boxes(
-  path: str | pathlib.Path, ids: Sequence[str], sizes: Sequence[tuple[int, int]], boxes: Sequence[np.ndarray], classes: Classes
+  path: str | pathlib.Path,
+  ids: Sequence[str],
+  sizes: Sequence[tuple[int, int]],
+  boxes: Sequence[np.ndarray],
+  classes: Classes,
 ) -> None:
-  """Writes boxes [M_i, 5] of images of (height, width) pixels as a COCO JSON for `read_boxes`; edges become whole pixels."""
+  """Writes boxes [M_i, 5] of images of (height, width) pixels as a COCO JSON for `read_boxes`;
+  edges become whole pixels.
+  """
   images, annotations = [], []
   for row, (name, (height, width), of_image) in enumerate(zip(ids, sizes, boxes, strict=True)):
     images.append({"id": row, "file_name": name, "height": height, "width": width})
     for kind, *edges in np.rint(of_image * [1, height, width, height, width]).astype(int).tolist():
       top, left, bottom, right = edges
       bbox = [left, top, right - left, bottom - top]
-      annotations.append({"id": len(annotations), "image_id": row, "category_id": kind, "bbox": bbox, "iscrowd": 0})
+      annotations.append(
+        {"id": len(annotations), "image_id": row, "category_id": kind, "bbox": bbox, "iscrowd": 0}
+      )
   categories = [{"id": index, "name": name} for index, name in enumerate(classes.names)]
-  pathlib.Path(path).write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+  pathlib.Path(path).write_text(
+    json.dumps({"images": images, "annotations": annotations, "categories": categories})
+  )
 
 
 def pad_boxes(boxes: Sequence[np.ndarray]) -> np.ndarray:
-  """Boxes [M_i, 5] of N images -> f32 [N, M, 5], M the largest count (1 at least); rows without a box are of class -1."""
+  """Boxes [M_i, 5] of N images -> f32 [N, M, 5], M the largest count (1 at least); rows without a
+  box are of class -1.
+  """
   padded = np.zeros((len(boxes), max([1, *map(len, boxes)]), 5), np.float32)
   padded[..., 0] = NO_BOX
   for row, of_image in enumerate(boxes):
@@ -119,7 +149,9 @@ def pad_boxes(boxes: Sequence[np.ndarray]) -> np.ndarray:
   return padded
 
 
-def _boxes_of_mask(label: np.ndarray, indices: Sequence[int], min_area_fraction: float) -> np.ndarray:
+def _boxes_of_mask(
+  label: np.ndarray, indices: Sequence[int], min_area_fraction: float
+) -> np.ndarray:
   height, width = label.shape
   boxes = []
   for index in np.intersect1d(label, indices):
@@ -127,7 +159,15 @@ def _boxes_of_mask(label: np.ndarray, indices: Sequence[int], min_area_fraction:
     areas = np.bincount(regions.ravel())[1:]
     for area, (rows, columns) in zip(areas, scipy.ndimage.find_objects(regions), strict=True):
       if area >= min_area_fraction * label.size:
-        boxes.append((index, rows.start / height, columns.start / width, rows.stop / height, columns.stop / width))
+        boxes.append(
+          (
+            index,
+            rows.start / height,
+            columns.start / width,
+            rows.stop / height,
+            columns.stop / width,
+          )
+        )
   return np.array(boxes, np.float32).reshape(-1, 5)
 
 
@@ -135,8 +175,12 @@ def _boxes_of_xml(root: ElementTree.Element) -> list[NamedBox]:
   width, height = (_number(root, f"size/{side}") for side in ("width", "height"))
   boxes = []
   for found in root.iterfind("object"):
-    left, top, right, bottom = (_number(found, f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax"))
-    boxes.append(_in_image(tags.object_name(found), left - 1, top - 1, right, bottom, width, height))
+    left, top, right, bottom = (
+      _number(found, f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax")
+    )
+    boxes.append(
+      _in_image(tags.object_name(found), left - 1, top - 1, right, bottom, width, height)
+    )
   return boxes
 
 
@@ -152,24 +196,34 @@ def _number(element: ElementTree.Element, path: str) -> float:
 _COCO = "a folder of VOC XML, or a COCO JSON of images, annotations and categories"
 
 
-def _read_coco(path: pathlib.Path, ids: Sequence[str], problems: checks.Problems) -> dict[str, list[NamedBox]]:
+def _read_coco(
+  path: pathlib.Path, ids: Sequence[str], problems: checks.Problems
+) -> dict[str, list[NamedBox]]:
   content = tags.read_json(path, problems, _COCO)
   if not isinstance(content, dict):
     problems.add("file", got=f"a {type(content).__name__}", allowed=_COCO)
     problems.raise_if_any()
   images = _items(content, "images", {"id": _is_id, "file_name": _is_text}, problems)
-  annotations = _items(content, "annotations", {"image_id": _is_id, "category_id": _is_id}, problems)
+  annotations = _items(
+    content, "annotations", {"image_id": _is_id, "category_id": _is_id}, problems
+  )
   categories = _items(content, "categories", {"id": _is_id, "name": _is_text}, problems)
   for name, items in ("images", images), ("categories", categories):
     for key, count in collections.Counter(str(item["id"]) for item in items).items():
       if count > 1:
-        problems.add(name, got=f"id {splits.shown(key)} {count} times", allowed="an id of its own for each")
+        problems.add(
+          name, got=f"id {splits.shown(key)} {count} times", allowed="an id of its own for each"
+        )
   category_of = {str(category["id"]): category["name"] for category in categories}
   boxes_of = collections.defaultdict(list)
   for number, annotation in enumerate(annotations):
     category = str(annotation["category_id"])
     if category not in category_of:
-      problems.add(f"annotations[{number}]", got=f"category_id {splits.shown(category)}", allowed="the id of a category")
+      problems.add(
+        f"annotations[{number}]",
+        got=f"category_id {splits.shown(category)}",
+        allowed="the id of a category",
+      )
     elif not annotation.get("iscrowd"):
       boxes_of[str(annotation["image_id"])].append((category_of[category], annotation.get("bbox")))
   problems.raise_if_any()  # of an unreadable file every image would be told to be missing
@@ -185,24 +239,39 @@ def _read_coco(path: pathlib.Path, ids: Sequence[str], problems: checks.Problems
         size = _numbers([image.get("width"), image.get("height")], 2)
         entries[name].append(_in_image(category, left, top, left + width, top + height, *size))
     except ValueError as error:
-      problems.add(f"image {name}", got=error, allowed="bbox [left, top, width, height] inside of width x height")
+      problems.add(
+        f"image {name}",
+        got=error,
+        allowed="bbox [left, top, width, height] inside of width x height",
+      )
   return entries
 
 
 def _items(
-  content: Mapping[str, Any], name: str, keys: Mapping[str, Callable[[Any], bool]], problems: checks.Problems
+  content: Mapping[str, Any],
+  name: str,
+  keys: Mapping[str, Callable[[Any], bool]],
+  problems: checks.Problems,
 ) -> list[dict[str, Any]]:
-  """A list of objects in a COCO JSON; adds a problem for whatever lacks one of the keys, or has another thing there."""
+  """A list of objects in a COCO JSON; adds a problem for whatever lacks one of the keys, or has
+  another thing there.
+  """
   items = content.get(name)
   if not isinstance(items, list):
     problems.add(name, got=_shown(items), allowed=f"a list; the file: {_COCO}")
     return []
   usable = []
   for number, item in enumerate(items):
-    wrong = [key for key, fits in keys.items() if not (isinstance(item, dict) and fits(item.get(key)))]
+    wrong = [
+      key for key, fits in keys.items() if not (isinstance(item, dict) and fits(item.get(key)))
+    ]
     if wrong:
       got = _shown(item.get(wrong[0]) if isinstance(item, dict) else item)
-      problems.add(f"{name}[{number}].{wrong[0]}", got=got, allowed=f"{_WORDS[keys[wrong[0]]]}, as a COCO JSON has it")
+      problems.add(
+        f"{name}[{number}].{wrong[0]}",
+        got=got,
+        allowed=f"{_WORDS[keys[wrong[0]]]}, as a COCO JSON has it",
+      )
     else:
       usable.append(item)
   return usable
@@ -220,18 +289,28 @@ _WORDS = {_is_id: "a whole number or text", _is_text: "text"}
 
 
 def _shown(value: Any) -> str:
-  return "nothing" if value is None else f"{splits.shown(json.dumps(value), 60)} ({type(value).__name__})"
+  return (
+    "nothing"
+    if value is None
+    else f"{splits.shown(json.dumps(value), 60)} ({type(value).__name__})"
+  )
 
 
 def _numbers(values: Any, count: int) -> list[float]:
   """Finite numbers out of a JSON; ValueError for anything else."""
-  numbers = values if isinstance(values, list) and all(type(value) in (int, float) for value in values) else []
+  numbers = (
+    values
+    if isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    else []
+  )
   if len(numbers) != count or not all(abs(number) < _MOST_PIXELS for number in numbers):
     raise ValueError(f"{_shown(values)} in the place of {count} numbers")
   return numbers
 
 
-def _coco_images(images: Sequence[dict[str, Any]], ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def _coco_images(
+  images: Sequence[dict[str, Any]], ids: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
   """The images by what `ids` call them, each in a list as `tags.of_images` wants them."""
   by_file = collections.defaultdict(list)
   for image in images:
@@ -243,9 +322,16 @@ def _coco_images(images: Sequence[dict[str, Any]], ids: Sequence[str]) -> dict[s
   return by_id if any(name in by_id for name in ids) else by_file
 
 
-def _in_image(name: str, left: float, top: float, right: float, bottom: float, width: float, height: float) -> NamedBox:
+def _in_image(
+  name: str, left: float, top: float, right: float, bottom: float, width: float, height: float
+) -> NamedBox:
   """Edges in pixels as fractions, clipped to the image."""
-  if not (width > 0 and height > 0 and -1 <= left <= right <= width + 1 and -1 <= top <= bottom <= height + 1):
+  if not (
+    width > 0
+    and height > 0
+    and -1 <= left <= right <= width + 1
+    and -1 <= top <= bottom <= height + 1
+  ):
     raise ValueError(
       f"a box of '{name}' from x {left:g} to {right:g} and y {top:g} to {bottom:g} in an image of {width:g} x {height:g} pixels"
     )
@@ -254,7 +340,10 @@ def _in_image(name: str, left: float, top: float, right: float, bottom: float, w
 
 
 def _with_indices(
-  entries: Mapping[str, Sequence[NamedBox]], ids: Sequence[str], classes: Classes, problems: checks.Problems
+  entries: Mapping[str, Sequence[NamedBox]],
+  ids: Sequence[str],
+  classes: Classes,
+  problems: checks.Problems,
 ) -> list[np.ndarray]:
   index_of = tags.index_by_name(classes)
   unknown = collections.defaultdict(dict)  # name -> its images, as keys

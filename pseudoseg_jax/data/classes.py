@@ -20,21 +20,39 @@ from pseudoseg_jax.data.text import read_text
 Color = tuple[int, int, int]
 
 _LONGEST_NAME = 100  # characters; of longer ones no table can be read
-# Unicode's categories of characters that move a cursor, run a terminal's commands, or cannot be seen.
+# Unicode's categories of characters that move a cursor, run a terminal's commands, or cannot be
+# seen.
 _INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
-_BACKGROUND = frozenset((
-  "background", "bg", "bkg", "bkgd", "achtergrond", "arrièreplan", "fond", "fondo", "fundo", "hintergrund", "sfondo", "tło",
-  "фон", "背景", "배경",
-))  # fmt: skip
+_BACKGROUND = frozenset(
+  (
+    "background",
+    "bg",
+    "bkg",
+    "bkgd",
+    "achtergrond",
+    "arrièreplan",
+    "fond",
+    "fondo",
+    "fundo",
+    "hintergrund",
+    "sfondo",
+    "tło",
+    "фон",
+    "背景",
+    "배경",
+  )
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
   """Names and display colours, by class index; the ignore label is no class and has no entry.
 
-  names: K different names, of characters that can be seen. palette: K colours (red, green, blue), each 0..255.
+  names: K different names, of characters that can be seen. palette: K colours (red, green, blue),
+    each 0..255.
   void: colours of pixels without a label, in masks that are drawn in colours.
-  background: whether class 0 is what is left beside things; None: names say what is, see `background_index`.
+  background: whether class 0 is what is left beside things; None: names say what is, see
+    `background_index`.
   """
 
   names: tuple[str, ...]
@@ -50,7 +68,11 @@ class Classes:
       allowed = f"at most {IGNORE_LABEL}, since the value {IGNORE_LABEL} of a mask is no label"
       problems.add("names", got=f"{len(self.names)} classes", allowed=allowed)
     if len(self.names) != len(self.palette):
-      problems.add("palette", got=f"{len(self.palette)} colours", allowed=f"one for each of the {len(self.names)} names")
+      problems.add(
+        "palette",
+        got=f"{len(self.palette)} colours",
+        allowed=f"one for each of the {len(self.names)} names",
+      )
     for index, name in enumerate(self.names):
       _check_name(f"names[{index}]", name, problems)
     same = collections.Counter(normalized(str(name).strip()) for name in self.names)
@@ -66,20 +88,32 @@ class Classes:
 
   @property
   def background_index(self) -> int | None:
-    """The class of what is left beside things, which is part of every image but no object; None where no class is that."""
+    """The class of what is left beside things, which is part of every image but no object; None
+    where no class is that.
+    """
     if self.background is not None:
       return 0 if self.background else None
-    return next((index for index, name in enumerate(self.names) if _letters(name) in _BACKGROUND), None)
+    return next(
+      (index for index, name in enumerate(self.names) if _letters(name) in _BACKGROUND), None
+    )
 
   def by_color(self) -> dict[Color, int]:
     """Colour -> class index or IGNORE_LABEL; InputError where a colour stands for two of them."""
-    labels = {color: IGNORE_LABEL for color in self.void} | {color: index for index, color in enumerate(self.palette)}
+    labels = {color: IGNORE_LABEL for color in self.void} | {
+      color: index for index, color in enumerate(self.palette)
+    }
     if len(labels) < len(self.palette) + len(set(self.void)):
       problems = checks.Problems("masks in colours cannot be read with these classes")
       colors = [*self.palette, *set(self.void)]
       for color in sorted({color for color in colors if colors.count(color) > 1}):
-        names = [name for name, other in zip(self.names, self.palette, strict=True) if other == color]
-        problems.add(f"colour {color}", got=", ".join(names + ["void"] * (color in self.void)), allowed="one class a colour")
+        names = [
+          name for name, other in zip(self.names, self.palette, strict=True) if other == color
+        ]
+        problems.add(
+          f"colour {color}",
+          got=", ".join(names + ["void"] * (color in self.void)),
+          allowed="one class a colour",
+        )
       problems.raise_if_any()
     return labels
 
@@ -88,18 +122,31 @@ def _check_name(where: str, name: str, problems: checks.Problems) -> None:
   if not isinstance(name, str) or not name.strip():
     problems.add(where, got=repr(name), allowed="a name")
   elif len(name) > _LONGEST_NAME:
-    problems.add(where, got=f"{len(name)} characters, {name[:20]!r}...", allowed=f"at most {_LONGEST_NAME} characters")
+    problems.add(
+      where,
+      got=f"{len(name)} characters, {name[:20]!r}...",
+      allowed=f"at most {_LONGEST_NAME} characters",
+    )
   elif any(unicodedata.category(character) in _INVISIBLE for character in name):
     remedy = f"write {_visible(name)!r}" if _visible(name) else "write another name"
-    problems.add(where, got=repr(name), allowed="no control characters, and none that cannot be seen", remedy=remedy)
+    problems.add(
+      where,
+      got=repr(name),
+      allowed="no control characters, and none that cannot be seen",
+      remedy=remedy,
+    )
   elif name != name.strip():
-    problems.add(where, got=repr(name), allowed="no spaces around a name", remedy=f"write {name.strip()!r}")
+    problems.add(
+      where, got=repr(name), allowed="no spaces around a name", remedy=f"write {name.strip()!r}"
+    )
 
 
 def _visible(name: str) -> str:
   """A name without what cannot be seen, and without a terminal's commands."""
   name = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)", "", name)
-  return "".join(character for character in name if unicodedata.category(character) not in _INVISIBLE).strip()
+  return "".join(
+    character for character in name if unicodedata.category(character) not in _INVISIBLE
+  ).strip()
 
 
 def _letters(name: str) -> str:
@@ -112,7 +159,9 @@ _ALL_INDEXED = "write every line as `index name r g b`"
 _LONGEST_LINE = 300  # characters; the forms below take time that grows with its square
 _MOST_LINES = 1000  # of classes and of what is none
 _IGNORED = "__ignore__"  # LabelMe's first line, of index -1
-_HEADING = frozenset("class classes classname label labels labelname category categories name names".split())
+_HEADING = frozenset(
+  "class classes classname label labels labelname category categories name names".split()
+)
 _IN_HEADING = _HEADING | frozenset(
   "id idx index classid classindex labelid categoryid trainid pixel value r g b red green blue rgb color colour colorrgb".split()
 )
@@ -140,15 +189,27 @@ class _Form(NamedTuple):
 def _forms() -> Iterator[_Form]:
   number = "(?P<{}>[0-9]{{1,9}})".format
   color = [*map(number, "rgb")]
-  yield _Form(re.compile("(?P<name>[^:]+):" + ",".join(color) + ":[^:]*:[^:]*"))  # CVAT's labelmap.txt, with parts and actions
-  for parts in ([number("index"), "{name}", *color], ["{name}", *color], [*color, "{name}"], [number("index"), "{name}"]):
-    for separator, name in ((r"\s+", r"\S(?:.*?\S)?"), (r"\s*,\s*", "[^,]+?"), (r"\s*;\s*", "[^;]+?"), (r"\s*:\s*", "[^:]+?")):
+  # CVAT's labelmap.txt, with parts and actions.
+  yield _Form(re.compile("(?P<name>[^:]+):" + ",".join(color) + ":[^:]*:[^:]*"))
+  for parts in (
+    [number("index"), "{name}", *color],
+    ["{name}", *color],
+    [*color, "{name}"],
+    [number("index"), "{name}"],
+  ):
+    for separator, name in (
+      (r"\s+", r"\S(?:.*?\S)?"),
+      (r"\s*,\s*", "[^,]+?"),
+      (r"\s*;\s*", "[^;]+?"),
+      (r"\s*:\s*", "[^:]+?"),
+    ):
       pattern = separator.join(parts).replace("{name}", f"(?P<name>{name})")
       yield _Form(re.compile(pattern), alone=separator == r"\s+" and len(parts) == 2)
 
 
 _FORMS = tuple(_forms())
-# What no name holds, but other forms of a file do: brackets, quotes, lists of YAML, separators beside numbers or at an end.
+# What no name holds, but other forms of a file do: brackets, quotes, lists of YAML, separators
+# beside numbers or at an end.
 _NO_NAME = re.compile(
   r"[\[\]{}<].*|.*[\[{]|[\"'].*[\"'][,;]?|[-*]\s.*|.*[,;:]|.*\t.*|.*[,;:]\s*[\"'#0-9].*|.*[0-9]\s*[,;:].*"
   r"|.*\s[0-9]+\s+[0-9]+|[0-9]+\s+[0-9]+\s.*"
@@ -158,32 +219,42 @@ _Entry = tuple[int, int, str, Color]  # line number, index, name, colour
 
 
 def read_classes(path: str | pathlib.Path) -> Classes:
-  """Reads a text file of `index name r g b` lines, or of class names alone, one a line, which get VOC's colours.
+  """Reads a text file of `index name r g b` lines, or of class names alone, one a line, which get
+  VOC's colours.
 
-  Other forms that tools write are known as well: `index name`, `name r g b` and `r g b name`; commas, semicolons or colons
-  between; a first line of headings; CVAT's `name:r,g,b:parts:actions`; LabelMe's list that begins with `__ignore__`. All lines
-  are of one form.
+  Other forms that tools write are known as well: `index name`, `name r g b` and `r g b name`;
+  commas, semicolons or colons between; a first line of headings; CVAT's `name:r,g,b:parts:actions`;
+  LabelMe's list that begins with `__ignore__`. All lines are of one form.
 
-  `#` starts a comment at the beginning of a line or after a space; blank lines are skipped; indices count up from 0. An entry
-  named `void` is left out: it is no class (a source maps its index, or in coloured masks its colour, to the ignore label).
+  `#` starts a comment at the beginning of a line or after a space; blank lines are skipped; indices
+  count up from 0. An entry named `void` is left out: it is no class (a source maps its index, or in
+  coloured masks its colour, to the ignore label).
 
   Raises:
-    InputError: missing file, lines of another form, indices that are not 0, 1, 2, ..., names that are none or stand there twice.
+    InputError: missing file, lines of another form, indices that are not 0, 1, 2, ..., names that
+      are none or stand there twice.
   """
   path = pathlib.Path(path)
   problems = checks.Problems(f"cannot read classes from {path}")
   text = normalized(read_text(path, problems, _WANTED))
   if text.lstrip().startswith(("[", "{", "<")):
     remedy = "write the names into a text file, one a line, in the order of the masks' values"
-    problems.add("file", got=f"no lines of names but {text.strip()[:40]!r}...", allowed=_WANTED, remedy=remedy)
+    problems.add(
+      "file", got=f"no lines of names but {text.strip()[:40]!r}...", allowed=_WANTED, remedy=remedy
+    )
     problems.raise_if_any()
-  lines = [(number, re.sub(r"(^|\s)#.*", "", line).strip()) for number, line in enumerate(text.split("\n"), start=1)]
+  lines = [
+    (number, re.sub(r"(^|\s)#.*", "", line).strip())
+    for number, line in enumerate(text.split("\n"), start=1)
+  ]
   lines = [(number, line) for number, line in lines if line]
   if len(lines) > _MOST_LINES:
     problems.add("file", got=f"{len(lines)} lines", allowed=f"at most {IGNORE_LABEL} classes")
   for number, line in lines:
     if len(line) > _LONGEST_LINE:
-      problems.add(f"line {number}", got=f"{len(line)} characters", allowed=f"at most {_LONGEST_LINE}")
+      problems.add(
+        f"line {number}", got=f"{len(line)} characters", allowed=f"at most {_LONGEST_LINE}"
+      )
   problems.raise_if_any()
   void: list[Color] = []
   lines = _without_heading(lines, problems)
@@ -195,7 +266,9 @@ def read_classes(path: str | pathlib.Path) -> Classes:
   problems.raise_if_any()
   entries = [entry for entry in entries if not _is_void(entry[2])]
   try:
-    return Classes(tuple(name for _, _, name, _ in entries), tuple(color for *_, color in entries), tuple(void))
+    return Classes(
+      tuple(name for _, _, name, _ in entries), tuple(color for *_, color in entries), tuple(void)
+    )
   except checks.InputError as error:
     raise checks.InputError(f"{path}: {error}") from None
 
@@ -204,8 +277,12 @@ def _is_void(name: str) -> bool:
   return _letters(name) == "void" or name.casefold() == _IGNORED
 
 
-def _without_heading(lines: list[tuple[int, str]], problems: checks.Problems) -> list[tuple[int, str]]:
-  """The lines without one of headings, such as `name,r,g,b`; a single word is told, since it may be a class."""
+def _without_heading(
+  lines: list[tuple[int, str]], problems: checks.Problems
+) -> list[tuple[int, str]]:
+  """The lines without one of headings, such as `name,r,g,b`; a single word is told, since it may be
+  a class.
+  """
   if not lines:
     return lines
   number, line = lines[0]
@@ -216,9 +293,11 @@ def _without_heading(lines: list[tuple[int, str]], problems: checks.Problems) ->
   if separated or len(words) > 2:
     return lines[1:]
   problems.add(
-    f"line {number}", got=f"{line!r}, which looks like a heading", allowed="names of classes",
+    f"line {number}",
+    got=f"{line!r}, which looks like a heading",
+    allowed="names of classes",
     remedy=f"take it out; or, if it is a class: {_ALL_INDEXED}",
-  )  # fmt: skip
+  )
   return lines
 
 
@@ -232,11 +311,22 @@ def _entries(lines: Sequence[tuple[int, str]], problems: checks.Problems) -> lis
     found = form and form.pattern.fullmatch(line)
     name = found["name"].strip() if found else line
     if form and not found:
-      problems.add(f"line {number}", got=repr(line), allowed=f"all lines of one form, here that of {example!r}")
+      problems.add(
+        f"line {number}", got=repr(line), allowed=f"all lines of one form, here that of {example!r}"
+      )
     elif not (form and form.indexed and form.colored) and _NO_NAME.fullmatch(name):
-      problems.add(f"line {number}", got=repr(line), allowed="a name alone", remedy=f"or, if it is one, {_ALL_INDEXED}")
+      problems.add(
+        f"line {number}",
+        got=repr(line),
+        allowed="a name alone",
+        remedy=f"or, if it is one, {_ALL_INDEXED}",
+      )
     index = int(found["index"]) if found and form.indexed else position
-    color = tuple(int(found[channel]) for channel in "rgb") if found and form.colored else tuple(colors[position])
+    color = (
+      tuple(int(found[channel]) for channel in "rgb")
+      if found and form.colored
+      else tuple(colors[position])
+    )
     entries.append((number, index, name, color))
   if form is None and len(lines) == 1 and re.search("[,;]", lines[0][1]):
     problems.add(f"line {lines[0][0]}", got=repr(lines[0][1]), allowed="one class a line")
@@ -251,9 +341,18 @@ def _form_of(lines: Sequence[str]) -> _Form | None:
     if all(found):
       counted = indices == list(range(len(lines)))
       # "2 wheeler", "3 wheeler" are names alone, and so is a single "2 wheeler".
-      if not form.alone or counted or len(lines) > 1 and len(lines) == len(set(indices)) == len({one["name"] for one in found}):
+      if (
+        not form.alone
+        or counted
+        or len(lines) > 1
+        and len(lines) == len(set(indices)) == len({one["name"] for one in found})
+      ):
         return form
-    elif form.indexed and form.colored and any(one and int(one["index"]) == place for place, one in enumerate(found)):
+    elif (
+      form.indexed
+      and form.colored
+      and any(one and int(one["index"]) == place for place, one in enumerate(found))
+    ):
       return form
   some = [form for form in _FORMS if not form.alone and any(map(form.pattern.fullmatch, lines))]
   return some[0] if some else None
@@ -265,19 +364,25 @@ def _check_indices(entries: Sequence[_Entry], problems: checks.Problems) -> None
     if index != expected:
       remedy = f"if the number is part of a name, {_ALL_INDEXED}"
       if len(classes) < len(entries):
-        remedy = "put the line of void last; what is stored in masks is mapped by config.data.label_map"
+        remedy = (
+          "put the line of void last; what is stored in masks is mapped by config.data.label_map"
+        )
       elif index == 1 and expected == 0:
         remedy = (
           "put the line of class 0, such as background, before it; or count from 0, with config.data.reduce_zero_label=True if "
           "the value 0 of a mask is no label"
         )
       allowed = f"{expected}, as indices count up from 0"
-      problems.add(f"line {number}", got=f"index {index} for '{name}'", allowed=allowed, remedy=remedy)
+      problems.add(
+        f"line {number}", got=f"index {index} for '{name}'", allowed=allowed, remedy=remedy
+      )
       break  # all later ones are off as well
 
 
 def with_background(classes: Classes) -> list[str]:
-  """The lines of a file of two classes in the place of a single one: background, and that class, or "object" if it is that."""
+  """The lines of a file of two classes in the place of a single one: background, and that class, or
+  "object" if it is that.
+  """
   (name,), (color,) = classes.names, classes.palette
   if classes.background_index == 0:
     name = "object"
@@ -293,12 +398,20 @@ def read_label_map(text: str | Mapping) -> dict[int, int]:
   """
   if isinstance(text, str) and text in LABEL_MAPS:
     return LABEL_MAPS[text]
-  pairs = [part.partition(":")[::2] for part in text.split(",") if part.strip()] if isinstance(text, str) else text.items()
+  pairs = (
+    [part.partition(":")[::2] for part in text.split(",") if part.strip()]
+    if isinstance(text, str)
+    else text.items()
+  )
   problems = checks.Problems("cannot read the label map")
   try:
     pairs = [(int(stored), int(index)) for stored, index in pairs]
   except (ValueError, TypeError):
-    problems.add("label_map", got=repr(text), allowed=f"'STORED:CLASS,...' such as '11:255', or {checks.choices(LABEL_MAPS)}")
+    problems.add(
+      "label_map",
+      got=repr(text),
+      allowed=f"'STORED:CLASS,...' such as '11:255', or {checks.choices(LABEL_MAPS)}",
+    )
     problems.raise_if_any()
   for stored, count in collections.Counter(stored for stored, _ in pairs).items():
     if count > 1:
@@ -308,7 +421,8 @@ def read_label_map(text: str | Mapping) -> dict[int, int]:
 
 
 def voc_palette(num_colors: int = 256) -> np.ndarray:
-  """The PASCAL VOC colour map: the bits of an index, dealt in turn to red, green and blue from the highest bit down.
+  """The PASCAL VOC colour map: the bits of an index, dealt in turn to red, green and blue from the
+  highest bit down.
 
   Returns:
     uint8 [num_colors, 3].
@@ -327,42 +441,175 @@ _VOC_NAMES = (
 ).split()
 
 _VOC_BORDER = (224, 224, 192)
-VOC = Classes(tuple(_VOC_NAMES), tuple(tuple(color) for color in voc_palette(len(_VOC_NAMES)).tolist()), (_VOC_BORDER,))
+VOC = Classes(
+  tuple(_VOC_NAMES),
+  tuple(tuple(color) for color in voc_palette(len(_VOC_NAMES)).tolist()),
+  (_VOC_BORDER,),
+)
 
 CAMVID = Classes(  # the 11-class form of the SegNet tutorial; its masks say 11 for void
-  names=("sky", "building", "pole", "road", "pavement", "tree", "sign_symbol", "fence", "car", "pedestrian", "bicyclist"),
+  names=(
+    "sky",
+    "building",
+    "pole",
+    "road",
+    "pavement",
+    "tree",
+    "sign_symbol",
+    "fence",
+    "car",
+    "pedestrian",
+    "bicyclist",
+  ),
   palette=(
-    (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
-    (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
+    (128, 128, 128),
+    (128, 0, 0),
+    (192, 192, 128),
+    (128, 64, 128),
+    (60, 40, 222),
+    (128, 128, 0),
+    (192, 128, 128),
+    (64, 64, 128),
+    (64, 0, 128),
+    (64, 64, 0),
+    (0, 128, 192),
   ),
   void=((0, 0, 0),),
-)  # fmt: skip
+)
 
 _COCO_NAMES = (
-  "background", "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-  "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear",
-  "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball",
-  "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle", "wine glass", "cup", "fork",
-  "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake",
-  "chair", "couch", "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard",
-  "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear",
-  "hair drier", "toothbrush",
-)  # fmt: skip
+  "background",
+  "person",
+  "bicycle",
+  "car",
+  "motorcycle",
+  "airplane",
+  "bus",
+  "train",
+  "truck",
+  "boat",
+  "traffic light",
+  "fire hydrant",
+  "stop sign",
+  "parking meter",
+  "bench",
+  "bird",
+  "cat",
+  "dog",
+  "horse",
+  "sheep",
+  "cow",
+  "elephant",
+  "bear",
+  "zebra",
+  "giraffe",
+  "backpack",
+  "umbrella",
+  "handbag",
+  "tie",
+  "suitcase",
+  "frisbee",
+  "skis",
+  "snowboard",
+  "sports ball",
+  "kite",
+  "baseball bat",
+  "baseball glove",
+  "skateboard",
+  "surfboard",
+  "tennis racket",
+  "bottle",
+  "wine glass",
+  "cup",
+  "fork",
+  "knife",
+  "spoon",
+  "bowl",
+  "banana",
+  "apple",
+  "sandwich",
+  "orange",
+  "broccoli",
+  "carrot",
+  "hot dog",
+  "pizza",
+  "donut",
+  "cake",
+  "chair",
+  "couch",
+  "potted plant",
+  "bed",
+  "dining table",
+  "toilet",
+  "tv",
+  "laptop",
+  "mouse",
+  "remote",
+  "keyboard",
+  "cell phone",
+  "microwave",
+  "oven",
+  "toaster",
+  "sink",
+  "refrigerator",
+  "book",
+  "clock",
+  "vase",
+  "scissors",
+  "teddy bear",
+  "hair drier",
+  "toothbrush",
+)
 
-CITYSCAPES = Classes(  # the 19 that are scored; names and colours of cityscapesScripts' helpers/labels.py
+# The 19 that are scored; names and colours of cityscapesScripts' helpers/labels.py.
+CITYSCAPES = Classes(
   names=(
-    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky",
-    "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+    "road",
+    "sidewalk",
+    "building",
+    "wall",
+    "fence",
+    "pole",
+    "traffic light",
+    "traffic sign",
+    "vegetation",
+    "terrain",
+    "sky",
+    "person",
+    "rider",
+    "car",
+    "truck",
+    "bus",
+    "train",
+    "motorcycle",
+    "bicycle",
   ),
   palette=(
-    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
-    (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70),
-    (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
+    (128, 64, 128),
+    (244, 35, 232),
+    (70, 70, 70),
+    (102, 102, 156),
+    (190, 153, 153),
+    (153, 153, 153),
+    (250, 170, 30),
+    (220, 220, 0),
+    (107, 142, 35),
+    (152, 251, 152),
+    (70, 130, 180),
+    (220, 20, 60),
+    (255, 0, 0),
+    (0, 0, 142),
+    (0, 0, 70),
+    (0, 60, 100),
+    (0, 80, 100),
+    (0, 0, 230),
+    (119, 11, 32),
   ),
   void=((0, 0, 0),),
-)  # fmt: skip
+)
 
-# labelIds of the 19, in their order; 0..33 without them are not scored. The id -1 (license plate) is drawn in no mask.
+# labelIds of the 19, in their order; 0..33 without them are not scored. The id -1 (license plate)
+# is drawn in no mask.
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 CITYSCAPES_TRAIN_IDS = {stored: IGNORE_LABEL for stored in range(34)} | {
   stored: index for index, stored in enumerate(_CITYSCAPES_IDS)
@@ -370,7 +617,11 @@ CITYSCAPES_TRAIN_IDS = {stored: IGNORE_LABEL for stored in range(34)} | {
 LABEL_MAPS = {"cityscapes": CITYSCAPES_TRAIN_IDS}
 
 # The 80 things in the order of their category ids, without the gaps; the colours are VOC's.
-COCO = Classes(_COCO_NAMES, tuple(tuple(color) for color in voc_palette(len(_COCO_NAMES)).tolist()), (_VOC_BORDER,))
+COCO = Classes(
+  _COCO_NAMES,
+  tuple(tuple(color) for color in voc_palette(len(_COCO_NAMES)).tolist()),
+  (_VOC_BORDER,),
+)
 
 PETS = Classes(("background", "cat", "dog"), ((0, 0, 0), (230, 120, 40), (60, 120, 220)))
 

@@ -17,35 +17,60 @@ from PIL import Image, UnidentifiedImageError
 from pseudoseg_jax import checks
 from pseudoseg_jax.data.text import LFS_POINTER
 
-EXIF_ORIENTATIONS = ("apply", "ignore")  # pictures as viewers and labeling tools show them, or the pixels as stored
+# Pictures as viewers and labeling tools show them, or the pixels as stored.
+EXIF_ORIENTATIONS = ("apply", "ignore")
 STORED_VALUES = 2**16  # of masks, from 0 on
 MOST_PIXELS = 2**30  # of a file: 3 GiB of RGB
-_MOST_PIXELS_A_BYTE, _SUSPICIOUS_PIXELS = 10_000, 2**26  # a file that promises more from less is damaged; PNG comes to 8256
+# a file that promises more from less is damaged; PNG comes to 8256.
+_MOST_PIXELS_A_BYTE, _SUSPICIOUS_PIXELS = 10_000, 2**26
 
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I", "F")  # PIL's modes of more than 8 bits
 _ORIENTATION_TAG = 0x0112
 _ROUNDING = 1e-4  # of full brightness, by which floats may leave their range
-_USUAL_MAXIMA = (1, 255, 1023, 4095, 10000, 16383, 65535)  # of floats; 8, 10, 12 bits; reflectances; 14, 16 bits
+# of floats; 8, 10, 12 bits; reflectances; 14, 16 bits.
+_USUAL_MAXIMA = (1, 255, 1023, 4095, 10000, 16383, 65535)
 _LOSSY_FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "AVIF": "AVIF", "HEIF": "HEIF"}  # by PIL's names
 _JPEG_COMPRESSIONS, _WEBP_COMPRESSION = (6, 7, 34892), 50001  # of TIFF
 _STAND_INS = (  # for files: how they begin, what they are, what to do
-  (LFS_POINTER, "a Git LFS pointer in place of the file", "run `git lfs pull` in the data's folder"),
-  (b"/annex/objects/", "a git-annex pointer in place of the file", "run `git annex get .` in the data's folder"),
-  (b"<!doctype html", "an HTML page in place of the file", "download it anew: the server sent a page, maybe of a login"),
-  (b"<html", "an HTML page in place of the file", "download it anew: the server sent a page, maybe of a login"),
+  (
+    LFS_POINTER,
+    "a Git LFS pointer in place of the file",
+    "run `git lfs pull` in the data's folder",
+  ),
+  (
+    b"/annex/objects/",
+    "a git-annex pointer in place of the file",
+    "run `git annex get .` in the data's folder",
+  ),
+  (
+    b"<!doctype html",
+    "an HTML page in place of the file",
+    "download it anew: the server sent a page, maybe of a login",
+  ),
+  (
+    b"<html",
+    "an HTML page in place of the file",
+    "download it anew: the server sent a page, maybe of a login",
+  ),
 )
 
 
 class Unusable(Exception):
-  """A file that cannot be decoded or used. problem: why, in the keywords of `checks.Problems.add`."""
+  """A file that cannot be decoded or used. problem: why, in the keywords of
+  `checks.Problems.add`.
+  """
 
-  def __init__(self, got: str, *, allowed: str | None = None, remedy: str = "fetch it anew, or leave it out"):
+  def __init__(
+    self, got: str, *, allowed: str | None = None, remedy: str = "fetch it anew, or leave it out"
+  ):
     self.problem = {"got": got, "allowed": allowed, "remedy": remedy}
     super().__init__("; ".join(filter(None, (got, allowed and f"allowed: {allowed}", remedy))))
 
 
 class Header(NamedTuple):
-  """size: (h, w) of the array that is read. dtype: of an image. orientation: 1..8, the file's own, applied or not."""
+  """size: (h, w) of the array that is read. dtype: of an image. orientation: 1..8, the file's own,
+  applied or not.
+  """
 
   size: tuple[int, int]
   dtype: type[np.generic]
@@ -53,24 +78,35 @@ class Header(NamedTuple):
 
 
 def read_image(
-  path: str | os.PathLike, channels: int = 3, *, exif_orientation: str = "apply", max_value: float = 0.0
+  path: str | os.PathLike,
+  channels: int = 3,
+  *,
+  exif_orientation: str = "apply",
+  max_value: float = 0.0,
 ) -> np.ndarray:
-  """An image file as [h, w, C] of levels 0..255: uint8, or float32 where it holds more than 8 bits or `max_value` is another.
+  """An image file as [h, w, C] of levels 0..255: uint8, or float32 where it holds more than 8 bits
+  or `max_value` is another.
 
   PIL gives only the high bytes of 16-bit RGB files: store such images as .npy.
 
   Args:
     path: of one of PIL's formats, or a .npy array [h, w, C] or [h, w].
-    channels: C. 3: every PIL mode becomes RGB (alpha is dropped); another number: files must have as many.
-    exif_orientation: "apply" turns a picture as viewers and labeling tools do, "ignore" leaves its pixels as they are stored.
-    max_value: the stored value that becomes 255; 0 = not said: 255 of 8 bits and of floats, 65535 of other integers.
+    channels: C. 3: every PIL mode becomes RGB (alpha is dropped); another number: files must have
+      as many.
+    exif_orientation: "apply" turns a picture as viewers and labeling tools do, "ignore" leaves its
+      pixels as they are stored.
+    max_value: the stored value that becomes 255; 0 = not said: 255 of 8 bits and of floats, 65535
+      of other integers.
 
   Raises:
-    InputError: a file that cannot be decoded; another number of channels; values that are negative, not finite or above
-      max_value; where max_value is not said, values so small that the picture would be black.
+    InputError: a file that cannot be decoded; another number of channels; values that are negative,
+      not finite or above max_value; where max_value is not said, values so small that the picture
+      would be black.
   """
   path = pathlib.Path(path)
-  pixels = _read("image", path, lambda image: _channels_of(image, channels, max_value), exif_orientation)
+  pixels = _read(
+    "image", path, lambda image: _channels_of(image, channels, max_value), exif_orientation
+  )
   problems = checks.Problems(f"cannot use image {path}")
   levels = to_levels(pixels, channels, max_value, problems)
   problems.raise_if_any()
@@ -84,7 +120,9 @@ def read_picture(
   checks.check_name("exif_orientation", exif_orientation, EXIF_ORIENTATIONS)
   problems = checks.Problems("cannot use the image")
   try:
-    pixels = _upright(image, lambda image: _channels_of(image, channels, max_value), exif_orientation)
+    pixels = _upright(
+      image, lambda image: _channels_of(image, channels, max_value), exif_orientation
+    )
   except Exception as error:  # as in `_read`
     problems.add("image", **explained(error).problem)
     problems.raise_if_any()
@@ -99,7 +137,9 @@ ImageLike = np.ndarray | Image.Image | str | os.PathLike
 def read_any_image(
   image: ImageLike, channels: int = 3, *, exif_orientation: str = "apply", max_value: float = 0.0
 ) -> np.ndarray:
-  """`read_image` of a path, `read_picture` of a PIL image, `read_array` of anything that NumPy takes for an array."""
+  """`read_image` of a path, `read_picture` of a PIL image, `read_array` of anything that NumPy
+  takes for an array.
+  """
   if isinstance(image, (str, os.PathLike)):
     return read_image(image, channels, exif_orientation=exif_orientation, max_value=max_value)
   if isinstance(image, Image.Image):
@@ -108,15 +148,19 @@ def read_any_image(
 
 
 def read_array(image: np.ndarray, channels: int = 3, *, max_value: float = 0.0) -> np.ndarray:
-  """An image in memory as [h, w, C] of levels 0..255: uint8, or float32 where its numbers are no such integers.
+  """An image in memory as [h, w, C] of levels 0..255: uint8, or float32 where its numbers are no
+  such integers.
 
   Args:
-    image: [h, w, C], [h, w, 1] or [h, w] of any integers or floats (NumPy's, JAX's, PyTorch's on the CPU), or of bool: black and white.
+    image: [h, w, C], [h, w, 1] or [h, w] of any integers or floats (NumPy's, JAX's, PyTorch's on
+      the CPU), or of bool: black and white.
     channels: C; of 3, one channel is shown as grey.
-    max_value: the value of full brightness; 0 = 255, whatever the type: an array's type says little of what is in it.
+    max_value: the value of full brightness; 0 = 255, whatever the type: an array's type says little
+      of what is in it.
 
   Raises:
-    InputError: another shape or type; values that are not on that scale, or so small that the picture would be black.
+    InputError: another shape or type; values that are not on that scale, or so small that the
+      picture would be black.
   """
   problems = checks.Problems("cannot use the image")
   pixels = np.asarray(image)
@@ -132,9 +176,15 @@ def read_array(image: np.ndarray, channels: int = 3, *, max_value: float = 0.0) 
     elif pixels.shape[0] in (1, channels):
       remedy = "channels come last: np.moveaxis(image, 0, -1)"
     else:
-      remedy = f"image[..., :{channels}] leaves out the others, such as alpha" if pixels.shape[-1] > channels else None
+      remedy = (
+        f"image[..., :{channels}] leaves out the others, such as alpha"
+        if pixels.shape[-1] > channels
+        else None
+      )
     allowed = f"[height, width, {channels}] of numbers"
-    problems.add("image", got=f"{pixels.dtype} of shape {np.shape(image)}", allowed=allowed, remedy=remedy)
+    problems.add(
+      "image", got=f"{pixels.dtype} of shape {np.shape(image)}", allowed=allowed, remedy=remedy
+    )
     problems.raise_if_any()
   if pixels.dtype == bool:
     levels = np.where(pixels, np.uint8(255), np.uint8(0))
@@ -143,8 +193,14 @@ def read_array(image: np.ndarray, channels: int = 3, *, max_value: float = 0.0) 
   else:
     full = max_value or 255
     flaw, found = scale_flaw(pixels, full)
-    if flaw and not (flaw == "black" and (max_value or pixels.dtype.kind in "ui")):  # integers on 0..1 are a dark picture, or a mask
-      problems.add("image", got=found, allowed=f"levels 0..{full:g}", remedy=_array_remedy(flaw, pixels, max_value))
+    # Integers on 0..1 are a dark picture, or a mask.
+    if flaw and not (flaw == "black" and (max_value or pixels.dtype.kind in "ui")):
+      problems.add(
+        "image",
+        got=found,
+        allowed=f"levels 0..{full:g}",
+        remedy=_array_remedy(flaw, pixels, max_value),
+      )
       problems.raise_if_any()
     if pixels.dtype.kind in "ui" and full == 255:
       levels = pixels.astype(np.uint8)
@@ -159,7 +215,9 @@ def _array_remedy(flaw: str, pixels: np.ndarray, max_value: float) -> str:
     return "put a level in their place, such as 0"
   if flaw == "negative":
     return "undo the normalization: the network has its own"
-  scaled = f"max_value={_next_maximum(float(pixels.max())):g}" + (", one for all images" if max_value else "")
+  scaled = f"max_value={_next_maximum(float(pixels.max())):g}" + (
+    ", one for all images" if max_value else ""
+  )
   if flaw == "above":
     return f"say what full brightness is, e.g. {scaled}; or give levels, 255 * image / {_next_maximum(float(pixels.max())):g}"
   return "levels in 0..1 want 255 * image, or max_value=1; a picture as dark as that, np.rint(image).astype(np.uint8)"
@@ -171,7 +229,8 @@ def read_mask(path: str | os.PathLike, *, exif_orientation: str = "apply") -> np
   Of grey masks with alpha, the grey; alpha must be opaque.
 
   Raises:
-    InputError: a file that cannot be decoded, one of a lossy format, or one of colours or fractions.
+    InputError: a file that cannot be decoded, one of a lossy format, or one of colours or
+      fractions.
   """
   path = pathlib.Path(path)
   mask = _read("mask", path, numbers_of, exif_orientation)
@@ -194,19 +253,33 @@ def read_color_mask(path: str | os.PathLike, *, exif_orientation: str = "apply")
   """The colours of a mask file, uint8 [h, w, 3]; alpha is dropped.
 
   Raises:
-    InputError: a file that cannot be decoded, one of a lossy format, or a .npy array of another form.
+    InputError: a file that cannot be decoded, one of a lossy format, or a .npy array of another
+      form.
   """
   path = pathlib.Path(path)
   mask = _read("mask", path, lambda image: np.asarray(image.convert("RGB")), exif_orientation)
-  if mask.ndim != 3 or mask.shape[-1] != 3 or mask.dtype.kind not in "ui" or not 0 <= mask.min() <= mask.max() <= 255:
+  if (
+    mask.ndim != 3
+    or mask.shape[-1] != 3
+    or mask.dtype.kind not in "ui"
+    or not 0 <= mask.min() <= mask.max() <= 255
+  ):
     problems = checks.Problems(f"cannot use mask {path}")
-    problems.add("pixels", got=f"{mask.dtype} of shape {mask.shape}", allowed="colours, integers 0..255 [h, w, 3]")
+    problems.add(
+      "pixels",
+      got=f"{mask.dtype} of shape {mask.shape}",
+      allowed="colours, integers 0..255 [h, w, 3]",
+    )
     problems.raise_if_any()
   return mask.astype(np.uint8, copy=False)
 
 
 def header(
-  path: str | os.PathLike, *, exif_orientation: str = "apply", max_value: float = 0.0, is_mask: bool = False
+  path: str | os.PathLike,
+  *,
+  exif_orientation: str = "apply",
+  max_value: float = 0.0,
+  is_mask: bool = False,
 ) -> Header | Unusable:
   """What `read_image` will give of a file, or why it will not; no pixel is decoded."""
   path = pathlib.Path(path)
@@ -215,7 +288,9 @@ def header(
       if is_mask:
         _check_mask(opened)
       is_picture = isinstance(opened, Image.Image)
-      size, orientation = _size_and_orientation(opened, exif_orientation) if is_picture else (opened.shape[:2], 1)
+      size, orientation = (
+        _size_and_orientation(opened, exif_orientation) if is_picture else (opened.shape[:2], 1)
+      )
       has_8_bits = opened.mode not in _DEEP_MODES if is_picture else opened.dtype == np.uint8
   except Exception as error:  # as in `_read`
     return explained(error, path)
@@ -223,12 +298,16 @@ def header(
 
 
 def mask_header(path: str | os.PathLike, *, exif_orientation: str = "apply") -> Header | Unusable:
-  """What `read_mask` will give of a file, or why it will not: among it, that its format is lossy."""
+  """What `read_mask` will give of a file, or why it will not: among it, that its format is
+  lossy.
+  """
   return header(path, exif_orientation=exif_orientation, is_mask=True)
 
 
 def check_options(exif_orientation: str, max_value: float, where: str = "") -> None:
-  """Raises InputError for options of `read_image` that are none. where: their group, "config.data."."""
+  """Raises InputError for options of `read_image` that are none. where: their group,
+  "config.data.".
+  """
   checks.check_name(f"{where}exif_orientation", exif_orientation, EXIF_ORIENTATIONS)
   if not 0 <= max_value < math.inf:
     problems = checks.Problems("unknown scale of images")
@@ -246,15 +325,26 @@ def raise_unreadable(what: str, path: pathlib.Path, error: Unusable):
 # Values
 
 
-def to_levels(pixels: np.ndarray, channels: int, max_value: float, problems: checks.Problems) -> np.ndarray:
-  """Stored values [h, w, C] or [h, w] as [h, w, C] of levels 0..255, uint8 or float32; adds what hinders to problems."""
+def to_levels(
+  pixels: np.ndarray, channels: int, max_value: float, problems: checks.Problems
+) -> np.ndarray:
+  """Stored values [h, w, C] or [h, w] as [h, w, C] of levels 0..255, uint8 or float32; adds what
+  hinders to problems.
+  """
   pixels = pixels[..., None] if pixels.ndim == 2 else pixels
   is_grey = pixels.shape[-1] == 1 and channels == 3
   if not is_grey and pixels.shape[-1] != channels:
     got, allowed = f"{pixels.shape[-1]} channels", f"{channels} channels"
-    problems.add("pixels", got=got, allowed=allowed, remedy="set the number of channels (config.data.channels)")
+    problems.add(
+      "pixels", got=got, allowed=allowed, remedy="set the number of channels (config.data.channels)"
+    )
   if pixels.dtype.kind not in "uif":
-    problems.add("values", got=f"type {pixels.dtype}", allowed="8 or 16 bits, or floats", remedy="store levels as numbers")
+    problems.add(
+      "values",
+      got=f"type {pixels.dtype}",
+      allowed="8 or 16 bits, or floats",
+      remedy="store levels as numbers",
+    )
   is_stored_as_levels = pixels.dtype == np.uint8 and max_value in (0, 255)
   if not (problems.items or is_stored_as_levels):
     _check_scale(pixels, max_value, problems)
@@ -262,7 +352,9 @@ def to_levels(pixels: np.ndarray, channels: int, max_value: float, problems: che
     return pixels
   if not is_stored_as_levels:
     wide = np.float64 if pixels.dtype.itemsize > 4 else np.float32
-    pixels = (pixels.astype(wide) / wide((max_value or _assumed_maximum(pixels.dtype)) / 255)).astype(np.float32)
+    pixels = (
+      pixels.astype(wide) / wide((max_value or _assumed_maximum(pixels.dtype)) / 255)
+    ).astype(np.float32)
   return np.repeat(pixels, 3, axis=-1) if is_grey else pixels
 
 
@@ -277,7 +369,12 @@ def _check_scale(pixels: np.ndarray, max_value: float, problems: checks.Problems
   if pixels.dtype == np.uint8:
     if full > 255 or flaw == "above":
       remedy = "store all images alike, or config.data.max_value=0, which takes every file at the full range of its type"
-      problems.add("values", got=found, allowed=f"files whose full brightness is {full:g}, as was said", remedy=remedy)
+      problems.add(
+        "values",
+        got=found,
+        allowed=f"files whose full brightness is {full:g}, as was said",
+        remedy=remedy,
+      )
     return
   if flaw == "not finite":
     remedy = "store a level where nothing was measured, such as 0, or leave the image out"
@@ -293,18 +390,25 @@ def _check_scale(pixels: np.ndarray, max_value: float, problems: checks.Problems
   elif flaw == "black" and not max_value:
     remedy = f"say which stored value is full brightness: config.data.max_value={_next_maximum(pixels.max()):g}, "
     remedy += f"or config.data.max_value={full:g} if the picture is as dark as that"
-    problems.add("values", got=found, allowed=f"{allowed}, of which that is all but black", remedy=remedy)
+    problems.add(
+      "values", got=found, allowed=f"{allowed}, of which that is all but black", remedy=remedy
+    )
 
 
 def scale_flaw(pixels: np.ndarray, full: float) -> tuple[str, str]:
-  """What shows that numbers are not on the scale 0..full ("" if nothing does), and what they are, in words.
+  """What shows that numbers are not on the scale 0..full ("" if nothing does), and what they are,
+  in words.
 
-  "not finite", "negative", "above", or "black": nothing reaches more than the 255th part of full brightness, as when 0..1 is taken
-  for 0..255, or 8 bits for 16; all 0 is no flaw. Floats may be off by rounding.
+  "not finite", "negative", "above", or "black": nothing reaches more than the 255th part of full
+  brightness, as when 0..1 is taken for 0..255, or 8 bits for 16; all 0 is no flaw. Floats may be
+  off by rounding.
   """
   lowest, highest = float(pixels.min()), float(pixels.max())
   if not (math.isfinite(lowest) and math.isfinite(highest)):
-    return "not finite", f"NaN or infinite values, {np.count_nonzero(~np.isfinite(pixels))} of {pixels.size}"
+    return (
+      "not finite",
+      f"NaN or infinite values, {np.count_nonzero(~np.isfinite(pixels))} of {pixels.size}",
+    )
   rounding = _ROUNDING * full if pixels.dtype.kind == "f" else 0
   found = f"{pixels.dtype}, {lowest:g}..{highest:g}"
   if lowest < -rounding:
@@ -315,7 +419,9 @@ def scale_flaw(pixels: np.ndarray, full: float) -> tuple[str, str]:
 
 
 def _next_maximum(highest: float, farthest: float = math.inf) -> float:
-  """A full brightness that holds a value: a usual one up to `farthest` times as high, or the value, rounded up to three digits."""
+  """A full brightness that holds a value: a usual one up to `farthest` times as high, or the value,
+  rounded up to three digits.
+  """
   highest = float(highest)
   for usual in _USUAL_MAXIMA:
     if highest <= usual * (1 + _ROUNDING):
@@ -329,8 +435,12 @@ def _next_maximum(highest: float, farthest: float = math.inf) -> float:
 # Files
 
 
-def _read(what: str, path: pathlib.Path, convert: Callable[[Image.Image], np.ndarray], exif_orientation: str) -> np.ndarray:
-  """The array that `convert` makes of a file's PIL image, upright if asked for; or the one that a .npy file holds."""
+def _read(
+  what: str, path: pathlib.Path, convert: Callable[[Image.Image], np.ndarray], exif_orientation: str
+) -> np.ndarray:
+  """The array that `convert` makes of a file's PIL image, upright if asked for; or the one that a
+  .npy file holds.
+  """
   checks.check_name("exif_orientation", exif_orientation, EXIF_ORIENTATIONS)
   try:
     with _opened(path) as opened:
@@ -339,7 +449,8 @@ def _read(what: str, path: pathlib.Path, convert: Callable[[Image.Image], np.nda
       if isinstance(opened, _Array):
         return opened.read()
       return _upright(opened, convert, exif_orientation)
-  except Exception as error:  # Decoders raise everything at damaged files: KeyError, struct.error, zlib.error, ...
+  # Decoders raise everything at damaged files: KeyError, struct.error, zlib.error, ...
+  except Exception as error:
     raise_unreadable(what, path, explained(error, path))
 
 
@@ -358,7 +469,9 @@ def _opened(path: pathlib.Path):
 
 @contextlib.contextmanager
 def opened_picture(file: BinaryIO):
-  """PIL's image of a file's content, not decoded yet, which may be larger than Pillow likes; Unusable for one that is too large."""
+  """PIL's image of a file's content, not decoded yet, which may be larger than Pillow likes;
+  Unusable for one that is too large.
+  """
   with _pillow_unlimited(), Image.open(file) as image:
     _check_size((image.height, image.width), file)
     yield image
@@ -372,7 +485,10 @@ def _check_size(size: tuple[int, int], file: BinaryIO) -> None:
   if pixels > max(_SUSPICIOUS_PIXELS, _MOST_PIXELS_A_BYTE * num_bytes):
     raise Unusable(f"{got} in {num_bytes} bytes: the file is damaged")
   if pixels > MOST_PIXELS:
-    got, allowed = f"{got}, {pixels / 1e6:.0f} megapixels", f"up to {MOST_PIXELS / 1e6:.0f} megapixels"
+    got, allowed = (
+      f"{got}, {pixels / 1e6:.0f} megapixels",
+      f"up to {MOST_PIXELS / 1e6:.0f} megapixels",
+    )
     raise Unusable(got, allowed=allowed, remedy="cut it into tiles, or shrink it")
 
 
@@ -382,9 +498,11 @@ _pillow = {"readers": 0, "limit": None}
 
 @contextlib.contextmanager
 def _pillow_unlimited():
-  """Without Pillow's limit on pixels, above which it warns: the files of a data set are no attack, and have our own limit.
+  """Without Pillow's limit on pixels, above which it warns: the files of a data set are no attack,
+  and have our own limit.
 
-  The limit is one of the whole process, which may have other uses of Pillow: it is there again when no file is being read.
+  The limit is one of the whole process, which may have other uses of Pillow: it is there again when
+  no file is being read.
   """
   with _pillow_lock:
     if not _pillow["readers"]:
@@ -400,18 +518,29 @@ def _pillow_unlimited():
 
 
 class _Array:
-  """A .npy file that holds what its header says, [h, w] or [h, w, C] of numbers; never pickled objects."""
+  """A .npy file that holds what its header says, [h, w] or [h, w, C] of numbers; never pickled
+  objects.
+  """
 
   def __init__(self, file: BinaryIO):
     version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    read_header = (
+      np.lib.format.read_array_header_1_0
+      if version == (1, 0)
+      else np.lib.format.read_array_header_2_0
+    )
     self.shape, _, self.dtype = read_header(file)
     self._file = file
     sides = [type(side) is int and side > 0 for side in self.shape]
     if self.dtype.kind not in "buif" or len(sides) not in (2, 3) or not all(sides):
       got = f"an array of {self.dtype}, shape {self.shape}"
-      raise Unusable(got, allowed="numbers [h, w] or [h, w, C]", remedy="store it so, or leave it out")
-    wanted, there = math.prod(self.shape) * self.dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
+      raise Unusable(
+        got, allowed="numbers [h, w] or [h, w, C]", remedy="store it so, or leave it out"
+      )
+    wanted, there = (
+      math.prod(self.shape) * self.dtype.itemsize,
+      os.fstat(file.fileno()).st_size - file.tell(),
+    )
     if wanted > there:
       raise Unusable(f"{there} bytes of pixels where its header says {wanted}: the file is cut off")
 
@@ -425,7 +554,9 @@ def explained(error: Exception, path: pathlib.Path | None = None) -> Unusable:
   if isinstance(error, Unusable):
     return error
   beginning = b""
-  if path is not None and not isinstance(error, (FileNotFoundError, IsADirectoryError, PermissionError)):
+  if path is not None and not isinstance(
+    error, (FileNotFoundError, IsADirectoryError, PermissionError)
+  ):
     with contextlib.suppress(OSError), open(path, "rb") as file:
       beginning = file.read(200)
       if not beginning:
@@ -449,21 +580,28 @@ def _channels_of(image: Image.Image, channels: int, max_value: float) -> np.ndar
   pixels = np.asarray(image)
   if not is_halved:
     return pixels
-  if max_value not in (0, STORED_VALUES - 1) or pixels.max() <= 1:  # all but black, as 8 bits stored in 16 are
+  # All but black, as 8 bits stored in 16 are.
+  if max_value not in (0, STORED_VALUES - 1) or pixels.max() <= 1:
     got = f"16 bits in several channels, of which Pillow gives the high bytes, {pixels.min()}..{pixels.max()}"
-    raise Unusable(got, allowed="images of the full range, 0..65535", remedy="store such images as .npy")
+    raise Unusable(
+      got, allowed="images of the full range, 0..65535", remedy="store such images as .npy"
+    )
   return pixels.astype(np.uint16) * 257 if max_value else pixels
 
 
 def numbers_of(image: Image.Image) -> np.ndarray:
-  """The numbers of a mask, [h, w]; [h, w, C] of one in colours. Unusable where they cannot be had."""
+  """The numbers of a mask, [h, w]; [h, w, C] of one in colours. Unusable where they cannot be
+  had.
+  """
   is_halved = _high_bytes_only(image)
   numbers = np.asarray(image)
   if image.mode not in ("LA", "PA", "RGBA") or not (numbers[..., :-1] == numbers[..., :1]).all():
     return numbers
   if is_halved:
     remedy = "save the masks without the alpha channel, as grey PNG"
-    raise Unusable("16 bits and an alpha channel, of which Pillow gives the high bytes", remedy=remedy)
+    raise Unusable(
+      "16 bits and an alpha channel, of which Pillow gives the high bytes", remedy=remedy
+    )
   if not (numbers[..., -1] == 255).all():
     raise Unusable(
       "an alpha channel that is not opaque everywhere",
@@ -480,8 +618,11 @@ def _high_bytes_only(image: Image.Image) -> bool:
   return image.mode not in _DEEP_MODES and ";16" in str(stored)
 
 
-def _upright(image: Image.Image, convert: Callable[[Image.Image], np.ndarray], exif_orientation: str) -> np.ndarray:
-  # Of TIFF files Pillow applies an orientation while it decodes; newer ones then take it off, and know it from XMP too.
+def _upright(
+  image: Image.Image, convert: Callable[[Image.Image], np.ndarray], exif_orientation: str
+) -> np.ndarray:
+  # Of TIFF files Pillow applies an orientation while it decodes; newer ones then take it off, and
+  # know it from XMP too.
   is_tiff = image.format == "TIFF"
   stated = _orientation(image) if is_tiff else 1
   is_applied = is_tiff and _ORIENTATION_TAG in image.tag_v2
@@ -509,11 +650,14 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
-  """The EXIF (or TIFF, or XMP) orientation of an image, 1..8; 1 where it has none that can be read."""
+  """The EXIF (or TIFF, or XMP) orientation of an image, 1..8; 1 where it has none that can be
+  read.
+  """
   getexif = Image.Image.getexif  # the method of PNG would decode the image
   try:
     value = getexif(image).get(_ORIENTATION_TAG)
-  except Exception:  # PIL raises everything at malformed EXIF, which is no reason to refuse a good picture
+  # PIL raises everything at malformed EXIF, which is no reason to refuse a good picture.
+  except Exception:
     return 1
   return int(value) if value in range(1, 9) else 1
 
@@ -560,7 +704,9 @@ def check_lossless(image: Image.Image) -> None:
 
 
 def _lossy_format(image: Image.Image) -> str:
-  """The name of the format that has changed the values of a file that PIL has opened, "" if none has."""
+  """The name of the format that has changed the values of a file that PIL has opened, "" if none
+  has.
+  """
   if image.format in _LOSSY_FORMATS:
     return _LOSSY_FORMATS[image.format]
   place = image.fp.tell()
@@ -582,18 +728,23 @@ def _lossy_format(image: Image.Image) -> str:
 
 
 def _is_lossy_webp(file: BinaryIO, start: int) -> bool:
-  """Whether the first picture of a WebP container is coded in VP8, rather than in the lossless VP8L."""
+  """Whether the first picture of a WebP container is coded in VP8, rather than in the lossless
+  VP8L.
+  """
   file.seek(start + 12)  # "RIFF", size, "WEBP"
   while len(chunk := file.read(8)) == 8:
     name, size = struct.unpack("<4sI", chunk)
     if name in (b"VP8 ", b"VP8L"):
       return name == b"VP8 "
-    file.seek(16 if name == b"ANMF" else size + size % 2, os.SEEK_CUR)  # a frame has a head of its own, then chunks
+    # a frame has a head of its own, then chunks.
+    file.seek(16 if name == b"ANMF" else size + size % 2, os.SEEK_CUR)
   return False
 
 
 def _is_lossy_jpeg_2000(file: BinaryIO) -> bool:
-  """Whether a JPEG 2000 file uses the irreversible 9-7 wavelet, by the default coding style in its main header."""
+  """Whether a JPEG 2000 file uses the irreversible 9-7 wavelet, by the default coding style in its
+  main header.
+  """
   file.seek(0)
   if file.read(2) != b"\xff\x4f":  # boxes, of which one holds the codestream
     file.seek(0)
@@ -608,7 +759,8 @@ def _is_lossy_jpeg_2000(file: BinaryIO) -> bool:
       file.seek(size - 8, os.SEEK_CUR)
   while len(segment := file.read(4)) == 4:
     marker, size = struct.unpack(">HH", segment)
-    if marker == 0xFF52:  # COD: style, progression, layers (2), color transform, levels, code block (3), wavelet
+    # COD: style, progression, layers (2), color transform, levels, code block (3), wavelet.
+    if marker == 0xFF52:
       return file.read(10)[9:] == b"\x00"
     file.seek(size - 2, os.SEEK_CUR)
   return False

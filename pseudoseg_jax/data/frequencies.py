@@ -11,9 +11,11 @@ WEIGHTS = ("inverse", "effective")
 
 
 def count_pixels(source: Source, num_classes: int, *, skip_unreadable: bool = False) -> np.ndarray:
-  """i64 [N, K]: pixels of each class in each image's mask; those without a label are of none. Reads all masks.
+  """i64 [N, K]: pixels of each class in each image's mask; those without a label are of none. Reads
+  all masks.
 
-  skip_unreadable: a mask that cannot be read has no pixel. The pipeline tells of it when it leaves its image out.
+  skip_unreadable: a mask that cannot be read has no pixel. The pipeline tells of it when it leaves
+    its image out.
 
   Raises:
     InputError or OSError: a mask that cannot be read, unless those are skipped.
@@ -33,9 +35,10 @@ def class_weights(pixels: np.ndarray, by: str) -> np.ndarray:
 
   Args:
     pixels: of `count_pixels`.
-    by: "inverse": one over the class's share of the pixels. "effective": one over the effective number of the images that hold it,
-      (1 - b^n) / (1 - b) with b = (N - 1) / N of N images (Cui et al., "Class-Balanced Loss", CVPR 2019, equation 2); much milder,
-      since pixels of one image are no independent samples.
+    by: "inverse": one over the class's share of the pixels. "effective": one over the effective
+      number of the images that hold it, (1 - b^n) / (1 - b) with b = (N - 1) / N of N images (Cui
+      et al., "Class-Balanced Loss", CVPR 2019, equation 2); much milder, since pixels of one image
+      are no independent samples.
 
   Returns:
     f64 [K]; 1 for a class that has no pixel, which is met in no label.
@@ -55,8 +58,8 @@ def class_weights(pixels: np.ndarray, by: str) -> np.ndarray:
 def repeat_factors(pixels: np.ndarray, threshold: float) -> np.ndarray:
   """How often each image is to be met where others are met once: f64 [N], 1 or more.
 
-  An image's factor is the largest of its classes', max(1, sqrt(threshold / share of the images that hold the class)); repeat-factor
-  sampling (Gupta et al., LVIS, CVPR 2019, section 5.1).
+  An image's factor is the largest of its classes', max(1, sqrt(threshold / share of the images that
+  hold the class)); repeat-factor sampling (Gupta et al., LVIS, CVPR 2019, section 5.1).
   """
   holds = pixels > 0
   share = np.maximum(holds.mean(axis=0), 1 / max(len(pixels), 1))

@@ -1,8 +1,10 @@
-"""Weak augmentation: mirror, scale, crop. TensorFlow ops on one example, every random draw an argument.
+"""Weak augmentation: mirror, scale, crop. TensorFlow ops on one example, every random draw an
+argument.
 
-The conventions of published codes have names, see `CONVENTIONS`. All but one scale the image and crop the result. Such a crop is
-described by two pairs: `scaled`, the (height, width) of the whole image after scaling, and `origin`, the row and column of the
-scaled image under the crop's corner, negative where padding comes first.
+The conventions of published codes have names, see `CONVENTIONS`. All but one scale the image and
+crop the result. Such a crop is described by two pairs: `scaled`, the (height, width) of the whole
+image after scaling, and `origin`, the row and column of the scaled image under the crop's corner,
+negative where padding comes first.
 """
 
 from __future__ import annotations
@@ -21,14 +23,17 @@ from pseudoseg_jax.contract import IGNORE_LABEL
 class Convention(NamedTuple):
   """How published code makes a view; `Geometry.convention` names it.
 
-  kernel: of resizing, between pixel centres, edges repeated: "linear" without antialiasing; "triangle" (bilinear) or "keyscubic"
-    (bicubic) with antialiasing where it shrinks.
-  nearest: the stored pixel that pixel i of a scaled mask shows, as `crop_label` says: "corner", "corner_f32", "center", "ends".
-  padding: of small images, all "after" (below and on the right), or half before and half after, the odd pixel after ("around"),
-    or with the image anywhere in the crop ("random").
+  kernel: of resizing, between pixel centres, edges repeated: "linear" without antialiasing;
+    "triangle" (bilinear) or "keyscubic" (bicubic) with antialiasing where it shrinks.
+  nearest: the stored pixel that pixel i of a scaled mask shows, as `crop_label` says: "corner",
+    "corner_f32", "center", "ends".
+  padding: of small images, all "after" (below and on the right), or half before and half after, the
+    odd pixel after ("around"), or with the image anywhere in the crop ("random").
   whole_levels: images of uint8 are rounded to whole levels, as an 8-bit resize does.
-  black: padding is black before normalisation and takes part in photometry; else it is the mean colour, 0 after normalisation.
-  long_side: the longer side is an integer drawn uniformly, the other follows, rounded; else both are the size * scale, cut off.
+  black: padding is black before normalisation and takes part in photometry; else it is the mean
+    colour, 0 after normalisation.
+  long_side: the longer side is an integer drawn uniformly, the other follows, rounded; else both
+    are the size * scale, cut off.
   """
 
   kernel: str
@@ -46,19 +51,24 @@ CONVENTIONS = {
   "tensorflow": Convention("triangle", "ends", "after", whole_levels=False),
   # UniMatch (Yang et al. 2023; dataset/transform.py).
   "pillow": Convention("triangle", "center", "after", black=True, long_side=True),
-  # CCT (Ouali et al. 2020; base/base_dataset.py). There the longer side is 200..800 for any image: 0.4..1.6 of 500.
+  # CCT (Ouali et al. 2020; base/base_dataset.py). There the longer side is 200..800 for any image:
+  # 0.4..1.6 of 500.
   "cct": Convention("keyscubic", "center", "after", long_side=True),
-  # AEL (Hu et al. 2021; semseg/dataset/augmentation.py). Factors below and above 1 are equally likely.
+  # AEL (Hu et al. 2021; semseg/dataset/augmentation.py). Factors below and above 1 are equally
+  # likely.
   "ael": Convention("linear", "corner_f32", "around", whole_levels=False),
-  # CutMix-Seg (French et al. 2020; `SegCVTransformRandomCropScaleHung`). The one that cuts first: crop_size / factor, rounded,
-  # out of the stored image, padded if need be; this is scaled to crop_size. The cut's edges are repeated, those of padding blend.
+  # CutMix-Seg (French et al. 2020; `SegCVTransformRandomCropScaleHung`). The one that cuts first:
+  # crop_size / factor, rounded, out of the stored image, padded if need be; this is scaled to
+  # crop_size. The cut's edges are repeated, those of padding blend.
   "cutmix_seg": Convention("linear", "corner", "around"),
-  # Learning Pseudo Labels (Wang et al. 2022; lib/datasets/transform.py, `RandomCrop`). It only crops: scales are (1.0,) there.
+  # Learning Pseudo Labels (Wang et al. 2022; lib/datasets/transform.py, `RandomCrop`). It only
+  # crops: scales are (1.0,) there.
   "lpl": Convention("linear", "corner", "random"),
 }
 
-# XLA makes one vectorised loop of a chain of operations on pixels: several times faster than TensorFlow's kernels one by one.
-# It compiles for every shape anew, hence never for a stored image's own: see `_padded`.
+# XLA makes one vectorised loop of a chain of operations on pixels: several times faster than
+# TensorFlow's kernels one by one. It compiles for every shape anew, hence never for a stored
+# image's own: see `_padded`.
 compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
 
 
@@ -67,9 +77,10 @@ class Geometry:
   """How weak views are drawn.
 
   crop_size: (height, width) of every view, pixels.
-  scales: factors on the image's size, one drawn per example; the default is the list of CPS, in which 1.25 is missing.
-  continuous: draw the factor uniformly between the least and the greatest of `scales` instead; always so with "pillow", "cct"
-    and "ael".
+  scales: factors on the image's size, one drawn per example; the default is the list of CPS, in
+    which 1.25 is missing.
+  continuous: draw the factor uniformly between the least and the greatest of `scales` instead;
+    always so with "pillow", "cct" and "ael".
   flip: mirror left-right with probability 1/2.
   convention: a name in `CONVENTIONS`.
   """
@@ -83,11 +94,23 @@ class Geometry:
   def __post_init__(self):
     problems = checks.Problems("geometry cannot be used")
     if not checks.is_size(self.crop_size):
-      problems.add("crop_size", got=self.crop_size, allowed="(height, width), each a whole number of pixels, at least 1")
+      problems.add(
+        "crop_size",
+        got=self.crop_size,
+        allowed="(height, width), each a whole number of pixels, at least 1",
+      )
     if not self.scales or not all(scale > 0 for scale in self.scales):
-      problems.add("scales", got=self.scales, allowed="at least one factor, each above 0; (1.0,) leaves the size as it is")
+      problems.add(
+        "scales",
+        got=self.scales,
+        allowed="at least one factor, each above 0; (1.0,) leaves the size as it is",
+      )
     elif self.convention == "ael" and not min(self.scales) <= 1 <= max(self.scales):
-      problems.add("scales", got=self.scales, allowed="factors from below 1 to above it, with the convention 'ael'")
+      problems.add(
+        "scales",
+        got=self.scales,
+        allowed="factors from below 1 to above it, with the convention 'ael'",
+      )
     check_convention(self.convention, problems)
     problems.raise_if_any()
 
@@ -95,11 +118,14 @@ class Geometry:
 def check_convention(convention: str, problems: checks.Problems) -> None:
   if convention not in CONVENTIONS:
     remedy = checks.nearest(str(convention), CONVENTIONS)
-    problems.add("convention", got=repr(convention), allowed=checks.choices(CONVENTIONS), remedy=remedy)
+    problems.add(
+      "convention", got=repr(convention), allowed=checks.choices(CONVENTIONS), remedy=remedy
+    )
 
 
 class Draws(NamedTuple):
-  """flip: bool[]; scale: f64[], factor on the size; offset: i32[2], corner of the crop in the scaled image.
+  """flip: bool[]; scale: f64[], factor on the size; offset: i32[2], corner of the crop in the
+  scaled image.
 
   With "cutmix_seg", the corner of what is cut out of the stored image, padded.
   """
@@ -120,22 +146,30 @@ def draw(geometry: Geometry, size: tf.Tensor, seed: tf.Tensor) -> Draws:
 
 
 def from_uniform(geometry: Geometry, size: tf.Tensor, uniform: tf.Tensor) -> Draws:
-  """The draws behind four numbers uniform in [0, 1), f32 or f64 [4]: mirrored below 1/2, scale, row, column.
+  """The draws behind four numbers uniform in [0, 1), f32 or f64 [4]: mirrored below 1/2, scale,
+  row, column.
 
-  Offsets are uniform in 0 .. scaled - crop inclusive; with "opencv" in 0 .. scaled - crop + 1, one more than fits, as in the
-  released code, so that the last one leaves the crop a pixel short; with "cutmix_seg" the number times the room, rounded, so that
-  the first and the last come half as often. An axis that is not larger than the crop starts at 0; with "lpl", a smaller one is
-  at one of scaled - crop .. 0.
+  Offsets are uniform in 0 .. scaled - crop inclusive; with "opencv" in 0 .. scaled - crop + 1, one
+  more than fits, as in the released code, so that the last one leaves the crop a pixel short; with
+  "cutmix_seg" the number times the room, rounded, so that the first and the last come half as
+  often. An axis that is not larger than the crop starts at 0; with "lpl", a smaller one is at one
+  of scaled - crop .. 0.
   """
   scale = _scale(geometry, size, uniform[1])
   if geometry.convention == "cutmix_seg":
     room = tf.maximum(size - cut_size(geometry.crop_size, scale), 0)
-    offset = tf.cast(tf.round(tf.cast(room, tf.float64) * tf.cast(uniform[2:], tf.float64)), tf.int32)
+    offset = tf.cast(
+      tf.round(tf.cast(room, tf.float64) * tf.cast(uniform[2:], tf.float64)), tf.int32
+    )
   else:
     room = scaled_size(size, scale, geometry.convention) - tf.constant(geometry.crop_size)
     anywhere = CONVENTIONS[geometry.convention].padding == "random"
-    num_offsets = tf.where(room > 0, room + (2 if geometry.convention == "opencv" else 1), 1 - room if anywhere else 1)
-    offset = tf.minimum(tf.cast(uniform[2:] * tf.cast(num_offsets, uniform.dtype), tf.int32), num_offsets - 1)
+    num_offsets = tf.where(
+      room > 0, room + (2 if geometry.convention == "opencv" else 1), 1 - room if anywhere else 1
+    )
+    offset = tf.minimum(
+      tf.cast(uniform[2:] * tf.cast(num_offsets, uniform.dtype), tf.int32), num_offsets - 1
+    )
     offset = tf.where(room < 0, -offset, offset)
   flip = uniform[0] < 0.5 if geometry.flip else tf.constant(False)
   return Draws(flip, scale, offset)
@@ -146,7 +180,9 @@ def _scale(geometry: Geometry, size: tf.Tensor, uniform: tf.Tensor) -> tf.Tensor
   low, high = min(geometry.scales), max(geometry.scales)
   share = tf.cast(uniform, tf.float64)
   if geometry.convention == "ael":
-    return tf.where(share < 0.5, low + (1.0 - low) * 2.0 * share, 1.0 + (high - 1.0) * (2.0 * share - 1.0))
+    return tf.where(
+      share < 0.5, low + (1.0 - low) * 2.0 * share, 1.0 + (high - 1.0) * (2.0 * share - 1.0)
+    )
   if CONVENTIONS[geometry.convention].long_side:
     longer = tf.cast(tf.reduce_max(size), tf.float64)
     least, greatest = tf.floor(low * longer), tf.floor(high * longer)
@@ -157,7 +193,9 @@ def _scale(geometry: Geometry, size: tf.Tensor, uniform: tf.Tensor) -> tf.Tensor
 
 
 def scaled_size(size: tf.Tensor, scale: tf.Tensor, convention: str = "opencv") -> tf.Tensor:
-  """Height and width after scaling, i32[2], at least 1 pixel: int(size * scale), or as `Convention.long_side` says."""
+  """Height and width after scaling, i32[2], at least 1 pixel: int(size * scale), or as
+  `Convention.long_side` says.
+  """
   size, scale = tf.cast(size, tf.float64), tf.cast(scale, tf.float64)
   if CONVENTIONS[convention].long_side:
     longer = tf.reduce_max(size)
@@ -168,17 +206,22 @@ def scaled_size(size: tf.Tensor, scale: tf.Tensor, convention: str = "opencv") -
 
 
 def cut_size(crop_size: tuple[int, int], scale: tf.Tensor) -> tf.Tensor:
-  """What "cutmix_seg" cuts out of the stored image, i32[2]: crop_size / scale, rounded, at least 1 pixel."""
-  return tf.maximum(tf.cast(tf.round(tf.constant(crop_size, tf.float64) / tf.cast(scale, tf.float64)), tf.int32), 1)
+  """What "cutmix_seg" cuts out of the stored image, i32[2]: crop_size / scale, rounded, at least 1
+  pixel.
+  """
+  return tf.maximum(
+    tf.cast(tf.round(tf.constant(crop_size, tf.float64) / tf.cast(scale, tf.float64)), tf.int32), 1
+  )
 
 
 class Crop(NamedTuple):
   """A weak view.
 
-  rgb: f32 [H, W, C] in [0, 1], 0 on padding. label: i32 [H, W] or None. valid: bool [H, W], False on padding.
+  rgb: f32 [H, W, C] in [0, 1], 0 on padding. label: i32 [H, W] or None. valid: bool [H, W], False
+    on padding.
   window: f32[4], as `window` says.
-  opacity: f32 [H, W], how much rgb is to hide the mean colour: 0 on padding, or 1 if it is to be black; "cutmix_seg" has values
-    in between along the padding's edges, and is valid above 1/2.
+  opacity: f32 [H, W], how much rgb is to hide the mean colour: 0 on padding, or 1 if it is to be
+    black; "cutmix_seg" has values in between along the padding's edges, and is valid above 1/2.
   """
 
   rgb: tf.Tensor
@@ -188,8 +231,16 @@ class Crop(NamedTuple):
   opacity: tf.Tensor
 
 
-def crop(image: tf.Tensor, label: tf.Tensor | None, draws: Draws, crop_size: tuple[int, int], convention: str = "opencv") -> Crop:
-  """All of the geometry: a stored image, [h, w, C] of levels 0..255, and its mask, uint8 [h, w] or None, as a view."""
+def crop(
+  image: tf.Tensor,
+  label: tf.Tensor | None,
+  draws: Draws,
+  crop_size: tuple[int, int],
+  convention: str = "opencv",
+) -> Crop:
+  """All of the geometry: a stored image, [h, w, C] of levels 0..255, and its mask, uint8 [h, w] or
+  None, as a view.
+  """
   if convention == "cutmix_seg":
     view = _cut_and_scale(image, label, draws, crop_size)
   else:
@@ -198,7 +249,8 @@ def crop(image: tf.Tensor, label: tf.Tensor | None, draws: Draws, crop_size: tup
     return view
   # Mirroring the crop, and not the image, leaves the crop's place in the image as it is.
   rgb, label, valid, opacity = (
-    None if plane is None else mirror(plane, draws.flip) for plane in (view.rgb, view.label, view.valid, view.opacity)
+    None if plane is None else mirror(plane, draws.flip)
+    for plane in (view.rgb, view.label, view.valid, view.opacity)
   )
   return Crop(rgb, label, valid, view.window, opacity)
 
@@ -210,7 +262,8 @@ def _scale_and_crop(image, label, draws, crop_size, convention):
   flip = draws.flip if convention == "opencv" else tf.constant(False)
   rgb = crop_image(image, scaled, origin, crop_size, convention, flip=flip) / 255.0
   if label is not None:
-    # AEL's padding is of class 0, by accident it seems ("change to 0"): trained, and counted. Here it is IGNORE_LABEL throughout.
+    # AEL's padding is of class 0, by accident it seems ("change to 0"): trained, and counted. Here
+    # it is IGNORE_LABEL throughout.
     label = crop_label(label, scaled, origin, crop_size, convention, flip=flip)
   valid = valid_mask(scaled, origin, crop_size)
   opacity = tf.ones(crop_size) if CONVENTIONS[convention].black else tf.cast(valid, tf.float32)
@@ -228,19 +281,32 @@ def _cut_and_scale(image, label, draws, crop_size):
     rows = tf.gather(stored, tf.clip_by_value(row, 0, size[0] - 1), axis=0)
     return tf.gather(rows, tf.clip_by_value(column, 0, size[1] - 1), axis=1)
 
-  place = dict(scaled=tf.constant(crop_size), origin=tf.constant((0, 0)), crop_size=crop_size, convention="cutmix_seg")
-  pixels = tf.concat([cut_out(image), tf.fill([cut[0], cut[1], 1], tf.cast(255, image.dtype))], axis=2)
+  place = dict(
+    scaled=tf.constant(crop_size),
+    origin=tf.constant((0, 0)),
+    crop_size=crop_size,
+    convention="cutmix_seg",
+  )
+  pixels = tf.concat(
+    [cut_out(image), tf.fill([cut[0], cut[1], 1], tf.cast(255, image.dtype))], axis=2
+  )
   levels = crop_image(tf.where(inside[..., tf.newaxis], pixels, tf.zeros_like(pixels)), **place)
   opacity = levels[..., -1] / 255.0
   # The padding's zeros are blended in; without their share, the rest has its own colour.
   rgb = tf.math.divide_no_nan(levels[..., :-1], levels[..., -1:])
   if label is not None:
-    label = crop_label(tf.where(inside, cut_out(label), tf.cast(IGNORE_LABEL, label.dtype)), **place)
+    label = crop_label(
+      tf.where(inside, cut_out(label), tf.cast(IGNORE_LABEL, label.dtype)), **place
+    )
   return Crop(rgb, label, opacity > 0.5, window(size, corner, cut, tf.constant(False)), opacity)
 
 
-def crop_origin(scaled: tf.Tensor, offset: tf.Tensor, crop_size: tuple[int, int], convention: str = "opencv") -> tf.Tensor:
-  """Where the crop's corner lies in the scaled image, i32[2], padded as `Convention.padding` says."""
+def crop_origin(
+  scaled: tf.Tensor, offset: tf.Tensor, crop_size: tuple[int, int], convention: str = "opencv"
+) -> tf.Tensor:
+  """Where the crop's corner lies in the scaled image, i32[2], padded as `Convention.padding`
+  says.
+  """
   if CONVENTIONS[convention].padding != "around":
     return offset
   missing = tf.constant(crop_size) - tf.minimum(scaled - offset, crop_size)
@@ -264,8 +330,9 @@ def crop_image(
 ) -> tf.Tensor:
   """Scales and crops an image in one pass; only the crop's pixels are computed.
 
-  The kernel is the convention's. "opencv" is OpenCV's INTER_LINEAR and "pillow" PIL's BILINEAR, up to one level where their fixed
-  point rounds otherwise; "tensorflow" is TensorFlow 2's `tf.image.resize(..., antialias=True)`.
+  The kernel is the convention's. "opencv" is OpenCV's INTER_LINEAR and "pillow" PIL's BILINEAR, up
+  to one level where their fixed point rounds otherwise; "tensorflow" is TensorFlow 2's
+  `tf.image.resize(..., antialias=True)`.
 
   Args:
     image: [h, w, C] of levels 0..255, uint8 or f32; C is known before the graph runs.
@@ -278,7 +345,9 @@ def crop_image(
   whole_levels = rules.whole_levels and image.dtype == tf.uint8
   if rules.kernel == "linear":
     options = dict(crop_size=crop_size, channels=image.shape[2], whole_levels=whole_levels)
-    return _bilinear(_padded(image), tf.shape(image)[:2], scaled, origin, tf.convert_to_tensor(flip), **options)
+    return _bilinear(
+      _padded(image), tf.shape(image)[:2], scaled, origin, tf.convert_to_tensor(flip), **options
+    )
   resized = tf.raw_ops.ScaleAndTranslate(
     images=image[tf.newaxis],
     size=crop_size,
@@ -290,13 +359,18 @@ def crop_image(
   resized = tf.ensure_shape(resized[0], (*crop_size, image.shape[2]))
   if whole_levels:
     resized = tf.floor(resized + 0.5)
-  return tf.clip_by_value(resized, 0.0, 255.0) if rules.kernel == "keyscubic" else resized  # only this one leaves the range
+  # Only this one leaves the range.
+  return tf.clip_by_value(resized, 0.0, 255.0) if rules.kernel == "keyscubic" else resized
 
 
 def _padded(stored: tf.Tensor) -> tf.Tensor:
-  """All values in one row, with zeros up to a power of two: a data set's images then have few shapes."""
+  """All values in one row, with zeros up to a power of two: a data set's images then have few
+  shapes.
+  """
   count = tf.size(stored)
-  length = tf.cast(2.0 ** tf.math.ceil(tf.math.log(tf.cast(count, tf.float64)) / np.log(2.0)), tf.int32)
+  length = tf.cast(
+    2.0 ** tf.math.ceil(tf.math.log(tf.cast(count, tf.float64)) / np.log(2.0)), tf.int32
+  )
   return tf.concat([tf.reshape(stored, [-1]), tf.zeros([length - count], stored.dtype)], axis=0)
 
 
@@ -309,7 +383,9 @@ def _bilinear(values, size, scaled, origin, flip, *, crop_size, channels, whole_
     centre = tf.cast(tf.range(crop_size[axis]) + origin[axis], tf.float64) + 0.5
     position = centre * tf.cast(size[axis], tf.float64) / tf.cast(scaled[axis], tf.float64) - 0.5
     before = tf.floor(position)
-    first, second = (tf.clip_by_value(tf.cast(before, tf.int32) + step, 0, size[axis] - 1) for step in (0, 1))
+    first, second = (
+      tf.clip_by_value(tf.cast(before, tf.int32) + step, 0, size[axis] - 1) for step in (0, 1)
+    )
     return first, second, tf.cast(position - before, tf.float32)
 
   top, bottom, below = taps(0)
@@ -342,10 +418,11 @@ def crop_label(
   """Scales and crops a mask by the nearest stored pixel.
 
   Scaled pixel i shows, as `Convention.nearest` says, stored pixel
-    "corner": floor(i * stored / scaled), as OpenCV's INTER_NEAREST;
-    "corner_f32": the same in single precision, as PyTorch, which may be a pixel less where the division comes out even;
-    "center": floor((i + 1/2) * stored / scaled), as PIL, which may be a pixel less where the division comes out even;
-    "ends": the nearest to i * (stored - 1) / (scaled - 1), halves up (TensorFlow 1's nearest resize with align_corners).
+    "corner": floor(i * stored / scaled), as OpenCV's INTER_NEAREST; "corner_f32": the same in
+    single precision, as PyTorch, which may be a pixel less where the division comes out even;
+    "center": floor((i + 1/2) * stored / scaled), as PIL, which may be a pixel less where the
+    division comes out even; "ends": the nearest to i * (stored - 1) / (scaled - 1), halves up
+    (TensorFlow 1's nearest resize with align_corners).
 
   Args:
     label: uint8 [h, w].
@@ -355,7 +432,9 @@ def crop_label(
     i32 [*crop_size], IGNORE_LABEL outside the image.
   """
   options = dict(crop_size=crop_size, rule=CONVENTIONS[convention].nearest)
-  return _nearest(_padded(label), tf.shape(label), scaled, origin, tf.convert_to_tensor(flip), **options)
+  return _nearest(
+    _padded(label), tf.shape(label), scaled, origin, tf.convert_to_tensor(flip), **options
+  )
 
 
 @compiled
@@ -389,16 +468,20 @@ def valid_mask(scaled: tf.Tensor, origin: tf.Tensor, crop_size: tuple[int, int])
   return inside_rows[:, tf.newaxis] & inside_columns[tf.newaxis, :]
 
 
-def window(scaled: tf.Tensor, origin: tf.Tensor, crop_size: tuple[int, int], flip: tf.Tensor) -> tf.Tensor:
+def window(
+  scaled: tf.Tensor, origin: tf.Tensor, crop_size: tuple[int, int], flip: tf.Tensor
+) -> tf.Tensor:
   """The crop in the stored image's own frame, so that a prediction can be put back.
 
-  To undo the geometry: mirror the crop back where it is mirrored, then stretch it over this rectangle.
+  To undo the geometry: mirror the crop back where it is mirrored, then stretch it over this
+  rectangle.
 
   Args:
     flip: bool[], whether the image was mirrored before it was cropped.
 
   Returns:
-    f32[4]: top, left, height, width as fractions of the image's height and width; leaves [0, 1] on padding.
+    f32[4]: top, left, height, width as fractions of the image's height and width; leaves [0, 1] on
+    padding.
   """
   scaled = tf.cast(scaled, tf.float32)
   corner = tf.cast(origin, tf.float32) / scaled
@@ -407,21 +490,33 @@ def window(scaled: tf.Tensor, origin: tf.Tensor, crop_size: tuple[int, int], fli
   return tf.stack([corner[0], left, extent[0], extent[1]])
 
 
-def crop_boxes(boxes: tf.Tensor, window: tf.Tensor, flip: tf.Tensor, crop_size: tuple[int, int]) -> tf.Tensor:
+def crop_boxes(
+  boxes: tf.Tensor, window: tf.Tensor, flip: tf.Tensor, crop_size: tuple[int, int]
+) -> tf.Tensor:
   """Bounding boxes of a stored image as the view shows them, under any convention.
 
   Args:
-    boxes: f32 [M, 5]: class index (-1: no box), then top, left, bottom, right in fractions of the image's height and width.
+    boxes: f32 [M, 5]: class index (-1: no box), then top, left, bottom, right in fractions of the
+      image's height and width.
     window: of the view, as `window` says.
     flip: bool[], whether the view shows the image mirrored.
 
   Returns:
-    f32 [M, 5] with edges in fractions of the view, clipped to it; (-1, 0, 0, 0, 0) where less than a pixel is left of a box.
+    f32 [M, 5] with edges in fractions of the view, clipped to it; (-1, 0, 0, 0, 0) where less than
+    a pixel is left of a box.
   """
   kind, top, left, bottom, right = tf.unstack(boxes, axis=1)
   top, bottom = ((edge - window[0]) / window[2] for edge in (top, bottom))
   left, right = ((edge - window[1]) / window[3] for edge in (left, right))
   left, right = tf.where(flip, 1.0 - right, left), tf.where(flip, 1.0 - left, right)
-  top, left, bottom, right = (tf.clip_by_value(edge, 0.0, 1.0) for edge in (top, left, bottom, right))
-  seen = (kind >= 0) & ((bottom - top) * crop_size[0] >= 1.0) & ((right - left) * crop_size[1] >= 1.0)
-  return tf.where(seen[:, tf.newaxis], tf.stack([kind, top, left, bottom, right], axis=1), [[-1.0, 0.0, 0.0, 0.0, 0.0]])
+  top, left, bottom, right = (
+    tf.clip_by_value(edge, 0.0, 1.0) for edge in (top, left, bottom, right)
+  )
+  seen = (
+    (kind >= 0) & ((bottom - top) * crop_size[0] >= 1.0) & ((right - left) * crop_size[1] >= 1.0)
+  )
+  return tf.where(
+    seen[:, tf.newaxis],
+    tf.stack([kind, top, left, bottom, right], axis=1),
+    [[-1.0, 0.0, 0.0, 0.0, 0.0]],
+  )

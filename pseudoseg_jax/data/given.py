@@ -20,19 +20,23 @@ from pseudoseg_jax.data.decode import ImageLike
 class GivenImages:
   """A source of images in memory or of files by path, see `sources.Source`.
 
-  Arrays are not copied: leave them as they are while they are in use. Files are read when they are needed.
+  Arrays are not copied: leave them as they are while they are in use. Files are read when they are
+  needed.
 
   Args:
     images: each a path, a PIL image or an array, see `decode.read_any_image`.
-    masks: of each image, a path or PIL image of class indices, or an array [h, w] of integers; None: no masks.
-    name: what the images are, in their ids ("labeled_00003") and in errors. A file's id is its path.
+    masks: of each image, a path or PIL image of class indices, or an array [h, w] of integers;
+      None: no masks.
+    name: what the images are, in their ids ("labeled_00003") and in errors. A file's id is its
+      path.
     num_classes: K, where there are masks.
     channels, max_value, exif_orientation: of images, see `decode.read_any_image`.
     label_map: stored mask value -> class index or IGNORE_LABEL.
 
   Raises:
-    InputError: at construction, whatever shows without decoding a file, all at once: images of another shape or scale, masks of another
-      size than their images or with values that are no class, absent files.
+    InputError: at construction, whatever shows without decoding a file, all at once: images of
+      another shape or scale, masks of another size than their images or with values that are no
+      class, absent files.
   """
 
   def __init__(
@@ -52,15 +56,22 @@ class GivenImages:
     self.channels, self.num_classes = channels, num_classes
     self._reading = {"exif_orientation": exif_orientation, "max_value": max_value}
     self._label_map = dict(label_map or {})
-    self.ids = tuple(str(image) if _is_path(image) else f"{name}_{row:05d}" for row, image in enumerate(self.images))
+    self.ids = tuple(
+      str(image) if _is_path(image) else f"{name}_{row:05d}"
+      for row, image in enumerate(self.images)
+    )
     problems = checks.Problems(f"the {name} images cannot be used")
     if not self.images:
       problems.add("images", got="none", allowed="at least one")
     repeated = [path for path, count in collections.Counter(self.ids).items() if count > 1]
     if repeated:
-      problems.add("images", got=f"{splits.shorten(repeated)} more than once", allowed="every file once")
+      problems.add(
+        "images", got=f"{splits.shorten(repeated)} more than once", allowed="every file once"
+      )
     if self.has_labels and len(self.masks) != len(self.images):
-      problems.add("masks", got=f"{len(self.masks)} for {len(self.images)} images", allowed="one for each")
+      problems.add(
+        "masks", got=f"{len(self.masks)} for {len(self.images)} images", allowed="one for each"
+      )
     problems.raise_if_any()
     self._sizes = [(0, 0)] * len(self.images)
     self.dtype = np.uint8
@@ -68,8 +79,14 @@ class GivenImages:
       problems.extend(self._look(row))
     problems.raise_if_any()
     # A resumed run must have the same images, and names say nothing of what an array holds.
-    parts = zip(self.images, self.masks, strict=True) if self.has_labels else ((image,) for image in self.images)
-    self.digests = tuple(_digest(*(part for part in of_row if not _is_path(part))) for of_row in parts)
+    parts = (
+      zip(self.images, self.masks, strict=True)
+      if self.has_labels
+      else ((image,) for image in self.images)
+    )
+    self.digests = tuple(
+      _digest(*(part for part in of_row if not _is_path(part))) for of_row in parts
+    )
 
   def __len__(self) -> int:
     return len(self.ids)
@@ -78,7 +95,12 @@ class GivenImages:
     image = decode.read_any_image(self.images[row], self.channels, **self._reading)
     if image.dtype != np.uint8 and self.dtype == np.uint8:
       problems = checks.Problems(f"cannot use image {self.ids[row]}")
-      problems.add("file", got="more than 8 bits", allowed="8 bits, as its header said", remedy="leave the file as it is")
+      problems.add(
+        "file",
+        got="more than 8 bits",
+        allowed="8 bits, as its header said",
+        remedy="leave the file as it is",
+      )
       problems.raise_if_any()
     return image.astype(self.dtype, copy=False)
 
@@ -91,7 +113,9 @@ class GivenImages:
     return self._sizes[row]
 
   def _look(self, row: int) -> list[str]:
-    """What is wrong with an image and its mask, as far as it shows without decoding a file; notes size and type."""
+    """What is wrong with an image and its mask, as far as it shows without decoding a file; notes
+    size and type.
+    """
     image, problems = self.images[row], checks.Problems("")
     try:
       if _is_path(image):
@@ -143,8 +167,12 @@ class GivenImages:
     if numbers.ndim != 2 or numbers.dtype.kind not in "buif":
       remedy = "one-hot masks want np.argmax(mask, axis=-1)" if numbers.ndim == 3 else None
       got = "None" if mask is None else f"{numbers.dtype} of shape {numbers.shape}"
-      problems.add("mask", got=got, allowed="class indices [height, width], integers", remedy=remedy)
-    elif numbers.dtype.kind == "f" and not (np.isfinite(numbers) & (numbers == np.rint(numbers))).all():
+      problems.add(
+        "mask", got=got, allowed="class indices [height, width], integers", remedy=remedy
+      )
+    elif (
+      numbers.dtype.kind == "f" and not (np.isfinite(numbers) & (numbers == np.rint(numbers))).all()
+    ):
       problems.add("mask", got=f"{numbers.dtype} with fractions", allowed="class indices, integers")
     problems.raise_if_any()
     return numbers.astype(np.int64)
@@ -153,15 +181,19 @@ class GivenImages:
     """Stored values -> uint8 classes; InputError for values that are no class."""
     values, place = np.unique(numbers, return_inverse=True)
     mapped = np.array([self._label_map.get(value, value) for value in values.tolist()], np.int64)
-    unknown = [value for value, index in zip(values.tolist(), mapped.tolist(), strict=True)
-               if index != IGNORE_LABEL and not 0 <= index < self.num_classes]  # fmt: skip
+    unknown = [
+      value
+      for value, index in zip(values.tolist(), mapped.tolist(), strict=True)
+      if index != IGNORE_LABEL and not 0 <= index < self.num_classes
+    ]
     if unknown:
       problems = checks.Problems("a mask cannot be used")
       problems.add(
-        where, got=f"the values {splits.shorten(list(map(str, unknown)))}",
+        where,
+        got=f"the values {splits.shorten(list(map(str, unknown)))}",
         allowed=f"the classes 0..{self.num_classes - 1}, and {IGNORE_LABEL} for no label",
         remedy=f"if they mean no label: label_map={{{unknown[0]}: {IGNORE_LABEL}}}; else name more classes",
-      )  # fmt: skip
+      )
       problems.raise_if_any()
     return mapped.astype(np.uint8)[place].reshape(numbers.shape)
 
@@ -188,9 +220,18 @@ def check_apart(*, labeled: GivenImages, evaluated: GivenImages) -> None:
     }
 
   learnt, scored = named(labeled), named(evaluated)
-  both = [f"{learnt[key]} = {scored[key]}" if learnt[key] != scored[key] else scored[key] for key in scored if key in learnt]
+  both = [
+    f"{learnt[key]} = {scored[key]}" if learnt[key] != scored[key] else scored[key]
+    for key in scored
+    if key in learnt
+  ]
   problems = checks.Problems("the data cannot be used")
   if both:
     got = f"{len(both)} of {len(scored)} images that are learnt from: {splits.shorten(both)}"
-    problems.add("evaluated", got=got, allowed="images that nothing is learnt from", remedy="leave them out of one of the two")
+    problems.add(
+      "evaluated",
+      got=got,
+      allowed="images that nothing is learnt from",
+      remedy="leave them out of one of the two",
+    )
   problems.raise_if_any()

@@ -1,8 +1,9 @@
 """Which files there are: one rule for every place that lists or seeks them.
 
-Links to files and to folders are followed, and a folder is entered once, however many links lead to it. What is hidden (".NAME",
-among it macOS' "._NAME.jpg") or kept by a system beside the files ("__MACOSX") is none of them. Endings count in any case, and
-.jpg is .jpeg, .tif is .tiff. Names are the same however their accents are composed (macOS: NFD). The order is that of the names.
+Links to files and to folders are followed, and a folder is entered once, however many links lead to
+it. What is hidden (".NAME", among it macOS' "._NAME.jpg") or kept by a system beside the files
+("__MACOSX") is none of them. Endings count in any case, and .jpg is .jpeg, .tif is .tiff. Names are
+the same however their accents are composed (macOS: NFD). The order is that of the names.
 """
 
 from __future__ import annotations
@@ -19,13 +20,29 @@ from pseudoseg_jax import checks
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
-_OTHER_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".npy", ".pgm", ".ppm", ".tga")  # not read unasked
+# Not read unasked.
+_OTHER_IMAGES = (
+  ".avif",
+  ".gif",
+  ".heic",
+  ".heif",
+  ".jfif",
+  ".jp2",
+  ".jpe",
+  ".npy",
+  ".pgm",
+  ".ppm",
+  ".tga",
+)
 _SAME_FORMAT = {".jpeg": ".jpg", ".tiff": ".tif"}
-_OF_SYSTEMS = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # by macOS' zip files, Synology's disks, Windows
+# by macOS' zip files, Synology's disks, Windows.
+_OF_SYSTEMS = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
 
 
 class LeftOut(NamedTuple):
-  """path: of what is not among the files. why: in words, e.g. "a link to gone.jpg, which is not there"."""
+  """path: of what is not among the files. why: in words, e.g. "a link to gone.jpg, which is not
+  there".
+  """
 
   path: pathlib.Path
   why: str
@@ -35,29 +52,45 @@ class LeftOut(NamedTuple):
     return str(self.path).encode(errors="backslashreplace").decode()
 
 
-def image_files(folder: str | pathlib.Path, left_out: list[LeftOut] | None = None) -> list[pathlib.Path]:
-  """The images of a folder and of all below it, in order of name; none where there is no such folder.
+def image_files(
+  folder: str | pathlib.Path, left_out: list[LeftOut] | None = None
+) -> list[pathlib.Path]:
+  """The images of a folder and of all below it, in order of name; none where there is no such
+  folder.
 
   Args:
-    left_out: gains what may be an image and is none of them: other formats, and what could not be followed or entered.
+    left_out: gains what may be an image and is none of them: other formats, and what could not be
+      followed or entered.
   """
   files = files_below(folder, left_out)
   if left_out is not None:
-    left_out += [LeftOut(path, "does not end as an image") for path in files if path.suffix.lower() in _OTHER_IMAGES]
+    left_out += [
+      LeftOut(path, "does not end as an image")
+      for path in files
+      if path.suffix.lower() in _OTHER_IMAGES
+    ]
   return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def files_below(folder: str | pathlib.Path, left_out: list[LeftOut] | None = None) -> list[pathlib.Path]:
+def files_below(
+  folder: str | pathlib.Path, left_out: list[LeftOut] | None = None
+) -> list[pathlib.Path]:
   """The files of a folder and of all below it, in order of name.
 
   Args:
     left_out: gains what could not be followed or entered.
   """
-  return sorted(walk(folder, left_out), key=lambda path: (normalized(str(path)).split(os.sep), str(path)))
+  return sorted(
+    walk(folder, left_out), key=lambda path: (normalized(str(path)).split(os.sep), str(path))
+  )
 
 
-def walk(folder: str | pathlib.Path, left_out: list[LeftOut] | None = None) -> Iterator[pathlib.Path]:
-  """`files_below` one by one, in an order that is the same on every machine; real folders come before linked ones."""
+def walk(
+  folder: str | pathlib.Path, left_out: list[LeftOut] | None = None
+) -> Iterator[pathlib.Path]:
+  """`files_below` one by one, in an order that is the same on every machine; real folders come
+  before linked ones.
+  """
   left_out = [] if left_out is None else left_out
   entered, linked = set(), [str(folder)] if os.path.isdir(folder) else []
   while linked:
@@ -89,7 +122,9 @@ def _entries(folder: str, left_out: list[LeftOut]) -> list[os.DirEntry]:
       shown = [entry for entry in entries if not _is_hidden(entry.name)]
     return sorted(shown, key=lambda entry: (normalized(entry.name), entry.name))
   except OSError as error:
-    left_out.append(LeftOut(pathlib.Path(folder), f"a folder that cannot be read ({error.strerror})"))
+    left_out.append(
+      LeftOut(pathlib.Path(folder), f"a folder that cannot be read ({error.strerror})")
+    )
     return []
 
 
@@ -102,7 +137,9 @@ def _kind(entry: os.DirEntry) -> str:
       return "file"
   except OSError as error:
     return f"a link that leads nowhere ({error.strerror})"
-  return f"a link to {os.readlink(entry.path)}, which is not there" if entry.is_symlink() else "no file"
+  return (
+    f"a link to {os.readlink(entry.path)}, which is not there" if entry.is_symlink() else "no file"
+  )
 
 
 def _is_hidden(name: str) -> bool:
@@ -121,22 +158,27 @@ def normalized(name: str) -> str:
 
 
 def check_locale(names: Iterable[object], problems: checks.Problems) -> None:
-  """Adds the cause where Python was told an encoding in which these names are none: LC_ALL=C with PYTHONUTF8=0."""
+  """Adds the cause where Python was told an encoding in which these names are none: LC_ALL=C with
+  PYTHONUTF8=0.
+  """
   encoding = sys.getfilesystemencoding()
   foreign = [] if encoding == "utf-8" else [str(name) for name in names if not str(name).isascii()]
   if foreign:
     problems.add(
-      "names of files", got=f"{encoding} as the locale's encoding, in which {ascii(foreign[0])} cannot be found",
-      allowed="utf-8", remedy="set PYTHONUTF8=1 or LC_ALL=C.UTF-8",
-    )  # fmt: skip
+      "names of files",
+      got=f"{encoding} as the locale's encoding, in which {ascii(foreign[0])} cannot be found",
+      allowed="utf-8",
+      remedy="set PYTHONUTF8=1 or LC_ALL=C.UTF-8",
+    )
 
 
 class Pattern:
-  """Where files of ids lie: a path with `{id}` in it, e.g. "images/{id}.jpg"; an id may hold folders.
+  """Where files of ids lie: a path with `{id}` in it, e.g. "images/{id}.jpg"; an id may hold
+  folders.
 
   folder: the deepest folder that all these files lie in.
-  rank: of two patterns that a file fits, it belongs to that of the higher rank, the narrower one: "masks/{id}.png" before
-    "{id}.png", "{id}_mask.png" before "{id}.png".
+  rank: of two patterns that a file fits, it belongs to that of the higher rank, the narrower one:
+    "masks/{id}.png" before "{id}.png", "{id}_mask.png" before "{id}.png".
   """
 
   def __init__(self, root: str | pathlib.Path, pattern: str):
@@ -146,9 +188,15 @@ class Pattern:
     if "{id}" in suffix:
       stem, suffix = stem + suffix, ""
     before, *after = map(re.escape, stem.split("{id}"))
-    same = [other for other in (*IMAGE_SUFFIXES, suffix) if _format(other) == _format(suffix)] if suffix else [""]
+    same = (
+      [other for other in (*IMAGE_SUFFIXES, suffix) if _format(other) == _format(suffix)]
+      if suffix
+      else [""]
+    )
     endings = "|".join(map(re.escape, same))
-    self._expression = re.compile(f"{before}(?P<id>.+){'(?P=id)'.join(after)}(?i:{endings})", re.DOTALL)
+    self._expression = re.compile(
+      f"{before}(?P<id>.+){'(?P=id)'.join(after)}(?i:{endings})", re.DOTALL
+    )
     self.rank = (len(self.folder.parts), len(path.replace("{id}", "")))
 
   def id_of(self, path: str) -> str | None:
@@ -158,7 +206,9 @@ class Pattern:
 
 
 class Fitting(NamedTuple):
-  """ids: of all files that fit a pattern, in the order of their paths. left_out: images in its folder that are none of them."""
+  """ids: of all files that fit a pattern, in the order of their paths. left_out: images in its
+  folder that are none of them.
+  """
 
   ids: tuple[str, ...]
   left_out: tuple[LeftOut, ...]
@@ -168,7 +218,8 @@ def fitting(root: str | pathlib.Path, pattern: str, others: Sequence[str] = ()) 
   """What fits a pattern below root, in its folder and in all below it.
 
   Args:
-    others: patterns of what else lies there, as masks; what belongs to them (see `Pattern.rank`) is not left out.
+    others: patterns of what else lies there, as masks; what belongs to them (see `Pattern.rank`) is
+      not left out.
 
   Raises:
     InputError: names of files that the locale cannot spell.
@@ -191,7 +242,9 @@ def fitting(root: str | pathlib.Path, pattern: str, others: Sequence[str] = ()) 
   for name, paths in found.items():
     exact = pathlib.Path(root) / pattern.replace("{id}", name)
     if len(paths) > 1 and exact in paths:  # else nothing says which: see Files.find
-      left_out += [LeftOut(path, f"{exact.name} has the same id") for path in paths if path != exact]
+      left_out += [
+        LeftOut(path, f"{exact.name} has the same id") for path in paths if path != exact
+      ]
   ids = sorted(found, key=lambda name: normalized(found[name][0].as_posix()))
   return Fitting(tuple(ids), tuple(left_out))
 
@@ -205,14 +258,17 @@ class Files:
 
   def __init__(self):
     self._kinds: dict[str, dict[str, str]] = {}  # by folder: names, and what they are (see `_kind`)
-    self._spellings: dict[str, dict[str, list[str]]] = {}  # by folder: names by what is the same in all spellings of one
+    # by folder: names by what is the same in all spellings of one.
+    self._spellings: dict[str, dict[str, list[str]]] = {}
 
   def __contains__(self, path: str | pathlib.Path) -> bool:
     return len(self.find(path)) == 1
 
   def find(self, path: str | pathlib.Path) -> list[pathlib.Path]:
-    """The file of this path; else those that it names in another spelling: with an ending in another case or another one of the
-    same format, or with accents composed otherwise. Several: nothing says which one is meant."""
+    """The file of this path; else those that it names in another spelling: with an ending in
+    another case or another one of the same format, or with accents composed otherwise. Several:
+    nothing says which one is meant.
+    """
     folder, name = os.path.split(path)
     folder = self.folder(folder)
     if self._listed(folder).get(name) == "file":
@@ -222,10 +278,15 @@ class Files:
       for other, kind in self._listed(folder).items():
         if kind == "file":
           spellings.setdefault(_spelling(other), []).append(other)
-    return [pathlib.Path(folder, other) for other in sorted(self._spellings[folder].get(_spelling(name), ()))]
+    return [
+      pathlib.Path(folder, other)
+      for other in sorted(self._spellings[folder].get(_spelling(name), ()))
+    ]
 
   def why_absent(self, path: str | pathlib.Path) -> str:
-    """The cause why `find` did not find one file, where more is known than that there is none; else ""."""
+    """The cause why `find` did not find one file, where more is known than that there is none; else
+    "".
+    """
     found = self.find(path)
     if len(found) == 1:
       return ""

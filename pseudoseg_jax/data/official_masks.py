@@ -21,10 +21,19 @@ from pseudoseg_jax.data import classes
 _IGNORE = 255
 # SciPy reports damaged files by all of these.
 _UNREADABLE = (
-  ValueError, KeyError, IndexError, TypeError, NotImplementedError, EOFError, OSError, zlib.error, scipy.io.matlab.MatReadError,
-)  # fmt: skip
+  ValueError,
+  KeyError,
+  IndexError,
+  TypeError,
+  NotImplementedError,
+  EOFError,
+  OSError,
+  zlib.error,
+  scipy.io.matlab.MatReadError,
+)
 _VOC_CLASSES = 21
-_THING_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})  # COCO's 80 category ids
+# COCO's 80 category ids.
+_THING_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 _PALETTE = classes.voc_palette(256).tobytes()
 
 
@@ -38,24 +47,32 @@ def png(mask: np.ndarray) -> bytes:
 
 
 def from_sbd(content: bytes, name: str) -> bytes:
-  """A .mat file of SBD's `cls` (struct GTcls, field Segmentation) -> palette PNG of VOC's classes 0..20.
+  """A .mat file of SBD's `cls` (struct GTcls, field Segmentation) -> palette PNG of VOC's classes
+  0..20.
 
   Raises:
     InputError: not such a file; `name` says which.
   """
   try:
-    mask = scipy.io.loadmat(io.BytesIO(content), variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
+    mask = scipy.io.loadmat(io.BytesIO(content), variable_names=["GTcls"])["GTcls"]["Segmentation"][
+      0, 0
+    ]
     if mask.ndim != 2 or not np.all(mask < _VOC_CLASSES):
       raise ValueError(f"shape {mask.shape}, values up to {mask.max()}")
   except _UNREADABLE as error:
     problems = checks.Problems("cannot read a mask of SBD")
-    problems.add(name, got=f"{type(error).__name__}: {error}", allowed=f"GTcls.Segmentation [h, w] of 0..{_VOC_CLASSES - 1}")
+    problems.add(
+      name,
+      got=f"{type(error).__name__}: {error}",
+      allowed=f"GTcls.Segmentation [h, w] of 0..{_VOC_CLASSES - 1}",
+    )
     problems.raise_if_any()
   return png(mask)
 
 
 def from_coco_stuff(content: bytes, name: str) -> bytes:
-  """A PNG of stuffthingmaps_trainval2017 (category id - 1; 255 unlabeled) -> 0 stuff, 1..80 things, 255 unlabeled.
+  """A PNG of stuffthingmaps_trainval2017 (category id - 1; 255 unlabeled) -> 0 stuff, 1..80 things,
+  255 unlabeled.
 
   Raises:
     InputError: not such a file; `name` says which.
@@ -70,7 +87,9 @@ def from_coco_stuff(content: bytes, name: str) -> bytes:
         raise ValueError(f"shape {mask.shape}")
   except (OSError, SyntaxError, ValueError, IndexError) as error:
     problems = checks.Problems("cannot read a mask of COCO-Stuff")
-    problems.add(name, got=f"{type(error).__name__}: {error}", allowed="a PNG of 8-bit indices [h, w]")
+    problems.add(
+      name, got=f"{type(error).__name__}: {error}", allowed="a PNG of 8-bit indices [h, w]"
+    )
     problems.raise_if_any()
   return png(mask)
 
@@ -81,16 +100,22 @@ def require_pycocotools() -> None:
     import pycocotools.mask  # noqa: F401
   except ImportError:
     problems = checks.Problems("masks of COCO's instances cannot be drawn")
-    problems.add("pycocotools", got="not installed", remedy="pip install pycocotools, or give --stuff, which does without")
+    problems.add(
+      "pycocotools",
+      got="not installed",
+      remedy="pip install pycocotools, or give --stuff, which does without",
+    )
     problems.raise_if_any()
 
 
 def from_coco_instances(content: bytes, name: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
-  """The masks of an instances_*.json of COCO: of every image its file name without suffix, and () -> palette PNG.
+  """The masks of an instances_*.json of COCO: of every image its file name without suffix, and ()
+  -> palette PNG.
 
-  Where instances overlap, the one that stands first in the file wins, as in the widespread DeepLab loaders; PseudoSeg's own
-  masks were published only as made. Crowd regions, whose outlines are coarse, are 255 where no instance lies, while those
-  loaders take them for the class. All that has no instance is 0.
+  Where instances overlap, the one that stands first in the file wins, as in the widespread DeepLab
+  loaders; PseudoSeg's own masks were published only as made. Crowd regions, whose outlines are
+  coarse, are 255 where no instance lies, while those loaders take them for the class. All that has
+  no instance is 0.
 
   Raises:
     InputError: another kind of file; `name` says which.
@@ -100,10 +125,20 @@ def from_coco_instances(content: bytes, name: str) -> Iterator[tuple[str, Callab
     data = json.loads(content)
     found = sorted((entry["id"], entry["name"]) for entry in data["categories"])
   except (ValueError, KeyError, TypeError) as error:
-    problems.add(name, got=f"{type(error).__name__}: {error}", allowed="COCO's JSON", remedy="give annotations_trainval2017.zip")
+    problems.add(
+      name,
+      got=f"{type(error).__name__}: {error}",
+      allowed="COCO's JSON",
+      remedy="give annotations_trainval2017.zip",
+    )
     problems.raise_if_any()
   if found != list(zip(_THING_IDS, classes.COCO.names[1:], strict=True)):
-    problems.add(name, got=f"{len(found)} categories", allowed="COCO's 80", remedy="give annotations_trainval2017.zip")
+    problems.add(
+      name,
+      got=f"{len(found)} categories",
+      allowed="COCO's 80",
+      remedy="give annotations_trainval2017.zip",
+    )
     problems.raise_if_any()
   by_image = collections.defaultdict(list)
   for annotation in data["annotations"]:
@@ -118,9 +153,13 @@ def _draw(annotations, height, width):
 
   index = {category: number for number, category in enumerate(_THING_IDS, start=1)}
   mask = np.zeros((height, width), np.uint8)
-  for annotation in sorted(annotations, key=lambda entry: entry["iscrowd"]):  # crowds last; otherwise the file's order
+  # Crowds last; otherwise the file's order.
+  for annotation in sorted(annotations, key=lambda entry: entry["iscrowd"]):
     shape = pycocotools.mask.frPyObjects(annotation["segmentation"], height, width)
     inside = pycocotools.mask.decode(shape)
-    inside = inside.any(axis=-1) if inside.ndim == 3 else inside > 0  # several polygons, or one run-length code
-    mask[inside & (mask == 0)] = _IGNORE if annotation["iscrowd"] else index[annotation["category_id"]]
+    # Several polygons, or one run-length code.
+    inside = inside.any(axis=-1) if inside.ndim == 3 else inside > 0
+    mask[inside & (mask == 0)] = (
+      _IGNORE if annotation["iscrowd"] else index[annotation["category_id"]]
+    )
   return mask

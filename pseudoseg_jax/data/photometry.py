@@ -1,7 +1,8 @@
 """Strong augmentation: colour jitter, greyscale, blur.
 
-TensorFlow ops on one image [h, w, C] in [0, 1], every random draw an argument. Saturation, hue and greyscale mean something for
-RGB alone: images of other than three channels are spared them, and their contrast is about each channel's own mean.
+TensorFlow ops on one image [h, w, C] in [0, 1], every random draw an argument. Saturation, hue and
+greyscale mean something for RGB alone: images of other than three channels are spared them, and
+their contrast is about each channel's own mean.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ class Photometry:
   """How strong views are drawn; the defaults are those of UniMatch (Yang et al. 2023).
 
   jitter_probability: of the four colour changes together, which come in random order.
-  brightness, contrast, saturation: factors are uniform in 1 -+ this; with "tensorflow", brightness is a summand in -+ this.
+  brightness, contrast, saturation: factors are uniform in 1 -+ this; with "tensorflow", brightness
+    is a summand in -+ this.
   hue: shifts are uniform in -+ this, as a fraction of the colour circle.
   grayscale_probability, blur_probability: of the two other changes, in this order after the jitter.
   blur_sigma_pixels: the Gaussian's standard deviation is uniform between these two.
-  convention: of the jitter, a name in `geometry.CONVENTIONS`. "tensorflow" adds, stretches about each channel's mean and scales
-    HSV's saturation, as tf.image and PseudoSeg (Zou et al. 2021) do; all others blend with black, the mean grey and the
-    greyscale, as PIL and UniMatch do, but in floating point: up to 11 grey levels from their 8-bit hue, under 2 on average.
+  convention: of the jitter, a name in `geometry.CONVENTIONS`. "tensorflow" adds, stretches about
+    each channel's mean and scales HSV's saturation, as tf.image and PseudoSeg (Zou et al. 2021) do;
+    all others blend with black, the mean grey and the greyscale, as PIL and UniMatch do, but in
+    floating point: up to 11 grey levels from their 8-bit hue, under 2 on average.
   """
 
   jitter_probability: float = 0.8
@@ -48,13 +51,25 @@ class Photometry:
 
   def __post_init__(self):
     problems = checks.Problems("photometry cannot be used")
-    for name in ("jitter_probability", "grayscale_probability", "blur_probability", "brightness", "contrast", "saturation"):
+    for name in (
+      "jitter_probability",
+      "grayscale_probability",
+      "blur_probability",
+      "brightness",
+      "contrast",
+      "saturation",
+    ):
       if not 0 <= getattr(self, name) <= 1:
         problems.add(name, got=getattr(self, name), allowed="0..1")
     if not 0 <= self.hue <= 0.5:
       problems.add("hue", got=self.hue, allowed="0..0.5 (half the colour circle)")
-    if len(self.blur_sigma_pixels) != 2 or not 0 < self.blur_sigma_pixels[0] <= self.blur_sigma_pixels[1]:
-      problems.add("blur_sigma_pixels", got=self.blur_sigma_pixels, allowed="(least, greatest), both above 0")
+    if (
+      len(self.blur_sigma_pixels) != 2
+      or not 0 < self.blur_sigma_pixels[0] <= self.blur_sigma_pixels[1]
+    ):
+      problems.add(
+        "blur_sigma_pixels", got=self.blur_sigma_pixels, allowed="(least, greatest), both above 0"
+      )
     check_convention(self.convention, problems)
     problems.raise_if_any()
 
@@ -62,8 +77,10 @@ class Photometry:
 class Draws(NamedTuple):
   """What is done to one view.
 
-  jitter, grayscale, blur: bool[], whether. order: i32[4], the jitter's turns: 0 brightness, 1 contrast, 2 saturation, 3 hue.
-  brightness, contrast, saturation: f32[], factors ("tensorflow": brightness is a summand). hue: f32[], shift. sigma: pixels.
+  jitter, grayscale, blur: bool[], whether. order: i32[4], the jitter's turns: 0 brightness, 1
+    contrast, 2 saturation, 3 hue.
+  brightness, contrast, saturation: f32[], factors ("tensorflow": brightness is a summand). hue:
+    f32[], shift. sigma: pixels.
   """
 
   jitter: tf.Tensor
@@ -91,7 +108,9 @@ def draw(photometry: Photometry, num_views: int, seed: tf.Tensor) -> list[Draws]
     return Draws(
       jitter=u[0] < photometry.jitter_probability,
       order=order[number],
-      brightness=between(u[1], unchanged - photometry.brightness, unchanged + photometry.brightness),
+      brightness=between(
+        u[1], unchanged - photometry.brightness, unchanged + photometry.brightness
+      ),
       contrast=between(u[2], 1 - photometry.contrast, 1 + photometry.contrast),
       saturation=between(u[3], 1 - photometry.saturation, 1 + photometry.saturation),
       hue=between(u[4], -photometry.hue, photometry.hue),
@@ -104,22 +123,31 @@ def draw(photometry: Photometry, num_views: int, seed: tf.Tensor) -> list[Draws]
 
 
 def strong_view(
-  rgb: tf.Tensor, draws: Draws, max_sigma: float, convention: str = "opencv", valid: tf.Tensor | None = None
+  rgb: tf.Tensor,
+  draws: Draws,
+  max_sigma: float,
+  convention: str = "opencv",
+  valid: tf.Tensor | None = None,
 ) -> tf.Tensor:
-  """Applies one view's draws: jitter, then greyscale, then blur. f32 [h, w, C] in [0, 1], before and after."""
+  """Applies one view's draws: jitter, then greyscale, then blur. f32 [h, w, C] in [0, 1], before
+  and after.
+  """
   rgb = tf.cond(draws.jitter, lambda: color_jitter(rgb, draws, convention, valid), lambda: rgb)
   if rgb.shape[-1] == 3:
     rgb = tf.cond(draws.grayscale, lambda: grayscale(rgb), lambda: rgb)
   return tf.cond(draws.blur, lambda: gaussian_blur(rgb, draws.sigma, max_sigma), lambda: rgb)
 
 
-def color_jitter(rgb: tf.Tensor, draws: Draws, convention: str = "opencv", valid: tf.Tensor | None = None) -> tf.Tensor:
+def color_jitter(
+  rgb: tf.Tensor, draws: Draws, convention: str = "opencv", valid: tf.Tensor | None = None
+) -> tf.Tensor:
   """The four colour changes in the order drawn, each result clipped to [0, 1].
 
   Args:
     rgb: f32 [h, w, C] in [0, 1].
     convention: as `Photometry.convention`.
-    valid: bool [h, w], of which pixels a channel's mean is taken; None for all of them. The mean grey takes all of them.
+    valid: bool [h, w], of which pixels a channel's mean is taken; None for all of them. The mean
+      grey takes all of them.
   """
   is_rgb = rgb.shape[-1] == 3
   if convention == "tensorflow":
@@ -133,12 +161,15 @@ def color_jitter(rgb: tf.Tensor, draws: Draws, convention: str = "opencv", valid
     return adjust_contrast(rgb, factor)
 
   def turn(rgb: tf.Tensor, change: tf.Tensor) -> tf.Tensor:
-    return tf.switch_case(change, [
-      lambda: brightness(rgb, draws.brightness),
-      lambda: contrast(rgb, draws.contrast),
-      lambda: saturation(rgb, draws.saturation) if is_rgb else rgb,
-      lambda: adjust_hue(rgb, draws.hue) if is_rgb else rgb,
-    ])  # fmt: skip
+    return tf.switch_case(
+      change,
+      [
+        lambda: brightness(rgb, draws.brightness),
+        lambda: contrast(rgb, draws.contrast),
+        lambda: saturation(rgb, draws.saturation) if is_rgb else rgb,
+        lambda: adjust_hue(rgb, draws.hue) if is_rgb else rgb,
+      ],
+    )
 
   return tf.foldl(turn, draws.order, initializer=rgb)
 
@@ -156,10 +187,16 @@ def adjust_brightness(rgb: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 
 @compiled
-def stretch_contrast(rgb: tf.Tensor, factor: tf.Tensor, valid: tf.Tensor | None = None) -> tf.Tensor:
-  """Moves each channel away from its own mean over the valid pixels; factor 1 changes nothing. The result may leave [0, 1]."""
+def stretch_contrast(
+  rgb: tf.Tensor, factor: tf.Tensor, valid: tf.Tensor | None = None
+) -> tf.Tensor:
+  """Moves each channel away from its own mean over the valid pixels; factor 1 changes nothing. The
+  result may leave [0, 1].
+  """
   inside = tf.ones(rgb.shape[:2]) if valid is None else tf.cast(valid, tf.float32)
-  mean = tf.stack([_sum(channel * inside) for channel in tf.unstack(rgb, axis=-1)]) / tf.maximum(_sum(inside), 1.0)
+  mean = tf.stack([_sum(channel * inside) for channel in tf.unstack(rgb, axis=-1)]) / tf.maximum(
+    _sum(inside), 1.0
+  )
   return rgb * factor + mean * (1.0 - factor)
 
 
@@ -172,7 +209,9 @@ def adjust_contrast(rgb: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 
 def _sum(plane: tf.Tensor) -> tf.Tensor:
-  """Sum of [h, w]. In single precision the rounding of 10^5 like values would add up to a tenth of a grey level."""
+  """Sum of [h, w]. In single precision the rounding of 10^5 like values would add up to a tenth of
+  a grey level.
+  """
   return tf.cast(tf.reduce_sum(tf.cast(plane, tf.float64)), tf.float32)
 
 
@@ -188,7 +227,9 @@ def adjust_saturation(rgb: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 @compiled
 def scale_saturation(rgb: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-  """Scales the S of HSV, up to 1, as tf.image.adjust_saturation: the greatest channel stays, the others keep their proportions."""
+  """Scales the S of HSV, up to 1, as tf.image.adjust_saturation: the greatest channel stays, the
+  others keep their proportions.
+  """
   value = tf.reduce_max(rgb, axis=-1, keepdims=True)
   chroma = value - tf.reduce_min(rgb, axis=-1, keepdims=True)
   factor = tf.minimum(factor, tf.math.divide_no_nan(value, chroma))
@@ -197,7 +238,9 @@ def scale_saturation(rgb: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 @compiled
 def adjust_hue(rgb: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
-  """Turns the H of HSV by a fraction of the colour circle, as tf.image.adjust_hue: 1/3 turns red into green."""
+  """Turns the H of HSV by a fraction of the colour circle, as tf.image.adjust_hue: 1/3 turns red
+  into green.
+  """
   red, green, blue = tf.unstack(rgb, axis=-1)
   value = tf.maximum(tf.maximum(red, green), blue)
   least = tf.minimum(tf.minimum(red, green), blue)
@@ -206,7 +249,8 @@ def adjust_hue(rgb: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
   hue = tf.where(value == green, (blue - red) * per_chroma + 2.0, (red - green) * per_chroma + 4.0)
   hue = tf.where(value == red, (green - blue) * per_chroma, hue) + 6.0 * shift
   hue -= 6.0 * tf.floor(hue / 6.0)
-  # How much of the chroma each channel has, around the circle: all within a sixth of its colour, none beyond two.
+  # How much of the chroma each channel has, around the circle: all within a sixth of its colour,
+  # none beyond two.
   shares = tf.abs(hue - 3.0) - 1.0, 2.0 - tf.abs(hue - 2.0), 2.0 - tf.abs(hue - 4.0)
   return tf.stack([least + chroma * tf.clip_by_value(share, 0.0, 1.0) for share in shares], axis=-1)
 
@@ -229,23 +273,35 @@ def gaussian_blur(rgb: tf.Tensor, sigma: tf.Tensor, max_sigma: float) -> tf.Tens
   tap = tf.range(-radius, radius + 1, dtype=tf.float32)
   kernel = tf.exp(-0.5 * (tap / sigma) ** 2)
   kernel /= tf.reduce_sum(kernel)
-  # A row's values side by side make long vectors. The repeated edges are copied outside of XLA, which would look them up by pixel.
+  # A row's values side by side make long vectors. The repeated edges are copied outside of XLA,
+  # which would look them up by pixel.
   rows = tf.reshape(rgb, (height, width * channels))
-  rows = tf.concat([tf.repeat(rows[:1], radius, axis=0), rows, tf.repeat(rows[-1:], radius, axis=0)], axis=0)
+  rows = tf.concat(
+    [tf.repeat(rows[:1], radius, axis=0), rows, tf.repeat(rows[-1:], radius, axis=0)], axis=0
+  )
   rows = _convolve(rows, kernel, axis=0, step=1)
-  rows = tf.concat([tf.tile(rows[:, :channels], (1, radius)), rows, tf.tile(rows[:, -channels:], (1, radius))], axis=1)
+  rows = tf.concat(
+    [tf.tile(rows[:, :channels], (1, radius)), rows, tf.tile(rows[:, -channels:], (1, radius))],
+    axis=1,
+  )
   return tf.reshape(_convolve(rows, kernel, axis=1, step=channels), (height, width, channels))
 
 
 @compiled
 def _convolve(padded, kernel, *, axis, step):
-  """Weighted sums along an axis of [m, n], of values that lie `step` apart; only where all weights meet one."""
+  """Weighted sums along an axis of [m, n], of values that lie `step` apart; only where all weights
+  meet one.
+  """
   taps = kernel.shape[0]
   size = padded.shape[axis] - (taps - 1) * step
-  parts = (padded[n * step :][:size] if axis == 0 else padded[:, n * step :][:, :size] for n in range(taps))
+  parts = (
+    padded[n * step :][:size] if axis == 0 else padded[:, n * step :][:, :size] for n in range(taps)
+  )
   return sum(kernel[n] * part for n, part in enumerate(parts))
 
 
 def normalize(rgb, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-  """(rgb - mean) / std by channel, of f32 [..., 3] in [0, 1]; TensorFlow, NumPy and JAX arrays alike."""
+  """(rgb - mean) / std by channel, of f32 [..., 3] in [0, 1]; TensorFlow, NumPy and JAX arrays
+  alike.
+  """
   return (rgb - mean) / std

@@ -2,8 +2,9 @@
 
   position -> (epoch, place in the epoch's shuffle) -> row -> load -> geometry -> views
 
-Every random draw is seeded by (seed, stream name, position). So resuming at step s needs only s, and one process or eight
-feed the same global batches. Labeled, unlabeled and partner streams have orders and draws of their own.
+Every random draw is seeded by (seed, stream name, position). So resuming at step s needs only s,
+and one process or eight feed the same global batches. Labeled, unlabeled and partner streams have
+orders and draws of their own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ import tensorflow as tf
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import IGNORE_LABEL, Needs
-from pseudoseg_jax.data import boxes, geometry as geometry_ops, operations, photometry as photometry_ops, views
+from pseudoseg_jax.data import (
+  boxes,
+  geometry as geometry_ops,
+  operations,
+  photometry as photometry_ops,
+  views,
+)
 from pseudoseg_jax.data.geometry import Geometry
 from pseudoseg_jax.data.photometry import IMAGENET_MEAN, IMAGENET_STD, Photometry
 from pseudoseg_jax.data.skipped import Skipped
@@ -34,26 +41,34 @@ tf.config.set_visible_devices([], "GPU")
 
 _PATIENCE_SECONDS = 5.0  # of `Feed.close` and of an ending process, with reads that are under way
 
-_NUM_WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+_NUM_WORKERS = min(
+  16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class PipelineSpec:
   """What training batches are made of.
 
-  labeled: a source with masks. unlabeled: a source of which only images are read; None where the method needs none.
+  labeled: a source with masks. unlabeled: a source of which only images are read; None where the
+    method needs none.
   batch_size_labeled_global, batch_size_unlabeled_global: images a step over all processes.
   needs: what the method wants besides labeled images (`Method.needs`).
   mean, std: of values in [0, 1], one a channel.
-  unlabeled_image_labels: f32[N, K], 0 and 1 for each of the N unlabeled images (`tags.read_tags`); None for no such labels.
-  labeled_boxes, unlabeled_boxes: f32[N, M, 5], the boxes of each of the N images as `geometry.crop_boxes` says, M the most that
-    one has, rows without a box of class -1; None for no boxes.
-  with_truth: "unlabeled" also carries "truth", i32[B, H, W], the image's own mask under the same geometry: for pictures of data
-    whose masks are known, never for training. Without it, masks of unlabeled images are not opened.
+  unlabeled_image_labels: f32[N, K], 0 and 1 for each of the N unlabeled images (`tags.read_tags`);
+    None for no such labels.
+  labeled_boxes, unlabeled_boxes: f32[N, M, 5], the boxes of each of the N images as
+    `geometry.crop_boxes` says, M the most that one has, rows without a box of class -1; None for no
+    boxes.
+  with_truth: "unlabeled" also carries "truth", i32[B, H, W], the image's own mask under the same
+    geometry: for pictures of data whose masks are known, never for training. Without it, masks of
+    unlabeled images are not opened.
   labeled_photometry: labeled images also get a strong view's photometry.
-  labeled_operations: how many of `operations.augment` each labeled image gets before it is cropped; RGB of 8 bits only.
-  skipped: an image that cannot be used, or whose mask cannot, is noted there and replaced by the first of those after it (by row,
-    the first after the last) that can: the same one in every process and after resuming. None: it ends the run.
+  labeled_operations: how many of `operations.augment` each labeled image gets before it is cropped;
+    RGB of 8 bits only.
+  skipped: an image that cannot be used, or whose mask cannot, is noted there and replaced by the
+    first of those after it (by row, the first after the last) that can: the same one in every
+    process and after resuming. None: it ends the run.
 
   Raises:
     InputError: all settings that do not fit together, at once.
@@ -85,18 +100,32 @@ class PipelineSpec:
       if source is not None and len(source) == 0:
         problems.add(role, got="no image", allowed="at least one")
     if self.needs.unlabeled and self.unlabeled is None:
-      problems.add("unlabeled", got="no source", allowed="a source of images", remedy="the method learns from unlabeled images")
+      problems.add(
+        "unlabeled",
+        got="no source",
+        allowed="a source of images",
+        remedy="the method learns from unlabeled images",
+      )
     for name, used in (("labeled", True), ("unlabeled", self.needs.unlabeled)):
       size = getattr(self, f"batch_size_{name}_global")
       if used and size < 1:
         problems.add(f"batch_size_{name}_global", got=size, allowed="1 or more")
     if self.needs.weak_label not in (None, "image", "boxes"):
-      problems.add("needs.weak_label", got=repr(self.needs.weak_label), allowed="None, 'image' or 'boxes'")
+      problems.add(
+        "needs.weak_label", got=repr(self.needs.weak_label), allowed="None, 'image' or 'boxes'"
+      )
     if self.with_truth and not (self.unlabeled is not None and self.unlabeled.has_labels):
-      problems.add("with_truth", got="unlabeled images without masks", allowed="a source with masks", remedy="leave it out")
+      problems.add(
+        "with_truth",
+        got="unlabeled images without masks",
+        allowed="a source with masks",
+        remedy="leave it out",
+      )
     if self.needs.labeled_too and self.needs.ids:
       problems.add(
-        "needs.labeled_too", got="needs.ids as well", allowed="one of them: ids are rows of the unlabeled images alone"
+        "needs.labeled_too",
+        got="needs.ids as well",
+        allowed="one of them: ids are rows of the unlabeled images alone",
       )
     self._check_channels(problems)
     self._check_image_labels(problems)
@@ -107,11 +136,18 @@ class PipelineSpec:
   def _check_channels(self, problems: checks.Problems) -> None:
     channels = self.labeled.channels
     if self.unlabeled is not None and self.unlabeled.channels != channels:
-      problems.add("unlabeled", got=f"images of {self.unlabeled.channels} channels", allowed=f"{channels}, as the labeled ones")
+      problems.add(
+        "unlabeled",
+        got=f"images of {self.unlabeled.channels} channels",
+        allowed=f"{channels}, as the labeled ones",
+      )
     for name in ("mean", "std"):
       if len(getattr(self, name)) != channels:
         problems.add(
-          name, got=f"{len(getattr(self, name))} values", allowed=f"{channels}, one a channel", remedy=f"set config.data.{name}"
+          name,
+          got=f"{len(getattr(self, name))} values",
+          allowed=f"{channels}, one a channel",
+          remedy=f"set config.data.{name}",
         )
 
   def _check_image_labels(self, problems: checks.Problems) -> None:
@@ -126,13 +162,16 @@ class PipelineSpec:
         )
     elif self.unlabeled is not None and (labels.ndim != 2 or len(labels) != len(self.unlabeled)):
       problems.add(
-        "unlabeled_image_labels", got=f"shape {labels.shape}", allowed=f"a row for each of {len(self.unlabeled)} images"
+        "unlabeled_image_labels",
+        got=f"shape {labels.shape}",
+        allowed=f"a row for each of {len(self.unlabeled)} images",
       )
 
   def _check_boxes(self, problems: checks.Problems) -> None:
     for role, given, source in (
-      ("labeled", self.labeled_boxes, self.labeled), ("unlabeled", self.unlabeled_boxes, self.unlabeled)
-    ):  # fmt: skip
+      ("labeled", self.labeled_boxes, self.labeled),
+      ("unlabeled", self.unlabeled_boxes, self.unlabeled),
+    ):
       if given is None:
         if self.needs.weak_label == "boxes" and (role == "labeled" or self.needs.unlabeled):
           problems.add(
@@ -141,8 +180,14 @@ class PipelineSpec:
             allowed="a list of boxes an image; the method learns from them",
             remedy="config.data.boxes=FILE (folder of VOC XML, or COCO JSON)",
           )
-      elif source is not None and (given.ndim != 3 or given.shape[2] != 5 or len(given) != len(source)):
-        problems.add(f"{role}_boxes", got=f"shape {given.shape}", allowed=f"[{len(source)}, M, 5], a row for each image")
+      elif source is not None and (
+        given.ndim != 3 or given.shape[2] != 5 or len(given) != len(source)
+      ):
+        problems.add(
+          f"{role}_boxes",
+          got=f"shape {given.shape}",
+          allowed=f"[{len(source)}, M, 5], a row for each image",
+        )
 
   def _check_operations(self, problems: checks.Problems) -> None:
     where = "labeled_operations (config.views)"
@@ -154,15 +199,20 @@ class PipelineSpec:
       got = f"images of {self.labeled.channels} channels, {np.dtype(self.labeled.dtype)}"
       problems.add(where, got=got, allowed="RGB of 8 bits", remedy="set it to 0")
     if self.needs.weak_label == "boxes":
-      problems.add(where, got="a method that needs boxes, which would not turn with the images", remedy="set it to 0")
+      problems.add(
+        where,
+        got="a method that needs boxes, which would not turn with the images",
+        remedy="set it to 0",
+      )
 
 
 class Feed(Iterator[dict[str, dict[str, np.ndarray]]]):
-  """Endless batches in the layout of contract.Batch, made ahead of their use; made by `train_batches`.
+  """Endless batches in the layout of contract.Batch, made ahead of their use; made by
+  `train_batches`.
 
-  It is to be closed, by `close` or `with`: reading ends then. One that nobody holds any more, or that is open when the process
-  ends, is closed too. An error ends it as well. All methods may be called from any thread; a Ctrl-C gets through while a batch
-  is waited for.
+  It is to be closed, by `close` or `with`: reading ends then. One that nobody holds any more, or
+  that is open when the process ends, is closed too. An error ends it as well. All methods may be
+  called from any thread; a Ctrl-C gets through while a batch is waited for.
   """
 
   def __init__(self, streams: Mapping[str, _Stream]):
@@ -184,7 +234,8 @@ class Feed(Iterator[dict[str, dict[str, np.ndarray]]]):
     return made
 
   def close(self) -> None:
-    """Waits for the files that are being read (at most a few seconds: those of a dead disk are left alone), and begins no other.
+    """Waits for the files that are being read (at most a few seconds: those of a dead disk are left
+    alone), and begins no other.
 
     Afterwards there are no more batches. Closing twice does nothing.
     """
@@ -198,20 +249,25 @@ class Feed(Iterator[dict[str, dict[str, np.ndarray]]]):
     self.close()
 
   def __del__(self):
-    self._feeder.stop()  # without waiting: the garbage collector may run anywhere, in a file's reader too
+    # Without waiting: the garbage collector may run anywhere, in a file's reader too.
+    self._feeder.stop()
 
 
-def train_batches(*specs: PipelineSpec, start_step: int = 0, process_index: int = 0, process_count: int = 1) -> Feed:
+def train_batches(
+  *specs: PipelineSpec, start_step: int = 0, process_index: int = 0, process_count: int = 1
+) -> Feed:
   """Endless batches from step `start_step` on, in the layout of contract.Batch; close them.
 
-  Each process gets its own contiguous rows of the global batch: process p of n the p-th n-th. Earlier steps are not
-  iterated over.
+  Each process gets its own contiguous rows of the global batch: process p of n the p-th n-th.
+  Earlier steps are not iterated over.
 
   Args:
-    specs: of one domain, or of several; the streams of further domains have their number in the name, "labeled_1".
+    specs: of one domain, or of several; the streams of further domains have their number in the
+      name, "labeled_1".
 
   Raises:
-    InputError: at once, batch sizes that the processes do not divide; while iterating, a file that cannot be used, by its path.
+    InputError: at once, batch sizes that the processes do not divide; while iterating, a file that
+      cannot be used, by its path.
   """
   problems = checks.Problems("the input pipeline cannot be built")
   if not 0 <= process_index < process_count:
@@ -225,10 +281,17 @@ def train_batches(*specs: PipelineSpec, start_step: int = 0, process_index: int 
       batch_sizes["unlabeled"] = spec.batch_size_unlabeled_global
       if spec.needs.partner:
         batch_sizes["partner"] = spec.batch_size_unlabeled_global
-    wanted += [(f"{stream}_{number}" if number else stream, spec, stream, size) for stream, size in batch_sizes.items()]
+    wanted += [
+      (f"{stream}_{number}" if number else stream, spec, stream, size)
+      for stream, size in batch_sizes.items()
+    ]
   for name, _, _, batch_size in wanted:
     if batch_size % process_count:
-      problems.add(f"global batch of '{name}'", got=batch_size, allowed=f"a multiple of the {process_count} processes")
+      problems.add(
+        f"global batch of '{name}'",
+        got=batch_size,
+        allowed=f"a multiple of the {process_count} processes",
+      )
   problems.raise_if_any()
 
   streams = {}
@@ -236,7 +299,9 @@ def train_batches(*specs: PipelineSpec, start_step: int = 0, process_index: int 
     rows = batch_size // process_count
     positions = tf.data.Dataset.range(start_step * rows, np.iinfo(np.int64).max).map(
       # The n-th row of this process -> its place in the stream of all processes' rows.
-      lambda n, rows=rows, batch_size=batch_size: n // rows * batch_size + process_index * rows + n % rows
+      lambda n, rows=rows, batch_size=batch_size: (
+        n // rows * batch_size + process_index * rows + n % rows
+      )
     )
     streams[name] = _stream(spec, stream, positions, rows)
   return Feed(streams)
@@ -250,20 +315,24 @@ class _Stream(NamedTuple):
 class _Feeder(threading.Thread):
   """Takes batches out of tf.data; nobody else holds its iterators.
 
-  The destructor of such an iterator waits for the calls into Python that are under way for it, which need the interpreter's lock.
-  While the interpreter is torn down no thread gets that lock any more, and a process would wait there for ever. Inside of one of
-  those calls, where the garbage collector may run, the destructor would wait for itself. So it runs here and nowhere else: once
+  The destructor of such an iterator waits for the calls into Python that are under way for it,
+  which need the interpreter's lock. While the interpreter is torn down no thread gets that lock any
+  more, and a process would wait there for ever. Inside of one of those calls, where the garbage
+  collector may run, the destructor would wait for itself. So it runs here and nowhere else: once
   the feed is stopped, at the latest by `_close_all`, before the interpreter goes.
 
-  wanted: True for each batch to make, False for no more. A destructor may put it there at any moment: of Python's queues only this
-    one allows that.
+  wanted: True for each batch to make, False for no more. A destructor may put it there at any
+    moment: of Python's queues only this one allows that.
   made: the batches, maybe the error that ended them, at last None.
   """
 
   def __init__(self, streams: Mapping[str, _Stream]):
-    super().__init__(name="feed", daemon=True)  # for the others Python waits before it calls `_close_all`
+    # For the others Python waits before it calls `_close_all`
+    super().__init__(name="feed", daemon=True)
     self.wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    self.made: queue.SimpleQueue[dict[str, dict[str, np.ndarray]] | Exception | None] = queue.SimpleQueue()
+    self.made: queue.SimpleQueue[dict[str, dict[str, np.ndarray]] | Exception | None] = (
+      queue.SimpleQueue()
+    )
     self.stopped = False
     self._loaders = {name: loader for name, (_, loader) in streams.items()}
     self._iterators = {name: dataset.as_numpy_iterator() for name, (dataset, _) in streams.items()}
@@ -294,8 +363,8 @@ class _Feeder(threading.Thread):
       try:
         batch[name] = next(iterator)
       except Exception as error:  # raised where the batch is asked for
-        # What the source said, without TensorFlow's account of how it got there. An error of TensorFlow's own is freed of the
-        # frames that it went through, as they hold the iterator.
+        # What the source said, without TensorFlow's account of how it got there. An error of
+        # TensorFlow's own is freed of the frames that it went through, as they hold the iterator.
         error.__cause__ = error.__context__ = None
         return self._loaders[name].first_failure() or error.with_traceback(None)
     return batch
@@ -319,10 +388,14 @@ def stream_seed(seed: int, stream: str) -> int:
 
 
 def example_row(position: tf.Tensor, num_examples: int, seed: int, stream: str) -> tf.Tensor:
-  """The row that stands at a position (i64[]) of a stream; each epoch of num_examples positions is a permutation of its own."""
+  """The row that stands at a position (i64[]) of a stream; each epoch of num_examples positions is
+  a permutation of its own.
+  """
   epoch, place = position // num_examples, position % num_examples
   order_seed = tf.stack([tf.constant(stream_seed(seed, f"{stream}/order"), tf.int64), epoch])
-  return tf.random.experimental.index_shuffle(place, order_seed, tf.constant(num_examples - 1, tf.int64))
+  return tf.random.experimental.index_shuffle(
+    place, order_seed, tf.constant(num_examples - 1, tf.int64)
+  )
 
 
 def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: int) -> _Stream:
@@ -330,9 +403,18 @@ def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: i
   loader = _Loader(examples, spec.skipped)
   geometry_seed = tf.constant(stream_seed(spec.seed, f"{stream}/geometry"), tf.int64)
   photometry_seed = tf.constant(stream_seed(spec.seed, f"{stream}/photometry"), tf.int64)
-  num_photometries = int(spec.labeled_photometry) if stream == "labeled" else spec.needs.strong_views
-  crop = dict(crop_size=spec.geometry.crop_size, mean=spec.mean, std=spec.std, convention=spec.geometry.convention)
-  wanted = {"weak", "valid", "strong", "label", "truth", "boxes"} | ({"id", "flip", "window"} if spec.needs.ids else set())
+  num_photometries = (
+    int(spec.labeled_photometry) if stream == "labeled" else spec.needs.strong_views
+  )
+  crop = dict(
+    crop_size=spec.geometry.crop_size,
+    mean=spec.mean,
+    std=spec.std,
+    convention=spec.geometry.convention,
+  )
+  wanted = {"weak", "valid", "strong", "label", "truth", "boxes"} | (
+    {"id", "flip", "window"} if spec.needs.ids else set()
+  )
   all_boxes = None if examples.boxes is None else tf.constant(examples.boxes, tf.float32)
 
   def example(position: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -340,13 +422,21 @@ def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: i
     loaded = loader(position, row)
     row = loaded.pop("row")
     image, image_label = loaded.pop("image"), loaded.pop("image_label", None)
-    draws = geometry_ops.draw(spec.geometry, tf.shape(image)[:2], tf.stack([geometry_seed, position]))
+    draws = geometry_ops.draw(
+      spec.geometry, tf.shape(image)[:2], tf.stack([geometry_seed, position])
+    )
     photometry_draws = []
     if num_photometries:
-      photometry_draws = photometry_ops.draw(spec.photometry, num_photometries, tf.stack([photometry_seed, position]))
-    options = crop | dict(draws=draws, boxes=None if all_boxes is None else all_boxes[row], photometry=spec.photometry)
+      photometry_draws = photometry_ops.draw(
+        spec.photometry, num_photometries, tf.stack([photometry_seed, position])
+      )
+    options = crop | dict(
+      draws=draws, boxes=None if all_boxes is None else all_boxes[row], photometry=spec.photometry
+    )
     if stream == "labeled":
-      made = views.labeled_view(image, loaded["label"], photometry_draws=next(iter(photometry_draws), None), **options)
+      made = views.labeled_view(
+        image, loaded["label"], photometry_draws=next(iter(photometry_draws), None), **options
+      )
     else:
       made = views.unlabeled_views(image, photometry_draws=photometry_draws, **loaded, **options)
       made["id"] = tf.cast(row, tf.int32)
@@ -358,7 +448,10 @@ def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: i
   options.autotune.enabled = False
   options.threading.private_threadpool_size = _NUM_WORKERS
   dataset = (
-    positions.map(example, num_parallel_calls=_NUM_WORKERS).batch(rows, drop_remainder=True).prefetch(1).with_options(options)
+    positions.map(example, num_parallel_calls=_NUM_WORKERS)
+    .batch(rows, drop_remainder=True)
+    .prefetch(1)
+    .with_options(options)
   )
   return _Stream(dataset, loader)
 
@@ -366,8 +459,8 @@ def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: i
 class _Examples(NamedTuple):
   """What a stream draws from.
 
-  read: (position, row) -> arrays by name: "image" [h, w, C], "label" and "truth" uint8 [h, w], "image_label" f32[K]; raises
-    _Unusable.
+  read: (position, row) -> arrays by name: "image" [h, w, C], "label" and "truth" uint8 [h, w],
+    "image_label" f32[K]; raises _Unusable.
   specs: of the arrays that are read, by name.
   boxes: f32[N, M, 5] of the images by row, or None.
   """
@@ -423,18 +516,32 @@ def _unlabeled_examples(spec: PipelineSpec, stream: str) -> _Examples:
     found = {"image": image}
     if spec.needs.labeled_too:
       is_labeled = row < num_labeled
-      found["label"] = _read(source, "label", row, of=image) if is_labeled else np.full(image.shape[:2], IGNORE_LABEL, np.uint8)
+      found["label"] = (
+        _read(source, "label", row, of=image)
+        if is_labeled
+        else np.full(image.shape[:2], IGNORE_LABEL, np.uint8)
+      )
     if with_truth:
       found["truth"] = _read(source, "label", row, of=image)
     if spec.needs.weak_label == "image":
       given = row >= num_labeled
-      found["image_label"] = np.float32(image_labels[rest[row - num_labeled]]) if given else _classes_in(found["label"], spec)
+      found["image_label"] = (
+        np.float32(image_labels[rest[row - num_labeled]])
+        if given
+        else _classes_in(found["label"], spec)
+      )
     return found
 
   boxes_of_rows = None
   if spec.needs.weak_label == "boxes":
-    boxes_of_rows = boxes.pad_boxes([*spec.labeled_boxes[:num_labeled], *spec.unlabeled_boxes[rest]])
-  masks = [name for name, wanted in {"label": spec.needs.labeled_too, "truth": with_truth}.items() if wanted]
+    boxes_of_rows = boxes.pad_boxes(
+      [*spec.labeled_boxes[:num_labeled], *spec.unlabeled_boxes[rest]]
+    )
+  masks = [
+    name
+    for name, wanted in {"label": spec.needs.labeled_too, "truth": with_truth}.items()
+    if wanted
+  ]
   return _Examples(source, read, _specs(spec, source, *masks), boxes_of_rows)
 
 
@@ -445,7 +552,9 @@ def _classes_in(label: np.ndarray, spec: PipelineSpec) -> np.ndarray:
 
 
 class _Unusable(Exception):
-  """An image or mask that the source cannot give. path: of its file. error: what the source says."""
+  """An image or mask that the source cannot give. path: of its file. error: what the source
+  says.
+  """
 
   def __init__(self, path: str, error: checks.InputError | OSError):
     super().__init__(path)
@@ -485,7 +594,8 @@ def _raise_other_size(source: Source, row: int, image: np.ndarray, label: np.nda
 
 
 class _Loader:
-  """Reads examples inside a tf.data graph, and remembers what a source raised, which TensorFlow would turn into text.
+  """Reads examples inside a tf.data graph, and remembers what a source raised, which TensorFlow
+  would turn into text.
 
   stopped: set it when nobody will look at them any more, and no further file is read.
   """
@@ -498,10 +608,15 @@ class _Loader:
     self._lock = threading.Lock()
 
   def __call__(self, position: tf.Tensor, row: tf.Tensor) -> dict[str, tf.Tensor]:
-    """The arrays of `_Examples.read`, by name, and "row" i64[]: another one where that of `row` is skipped."""
+    """The arrays of `_Examples.read`, by name, and "row" i64[]: another one where that of `row` is
+    skipped.
+    """
     specs = self._examples.specs | {"row": tf.TensorSpec([], tf.int64)}
     loaded = tf.numpy_function(self._load, (position, row), [spec.dtype for spec in specs.values()])
-    return {name: tf.ensure_shape(tensor, spec.shape) for (name, spec), tensor in zip(specs.items(), loaded, strict=True)}
+    return {
+      name: tf.ensure_shape(tensor, spec.shape)
+      for (name, spec), tensor in zip(specs.items(), loaded, strict=True)
+    }
 
   def first_failure(self) -> Exception | None:
     with self._lock:
@@ -517,11 +632,16 @@ class _Loader:
       raise
 
   def _usable(self, position: int, row: int) -> tuple[int, dict[str, np.ndarray]]:
-    """The first row from `row` on that can be used, and what is read of it; once stopped, something of the right form."""
+    """The first row from `row` on that can be used, and what is read of it; once stopped, something
+    of the right form.
+    """
     count = len(self._examples.source)
     for candidate in (number % count for number in range(row, row + count)):
       if self.stopped:  # no exception: TensorFlow would print it
-        return row, {name: np.zeros([n or 1 for n in spec.shape], spec.dtype.name) for name, spec in self._examples.specs.items()}
+        return row, {
+          name: np.zeros([n or 1 for n in spec.shape], spec.dtype.name)
+          for name, spec in self._examples.specs.items()
+        }
       try:
         return candidate, self._examples.read(position, candidate)
       except _Unusable as unusable:
@@ -530,5 +650,9 @@ class _Loader:
         self._skipped.add(unusable.path, str(unusable.error))
         last = unusable.error
     problems = checks.Problems("there is nothing to train on")
-    problems.add("images", got=f"{count} of {count} that cannot be used, the last: {last}", allowed="one that can")
+    problems.add(
+      "images",
+      got=f"{count} of {count} that cannot be used, the last: {last}",
+      allowed="one that can",
+    )
     problems.raise_if_any()

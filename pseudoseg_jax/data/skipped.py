@@ -10,7 +10,8 @@ log = logging.getLogger("pseudoseg_jax")
 
 
 class Skipped:
-  """Which files a run leaves out since they cannot be read: each is told once, when it is met, and may be listed at any time.
+  """Which files a run leaves out since they cannot be read: each is told once, when it is met, and
+  may be listed at any time.
 
   Sources and pipelines share one; any thread may add to it.
   """

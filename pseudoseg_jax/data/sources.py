@@ -1,6 +1,7 @@
 """Where images come from: random access by row, pure NumPy and PIL.
 
-A source is anything with the members of `Source`. It hands out images as they are stored; all randomness is the pipeline's.
+A source is anything with the members of `Source`. It hands out images as they are stored; all
+randomness is the pipeline's.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Source(Protocol):
   ids: the images' names, by row.
   has_labels: whether `label` may be asked.
   channels: C, 3 for RGB.
-  dtype: of images, np.uint8, or np.float32 where files hold more than 8 bits; the scale is 0..255 in both.
+  dtype: of images, np.uint8, or np.float32 where files hold more than 8 bits; the scale is 0..255
+    in both.
   image: row -> [h, w, C].
   label: row -> uint8 [h, w], 0..K-1 or IGNORE_LABEL.
   size: row -> (h, w), without decoding.
@@ -52,30 +54,37 @@ class Source(Protocol):
 class FolderSource:
   """Images and masks in folders, found by id or by the paths that a list gives.
 
-  Masks are read as stored indices, of which a palette is ignored, or by colour. Files are of PIL's formats or .npy arrays (never
-  pickled), and named in any spelling that `listing.Files.find` knows: "a.jpg" may be a.JPG or a.jpeg.
+  Masks are read as stored indices, of which a palette is ignored, or by colour. Files are of PIL's
+  formats or .npy arrays (never pickled), and named in any spelling that `listing.Files.find` knows:
+  "a.jpg" may be a.JPG or a.jpeg.
 
   Args:
     root: the data set's folder.
     ids: image ids, entries of a list, or the path of a list file (see `read_entries`).
-    image_pattern: path below root, with `{id}` for the id, e.g. "JPEGImages/{id}.jpg"; None where entries give the paths.
+    image_pattern: path below root, with `{id}` for the id, e.g. "JPEGImages/{id}.jpg"; None where
+      entries give the paths.
     label_pattern: likewise for masks.
     num_classes: K; without it no mask is ever touched.
-    label_map: stored mask value -> class index or IGNORE_LABEL, e.g. {11: 255}; other values stay as they are.
-    mask_colors: (red, green, blue) -> class index or IGNORE_LABEL, for masks drawn in colours; see `Classes.by_color`.
-    reduce_zero_label: stored 0 has no label, stored k is class k - 1 (ADE20K). label_map, where it names a value, comes first.
+    label_map: stored mask value -> class index or IGNORE_LABEL, e.g. {11: 255}; other values stay
+      as they are.
+    mask_colors: (red, green, blue) -> class index or IGNORE_LABEL, for masks drawn in colours; see
+      `Classes.by_color`.
+    reduce_zero_label: stored 0 has no label, stored k is class k - 1 (ADE20K). label_map, where it
+      names a value, comes first.
     ignore_index: the stored value of pixels without a label.
     channels, max_value: of images, see `decode.read_image`.
     exif_orientation: of images and masks, "apply" or "ignore"; see `decode.read_image`.
-    skipped: files that show at construction that they cannot be read are noted there, unless all of them do. Their entries stay: a
-      run that goes on when a file was damaged has the same images by number. None: they are errors.
+    skipped: files that show at construction that they cannot be read are noted there, unless all of
+      them do. Their entries stay: a run that goes on when a file was damaged has the same images by
+      number. None: they are errors.
     masks_only: there are no images: of the source, masks and their sizes may be asked.
     check: False opens without looking at any file; whatever is wrong then shows when it is read.
 
   Raises:
-    InputError: at construction, everything that shows without decoding a pixel, all at once: missing folder, empty list, absent
-      files, files that are no images, masks of another size than their images. At reading: a file that cannot be decoded, an
-      image of other channels, a mask of another form or with values that are no class.
+    InputError: at construction, everything that shows without decoding a pixel, all at once:
+      missing folder, empty list, absent files, files that are no images, masks of another size than
+      their images. At reading: a file that cannot be decoded, an image of other channels, a mask of
+      another form or with values that are no class.
   """
 
   def __init__(
@@ -106,35 +115,50 @@ class FolderSource:
     self.channels = channels
     self.max_value, self.exif_orientation = max_value, exif_orientation
     problems = checks.Problems(f"data in {self.root} cannot be used")
-    self._check_options(label_map or {}, bool(mask_colors), reduce_zero_label, ignore_index, problems)
+    self._check_options(
+      label_map or {}, bool(mask_colors), reduce_zero_label, ignore_index, problems
+    )
     if not self.root.is_dir():
-      problems.add("root", got="no such folder", remedy="give the folder that holds the images' folders")
+      problems.add(
+        "root", got="no such folder", remedy="give the folder that holds the images' folders"
+      )
     self._list_name = "ids"
     if isinstance(ids, (str, pathlib.Path)):
       self._list_name = f"list {ids}"
       try:
-        ids = read_entries(self.root, ids, image_pattern, label_pattern) if not problems.items else ()
+        ids = (
+          read_entries(self.root, ids, image_pattern, label_pattern) if not problems.items else ()
+        )
       except checks.InputError as error:
         problems.extend([str(error)])
       problems.raise_if_any()
     entries = (entry if isinstance(entry, Entry) else Entry(entry) for entry in ids)
-    self.entries = tuple(entry if self.has_labels else entry._replace(mask=None) for entry in entries)
+    self.entries = tuple(
+      entry if self.has_labels else entry._replace(mask=None) for entry in entries
+    )
     self.ids = tuple(entry.id for entry in self.entries)
     self._check_entries(problems)
     problems.raise_if_any()
 
     files = listing.Files()
-    self._label_paths = self._found(files, self.label_pattern, [entry.mask for entry in self.entries]) if self.has_labels else []
+    self._label_paths = (
+      self._found(files, self.label_pattern, [entry.mask for entry in self.entries])
+      if self.has_labels
+      else []
+    )
     self._image_paths = self._label_paths
     if not masks_only:
-      self._image_paths = self._found(files, self.image_pattern, [entry.image for entry in self.entries])
+      self._image_paths = self._found(
+        files, self.image_pattern, [entry.image for entry in self.entries]
+      )
     self._colors = _color_table(mask_colors) if mask_colors else None
     if self.has_labels:
       self._table = _label_table(num_classes, label_map or {}, reduce_zero_label, ignore_index)
     self._sizes = np.zeros((len(self.ids), 2), np.int32)  # 0: not looked up yet
     self.dtype = np.uint8
     if check:
-      if self._check_present(files, problems):  # headers of absent files would only say the same again
+      # Headers of absent files would only say the same again.
+      if self._check_present(files, problems):
         self._check_headers(problems, skipped)
       problems.raise_if_any()
     else:
@@ -163,11 +187,19 @@ class FolderSource:
 
   def image(self, row: int) -> np.ndarray:
     image = decode.read_image(
-      self.image_path(row), self.channels, exif_orientation=self.exif_orientation, max_value=self.max_value
+      self.image_path(row),
+      self.channels,
+      exif_orientation=self.exif_orientation,
+      max_value=self.max_value,
     )
     if image.dtype != np.uint8 and self.dtype == np.uint8:
       problems = checks.Problems(f"cannot use image {self.image_path(row)}")
-      problems.add("file", got="more than 8 bits", allowed="8 bits, as in the first image", remedy="store all images alike")
+      problems.add(
+        "file",
+        got="more than 8 bits",
+        allowed="8 bits, as in the first image",
+        remedy="store all images alike",
+      )
       problems.raise_if_any()
     return image.astype(self.dtype, copy=False)
 
@@ -180,7 +212,9 @@ class FolderSource:
     table, known = self._table
     if label.dtype == np.uint8 and known[label].all():
       return table[label]
-    counts = dict(zip(*(found.tolist() for found in np.unique(label, return_counts=True)), strict=True))
+    counts = dict(
+      zip(*(found.tolist() for found in np.unique(label, return_counts=True)), strict=True)
+    )
     unknown = [value for value in counts if not (0 <= value < len(known) and known[int(value)])]
     if unknown:
       problems.add(
@@ -200,7 +234,10 @@ class FolderSource:
     unknown = codes[place] != stored
     if unknown.any():
       colors = collections.Counter(stored[unknown].tolist()).most_common()
-      shown = [f"({code >> 16}, {code >> 8 & 255}, {code & 255}) on {count} pixels" for code, count in colors]
+      shown = [
+        f"({code >> 16}, {code >> 8 & 255}, {code & 255}) on {count} pixels"
+        for code, count in colors
+      ]
       problems = checks.Problems(f"cannot use mask {path}")
       problems.add(
         "colours",
@@ -216,20 +253,34 @@ class FolderSource:
       allowed = "a path with one {id} in it, e.g. 'images/{id}.jpg'"
       problems.add("image_pattern", got=repr(self.image_pattern), allowed=allowed)
     if self.label_pattern is not None and "{id}" not in self.label_pattern:
-      problems.add("label_pattern", got=repr(self.label_pattern), allowed="a path with {id} in it, e.g. 'masks/{id}.png'")
+      problems.add(
+        "label_pattern",
+        got=repr(self.label_pattern),
+        allowed="a path with {id} in it, e.g. 'masks/{id}.png'",
+      )
     if self.channels < 1:
       problems.add("channels", got=self.channels, allowed="1 or more")
     if not self.has_labels:
       return
     if self.num_classes is None or not 1 <= self.num_classes <= IGNORE_LABEL:
-      problems.add("num_classes", got=repr(self.num_classes), allowed=f"1..{IGNORE_LABEL} where there are masks")
+      problems.add(
+        "num_classes",
+        got=repr(self.num_classes),
+        allowed=f"1..{IGNORE_LABEL} where there are masks",
+      )
       return
     if has_colors and (label_map or reduce_zero_label):
-      problems.add("mask_colors", got="label_map or reduce_zero_label as well", allowed="one of them: a colour names its class")
+      problems.add(
+        "mask_colors",
+        got="label_map or reduce_zero_label as well",
+        allowed="one of them: a colour names its class",
+      )
     if not 0 <= ignore_index < decode.STORED_VALUES:
       problems.add("ignore_index", got=ignore_index, allowed=f"0..{decode.STORED_VALUES - 1}")
     for value, index in label_map.items():
-      if not 0 <= value < decode.STORED_VALUES or not (0 <= index < self.num_classes or index == IGNORE_LABEL):
+      if not 0 <= value < decode.STORED_VALUES or not (
+        0 <= index < self.num_classes or index == IGNORE_LABEL
+      ):
         allowed = f"0..{decode.STORED_VALUES - 1} -> 0..{self.num_classes - 1} or {IGNORE_LABEL}"
         problems.add("label_map", got=f"{{{value}: {index}}}", allowed=allowed)
 
@@ -238,14 +289,24 @@ class FolderSource:
       problems.add(self._list_name, got="no image", allowed="at least one id")
     repeated = [name for name, count in collections.Counter(self.ids).items() if count > 1]
     if repeated:
-      problems.add(self._list_name, got=f"{splits.shorten(repeated)} more than once", allowed="every id once")
+      problems.add(
+        self._list_name, got=f"{splits.shorten(repeated)} more than once", allowed="every id once"
+      )
     for what in self._kinds:
-      without = [entry.id for entry in self.entries if (entry.image if what == "image" else entry.mask) is None]
+      without = [
+        entry.id
+        for entry in self.entries
+        if (entry.image if what == "image" else entry.mask) is None
+      ]
       if without and getattr(self, f"{what}_pattern") is None:
         remedy = f"give {what}_pattern, or a list of lines `image mask`"
-        problems.add(self._list_name, got=f"no {what} file for {splits.shorten(without)}", remedy=remedy)
+        problems.add(
+          self._list_name, got=f"no {what} file for {splits.shorten(without)}", remedy=remedy
+        )
 
-  def _found(self, files: listing.Files, pattern: str | None, listed: Sequence[str | None]) -> list[pathlib.Path]:
+  def _found(
+    self, files: listing.Files, pattern: str | None, listed: Sequence[str | None]
+  ) -> list[pathlib.Path]:
     """Where the files of one kind are; where they should be if they are not there."""
     paths = []
     for name, path in zip(self.ids, listed, strict=True):
@@ -265,7 +326,9 @@ class FolderSource:
     whole = True
     for what in self._kinds:
       pattern, paths = getattr(self, f"{what}_pattern"), getattr(self, f"_{what}_paths")
-      missing = [(row, files.why_absent(path)) for row, path in enumerate(paths) if path not in files]
+      missing = [
+        (row, files.why_absent(path)) for row, path in enumerate(paths) if path not in files
+      ]
       whole = whole and not missing
       for row, why in missing:
         if why:
@@ -275,7 +338,9 @@ class FolderSource:
         problems.add(
           self._list_name,
           got=f"{len(absent)} of {len(self)} {what} files absent: {splits.shorten([paths[row] for row in absent])}",
-          remedy=self._pattern_remedy(what, pattern, self.ids[absent[0]]) if pattern else "paths are those below root",
+          remedy=self._pattern_remedy(what, pattern, self.ids[absent[0]])
+          if pattern
+          else "paths are those below root",
         )
         listing.check_locale([self.ids[row] for row in absent], problems)
     return whole
@@ -284,8 +349,14 @@ class FolderSource:
     rows = range(len(self))
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
       images = list(pool.map(self._header, self._image_paths))
-      masks = list(pool.map(self._mask_header, self._label_paths)) if self.has_labels else [None] * len(self)
-    damaged = {row for row in rows if isinstance(images[row], Exception) or isinstance(masks[row], Exception)}
+      masks = (
+        list(pool.map(self._mask_header, self._label_paths))
+        if self.has_labels
+        else [None] * len(self)
+      )
+    damaged = {
+      row for row in rows if isinstance(images[row], Exception) or isinstance(masks[row], Exception)
+    }
     noted = skipped is not None and len(damaged) < len(self)
     for row, image, mask in zip(rows, images, masks, strict=True):
       found = {"image": ("image", self.image_path, image), "label": ("mask", self.label_path, mask)}
@@ -312,14 +383,25 @@ class FolderSource:
     header = self._header(self.image_path(row))
     if not isinstance(header, decode.Header) or header.orientation == 1:
       return ""
-    done = {"apply": "applied: the picture is taken as viewers show it", "ignore": "ignored: the pixels are taken as stored"}
+    done = {
+      "apply": "applied: the picture is taken as viewers show it",
+      "ignore": "ignored: the pixels are taken as stored",
+    }
     return f"orientation {header.orientation}, {done[self.exif_orientation]}"
 
   def orientation_remedy(self, row: int) -> str:
-    """What to say of an image and a mask of unlike sizes that the other treatment of EXIF orientations makes equal; else ""."""
+    """What to say of an image and a mask of unlike sizes that the other treatment of EXIF
+    orientations makes equal; else "".
+    """
     other = {"apply": "ignore", "ignore": "apply"}[self.exif_orientation]
-    image, mask = (decode.header(path, exif_orientation=other) for path in (self.image_path(row), self.label_path(row)))
-    if not (isinstance(image, decode.Header) and isinstance(mask, decode.Header)) or image.size != mask.size:
+    image, mask = (
+      decode.header(path, exif_orientation=other)
+      for path in (self.image_path(row), self.label_path(row))
+    )
+    if (
+      not (isinstance(image, decode.Header) and isinstance(mask, decode.Header))
+      or image.size != mask.size
+    ):
       return ""
     drawn = {"apply": "turned as", "ignore": "not turned as"}[self.exif_orientation]
     return f"the image is {drawn} its EXIF orientation says, the mask otherwise: config.data.exif_orientation={other}"
@@ -346,13 +428,17 @@ class FolderSource:
 
 
 def read_entries(
-  root: str | pathlib.Path, path: str | pathlib.Path, image_pattern: str | None = None, label_pattern: str | None = None
+  root: str | pathlib.Path,
+  path: str | pathlib.Path,
+  image_pattern: str | None = None,
+  label_pattern: str | None = None,
 ) -> tuple[Entry, ...]:
   """The entries of a list file (`splits.read_entries`), made to fit a tree.
 
-  A path that exists, below root or absolute, is kept; without a pattern in any case. In place of the others the patterns hold.
-  A mask must also end as label_pattern does: another ending is another coding (Cityscapes: labelTrainIds for labelIds). Ids
-  that lack folders, as in flattened data sets, are completed where the tree has one such image.
+  A path that exists, below root or absolute, is kept; without a pattern in any case. In place of
+  the others the patterns hold. A mask must also end as label_pattern does: another ending is
+  another coding (Cityscapes: labelTrainIds for labelIds). Ids that lack folders, as in flattened
+  data sets, are completed where the tree has one such image.
 
   Raises:
     InputError: a list that cannot be read.
@@ -367,23 +453,33 @@ def read_entries(
 
   entries = []
   for entry in splits.read_entries(path, image_pattern):
-    other_coding = label_pattern is not None and not (entry.mask or "").endswith(label_pattern.rpartition("{id}")[2])
+    other_coding = label_pattern is not None and not (entry.mask or "").endswith(
+      label_pattern.rpartition("{id}")[2]
+    )
     mask = None if other_coding else existing(entry.mask, label_pattern)
     entries.append(Entry(listing.normalized(entry.id), existing(entry.image, image_pattern), mask))
   if image_pattern is None:
     return tuple(entries)
-  if any(entry.image is None and not files.find(root / image_pattern.replace("{id}", entry.id)) for entry in entries):
-    entries = splits.completed(entries, find_ids(root, image_pattern, [label_pattern] if label_pattern else []))
+  if any(
+    entry.image is None and not files.find(root / image_pattern.replace("{id}", entry.id))
+    for entry in entries
+  ):
+    entries = splits.completed(
+      entries, find_ids(root, image_pattern, [label_pattern] if label_pattern else [])
+    )
   return tuple(entries)
 
 
-def find_ids(root: str | pathlib.Path, image_pattern: str, others: Sequence[str] = ()) -> tuple[str, ...]:
+def find_ids(
+  root: str | pathlib.Path, image_pattern: str, others: Sequence[str] = ()
+) -> tuple[str, ...]:
   """The ids of all files that fit a pattern, see `listing.fitting`."""
   return listing.fitting(root, image_pattern, others).ids
 
 
 def image_folder(folder: str | pathlib.Path, **options: Any) -> FolderSource:
-  """All images of a folder and of those below it, without masks; an image's id is its path below the folder.
+  """All images of a folder and of those below it, without masks; an image's id is its path below
+  the folder.
 
   Args:
     options: of FolderSource.
@@ -398,14 +494,20 @@ def image_folder(folder: str | pathlib.Path, **options: Any) -> FolderSource:
     problems = checks.Problems(f"data in {folder} cannot be used")
     unusable = [f"{item.shown_path()} ({item.why})" for item in left_out[:3]]
     got = ", ".join(["no image", *unusable]) if folder.is_dir() else "no such folder"
-    problems.add("folder", got=got, allowed=f"a folder of files ending in {', '.join(listing.IMAGE_SUFFIXES)}")
+    problems.add(
+      "folder", got=got, allowed=f"a folder of files ending in {', '.join(listing.IMAGE_SUFFIXES)}"
+    )
     problems.raise_if_any()
-  entries = [Entry(listing.normalized(path.relative_to(folder).as_posix()), image=str(path.absolute())) for path in files]
+  entries = [
+    Entry(listing.normalized(path.relative_to(folder).as_posix()), image=str(path.absolute()))
+    for path in files
+  ]
   return FolderSource(folder, entries, **options)
 
 
 class Subset:
-  """Some rows of a source, as a source of their own: `Subset(scenes, splits.part(scenes.ids, "1_8"))`.
+  """Some rows of a source, as a source of their own: `Subset(scenes, splits.part(scenes.ids,
+  "1_8"))`.
 
   Raises:
     InputError: no ids, or ids that the source lacks.
@@ -416,7 +518,12 @@ class Subset:
     problems = checks.Problems("cannot take a part of the source")
     unknown = [name for name in ids if name not in row_of]
     if unknown:
-      problems.add("ids", got=splits.shorten(unknown), allowed="ids of the source", remedy=checks.nearest(unknown[0], row_of))
+      problems.add(
+        "ids",
+        got=splits.shorten(unknown),
+        allowed="ids of the source",
+        remedy=checks.nearest(unknown[0], row_of),
+      )
     if not ids:
       problems.add("ids", got="none", allowed="at least one")
     problems.raise_if_any()
@@ -455,7 +562,8 @@ class Subset:
 
 
 class Joined:
-  """The images of one source, then those of another; it has labels if both have. Ids may stand there twice.
+  """The images of one source, then those of another; it has labels if both have. Ids may stand
+  there twice.
 
   Raises:
     InputError: sources of unlike channels.
@@ -464,7 +572,9 @@ class Joined:
   def __init__(self, first: Source, second: Source):
     if first.channels != second.channels:
       problems = checks.Problems("cannot join two sources")
-      problems.add("channels", got=f"{first.channels} and {second.channels}", allowed="the same number")
+      problems.add(
+        "channels", got=f"{first.channels} and {second.channels}", allowed="the same number"
+      )
       problems.raise_if_any()
     self.ids = (*first.ids, *second.ids)
     self.has_labels = first.has_labels and second.has_labels
@@ -512,25 +622,40 @@ class PseudoLabels:
     ids: those of the source that count; None = all.
 
   Raises:
-    InputError: at construction, all at once: no such folder, an export that is unfinished or of other classes, absent or
-      unreadable labels, labels of another size than their images. At reading: values that are neither a class nor IGNORE_LABEL.
+    InputError: at construction, all at once: no such folder, an export that is unfinished or of
+      other classes, absent or unreadable labels, labels of another size than their images. At
+      reading: values that are neither a class nor IGNORE_LABEL.
   """
 
   has_labels = True
 
-  def __init__(self, source: Source, folder: str | pathlib.Path, class_names: Sequence[str], ids: Sequence[str] | None = None):
+  def __init__(
+    self,
+    source: Source,
+    folder: str | pathlib.Path,
+    class_names: Sequence[str],
+    ids: Sequence[str] | None = None,
+  ):
     self._images = source if ids is None else Subset(source, ids)
-    self.ids, self.channels, self.dtype = self._images.ids, self._images.channels, self._images.dtype
+    self.ids, self.channels, self.dtype = (
+      self._images.ids,
+      self._images.channels,
+      self._images.dtype,
+    )
     self.image, self.size = self._images.image, self._images.size
     check_labels_folder(folder, class_names)
     problems = checks.Problems(f"cannot use pseudo labels {folder}")
     labels = "labels/{id}.png"
     stems = [splits.without_suffix(name) for name in self.ids]
     try:
-      self._labels = FolderSource(folder, stems, label_pattern=labels, num_classes=len(class_names), masks_only=True)
+      self._labels = FolderSource(
+        folder, stems, label_pattern=labels, num_classes=len(class_names), masks_only=True
+      )
     except checks.InputError as error:
       problems.add(
-        "labels", got=str(error).replace("\n", "\n  "), remedy="export the labels of these images, or list fewer images"
+        "labels",
+        got=str(error).replace("\n", "\n  "),
+        remedy="export the labels of these images, or list fewer images",
       )
       problems.raise_if_any()
     self.label, self.label_path = self._labels.label, self._labels.label_path
@@ -551,7 +676,11 @@ class PseudoLabels:
         found = self._labels.size(row)
         if found != size:
           got, allowed = (f"{height} x {width}" for height, width in (found, size))
-          problems.add(f"label {self._labels.label_path(row)}", got=f"height x width {got}", allowed=f"{allowed}, as its image")
+          problems.add(
+            f"label {self._labels.label_path(row)}",
+            got=f"height x width {got}",
+            allowed=f"{allowed}, as its image",
+          )
 
 
 def check_labels_folder(folder: str | pathlib.Path, class_names: Sequence[str]) -> None:
@@ -565,7 +694,9 @@ def check_labels_folder(folder: str | pathlib.Path, class_names: Sequence[str]) 
     finished, named = manifest["finished"], list(manifest["classes"])
   except FileNotFoundError:
     is_begun = (folder / "labels").is_dir()
-    got = "no manifest.json: an export that did not finish" if is_begun else "no such folder of labels"
+    got = (
+      "no manifest.json: an export that did not finish" if is_begun else "no such folder of labels"
+    )
     problems.add("folder", got=got, remedy=go_on if is_begun else begin)
   except (OSError, ValueError, KeyError, TypeError) as error:
     problems.add("manifest.json", got=f"{type(error).__name__}: {error}", remedy=begin)
@@ -573,14 +704,22 @@ def check_labels_folder(folder: str | pathlib.Path, class_names: Sequence[str]) 
     if finished is not True:
       problems.add("manifest.json", got="an export that did not finish", remedy=go_on)
     if named != list(class_names) and sorted(map(str, named)) == sorted(class_names):
-      index = next(index for index, (ours, theirs) in enumerate(zip(class_names, named, strict=True)) if ours != theirs)
+      index = next(
+        index
+        for index, (ours, theirs) in enumerate(zip(class_names, named, strict=True))
+        if ours != theirs
+      )
       got, allowed = (f"'{names[index]}' as class {index}" for names in (named, class_names))
       remedy = "give config.data.classes in the order of the network that made the labels, or export them anew"
       allowed = f"{allowed}, as in the data"
-      problems.add("manifest.json", got=f"the classes in another order, {got}", allowed=allowed, remedy=remedy)
+      problems.add(
+        "manifest.json", got=f"the classes in another order, {got}", allowed=allowed, remedy=remedy
+      )
     elif named != list(class_names):
       got, allowed = (splits.shorten(names) for names in (named, class_names))
-      problems.add("manifest.json", got=f"labels of the classes {got}", allowed=f"those of the data: {allowed}")
+      problems.add(
+        "manifest.json", got=f"labels of the classes {got}", allowed=f"those of the data: {allowed}"
+      )
   problems.raise_if_any()
 
 

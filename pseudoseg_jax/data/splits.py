@@ -21,7 +21,8 @@ _PICKLES = (".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth")
 class Entry(NamedTuple):
   """An image of a list.
 
-  id: its name, the same whatever the form of the list. image, mask: paths of its files, where the list gives them.
+  id: its name, the same whatever the form of the list. image, mask: paths of its files, where the
+    list gives them.
   """
 
   id: str
@@ -37,9 +38,9 @@ def read_list(path: str | pathlib.Path, image_pattern: str | None = None) -> tup
 def read_entries(path: str | pathlib.Path, image_pattern: str | None = None) -> tuple[Entry, ...]:
   """Reads a list file in any of the forms that published code uses, in the file's order.
 
-  A line is an image's id, its path, or the paths of image and mask with a tab or spaces between (names with spaces are fine
-  where the paths end like image files); a mask may be the word None. Leading slashes, any line ending, blank lines and a
-  missing last line ending are all the same.
+  A line is an image's id, its path, or the paths of image and mask with a tab or spaces between
+  (names with spaces are fine where the paths end like image files); a mask may be the word None.
+  Leading slashes, any line ending, blank lines and a missing last line ending are all the same.
 
   Args:
     image_pattern: where the images lie, "JPEGImages/{id}.jpg"; see `id_of`.
@@ -51,16 +52,25 @@ def read_entries(path: str | pathlib.Path, image_pattern: str | None = None) -> 
   problems = checks.Problems(f"cannot use list {path}")
   if path.suffix.lower() in _PICKLES:
     problems.add(
-      "file", got="a pickle or an array file", allowed="text",
+      "file",
+      got="a pickle or an array file",
+      allowed="text",
       remedy="reading a pickle can run any code: write its names into a text file, one a line",
-    )  # fmt: skip
+    )
     problems.raise_if_any()
-  lines = [line.strip() for line in read_text(path, problems, "a text file of one image a line").split("\n")]
+  lines = [
+    line.strip()
+    for line in read_text(path, problems, "a text file of one image a line").split("\n")
+  ]
   entries = []
   for number, line in enumerate(lines, start=1):
     fields = _fields(line)
     if len(fields) > 2:
-      problems.add(f"line {number}", got=f"{len(fields)} columns", allowed="an id, an image, or an image and its mask")
+      problems.add(
+        f"line {number}",
+        got=f"{len(fields)} columns",
+        allowed="an id, an image, or an image and its mask",
+      )
     elif fields:
       image = fields[0] if without_suffix(fields[0]) != fields[0] else None
       mask = fields[1] if len(fields) == 2 and fields[1] != "None" else None
@@ -76,7 +86,9 @@ def read_entries(path: str | pathlib.Path, image_pattern: str | None = None) -> 
 
 def list_text(entries: Iterable[Entry]) -> str:
   """Entries as the text of a list that `read_entries` reads."""
-  return "".join("\t".join(filter(None, (entry.image or entry.id, entry.mask))) + "\n" for entry in entries)
+  return "".join(
+    "\t".join(filter(None, (entry.image or entry.id, entry.mask))) + "\n" for entry in entries
+  )
 
 
 def without_suffix(path: str) -> str:
@@ -85,11 +97,13 @@ def without_suffix(path: str) -> str:
 
 
 def id_of(path: str, image_pattern: str | None = None) -> str:
-  """The id of an image in a list: what `{id}` stands for in image_pattern, so that lists of all forms agree.
+  """The id of an image in a list: what `{id}` stands for in image_pattern, so that lists of all
+  forms agree.
 
-  The longest end of the pattern's folder is looked for in the path and what follows it is the id, without the pattern's
-  ending: with "leftImg8bit/train/{id}_leftImg8bit.png" all of "/leftImg8bit/train/jena/a_leftImg8bit.png", "train/jena/a" and
-  "jena/a" are "jena/a". A file in other folders has its bare name. Without a pattern an id is the path without its ending.
+  The longest end of the pattern's folder is looked for in the path and what follows it is the id,
+  without the pattern's ending: with "leftImg8bit/train/{id}_leftImg8bit.png" all of
+  "/leftImg8bit/train/jena/a_leftImg8bit.png", "train/jena/a" and "jena/a" are "jena/a". A file in
+  other folders has its bare name. Without a pattern an id is the path without its ending.
   """
   name = path.lstrip("/")
   if image_pattern is None:
@@ -107,7 +121,9 @@ def id_of(path: str, image_pattern: str | None = None) -> str:
 
 
 def completed(entries: Sequence[Entry], known_ids: Iterable[str]) -> tuple[Entry, ...]:
-  """Entries with the folders that their ids lack: "jena_01" becomes "jena/jena_01" where only that one is known."""
+  """Entries with the folders that their ids lack: "jena_01" becomes "jena/jena_01" where only that
+  one is known.
+  """
   known = frozenset(known_ids)
   by_name: dict[str, list[str]] = {}
   for name in known:
@@ -121,21 +137,29 @@ def completed(entries: Sequence[Entry], known_ids: Iterable[str]) -> tuple[Entry
 
 
 def published(name: str) -> pathlib.Path | None:
-  """The file of a published list that comes with the package, by name ("voc2012/pseudoseg/92"); None for other names."""
+  """The file of a published list that comes with the package, by name ("voc2012/pseudoseg/92");
+  None for other names.
+  """
   return _PUBLISHED / f"{name}.txt" if name in published_names() else None
 
 
 def published_names() -> tuple[str, ...]:
   """Names of the published lists of labeled images that come with the package."""
-  return tuple(sorted(path.relative_to(_PUBLISHED).with_suffix("").as_posix() for path in _PUBLISHED.rglob("*.txt")))
+  return tuple(
+    sorted(
+      path.relative_to(_PUBLISHED).with_suffix("").as_posix() for path in _PUBLISHED.rglob("*.txt")
+    )
+  )
 
 
 def published_or_own(data_set: str, lists: str, split: str, *, default: str) -> str:
-  """config.data.split of a data set with published lists: "1_8" becomes "voc2012/cps/1_8" where there is such a list.
+  """config.data.split of a data set with published lists: "1_8" becomes "voc2012/cps/1_8" where
+  there is such a list.
 
   Args:
-    lists: whose lists, "cps" or another folder of the data set's; "random" leaves the split as it is; "" is the default's, and
-      a split that they lack (a list file, "full", "1_100") is left as it is.
+    lists: whose lists, "cps" or another folder of the data set's; "random" leaves the split as it
+      is; "" is the default's, and a split that they lack (a list file, "full", "1_100") is left as
+      it is.
 
   Raises:
     InputError: named lists that lack the split.
@@ -144,7 +168,9 @@ def published_or_own(data_set: str, lists: str, split: str, *, default: str) -> 
     return split
   name = f"{data_set}/{lists or default}/{split}"
   if lists:
-    checks.check_name("split", name, [known for known in published_names() if known.startswith(f"{data_set}/")])
+    checks.check_name(
+      "split", name, [known for known in published_names() if known.startswith(f"{data_set}/")]
+    )
   return name if published(name) else split
 
 
@@ -156,10 +182,10 @@ def is_part(name: str) -> bool:
 def part(ids: Iterable[str], name: str, *, seed: int = 0) -> tuple[str, ...]:
   """The labeled part of a list by name; of n ids, ceil(n / k) are taken, as in the published lists.
 
-  "1_8", a random eighth: the ids in the order of their SHA-256 digests, of "seed/id" in UTF-8, and of these the first. So the
-  part is the same on every machine for ever, whatever the list's order, and "1_16" is the beginning of "1_8", and so on.
-  "every_8": every 8th of the sorted ids, so that video sequences stay represented; "every_16" lies inside "every_8".
-  "full": all of them, sorted.
+  "1_8", a random eighth: the ids in the order of their SHA-256 digests, of "seed/id" in UTF-8, and
+  of these the first. So the part is the same on every machine for ever, whatever the list's order,
+  and "1_16" is the beginning of "1_8", and so on. "every_8": every 8th of the sorted ids, so that
+  video sequences stay represented; "every_16" lies inside "every_8". "full": all of them, sorted.
 
   Raises:
     InputError: another name.
@@ -167,7 +193,11 @@ def part(ids: Iterable[str], name: str, *, seed: int = 0) -> tuple[str, ...]:
   match = _PART.fullmatch(name)
   if match is None:
     problems = checks.Problems("cannot take a part of the list")
-    problems.add("part", got=repr(name), allowed="'1_k' such as '1_8' (random), 'every_k' such as 'every_8', or 'full'")
+    problems.add(
+      "part",
+      got=repr(name),
+      allowed="'1_k' such as '1_8' (random), 'every_k' such as 'every_8', or 'full'",
+    )
     problems.raise_if_any()
   if match["kind"] == "1":
     ranked = sorted(ids, key=lambda one: hashlib.sha256(f"{seed}/{one}".encode()).digest())
@@ -188,7 +218,9 @@ def complement(all_ids: Sequence[str], labeled_ids: Sequence[str]) -> tuple[str,
       "labeled ids",
       got=f"{len(strangers)} of {len(labeled_ids)} that are not among all ids: {shorten(strangers)}",
       allowed="ids of the full list",
-      remedy=f"an id of the full list looks like '{all_ids[0]}'" if all_ids else "the full list is empty",
+      remedy=f"an id of the full list looks like '{all_ids[0]}'"
+      if all_ids
+      else "the full list is empty",
     )
     problems.raise_if_any()
   labeled = set(labeled_ids)
@@ -196,7 +228,9 @@ def complement(all_ids: Sequence[str], labeled_ids: Sequence[str]) -> tuple[str,
 
 
 def check_disjoint(**ids_by_role: Sequence[str]) -> None:
-  """Raises InputError when an id stands in two of the lists, given by role: check_disjoint(train=..., val=...)."""
+  """Raises InputError when an id stands in two of the lists, given by role:
+  check_disjoint(train=..., val=...).
+  """
   problems = checks.Problems("lists overlap")
   roles = list(ids_by_role)
   for number, first in enumerate(roles):
@@ -219,7 +253,9 @@ def shorten(names: Sequence[object], most: int = 3) -> str:
 
 
 def shown(name: object, most: int = 200) -> str:
-  """A name for a message: the middle of a very long one left out, and what would move a terminal's cursor written as in code."""
+  """A name for a message: the middle of a very long one left out, and what would move a terminal's
+  cursor written as in code.
+  """
   text = str(name)
   text = text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"
   return text if text.isprintable() else repr(text)[1:-1]
@@ -237,12 +273,16 @@ def _fields(line: str) -> list[str]:
 
 
 def _pair(line: str) -> tuple[str, str] | None:
-  """The paths of an image and a mask with spaces between, in time that grows with the line; None for another line."""
+  """The paths of an image and a mask with spaces between, in time that grows with the line; None
+  for another line.
+  """
   *image, last = line.rsplit(maxsplit=1) or [""]
   if last.casefold() == "none" and image and _is_image(image[0]):
     return image[0], last
   end = _IMAGE_END.search(line)
-  return (line[: end.end()], line[end.end() :]) if end and _is_image(line[end.end() :].strip()) else None
+  return (
+    (line[: end.end()], line[end.end() :]) if end and _is_image(line[end.end() :].strip()) else None
+  )
 
 
 def _is_image(path: str) -> bool:

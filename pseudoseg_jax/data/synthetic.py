@@ -1,4 +1,6 @@
-"""Synthetic scenes: endless labeled images for a first run, for tests and for comparisons that need no download."""
+"""Synthetic scenes: endless labeled images for a first run, for tests and for comparisons that need
+no download.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,30 @@ _TEXTURES = ("striped", "checked", "speckled")
 
 CLASSES = Classes(
   names=("background", *(f"{texture}_{shape}" for shape in _SHAPES for texture in _TEXTURES)),
-  palette=((0, 0, 0), (230, 60, 60), (250, 170, 150), (240, 200, 40), (60, 180, 75), (60, 90, 230), (150, 200, 250)),
+  palette=(
+    (0, 0, 0),
+    (230, 60, 60),
+    (250, 170, 150),
+    (240, 200, 40),
+    (60, 180, 75),
+    (60, 90, 230),
+    (150, 200, 250),
+  ),
 )
 
 _CACHE_BYTES = 256 * 2**20
 
 
 class SyntheticScenes:
-  """Textured objects on textured grounds; scene i is a pure function of (seed, i), whatever num_scenes is.
+  """Textured objects on textured grounds; scene i is a pure function of (seed, i), whatever
+  num_scenes is.
 
-  A class is a shape together with a texture: two shapes, three textures, six classes, so that neither decides alone. Colours
-  say nothing: an object's two colours, the ground and the light are drawn afresh for each scene. Some objects are plain and
-  belong to no class, and grounds may have the textures as well. Objects hide each other; gradients, shadows, colour casts and
-  sensor noise vary. A small network needs about a thousand labels to learn this; with a few dozen it learns them by heart.
+  A class is a shape together with a texture: two shapes, three textures, six classes, so that
+  neither decides alone. Colours say nothing: an object's two colours, the ground and the light are
+  drawn afresh for each scene. Some objects are plain and belong to no class, and grounds may have
+  the textures as well. Objects hide each other; gradients, shadows, colour casts and sensor noise
+  vary. A small network needs about a thousand labels to learn this; with a few dozen it learns them
+  by heart.
 
   Args:
     num_scenes: length of the source. Another seed gives other scenes, e.g. for validation.
@@ -103,7 +116,9 @@ def _smooth(rng, height: int, width: int, cells: int) -> np.ndarray:
 
 
 def _pattern(rng, kind: str, u: np.ndarray, v: np.ndarray, period: float) -> np.ndarray:
-  """Share of the second colour, f32 like u: bars along one axis, squares along both, or pixels at random."""
+  """Share of the second colour, f32 like u: bars along one axis, squares along both, or pixels at
+  random.
+  """
   phase = rng.random(2) * 6.28
   frequency = 2 * np.pi / period
   if kind == "speckled":
@@ -138,10 +153,14 @@ def _add_object(rng, image, label, y, x, side):
   reach = int(1.35 * radius) + 1  # the longest half-axis below
   rows = slice(max(0, int(center_y) - reach), int(center_y) + reach + 1)
   columns = slice(max(0, int(center_x) - reach), int(center_x) + reach + 1)
-  u, v = _rotate(rng, y[rows, columns] - np.float32(center_y), x[rows, columns] - np.float32(center_x))
+  u, v = _rotate(
+    rng, y[rows, columns] - np.float32(center_y), x[rows, columns] - np.float32(center_x)
+  )
   aspect = rng.uniform(0.8, 1.25)
   shape = int(rng.integers(len(_SHAPES)))
-  inside = _inside(_SHAPES[shape], u * np.float32(aspect / radius), v * np.float32(1 / (aspect * radius)))
+  inside = _inside(
+    _SHAPES[shape], u * np.float32(aspect / radius), v * np.float32(1 / (aspect * radius))
+  )
 
   colors = _colors(rng)
   if rng.random() < 0.9:

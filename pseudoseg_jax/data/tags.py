@@ -33,7 +33,9 @@ _JSON = "JSON of the form {id: [name or index, ...]}"
 
 
 class _File(NamedTuple):
-  """entries: tags by image. columns: classes that have a column of 0 and 1. delimiter: between columns."""
+  """entries: tags by image. columns: classes that have a column of 0 and 1. delimiter: between
+  columns.
+  """
 
   entries: dict[str, list[Tag]]
   columns: frozenset[int] = frozenset()
@@ -43,22 +45,25 @@ class _File(NamedTuple):
 def read_tags(path: str | pathlib.Path, ids: Sequence[str], classes: Classes) -> np.ndarray:
   """Reads the tags of images from a CSV or JSON file or a folder of VOC annotations.
 
-  An image may have no tag, and the file may hold other images as well (a header line counts as one). Lines of the same image
-  add up. The class that is background (see `Classes.background_index`) is in every image, unless a column of the file says of
-  which ones it is. A class that the file never names is in no image.
+  An image may have no tag, and the file may hold other images as well (a header line counts as
+  one). Lines of the same image add up. The class that is background (see
+  `Classes.background_index`) is in every image, unless a column of the file says of which ones it
+  is. A class that the file never names is in no image.
 
   Args:
-    path: a JSON file (*.json) of {id: [name or index, ...]}; a folder of VOC XML files `<id>.xml`, in which object/name counts;
-      any other file is a CSV, with commas, semicolons or tabs between, of lines `id,name,name,...` or `id,name name ...`, names
-      or indices; or a table whose first line names a class for each column, of 0 and 1 (or False and True).
+    path: a JSON file (*.json) of {id: [name or index, ...]}; a folder of VOC XML files `<id>.xml`,
+      in which object/name counts; any other file is a CSV, with commas, semicolons or tabs between,
+      of lines `id,name,name,...` or `id,name name ...`, names or indices; or a table whose first
+      line names a class for each column, of 0 and 1 (or False and True).
     ids: the images' ids; with or without the ending of an image file, in the file as here.
 
   Returns:
     f32 [N, K] of 0 and 1: a row for each of `ids`, a column for each class.
 
   Raises:
-    InputError: unreadable files, images without an entry, unknown classes, all at once; rows of 0 and 1 that may be indices or
-      not; a class 0 that is in no entry, where nothing says whether it is background.
+    InputError: unreadable files, images without an entry, unknown classes, all at once; rows of 0
+      and 1 that may be indices or not; a class 0 that is in no entry, where nothing says whether it
+      is background.
   """
   path = pathlib.Path(path)
   problems = checks.Problems(f"cannot use image labels {path}")
@@ -66,7 +71,11 @@ def read_tags(path: str | pathlib.Path, ids: Sequence[str], classes: Classes) ->
     file = _File(read_annotations(path, ids, _object_names, problems))
     entries = file.entries
   else:
-    file = _File(_read_json(path, problems)) if path.suffix.lower() == ".json" else _read_csv(path, ids, classes, problems)
+    file = (
+      _File(_read_json(path, problems))
+      if path.suffix.lower() == ".json"
+      else _read_csv(path, ids, classes, problems)
+    )
     problems.raise_if_any()  # of an unreadable file every image would be told to be missing
     entries = of_images(file.entries, ids, problems)
     _check_indices(entries, classes, file.delimiter, problems)
@@ -76,16 +85,24 @@ def read_tags(path: str | pathlib.Path, ids: Sequence[str], classes: Classes) ->
   if background is not None:
     if background not in file.columns or not tags[:, background].any():
       tags[:, background] = 1.0
-  elif classes.background is None and 0 not in file.columns and not _names_class(0, file.entries, classes):
+  elif (
+    classes.background is None
+    and 0 not in file.columns
+    and not _names_class(0, file.entries, classes)
+  ):
     problems.add(
-      "class 0", got=f"no entry that names '{classes.names[0]}'", allowed="one, unless it is known whether class 0 is background",
+      "class 0",
+      got=f"no entry that names '{classes.names[0]}'",
+      allowed="one, unless it is known whether class 0 is background",
       remedy="config.data.background=yes: it is in every image; config.data.background=no: it is in none of them",
-    )  # fmt: skip
+    )
   problems.raise_if_any()
   return tags
 
 
-def write_tags(path: str | pathlib.Path, ids: Sequence[str], tags: np.ndarray, classes: Classes) -> None:
+def write_tags(
+  path: str | pathlib.Path, ids: Sequence[str], tags: np.ndarray, classes: Classes
+) -> None:
   """Writes tags [N, K] as a CSV of lines `id,name,name,...` that `read_tags` reads."""
   with open(path, "w", newline="", encoding="utf-8") as file:
     writer = csv.writer(file, lineterminator="\n")
@@ -95,13 +112,16 @@ def write_tags(path: str | pathlib.Path, ids: Sequence[str], tags: np.ndarray, c
 
 
 def tags_of_masks(source: Source, num_classes: int) -> np.ndarray:
-  """f32 [N, K]: 1 for every class of which the image's mask holds a pixel; the ignore label is no class.
+  """f32 [N, K]: 1 for every class of which the image's mask holds a pixel; the ignore label is no
+  class.
 
   Raises:
     InputError: a source without masks, or a mask that cannot be read.
   """
   if not source.has_labels:
-    raise checks.InputError("cannot read image labels off masks: the source has none; give it a label_pattern")
+    raise checks.InputError(
+      "cannot read image labels off masks: the source has none; give it a label_pattern"
+    )
   return (frequencies.count_pixels(source, num_classes) > 0).astype(np.float32)
 
 
@@ -111,8 +131,11 @@ def without_suffix(name: str) -> str:
   return stem if suffix.lower() in IMAGE_SUFFIXES else name
 
 
-def _read_csv(path: pathlib.Path, ids: Sequence[str], classes: Classes, problems: checks.Problems) -> _File:
-  text = re.sub(r'\A"?sep=.?"?\n', "", read_text(path, problems, _CSV))  # Excel's way to name a delimiter
+def _read_csv(
+  path: pathlib.Path, ids: Sequence[str], classes: Classes, problems: checks.Problems
+) -> _File:
+  # Excel's way to name a delimiter.
+  text = re.sub(r'\A"?sep=.?"?\n', "", read_text(path, problems, _CSV))
   known = {normalized(without_suffix(name)) for name in ids}
   tables, reason = {}, None
   for delimiter in _DELIMITERS:
@@ -127,7 +150,8 @@ def _read_csv(path: pathlib.Path, ids: Sequence[str], classes: Classes, problems
   def is_ours(row: Sequence[str]) -> bool:
     return normalized(without_suffix(row[0])) in known
 
-  def fit(delimiter: str) -> tuple[int, bool]:  # the delimiter parts the most of our ids from what follows them
+  # The delimiter parts the most of our ids from what follows them.
+  def fit(delimiter: str) -> tuple[int, bool]:
     rows = tables[delimiter]
     return sum(map(is_ours, rows)), any(len(row) > 1 for row in rows)
 
@@ -150,7 +174,9 @@ def _rows(text: str, delimiter: str) -> list[list[str]]:
 
 
 def _is_table(heading: Sequence[str], rows: Sequence[Sequence[str]], classes: Classes) -> bool:
-  """Whether the heading is of class names, and the cells of a row are numbers that say of each whether it is there."""
+  """Whether the heading is of class names, and the cells of a row are numbers that say of each
+  whether it is there.
+  """
   if not any(heading) or not any(map(any, rows)):
     return False
   index_of = index_by_name(classes)
@@ -172,7 +198,9 @@ def _is_number(cell: str) -> bool:
 
 
 def _as_bool(cell: str) -> bool | None:
-  """Of a cell that says whether a class is there; None for any other. Of numbers some tools write 1.0."""
+  """Of a cell that says whether a class is there; None for any other. Of numbers some tools write
+  1.0.
+  """
   return _ABSENT_OR_PRESENT.get(re.sub(r"\.0*$", "", cell.casefold()) if cell else "")
 
 
@@ -185,33 +213,57 @@ def _read_table(
   for column, (name, index) in enumerate(zip(heading, indices, strict=True), start=1):
     if index is None and (name or any(any(row[column : column + 1]) for row in rows)):
       remedy = f"{checks.nearest(name, classes.names)}; a column about something else: take it out"
-      problems.add(f"column {name!r}", got="no class", allowed=checks.choices(classes.names), remedy=remedy)
+      problems.add(
+        f"column {name!r}", got="no class", allowed=checks.choices(classes.names), remedy=remedy
+      )
   for index, count in collections.Counter(index for index in indices if index is not None).items():
     if count > 1:
       problems.add(f"column '{classes.names[index]}'", got=f"{count} of them", allowed="one")
   entries = collections.defaultdict(list)
   for image, *cells in rows:
     if len(cells) != len(heading):
-      problems.add(f"image {image!r}", got=f"{len(cells)} cells", allowed=f"{len(heading)}, one for each column of the heading")
+      problems.add(
+        f"image {image!r}",
+        got=f"{len(cells)} cells",
+        allowed=f"{len(heading)}, one for each column of the heading",
+      )
       continue
     for name, index, cell in zip(heading, indices, cells, strict=True):
       present = _as_bool(cell)
       if index is not None and present is None:
-        problems.add(f"image {image!r}, column {name!r}", got=repr(cell), allowed="1 if the class is in the image, else 0")
-    entries[image] += [classes.names[index] for index, cell in zip(indices, cells) if index is not None and _as_bool(cell)]
+        problems.add(
+          f"image {image!r}, column {name!r}",
+          got=repr(cell),
+          allowed="1 if the class is in the image, else 0",
+        )
+    entries[image] += [
+      classes.names[index]
+      for index, cell in zip(indices, cells)
+      if index is not None and _as_bool(cell)
+    ]
   return _File(entries, frozenset(indices) - {None})
 
 
-def _check_indices(entries: Mapping[str, list[Tag]], classes: Classes, delimiter: str, problems: checks.Problems) -> None:
-  """Tells of numbers that may be something else than indices: beside names, or in rows that may be those of a table."""
+def _check_indices(
+  entries: Mapping[str, list[Tag]], classes: Classes, delimiter: str, problems: checks.Problems
+) -> None:
+  """Tells of numbers that may be something else than indices: beside names, or in rows that may be
+  those of a table.
+  """
   index_of = index_by_name(classes)
   rows = [list(_single(tags, index_of)) for tags in entries.values()]
-  mixed = [image for image, row in zip(entries, rows, strict=True) if len({_is_index(tag, index_of) for tag in row}) == 2]
+  mixed = [
+    image
+    for image, row in zip(entries, rows, strict=True)
+    if len({_is_index(tag, index_of) for tag in row}) == 2
+  ]
   if mixed:
     problems.add(
-      "numbers", got=f"some beside names, for {splits.shorten(mixed)}", allowed="names alone, or indices of classes alone",
+      "numbers",
+      got=f"some beside names, for {splits.shorten(mixed)}",
+      allowed="names alone, or indices of classes alone",
       remedy="leave numbers out that say something else, and classes that are not in the image",
-    )  # fmt: skip
+    )
   width = len(rows[0]) if rows else 0
   if width < 2 or any(len(row) != width for row in rows):
     return
@@ -219,14 +271,17 @@ def _check_indices(entries: Mapping[str, list[Tag]], classes: Classes, delimiter
     return
   if width < len(classes) - 1 and all(len(set(row)) == width for row in rows):
     return
-  names = {len(classes): classes.names, len(classes) - 1: classes.names[1:]}.get(width, ["NAME"] * width)
+  names = {len(classes): classes.names, len(classes) - 1: classes.names[1:]}.get(
+    width, ["NAME"] * width
+  )
   heading = io.StringIO()
   csv.writer(heading, delimiter=delimiter, lineterminator="").writerow(["id", *names])
   problems.add(
-    "numbers", got=f"{width} of them for every image, all 0 or 1: indices of classes, or whether each class is there?",
+    "numbers",
+    got=f"{width} of them for every image, all 0 or 1: indices of classes, or whether each class is there?",
     allowed="names of classes; or a CSV of 0 and 1 with a heading of class names",
     remedy=f"if they say whether each class is there: a CSV with the first line {heading.getvalue()} and a cell for each number",
-  )  # fmt: skip
+  )
 
 
 def _is_index(tag: Tag, index_of: Mapping[str, int]) -> bool:
@@ -235,19 +290,29 @@ def _is_index(tag: Tag, index_of: Mapping[str, int]) -> bool:
 
 def _names_class(index: int, entries: Mapping[str, list[Tag]], classes: Classes) -> bool:
   index_of = index_by_name(classes)
-  return any(class_index(tag, index_of) == index for tags in entries.values() for tag in _single(tags, index_of))
+  return any(
+    class_index(tag, index_of) == index
+    for tags in entries.values()
+    for tag in _single(tags, index_of)
+  )
 
 
 def _read_json(path: pathlib.Path, problems: checks.Problems) -> dict[str, list[Tag]]:
   entries = read_json(path, problems, _JSON, object_pairs_hook=_without_repetition)
   if not isinstance(entries, dict):
-    problems.add("file", got=f"a {type(entries).__name__}", allowed="an object {id: [name or index, ...]}")
+    problems.add(
+      "file", got=f"a {type(entries).__name__}", allowed="an object {id: [name or index, ...]}"
+    )
     return {}
   wrong = [
-    name for name, tags in entries.items() if not (isinstance(tags, list) and all(type(tag) in (str, int) for tag in tags))
+    name
+    for name, tags in entries.items()
+    if not (isinstance(tags, list) and all(type(tag) in (str, int) for tag in tags))
   ]
   if wrong:
-    got = f"{json.dumps(entries[wrong[0]])[:80]} for '{wrong[0]}'" + (f", and {len(wrong) - 1} more" if wrong[1:] else "")
+    got = f"{json.dumps(entries[wrong[0]])[:80]} for '{wrong[0]}'" + (
+      f", and {len(wrong) - 1} more" if wrong[1:] else ""
+    )
     problems.add("file", got=got, allowed="a list of names or indices for each id")
   return entries
 
@@ -261,7 +326,8 @@ def _without_repetition(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: str | pathlib.Path, problems: checks.Problems, allowed: str, **options) -> Any:
-  """What a JSON file holds; InputError with the reason for what is no JSON, NaN and Infinity included.
+  """What a JSON file holds; InputError with the reason for what is no JSON, NaN and Infinity
+  included.
 
   options: of `json.loads`.
   """
@@ -278,12 +344,19 @@ def read_json(path: str | pathlib.Path, problems: checks.Problems, allowed: str,
 
 
 def read_annotations(
-  folder: pathlib.Path, ids: Sequence[str], read: Callable[[ElementTree.Element], list], problems: checks.Problems
+  folder: pathlib.Path,
+  ids: Sequence[str],
+  read: Callable[[ElementTree.Element], list],
+  problems: checks.Problems,
 ) -> dict[str, list]:
-  """What `read` makes of the root of each image's VOC annotation `<id>.xml`; it raises ValueError for what it cannot use."""
+  """What `read` makes of the root of each image's VOC annotation `<id>.xml`; it raises ValueError
+  for what it cannot use.
+  """
   entries, missing, files = {}, [], listing.Files()
   for name in ids:
-    candidates = [files.find(folder / f"{stem}.xml") for stem in dict.fromkeys((name, without_suffix(name)))]
+    candidates = [
+      files.find(folder / f"{stem}.xml") for stem in dict.fromkeys((name, without_suffix(name)))
+    ]
     found = next(filter(None, candidates), ())
     if not found:
       missing.append(name)
@@ -292,11 +365,20 @@ def read_annotations(
     else:
       try:
         entries[name] = read(_read_xml(found[0]))
-      except (OSError, ValueError, LookupError, ElementTree.ParseError, expat.ExpatError) as error:  # LookupError: of encodings
+      # LookupError: of encodings.
+      except (OSError, ValueError, LookupError, ElementTree.ParseError, expat.ExpatError) as error:
         got = splits.shown(error, 300)
-        problems.add(f"file {found[0]}", got=got, allowed="a VOC annotation, in UTF-8 or what its first line names")
+        problems.add(
+          f"file {found[0]}",
+          got=got,
+          allowed="a VOC annotation, in UTF-8 or what its first line names",
+        )
   if missing:
-    held = [path.relative_to(folder).with_suffix("").as_posix() for path in listing.files_below(folder) if _is_xml(path)]
+    held = [
+      path.relative_to(folder).with_suffix("").as_posix()
+      for path in listing.files_below(folder)
+      if _is_xml(path)
+    ]
     _add_missing(missing, ids, held, problems)
   return entries
 
@@ -319,7 +401,8 @@ def _parse_xml(document: bytes) -> ElementTree.Element:
   def refuse(*_):
     raise ValueError("an entity declaration, which no annotation needs")
 
-  # Entities can blow a small file up to gigabytes, and ElementTree has no way to refuse them: look first, then read.
+  # Entities can blow a small file up to gigabytes, and ElementTree has no way to refuse them: look
+  # first, then read.
   parser = expat.ParserCreate()
   parser.EntityDeclHandler = refuse
   parser.Parse(document, True)
@@ -339,8 +422,12 @@ def object_name(element: ElementTree.Element) -> str:
   return name
 
 
-def of_images(entries: Mapping[str, list], ids: Sequence[str], problems: checks.Problems) -> dict[str, list]:
-  """The entries of these images, by our id: an entry of the same name, or of one that only lacks or has an ending."""
+def of_images(
+  entries: Mapping[str, list], ids: Sequence[str], problems: checks.Problems
+) -> dict[str, list]:
+  """The entries of these images, by our id: an entry of the same name, or of one that only lacks or
+  has an ending.
+  """
   whole, shortened = collections.defaultdict(list), collections.defaultdict(list)
   for name, tags in entries.items():
     whole[normalized(name)] += tags
@@ -358,10 +445,13 @@ def of_images(entries: Mapping[str, list], ids: Sequence[str], problems: checks.
   return found
 
 
-def _add_missing(missing: Sequence[str], ids: Sequence[str], held: Sequence[str], problems: checks.Problems) -> None:
+def _add_missing(
+  missing: Sequence[str], ids: Sequence[str], held: Sequence[str], problems: checks.Problems
+) -> None:
   remedy = "there is no entry at all"
   if held:
-    # The nearest is sought among some: each comparison takes its time, and a file may hold a hundred thousand.
+    # The nearest is sought among some: each comparison takes its time, and a file may hold a
+    # hundred thousand.
     remedy = f"for '{missing[0]}', {checks.nearest(missing[0], held[:5000])} an entry looks like {splits.shorten(held[-1:])!r}"
   problems.add(
     "images",
@@ -371,7 +461,9 @@ def _add_missing(missing: Sequence[str], ids: Sequence[str], held: Sequence[str]
   )
 
 
-def _as_rows(entries: Mapping[str, list[Tag]], ids: Sequence[str], classes: Classes, problems: checks.Problems) -> np.ndarray:
+def _as_rows(
+  entries: Mapping[str, list[Tag]], ids: Sequence[str], classes: Classes, problems: checks.Problems
+) -> np.ndarray:
   index_of = index_by_name(classes)
   tags = np.zeros((len(ids), len(classes)), np.float32)
   unknown = collections.defaultdict(list)
@@ -391,21 +483,26 @@ def index_by_name(classes: Classes) -> dict[str, int]:
 
 
 def class_index(tag: Tag, index_of: Mapping[str, int]) -> int | None:
-  """The index of a class given by name or index; None for what is no class. index_of: see `index_by_name`."""
+  """The index of a class given by name or index; None for what is no class. index_of: see
+  `index_by_name`.
+  """
   if isinstance(tag, str) and normalized(tag) in index_of:
     return index_of[normalized(tag)]
   text = str(tag)
   return int(text) if re.fullmatch("[0-9]{1,9}", text) and int(text) < len(index_of) else None
 
 
-def add_unknown(unknown: Mapping[Tag, Sequence[str]], classes: Classes, problems: checks.Problems) -> None:
+def add_unknown(
+  unknown: Mapping[Tag, Sequence[str]], classes: Classes, problems: checks.Problems
+) -> None:
   """Adds a problem for each name that is no class, with the images that have it."""
   for number, (tag, images) in enumerate(unknown.items()):
     problems.add(
       f"class {splits.shown(repr(tag))}",
       got=f"for {splits.shorten(images)}",
       allowed=f"{checks.choices(classes.names)} or 0..{len(classes) - 1}",
-      remedy=checks.nearest(str(tag), classes.names) if number < 20 else None,  # no more are shown, and each takes its time
+      # no more are shown, and each takes its time.
+      remedy=checks.nearest(str(tag), classes.names) if number < 20 else None,
     )
 
 

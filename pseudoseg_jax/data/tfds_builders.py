@@ -1,4 +1,6 @@
-"""Writes images and masks as a TensorFlow Datasets data set of ArrayRecord files, in the order of their lists."""
+"""Writes images and masks as a TensorFlow Datasets data set of ArrayRecord files, in the order of
+their lists.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,25 @@ class Split(NamedTuple):
 
 
 def ids_path(directory, key: str, split: str):
-  """Where a data set keeps the values of its feature `key`, one a line: to know the ids of a split without reading images."""
+  """Where a data set keeps the values of its feature `key`, one a line: to know the ids of a split
+  without reading images.
+  """
   return directory / f"{key}.{split}.txt"
 
 
 def write(
-  data_dir: pathlib.Path, name: str, splits: Mapping[str, Split], *, progress: Callable[[float], None] = lambda share: None
+  data_dir: pathlib.Path,
+  name: str,
+  splits: Mapping[str, Split],
+  *,
+  progress: Callable[[float], None] = lambda share: None,
 ) -> pathlib.Path:
-  """Writes DATA_DIR/NAME/1.0.0, unless it is there with the same ids; it appears whole or not at all.
+  """Writes DATA_DIR/NAME/1.0.0, unless it is there with the same ids; it appears whole or not at
+  all.
 
-  Features: "image", the files' own bytes; "label", PNG of indices (palettes, which TensorFlow would decode to colours, are taken
-  away), where there are masks; "id". All splits have masks, or none has. `tfds_source.TfdsSource` and `tfds.data_source` read it.
+  Features: "image", the files' own bytes; "label", PNG of indices (palettes, which TensorFlow would
+  decode to colours, are taken away), where there are masks; "id". All splits have masks, or none
+  has. `tfds_source.TfdsSource` and `tfds.data_source` read it.
 
   Args:
     progress: is told the share that is done, after each example.
@@ -53,7 +63,9 @@ def write(
   if any(split.label_path for split in splits.values()):
     features["label"] = tfds.features.Image(shape=(None, None, 1), encoding_format="png")
   info = tfds.core.DatasetInfo(
-    builder=tfds.core.DatasetIdentity(name=name, version=tfds.core.Version(VERSION), data_dir=str(partial), module_name=""),
+    builder=tfds.core.DatasetIdentity(
+      name=name, version=tfds.core.Version(VERSION), data_dir=str(partial), module_name=""
+    ),
     description=f"{name}: images and masks of class indices, 255 = no opinion.",
     features=tfds.features.FeaturesDict(features),
   )
@@ -65,7 +77,9 @@ def write(
       _write_split(writer, split_name, split, lambda: progress(next(done) / total))
     except RuntimeError as error:  # how the ArrayRecord writer reports a full disk
       raise OSError(str(error)) from None
-    ids_path(partial, "id", split_name).write_text("".join(f"{image_id}\n" for image_id in split.ids), encoding="utf-8")
+    ids_path(partial, "id", split_name).write_text(
+      "".join(f"{image_id}\n" for image_id in split.ids), encoding="utf-8"
+    )
   shutil.rmtree(final, ignore_errors=True)
   partial.rename(final)
   return final

@@ -25,25 +25,29 @@ _THREADS = 8
 class TfdsSource:
   """A split of a data set of images and index masks; a `sources.Source` of 8-bit RGB.
 
-  The stored files are decoded as `sources.FolderSource` does, so both forms of a data set give the same pixels; but an EXIF
-  orientation is not applied, as TFDS' own decoders do not. Opening reads no example. `ids` are looked up at their first use: in
-  the list that `tfds_builders.write` leaves beside the data, else by going through all examples once, without decoding; such a
-  list is then left there, where that may be written.
+  The stored files are decoded as `sources.FolderSource` does, so both forms of a data set give the
+  same pixels; but an EXIF orientation is not applied, as TFDS' own decoders do not. Opening reads
+  no example. `ids` are looked up at their first use: in the list that `tfds_builders.write` leaves
+  beside the data, else by going through all examples once, without decoding; such a list is then
+  left there, where that may be written.
 
   Args:
-    name_or_directory: a data set of the TFDS catalogue, such as "oxford_iiit_pet" (downloaded and prepared at first), or one in
-      data_dir; or the folder that holds its dataset_info.json, also below data_dir ("cityscapes/1.0.0": the catalogue has a
-      "cityscapes" of its own). Folders and data_dir may be gs:// paths.
+    name_or_directory: a data set of the TFDS catalogue, such as "oxford_iiit_pet" (downloaded and
+      prepared at first), or one in data_dir; or the folder that holds its dataset_info.json, also
+      below data_dir ("cityscapes/1.0.0": the catalogue has a "cityscapes" of its own). Folders and
+      data_dir may be gs:// paths.
     split: "train", "train[:90%]", "train+test", ...; as in TFDS.
     data_dir: where TFDS keeps data sets; None: where it always does.
-    image_key, label_key, id_key: the features. label_key None: no mask is touched. id_key None: ids are "SPLIT/ROW".
+    image_key, label_key, id_key: the features. label_key None: no mask is touched. id_key None: ids
+      are "SPLIT/ROW".
     num_classes: K; needed with label_key.
     label_map: stored mask value -> class index or IGNORE_LABEL; other values stay as they are.
-    class_key: a class feature of whole images, such as "species": label 1 (after label_map) becomes 1 + the image's class.
+    class_key: a class feature of whole images, such as "species": label 1 (after label_map) becomes
+      1 + the image's class.
 
   Raises:
-    InputError: at construction, all that does not fit at once; later, examples that cannot be decoded and masks with values that
-      are no class.
+    InputError: at construction, all that does not fit at once; later, examples that cannot be
+      decoded and masks with values that are no class.
   """
 
   channels = 3
@@ -71,17 +75,32 @@ class TfdsSource:
     problems = checks.Problems(f"data set {self._builder.data_dir} cannot be used")
     for role, key in self._keys.items():
       if key is not None and key not in features:
-        problems.add(f"{role}_key", got=repr(key), allowed=checks.choices(features), remedy=checks.nearest(key, features))
+        problems.add(
+          f"{role}_key",
+          got=repr(key),
+          allowed=checks.choices(features),
+          remedy=checks.nearest(key, features),
+        )
     if self.has_labels and (num_classes is None or not 1 <= num_classes <= IGNORE_LABEL):
-      problems.add("num_classes", got=repr(num_classes), allowed=f"1..{IGNORE_LABEL} where there are masks")
+      problems.add(
+        "num_classes", got=repr(num_classes), allowed=f"1..{IGNORE_LABEL} where there are masks"
+      )
     problems.raise_if_any()
     # Images stay files: other features of images, too, would only cost time.
-    skip = {key: tfds.decode.SkipDecoding() for key, feature in features.items() if isinstance(feature, tfds.features.Image)}
+    skip = {
+      key: tfds.decode.SkipDecoding()
+      for key, feature in features.items()
+      if isinstance(feature, tfds.features.Image)
+    }
     try:
       self._examples = self._builder.as_data_source(split, decoders=skip)
     except (ValueError, KeyError, NotImplementedError) as error:
-      problems.add("split", got=repr(split), allowed=f"of {checks.choices(self._builder.info.splits)}, as ArrayRecord files",
-                   remedy=str(error).split("\n")[0])  # fmt: skip
+      problems.add(
+        "split",
+        got=repr(split),
+        allowed=f"of {checks.choices(self._builder.info.splits)}, as ArrayRecord files",
+        remedy=str(error).split("\n")[0],
+      )
       problems.raise_if_any()
     self._table = np.arange(256, dtype=np.uint8)
     for value, index in (label_map or {}).items():
@@ -103,7 +122,9 @@ class TfdsSource:
     if repeated:
       problems = checks.Problems(f"data set {self._builder.data_dir} cannot be used")
       got = f"{self._keys['id']!r}, of which {repeated} values repeat others"
-      problems.add("id_key", got=got, allowed="a name of each image", remedy="or None: rows serve as names")
+      problems.add(
+        "id_key", got=got, allowed="a name of each image", remedy="or None: rows serve as names"
+      )
       problems.raise_if_any()
     if whole:
       _write_if_allowed(path, "".join(f"{name}\n" for name in ids))
@@ -129,9 +150,18 @@ class TfdsSource:
       label[label == 1] = 1 + int(self._examples[row][self._keys["class"]])
     if not known or not ((label < self._num_classes) | (label == IGNORE_LABEL)).all():
       problems = checks.Problems(f"cannot use {self._where(row, 'label')}")
-      got = f"values {splits.shorten(np.unique(stored).tolist(), most=10)}" if stored.ndim == 2 else f"shape {stored.shape}"
+      got = (
+        f"values {splits.shorten(np.unique(stored).tolist(), most=10)}"
+        if stored.ndim == 2
+        else f"shape {stored.shape}"
+      )
       allowed = f"[h, w] of 0..{self._num_classes - 1} and {IGNORE_LABEL} after label_map"
-      problems.add("mask", got=got, allowed=allowed, remedy="map stored values with label_map, or correct num_classes")
+      problems.add(
+        "mask",
+        got=got,
+        allowed=allowed,
+        remedy="map stored values with label_map, or correct num_classes",
+      )
       problems.raise_if_any()
     return label
 
@@ -156,21 +186,32 @@ class TfdsSource:
 
 
 def _open(name: str, data_dir) -> tfds.core.DatasetBuilder:
-  """The builder of a folder, of a data set in data_dir, or of the catalogue, which is then downloaded and prepared."""
+  """The builder of a folder, of a data set in data_dir, or of the catalogue, which is then
+  downloaded and prepared.
+  """
   problems = checks.Problems("cannot open a TFDS data set")
   if data_dir is not None and (epath.Path(data_dir) / name / "dataset_info.json").exists():
-    return tfds.builder_from_directory(epath.Path(data_dir) / name)  # by its path, whatever the catalogue calls so
+    # by its path, whatever the catalogue calls so.
+    return tfds.builder_from_directory(epath.Path(data_dir) / name)
   if epath.Path(name).is_dir():
     if (epath.Path(name) / "dataset_info.json").exists():
       return tfds.builder_from_directory(name)
     near = sorted(str(path.parent) for path in epath.Path(name).glob("*/*/dataset_info.json"))
-    problems.add(name, got="a folder without dataset_info.json", remedy=f"there is {near[-1]}" if near else None)
+    problems.add(
+      name,
+      got="a folder without dataset_info.json",
+      remedy=f"there is {near[-1]}" if near else None,
+    )
     problems.raise_if_any()
   try:
     builder = tfds.builder(name, data_dir=data_dir, **_array_record(name))
   except tfds.core.DatasetNotFoundError:
-    where = f"a folder, a data set in {data_dir or 'the TFDS folder'}, or a name of the TFDS catalogue"
-    problems.add(name, got="no such data set", allowed=where, remedy=checks.nearest(name, tfds.list_builders()))
+    where = (
+      f"a folder, a data set in {data_dir or 'the TFDS folder'}, or a name of the TFDS catalogue"
+    )
+    problems.add(
+      name, got="no such data set", allowed=where, remedy=checks.nearest(name, tfds.list_builders())
+    )
     problems.raise_if_any()
   if not builder.is_prepared():
     builder.download_and_prepare(file_format="array_record")
@@ -178,7 +219,9 @@ def _open(name: str, data_dir) -> tfds.core.DatasetBuilder:
 
 
 def _array_record(name: str) -> dict[str, str]:
-  """What a builder of the catalogue is to be told; one that is only read from data_dir takes no options."""
+  """What a builder of the catalogue is to be told; one that is only read from data_dir takes no
+  options.
+  """
   try:
     tfds.builder_cls(re.split("[/:]", name)[0])  # without config and version
   except tfds.core.DatasetNotFoundError:
@@ -189,7 +232,9 @@ def _array_record(name: str) -> dict[str, str]:
 def _write_if_allowed(path: epath.Path, text: str) -> None:
   import tensorflow as tf  # here, as reading needs no TensorFlow, which takes seconds to import
 
-  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # readers never see half a list
-  with contextlib.suppress(OSError, tf.errors.OpError):  # data may be shared and read-only; buckets say so by OpError
+  # Readers never see half a list.
+  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+  # Data may be shared and read-only; buckets say so by OpError.
+  with contextlib.suppress(OSError, tf.errors.OpError):
     temporary.write_text(text)
     temporary.rename(path)

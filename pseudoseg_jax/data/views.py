@@ -1,4 +1,6 @@
-"""One stored image -> the views a batch holds of it (the layout is in contract.py). All draws come from seeds."""
+"""One stored image -> the views a batch holds of it (the layout is in contract.py). All draws come
+from seeds.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,9 @@ def labeled_view(
     convention: of the geometry, as `Geometry.convention`.
 
   Returns:
-    "image" f32 [H, W, C], normalised, padding as the convention says; "label" i32 [H, W], IGNORE_LABEL on padding; "valid"
-    bool [H, W];
-    "boxes" f32 [M, 5] of the view where some were given.
+    "image" f32 [H, W, C], normalised, padding as the convention says; "label" i32 [H, W],
+    IGNORE_LABEL on padding; "valid" bool [H, W]; "boxes" f32 [M, 5] of the view where some were
+    given.
   """
   rgb, label, valid, window, opacity = geometry_ops.crop(image, label, draws, crop_size, convention)
   if photometry_draws is not None:
@@ -59,8 +61,9 @@ def unlabeled_views(
 ) -> dict[str, tf.Tensor]:
   """A weak view and, of the same crop, one strong view for each of `photometry_draws`.
 
-  Strong views are made of the crop with padding in the mean colour, and are 0 on padding after normalisation, as weak ones. Black
-  padding ("pillow") is part of the image instead, in weak and strong views.
+  Strong views are made of the crop with padding in the mean colour, and are 0 on padding after
+  normalisation, as weak ones. Black padding ("pillow") is part of the image instead, in weak and
+  strong views.
 
   Args:
     image: [h, w, C] of levels 0..255, uint8 or f32.
@@ -71,11 +74,17 @@ def unlabeled_views(
     convention: of the geometry, as `Geometry.convention`.
 
   Returns:
-    "weak" f32 [H, W, C], "strong" f32 [S, H, W, C] where S > 0, "valid" bool [H, W], "flip" bool [], "window" f32 [4];
-    where they were given, "label" and "truth" i32 [H, W], IGNORE_LABEL on padding, and "boxes" f32 [M, 5] of the view.
+    "weak" f32 [H, W, C], "strong" f32 [S, H, W, C] where S > 0, "valid" bool [H, W], "flip" bool
+    [], "window" f32 [4]; where they were given, "label" and "truth" i32 [H, W], IGNORE_LABEL on
+    padding, and "boxes" f32 [M, 5] of the view.
   """
   rgb, truth, valid, window, opacity = geometry_ops.crop(image, truth, draws, crop_size, convention)
-  views = {"weak": normalized(rgb, opacity, mean, std), "valid": valid, "flip": draws.flip, "window": window}
+  views = {
+    "weak": normalized(rgb, opacity, mean, std),
+    "valid": valid,
+    "flip": draws.flip,
+    "window": window,
+  }
   if truth is not None:
     views["truth"] = truth
   if label is not None:  # in a graph, nothing but the mask is cropped a second time
@@ -91,7 +100,9 @@ def unlabeled_views(
 
 def _strong(rgb, valid, photometry, draws):
   max_sigma = photometry.blur_sigma_pixels[1]
-  return photometry_ops.strong_view(rgb, draws, max_sigma, convention=photometry.convention, valid=valid)
+  return photometry_ops.strong_view(
+    rgb, draws, max_sigma, convention=photometry.convention, valid=valid
+  )
 
 
 @geometry_ops.compiled
@@ -102,5 +113,7 @@ def _filled(rgb, opacity, mean):
 
 @geometry_ops.compiled
 def normalized(rgb: tf.Tensor, opacity: tf.Tensor, mean: tuple, std: tuple) -> tf.Tensor:
-  """f32 [H, W, C] in [0, 1], normalised, over the mean colour, which is 0: `opacity`, f32 or bool [H, W], is the share of rgb."""
+  """f32 [H, W, C] in [0, 1], normalised, over the mean colour, which is 0: `opacity`, f32 or bool
+  [H, W], is the share of rgb.
+  """
   return photometry_ops.normalize(rgb, mean, std) * tf.cast(opacity, tf.float32)[..., tf.newaxis]

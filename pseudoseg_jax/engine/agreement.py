@@ -1,4 +1,6 @@
-"""Several processes train one run only if they were started alike: compared before the first step."""
+"""Several processes train one run only if they were started alike: compared before the first
+step.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,14 @@ def check(values: Mapping[str, str], *, failure: str = "") -> None:
   """Compares what each process was started with; a no-op for a single process.
 
   Args:
-    values: what is compared -> a text that must be the same in all processes; those that hold JSON objects are told by key.
-    failure: why this process cannot run, "" where it can: the others must hear of it, or they would wait for it.
+    values: what is compared -> a text that must be the same in all processes; those that hold JSON
+      objects are told by key.
+    failure: why this process cannot run, "" where it can: the others must hear of it, or they would
+      wait for it.
 
   Raises:
-    InputError: in every process, with the processes that differ from process 0, and in what; or with the failure of one.
+    InputError: in every process, with the processes that differ from process 0, and in what; or
+      with the failure of one.
   """
   if jax.process_count() == 1:
     return
@@ -33,10 +38,16 @@ def check(values: Mapping[str, str], *, failure: str = "") -> None:
   problems.raise_if_any()
   if not values:
     return
-  digests = np.stack([np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32) for text in values.values()])
+  digests = np.stack(
+    [np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32) for text in values.values()]
+  )
   of_all = multihost_utils.process_allgather(digests)
   for number, (name, text) in enumerate(values.items()):
-    others = [process for process in range(len(of_all)) if (of_all[process, number] != of_all[0, number]).any()]
+    others = [
+      process
+      for process in range(len(of_all))
+      if (of_all[process, number] != of_all[0, number]).any()
+    ]
     if not others:
       continue
     first = _broadcast(text)  # every process takes part
@@ -46,7 +57,9 @@ def check(values: Mapping[str, str], *, failure: str = "") -> None:
         got = "; ".join(_differences(text, first)) or got
       problems.add(f"process {process}: {name}", got=got)
   if problems.items:
-    problems.add("remedy: start all processes with the same command, on the same data and the same shared workdir")
+    problems.add(
+      "remedy: start all processes with the same command, on the same data and the same shared workdir"
+    )
   problems.raise_if_any()
 
 
@@ -66,4 +79,7 @@ def _differences(ours: str, theirs: str) -> list[str]:
     keys = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
   except (ValueError, AttributeError):
     return [f"{ours}, in process 0 {theirs}"] if max(len(ours), len(theirs)) < 80 else []
-  return [f"{key}: {json.dumps(mine.get(key))}, in process 0 {json.dumps(other.get(key))}" for key in keys[:10]]
+  return [
+    f"{key}: {json.dumps(mine.get(key))}, in process 0 {json.dumps(other.get(key))}"
+    for key in keys[:10]
+  ]

@@ -1,4 +1,6 @@
-"""Checkpoints that survive: written in the background, whole or not at all, and known to be what was saved when they are read."""
+"""Checkpoints that survive: written in the background, whole or not at all, and known to be what
+was saved when they are read.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,10 @@ from pseudoseg_jax import checks
 from pseudoseg_jax.contract import State
 
 log = logging.getLogger("pseudoseg_jax")
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is asked for here: a read-only folder
-# What Orbax logs as an error are tracebacks of what it raises as well; it is told here, in one line.
+# Orbax warns of what is asked for here: a read-only folder.
+logging.getLogger("absl").setLevel(logging.ERROR)
+# What Orbax logs as an error are tracebacks of what it raises as well; it is told here, in one
+# line.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -40,7 +44,9 @@ _PEER_SECONDS = 120  # how long a process that has written its part of a state w
 
 
 class NonFiniteState(FloatingPointError):
-  """A state holds NaN or infinite numbers; it is not saved, so that it takes the place of no good one."""
+  """A state holds NaN or infinite numbers; it is not saved, so that it takes the place of no good
+  one.
+  """
 
 
 class _Damaged(Exception):
@@ -48,7 +54,9 @@ class _Damaged(Exception):
 
 
 class _Leaf(NamedTuple):
-  """What is known of an array of a saved state; digest: see `_examine`, None in checkpoints that were saved without."""
+  """What is known of an array of a saved state; digest: see `_examine`, None in checkpoints that
+  were saved without.
+  """
 
   shape: tuple[int, ...]
   dtype: str
@@ -66,16 +74,19 @@ class _Save(NamedTuple):
 
 
 class Checkpoints:
-  """Two series below `directory`: `last/STEP`, the newest ones, and `best/STEP`, one, by the headline score.
+  """Two series below `directory`: `last/STEP`, the newest ones, and `best/STEP`, one, by the
+  headline score.
 
-  In `last` the newest `keep_last` steps are kept, and never fewer than 2: where the newest is damaged, a run falls back to the
-  one before.
+  In `last` the newest `keep_last` steps are kept, and never fewer than 2: where the newest is
+  damaged, a run falls back to the one before.
 
-  A digest of every array is saved with a state and checked when it is restored. A step that is damaged is told and the next older
-  one taken; unless `read_only`, the damaged folder is then moved to `damaged/SERIES-STEP`, so that the run can save that step
-  again. Nothing whole is ever deleted but what newer steps replace.
+  A digest of every array is saved with a state and checked when it is restored. A step that is
+  damaged is told and the next older one taken; unless `read_only`, the damaged folder is then moved
+  to `damaged/SERIES-STEP`, so that the run can save that step again. Nothing whole is ever deleted
+  but what newer steps replace.
 
-  A save that fails (a full disk, say) is told and the run goes on: what was saved before stays, and the next save tries again.
+  A save that fails (a full disk, say) is told and the run goes on: what was saved before stays, and
+  the next save tries again.
 
   With several processes all of them call save, restore, wait and drop together.
 
@@ -90,11 +101,16 @@ class Checkpoints:
     keep = {"last": max(2, keep_last), "best": 1}
     self._folders = {series: _Folder(self.directory / series, read_only) for series in keep}
     # What is only read needs no manager: which steps there are is seen from the folders themselves.
-    self._managers = {} if read_only else {series: _manager(self.directory / series, number) for series, number in keep.items()}
+    self._managers = (
+      {}
+      if read_only
+      else {series: _manager(self.directory / series, number) for series, number in keep.items()}
+    )
     self._under_way: dict[str, _Save] = {}
-    self.failed: dict[str, str] = {}  # series -> step and cause of its newest save, if that failed; empty while all is well
+    # Series -> step and cause of its newest save, if that failed; empty while all is well.
+    self.failed: dict[str, str] = {}
 
-  # --- which steps there are ----------------------------------------------------------------------------------------------
+  # --- which steps there are ----------------------------------------------------------------------
 
   def _numbered(self, series: str) -> list[int]:
     """Steps that a series has folders for, the newest first."""
@@ -102,30 +118,37 @@ class Checkpoints:
       names = [path.name for path in (self.directory / series).iterdir() if path.is_dir()]
     except OSError:  # the series' folder is gone, or may not be read: the same as none
       return []
-    return sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True)
+    return sorted(
+      (int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True
+    )
 
   def steps(self, series: str) -> list[int]:
     """Steps that are on disk, the newest first; empty folders are no checkpoints."""
-    return [step for step in self._numbered(series) if not _is_empty(self.directory / series / str(step))]
+    return [
+      step for step in self._numbered(series) if not _is_empty(self.directory / series / str(step))
+    ]
 
   def step(self, series: str = "last") -> int | None:
     """The newest step of a series that is on disk, None where there is none."""
     return max(self.steps(series), default=None)
 
   def removed(self) -> bool:
-    """Whether a series' folder is no longer the one that was opened: what is saved would be half a workdir."""
+    """Whether a series' folder is no longer the one that was opened: what is saved would be half a
+    workdir.
+    """
     return not all(folder.is_there() for folder in self._folders.values())
 
-  # --- saving ---------------------------------------------------------------------------------------------------------------
+  # --- saving -------------------------------------------------------------------------------------
 
   def save(self, state: State, *, series: str = "last", note: dict[str, Any] | None = None) -> None:
     """Starts writing `state` under its own step; returns once the arrays are copied and digested.
 
-    A save of the series that is still under way is waited for. A step that is there already with this note stays as it is; newer steps, which a
-    run went back from, are set aside.
+    A save of the series that is still under way is waited for. A step that is there already with
+    this note stays as it is; newer steps, which a run went back from, are set aside.
 
     Raises:
-      NonFiniteState: a floating array of the state, memory included (no method remembers infinite numbers), is not finite.
+      NonFiniteState: a floating array of the state, memory included (no method remembers infinite
+        numbers), is not finite.
     """
     self._finish(series)
     step, note = int(state.step), json.loads(json.dumps(note or {}))
@@ -134,7 +157,9 @@ class Checkpoints:
     leaves = _leaves(state)
     digests, not_finite = _examine(leaves)
     if not_finite:
-      raise NonFiniteState(f"the state of step {step} holds NaN or infinite numbers in {_few(not_finite)}; it is not saved")
+      raise NonFiniteState(
+        f"the state of step {step} holds NaN or infinite numbers in {_few(not_finite)}; it is not saved"
+      )
     size = sum(leaf.nbytes for leaf in leaves.values())
     error = self._make_way(series, step) if jax.process_index() == 0 else None
     if _any(error is not None):
@@ -149,16 +174,19 @@ class Checkpoints:
     try:
       manager.reload()  # what it remembers of the folder may not be true any more
       manager.save(step, args=items, force=True)
-    except Exception as failure:  # whatever storage can do wrong: the run is worth more than this save
+    # Whatever storage can do wrong: the run is worth more than this save.
+    except Exception as failure:
       error = failure
     self._under_way[series] = _Save(step, size)
     if _any(error is not None):
       self._finish(series, error)
 
   def _make_way(self, series: str, step: int) -> OSError | None:
-    """Sets aside whatever else has the place of a step; an error if its series' folder cannot be written.
+    """Sets aside whatever else has the place of a step; an error if its series' folder cannot be
+    written.
 
-    A folder that was removed while the run was going on is not made anew: what else was in the workdir would lack.
+    A folder that was removed while the run was going on is not made anew: what else was in the
+    workdir would lack.
     """
     folder = self.directory / series
     try:
@@ -169,13 +197,17 @@ class Checkpoints:
       in_the_way = [folder / str(step), folder / f"{step}{_HALF_WRITTEN}"]
       in_the_way += [folder / str(other) for other in self._numbered(series) if other > step]
       for path in filter(os.path.lexists, in_the_way):
-        log.warning("%s is in the way of step %d, which is to be saved: %s", path, step, self._set_aside(path))
+        log.warning(
+          "%s is in the way of step %d, which is to be saved: %s", path, step, self._set_aside(path)
+        )
       return None
     except OSError as error:
       return error
 
   def _finish(self, series: str, error: Exception | None = None, *, together: bool = True) -> None:
-    """Waits for the save of a series that is under way, if one is, and books how it ended: by `error` if that is known."""
+    """Waits for the save of a series that is under way, if one is, and books how it ended: by
+    `error` if that is known.
+    """
     save = self._under_way.pop(series, None)
     if save is None:
       return
@@ -185,10 +217,14 @@ class Checkpoints:
       error = error or _before_waiting(failure)
     if jax.process_index() == 0:  # others may see an older listing of the folder
       if not self._folders[series].is_there() or save.step not in self.steps(series):
-        error = error or FileNotFoundError(f"{self.directory / series / str(save.step)} was removed while it was written")
+        error = error or FileNotFoundError(
+          f"{self.directory / series / str(save.step)} was removed while it was written"
+        )
       elif error is not None:
         log.warning(
-          "%s is saved, but an older step could not be removed: %s", self.directory / series / str(save.step), _text(error)
+          "%s is saved, but an older step could not be removed: %s",
+          self.directory / series / str(save.step),
+          _text(error),
         )
         error = None
     if _any(error is not None) if together else error is not None:
@@ -198,21 +234,34 @@ class Checkpoints:
 
   def _tell(self, series: str, save: _Save, error: Exception | None) -> None:
     """Books a save that failed, here or (error None) in another process."""
-    folder, cause = self.directory / series, _text(error) if error else "another process could not write it"
+    folder, cause = (
+      self.directory / series,
+      _text(error) if error else "another process could not write it",
+    )
     remedy = f"see to it that {folder} can be written"
     there = self._folders[series].is_there()
     if not there:
-      cause, remedy = f"{folder} was removed or replaced while the run was going on", "put back the one that was there"
-    elif full := next((os.strerror(code) for code in _FULL if os.strerror(code) in str(error)), None):
+      cause, remedy = (
+        f"{folder} was removed or replaced while the run was going on",
+        "put back the one that was there",
+      )
+    elif full := next(
+      (os.strerror(code) for code in _FULL if os.strerror(code) in str(error)), None
+    ):
       free, remedy = shutil.disk_usage(folder).free, "free some space"
       cause = f"{full}: {_size(free)} are free, and a state takes {_size(save.num_bytes)}, written before an older one is removed"
     self.failed[series] = f"step {save.step}: {cause}"
     log.error(
       "could not save the %s checkpoint of step %d in %s: %s; %s: the run goes on, and its next save tries again",
-      series, save.step, folder, cause, remedy,
-    )  # fmt: skip
+      series,
+      save.step,
+      folder,
+      cause,
+      remedy,
+    )
     if jax.process_index() == 0:
-      _clear_half_written(folder)  # parts of it may still be under way: the next save clears what they leave
+      # Parts of it may still be under way: the next save clears what they leave.
+      _clear_half_written(folder)
       if not there:
         for path in (folder, self.directory, self.directory.parent):
           with contextlib.suppress(OSError):
@@ -223,13 +272,16 @@ class Checkpoints:
     for series in self._managers:
       self._finish(series)
 
-  # --- restoring ------------------------------------------------------------------------------------------------------------
+  # --- restoring ----------------------------------------------------------------------------------
 
-  def restore(self, like: State, *, series: str = "last", step: int | None = None, memory: bool = True) -> State:
-    """The state of a series' newest sound step (or of `step`), with the structure and shardings of `like` (shapes suffice).
+  def restore(
+    self, like: State, *, series: str = "last", step: int | None = None, memory: bool = True
+  ) -> State:
+    """The state of a series' newest sound step (or of `step`), with the structure and shardings of
+    `like` (shapes suffice).
 
-    Steps that are damaged are told. memory=False reads the networks alone: what a method remembers may be large, and is of no use
-    but to go on training.
+    Steps that are damaged are told. memory=False reads the networks alone: what a method remembers
+    may be large, and is of no use but to go on training.
 
     Raises:
       checks.InputError: there is no step, none that is sound, or the newest is of another model.
@@ -246,11 +298,15 @@ class Checkpoints:
       self._move(series, causes, f"step {candidate} is taken in its place")
       return restored
     if not causes:
-      raise checks.InputError(f"no {series} checkpoint in {self.directory}: train first, or name another --workdir")
+      raise checks.InputError(
+        f"no {series} checkpoint in {self.directory}: train first, or name another --workdir"
+      )
     problems = checks.Problems(f"no {series} checkpoint in {folder} can be used")
     for candidate, cause in causes.items():
       problems.add(f"step {candidate}", got=cause)
-    problems.add(f"remedy: put back a copy of one of these folders, or move {folder} away to train from the start")
+    problems.add(
+      f"remedy: put back a copy of one of these folders, or move {folder} away to train from the start"
+    )
     problems.raise_if_any()
 
   def _read(self, series: str, step: int, like: State, memory: bool) -> State:
@@ -274,9 +330,13 @@ class Checkpoints:
     wanted = like if memory else {"step": like.step, "nets": like.nets}
     _check_fits(folder, saved, _leaves(wanted), whole=memory)
     how = ocp.args.PyTreeRestore(
-      item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=not memory
+      item=wanted,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+      partial_restore=not memory,
     )
-    restored = _read(ocp.PyTreeCheckpointHandler(), lambda handler: handler.restore(folder / "state", args=how))
+    restored = _read(
+      ocp.PyTreeCheckpointHandler(), lambda handler: handler.restore(folder / "state", args=how)
+    )
     leaves = _leaves(restored)
     absent = [name for name, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct)]
     if absent:  # a partial restore says nothing of them
@@ -287,14 +347,18 @@ class Checkpoints:
       raise _Damaged(f"it does not hold what was saved: {_few(changed)} changed since")
     if not_finite:  # saved before that was looked at
       raise _Damaged(f"it holds NaN or infinite numbers in {_few(not_finite)}")
-    restored = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, restored)
+    restored = jax.tree.map(
+      lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, restored
+    )
     restored = restored if memory else State(**restored)
     if int(restored.step) != step:
       raise _Damaged(f"it holds the state of step {int(restored.step)}")
     return restored
 
   def note(self, series: str = "last") -> dict[str, Any]:
-    """What was noted at the newest save of a series; {} where there is none, or where it is damaged, which is told."""
+    """What was noted at the newest save of a series; {} where there is none, or where it is
+    damaged, which is told.
+    """
     step = self.step(series)
     if step is None:
       return {}
@@ -308,10 +372,12 @@ class Checkpoints:
       log.error("the note of checkpoint %s is damaged, and left out: %s", folder, error)
       return {}
 
-  # --- going back -----------------------------------------------------------------------------------------------------------
+  # --- going back ---------------------------------------------------------------------------------
 
   def drop(self, first_step: int) -> None:
-    """Sets aside every kept step from `first_step` on, in both series: for a run that found out that those states are ruined."""
+    """Sets aside every kept step from `first_step` on, in both series: for a run that found out
+    that those states are ruined.
+    """
     self.wait()
     for series in self._managers:
       ruined = [step for step in self.steps(series) if step >= first_step]
@@ -326,7 +392,11 @@ class Checkpoints:
         try:
           log.warning("%s: %s; %s", path, self._set_aside(path), reason)
         except OSError as error:
-          log.error("%s could not be set aside (%s): move it away, or that step cannot be saved again", path, _text(error))
+          log.error(
+            "%s could not be set aside (%s): move it away, or that step cannot be saved again",
+            path,
+            _text(error),
+          )
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("checkpoints set aside")
 
@@ -342,7 +412,9 @@ class Checkpoints:
     return f"moved to {numbered}"
 
   def close(self) -> None:
-    """Waits for what is under way; one process alone may call it, since an error may have ended that one alone."""
+    """Waits for what is under way; one process alone may call it, since an error may have ended
+    that one alone.
+    """
     for series, manager in self._managers.items():
       self._finish(series, together=False)
       try:
@@ -354,7 +426,8 @@ class Checkpoints:
 
 
 class _Folder:
-  """The folder of a series, known again: what was just being written to one that is removed makes another in its place.
+  """The folder of a series, known again: what was just being written to one that is removed makes
+  another in its place.
 
   Raises (at construction):
     checks.InputError: it cannot be read, or made.
@@ -368,7 +441,11 @@ class _Folder:
       with contextlib.suppress(FileNotFoundError):
         next(path.iterdir(), None)
       # Held open, so that no other folder can be given its number.
-      held = None if read_only or not hasattr(os, "O_DIRECTORY") else os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+      held = (
+        None
+        if read_only or not hasattr(os, "O_DIRECTORY")
+        else os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+      )
     except OSError as error:
       raise _cannot_open(path, error) from error
     self._held = held
@@ -376,20 +453,26 @@ class _Folder:
 
   def is_there(self) -> bool:
     try:
-      return self.path.is_dir() and (self._held is None or os.path.samestat(os.fstat(self._held), os.stat(self.path)))
+      return self.path.is_dir() and (
+        self._held is None or os.path.samestat(os.fstat(self._held), os.stat(self.path))
+      )
     except OSError:
       return False
 
 
 def _manager(path: pathlib.Path, keep: int) -> ocp.CheckpointManager:
-  # Folders are made before the writing in the background begins: threads there wait for minutes, and keep the process as long,
-  # for a folder that cannot be made.
+  # Folders are made before the writing in the background begins: threads there wait for minutes,
+  # and keep the process as long, for a folder that cannot be made.
   background = ocp.AsyncOptions(create_directories_asynchronously=False)
   if jax.process_count() > 1:
     # Nor do processes that are done wait as long as a save may take for one that has failed.
     barrier = ocp.multihost.get_barrier_sync_fn()
-    background.barrier_sync_fn = lambda *, key, timeout_ms: barrier(key=key, timeout_ms=min(timeout_ms, 1000 * _PEER_SECONDS))
-  options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, cleanup_tmp_directories=True, async_options=background)
+    background.barrier_sync_fn = lambda *, key, timeout_ms: barrier(
+      key=key, timeout_ms=min(timeout_ms, 1000 * _PEER_SECONDS)
+    )
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=keep, create=False, cleanup_tmp_directories=True, async_options=background
+  )
   try:
     return ocp.CheckpointManager(path, options=options)
   except (OSError, ValueError) as error:
@@ -404,7 +487,9 @@ def _cannot_open(path: pathlib.Path, error: Exception) -> checks.InputError:
 
 
 def _read(handler: ocp.CheckpointHandler, read: Callable[[ocp.CheckpointHandler], Any]) -> Any:
-  """What `read` gets by a handler from an item of a checkpoint; raises _Damaged for whatever files can hold."""
+  """What `read` gets by a handler from an item of a checkpoint; raises _Damaged for whatever files
+  can hold.
+  """
   try:
     with contextlib.closing(handler):
       return read(handler)
@@ -415,11 +500,15 @@ def _read(handler: ocp.CheckpointHandler, read: Callable[[ocp.CheckpointHandler]
 
 
 def _read_json(path: pathlib.Path) -> Any:
-  return _read(ocp.JsonCheckpointHandler(), lambda handler: handler.restore(path, args=ocp.args.JsonRestore()))
+  return _read(
+    ocp.JsonCheckpointHandler(), lambda handler: handler.restore(path, args=ocp.args.JsonRestore())
+  )
 
 
 def _record(folder: pathlib.Path) -> dict[str, Any] | None:
-  """The digests saved with a step, themselves checked; None in checkpoints of before there were any."""
+  """The digests saved with a step, themselves checked; None in checkpoints of before there were
+  any.
+  """
   if not os.path.lexists(folder / "digests"):
     return None
   record = _read_json(folder / "digests")
@@ -429,30 +518,43 @@ def _record(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _saved_leaves(folder: pathlib.Path) -> dict[str, _Leaf]:
-  """Path -> what was saved there, by the record of digests or, in checkpoints without, as Orbax has it."""
+  """Path -> what was saved there, by the record of digests or, in checkpoints without, as Orbax has
+  it.
+  """
   record = _record(folder)
   if record is not None:
-    return {name: _Leaf(tuple(shape), dtype, digest) for name, (*shape, dtype, digest) in record["leaves"].items()}
+    return {
+      name: _Leaf(tuple(shape), dtype, digest)
+      for name, (*shape, dtype, digest) in record["leaves"].items()
+    }
 
   def read(handler):
     arrays = _named(handler.metadata(folder / "state").tree)
-    return {name: _Leaf(tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in arrays.items()}
+    return {
+      name: _Leaf(tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in arrays.items()
+    }
 
   return _read(ocp.PyTreeCheckpointHandler(), read)
 
 
 @functools.cache
 def _hush_unfinished() -> None:
-  """Where reading or writing fails, Orbax leaves the rest unfinished, which prints a traceback a part when it is thrown away."""
+  """Where reading or writing fails, Orbax leaves the rest unfinished, which prints a traceback a
+  part when it is thrown away.
+  """
   others = sys.unraisablehook
 
   def hook(unraisable):
-    if not re.match("Event loop is closed|Encountered error while reading array index", str(unraisable.exc_value)):
+    if not re.match(
+      "Event loop is closed|Encountered error while reading array index", str(unraisable.exc_value)
+    ):
       others(unraisable)
 
   sys.unraisablehook = hook
   warnings.filterwarnings("ignore", "coroutine '_read_array.*' was never awaited", RuntimeWarning)
-  logging.getLogger("asyncio").addFilter(lambda record: not re.search("tensorstore|orbax", record.getMessage()))
+  logging.getLogger("asyncio").addFilter(
+    lambda record: not re.search("tensorstore|orbax", record.getMessage())
+  )
 
 
 def _clear_half_written(folder: pathlib.Path) -> None:
@@ -468,7 +570,7 @@ def _is_empty(folder: pathlib.Path) -> bool:
     return True
 
 
-# --- what a state is made of ------------------------------------------------------------------------------------------------
+# --- what a state is made of ----------------------------------------------------------------------
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -479,22 +581,30 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _leaves(tree: Any) -> dict[str, Any]:
   """Arrays (or shapes) by their path; Python's numbers as the arrays that they are restored as."""
-  return {name: jnp.asarray(leaf) if isinstance(leaf, (bool, int, float)) else leaf for name, leaf in _named(tree).items()}
+  return {
+    name: jnp.asarray(leaf) if isinstance(leaf, (bool, int, float)) else leaf
+    for name, leaf in _named(tree).items()
+  }
 
 
 def _examine(leaves: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
   """Digests of arrays by their path, and paths of floating ones that are not finite.
 
-  A digest is the CRC-32 of the CRC-32s of an array's rows: those along the leading axis in a method's memory, which may be split
-  over devices and processes, so that it does not depend on where they are; elsewhere the array as one.
+  A digest is the CRC-32 of the CRC-32s of an array's rows: those along the leading axis in a
+  method's memory, which may be split over devices and processes, so that it does not depend on
+  where they are; elsewhere the array as one.
   """
-  jax.device_get([leaf for leaf in leaves.values() if _is_here(leaf)])  # all copies at once; each is kept with its array
+  # All copies at once; each is kept with its array.
+  jax.device_get([leaf for leaf in leaves.values() if _is_here(leaf)])
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     told = list(pool.map(_examine_rows, leaves, leaves.values()))
   if jax.process_count() > 1:
     flat = multihost_utils.process_allgather(np.concatenate(told)).max(axis=0)
     told = np.split(flat, np.cumsum([len(rows) for rows in told])[:-1])
-  digests = {name: zlib.crc32(rows[1:].astype("<u4").tobytes()) for name, rows in zip(leaves, told, strict=True)}
+  digests = {
+    name: zlib.crc32(rows[1:].astype("<u4").tobytes())
+    for name, rows in zip(leaves, told, strict=True)
+  }
   return digests, [name for name, rows in zip(leaves, told, strict=True) if rows[0]]
 
 
@@ -504,18 +614,25 @@ def _is_here(leaf: Any) -> bool:
 
 
 def _examine_rows(name: str, leaf: Any) -> np.ndarray:
-  """u32[1 + rows]: 1 if any number here is not finite; then the CRC-32 of each row that this process has, 0 for the others."""
+  """u32[1 + rows]: 1 if any number here is not finite; then the CRC-32 of each row that this
+  process has, 0 for the others.
+  """
   if not name.startswith("memory/") or not leaf.ndim:
     parts, rows = [(0, np.asarray(leaf)[None])], 1
   elif _is_here(leaf):
     parts, rows = [(0, np.asarray(leaf))], len(leaf)
   else:
-    parts, rows = [(shard.index[0].start or 0, np.asarray(shard.data)) for shard in leaf.addressable_shards], len(leaf)
+    parts, rows = (
+      [(shard.index[0].start or 0, np.asarray(shard.data)) for shard in leaf.addressable_shards],
+      len(leaf),
+    )
   told = np.zeros(1 + rows, np.uint32)
   for start, part in parts:
     if jnp.issubdtype(part.dtype, jnp.floating) and not np.isfinite(part).all():
       told[0] = 1
-    told[1 + start : 1 + start + len(part)] = [zlib.crc32(np.ascontiguousarray(row).reshape(-1).view(np.uint8)) for row in part]
+    told[1 + start : 1 + start + len(part)] = [
+      zlib.crc32(np.ascontiguousarray(row).reshape(-1).view(np.uint8)) for row in part
+    ]
   return told
 
 
@@ -523,15 +640,30 @@ def _seal(content: Any) -> int:
   return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _new_record(leaves: Mapping[str, Any], digests: Mapping[str, int], note: dict[str, Any]) -> dict[str, Any]:
-  """What `_record` reads: leaves, path -> [*shape, dtype, digest], and the seals of the note and of all this."""
-  record = {"leaves": {name: [*leaf.shape, leaf.dtype.name, digests[name]] for name, leaf in leaves.items()}, "note": _seal(note)}
+def _new_record(
+  leaves: Mapping[str, Any], digests: Mapping[str, int], note: dict[str, Any]
+) -> dict[str, Any]:
+  """What `_record` reads: leaves, path -> [*shape, dtype, digest], and the seals of the note and of
+  all this.
+  """
+  record = {
+    "leaves": {
+      name: [*leaf.shape, leaf.dtype.name, digests[name]] for name, leaf in leaves.items()
+    },
+    "note": _seal(note),
+  }
   return record | {"seal": _seal(record)}
 
 
-def _check_fits(folder: pathlib.Path, saved: Mapping[str, _Leaf], wanted: Mapping[str, Any], *, whole: bool) -> None:
-  """Raises InputError unless the arrays of a checkpoint (`whole`: all of them) are those of a model."""
-  problems = checks.Problems(f"checkpoint {folder} does not fit this model; use the config that it was trained with")
+def _check_fits(
+  folder: pathlib.Path, saved: Mapping[str, _Leaf], wanted: Mapping[str, Any], *, whole: bool
+) -> None:
+  """Raises InputError unless the arrays of a checkpoint (`whole`: all of them) are those of a
+  model.
+  """
+  problems = checks.Problems(
+    f"checkpoint {folder} does not fit this model; use the config that it was trained with"
+  )
   for name, leaf in wanted.items():
     model = _Leaf(leaf.shape, leaf.dtype.name)
     if name not in saved:
@@ -543,17 +675,25 @@ def _check_fits(folder: pathlib.Path, saved: Mapping[str, _Leaf], wanted: Mappin
   problems.raise_if_any(most=6)
 
 
-# --- several processes --------------------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 
 def _any(flag: bool) -> bool:
   """Whether any process says so."""
-  return bool(multihost_utils.process_allgather(np.asarray(flag)).any()) if jax.process_count() > 1 else flag
+  return (
+    bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+    if jax.process_count() > 1
+    else flag
+  )
 
 
 def _of_first(number: int) -> int:
   """What the first process says: others may see an older listing of a folder."""
-  return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.process_count() > 1 else number
+  return (
+    int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    if jax.process_count() > 1
+    else number
+  )
 
 
 def _steps_of_first(steps: Sequence[int]) -> list[int]:
@@ -566,7 +706,7 @@ def _steps_of_first(steps: Sequence[int]) -> list[int]:
   return [int(step) for step in multihost_utils.broadcast_one_to_all(padded)]
 
 
-# --- words --------------------------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 
 def _text(error: Exception) -> str:
@@ -576,10 +716,18 @@ def _text(error: Exception) -> str:
 
 
 def _before_waiting(error: Exception) -> Exception:
-  """What ended a process's part of a save, where its wait for the others, which did not come, is what is told of it."""
-  while isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError)) and error.__context__ is not None:
+  """What ended a process's part of a save, where its wait for the others, which did not come, is
+  what is told of it.
+  """
+  while (
+    isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError)) and error.__context__ is not None
+  ):
     error = error.__context__
-  return TimeoutError("another process did not write its part") if "DEADLINE_EXCEEDED" in str(error) else error
+  return (
+    TimeoutError("another process did not write its part")
+    if "DEADLINE_EXCEEDED" in str(error)
+    else error
+  )
 
 
 def _few(names: Sequence[str]) -> str:

@@ -25,11 +25,13 @@ from pseudoseg_jax.engine.stopping import Interrupted, StopRequest
 
 log = logging.getLogger("pseudoseg_jax")
 
-_AHEAD = 2  # batches on the device before they are needed, and steps in flight before the loop waits
+# Batches on the device before they are needed, and steps in flight before the loop waits.
+_AHEAD = 2
 
 
 class NonFiniteLoss(FloatingPointError):
-  """A loss term became NaN or infinite: the state at the beginning of that step is of no use, and is not kept.
+  """A loss term became NaN or infinite: the state at the beginning of that step is of no use, and
+  is not kept.
 
   step: of that state. terms: "loss = nan, loss_supervised = nan".
   """
@@ -65,7 +67,9 @@ class Scored(NamedTuple):
 
 
 def jit_step(method: Method, mesh: Mesh, seed: int) -> Callable[[State, Any], tuple[State, dict]]:
-  """The method's step, compiled over the mesh, its state donated, its key derived from (seed, step)."""
+  """The method's step, compiled over the mesh, its state donated, its key derived from (seed,
+  step).
+  """
 
   def step(state, batch):
     return method.step(state, batch, rng.step_key(seed, state.step))
@@ -75,7 +79,9 @@ def jit_step(method: Method, mesh: Mesh, seed: int) -> Callable[[State, Any], tu
 
 
 def state_shardings(method: Method, mesh: Mesh) -> State:
-  """Where the parts of a state lie: on every device, but for `method.split_memory`. A prefix of the state's tree."""
+  """Where the parts of a state lie: on every device, but for `method.split_memory`. A prefix of the
+  state's tree.
+  """
   memory = jax.eval_shape(method.init, jax.random.key(0)).memory
   problems = checks.Problems("the method's memory cannot be split over the devices")
   for name in method.split_memory:
@@ -85,11 +91,17 @@ def state_shardings(method: Method, mesh: Mesh) -> State:
       problems.add(f"memory '{name}'", got=got, allowed=f"a multiple of the {mesh.size} devices")
   problems.raise_if_any()
   whole, parts = meshes.replicated(mesh), meshes.split(mesh)
-  return State(step=whole, nets=whole, memory={name: parts if name in method.split_memory else whole for name in memory})
+  return State(
+    step=whole,
+    nets=whole,
+    memory={name: parts if name in method.split_memory else whole for name in memory},
+  )
 
 
 def _born(method: Method, key) -> State:
-  """The initial state with strong dtypes: a weak one (`jnp.ones(3) * 1.0`) would compile the step twice."""
+  """The initial state with strong dtypes: a weak one (`jnp.ones(3) * 1.0`) would compile the step
+  twice.
+  """
   return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), method.init(key))
 
 
@@ -104,7 +116,9 @@ def abstract_state(method: Method, mesh: Mesh) -> State:
   shapes = jax.eval_shape(functools.partial(_born, method), jax.random.key(0))
 
   def placed(sharding, part):
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part)
+    return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part
+    )
 
   return jax.tree.map(placed, state_shardings(method, mesh), shapes)
 
@@ -120,7 +134,9 @@ def _on_device(mesh: Mesh, batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def _trim_host_memory() -> None:
-  """Hands back what the compiler freed: glibc keeps it, some hundred megabytes for a ResNet-50 that nothing uses again."""
+  """Hands back what the compiler freed: glibc keeps it, some hundred megabytes for a ResNet-50 that
+  nothing uses again.
+  """
   if sys.platform == "linux":
     try:
       ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -145,7 +161,9 @@ def _clock(seconds: float) -> str:
 
 
 class _Stopwatch:
-  """Seconds of training since the last restart, evaluation left out, and those of them spent waiting for input."""
+  """Seconds of training since the last restart, evaluation left out, and those of them spent
+  waiting for input.
+  """
 
   def __init__(self):
     self.restart()
@@ -191,24 +209,30 @@ def fit(
   """Trains from the newest checkpoint (or from the start) to `total_steps`.
 
   Args:
-    batches: start_step -> iterator of this process's share of each global batch from that step on; with close(), if it holds
-      anything.
+    batches: start_step -> iterator of this process's share of each global batch from that step on;
+      with close(), if it holds anything.
     images_per_step: images of all streams in a global batch, for the rate.
-    evaluate: state -> score and note, called every `eval_steps` and at the end. The best state is kept.
-    publish: called after each evaluation with the note of the best state, once that state is on disk.
-    evaluated_step: the newest step whose evaluation was published. A run that is resumed at a step to be evaluated, and was killed
-      before it was, evaluates first.
-    is_comparable: whether the state that was kept as the best, by its note, was chosen by the scores that `evaluate` gives now.
-    prepare: fresh state -> the state to start from (pretrained weights), outside of jit; not called where a run is resumed.
-    patience: evaluations in a row that may find nothing better; after so many the run has ended. 0: as many as there are.
+    evaluate: state -> score and note, called every `eval_steps` and at the end. The best state is
+      kept.
+    publish: called after each evaluation with the note of the best state, once that state is on
+      disk.
+    evaluated_step: the newest step whose evaluation was published. A run that is resumed at a step
+      to be evaluated, and was killed before it was, evaluates first.
+    is_comparable: whether the state that was kept as the best, by its note, was chosen by the
+      scores that `evaluate` gives now.
+    prepare: fresh state -> the state to start from (pretrained weights), outside of jit; not called
+      where a run is resumed.
+    patience: evaluations in a row that may find nothing better; after so many the run has ended. 0:
+      as many as there are.
     stop: the signals that end a run early; None: SIGTERM and SIGINT, for the time of this call.
 
   Returns:
-    The last state; `finished` is False where a signal ended the run early (it is saved, and the same call resumes it), and True
-    where patience did.
+    The last state; `finished` is False where a signal ended the run early (it is saved, and the
+    same call resumes it), and True where patience did.
 
   Raises:
-    NonFiniteLoss: names the step and the loss terms. States that it shows to be ruined are no longer among the checkpoints.
+    NonFiniteLoss: names the step and the loss terms. States that it shows to be ruined are no
+      longer among the checkpoints.
     NonFiniteState: a state to be saved holds NaN or infinite numbers.
     FileNotFoundError: the folder of the checkpoints was removed meanwhile.
     Interrupted: a signal came before the first step was done, or a second one.
@@ -248,22 +272,36 @@ def fit(
       }
       log.info(
         "step %d/%d (%d%%)  %.2f steps/s  %.1f images/s  input wait %.0f%%  left %s  %s",
-        done, total_steps, 100 * done // total_steps, steps_per_second, rates["images_per_second"],
-        100 * rates["input_wait_fraction"], _clock((total_steps - done) / steps_per_second),
-        "  ".join(f"{name} {value:.4f}" for name, value in means.items() if name.startswith("loss")),
+        done,
+        total_steps,
+        100 * done // total_steps,
+        steps_per_second,
+        rates["images_per_second"],
+        100 * rates["input_wait_fraction"],
+        _clock((total_steps - done) / steps_per_second),
+        "  ".join(
+          f"{name} {value:.4f}" for name, value in means.items() if name.startswith("loss")
+        ),
         extra={"slot": "progress", "fraction": done / total_steps},
-      )  # fmt: skip
-      records.scalars(done, {f"train/{name}": value for name, value in means.items()} | {f"rate/{k}": v for k, v in rates.items()})
+      )
+      records.scalars(
+        done,
+        {f"train/{name}": value for name, value in means.items()}
+        | {f"rate/{k}": v for k, v in rates.items()},
+      )
       unlogged.clear()
       watch.restart()
 
     def save(state: State) -> None:
       if checkpoints.removed():
-        raise FileNotFoundError(f"{checkpoints.directory} was removed while the run was going on: nothing of it can be saved there")
+        raise FileNotFoundError(
+          f"{checkpoints.directory} was removed while the run was going on: nothing of it can be saved there"
+        )
       checkpoints.save(state)
 
     def score(state: State) -> str | None:
-      """Evaluates a state that is saved: leaving meanwhile loses nothing, since the resumed run evaluates it first.
+      """Evaluates a state that is saved: leaving meanwhile loses nothing, since the resumed run
+      evaluates it first.
 
       Returns:
         The name of the signal that ended the evaluation, None for none.
@@ -280,7 +318,10 @@ def fit(
         raise
       value = -np.inf if np.isnan(scored.score) else scored.score
       if best is None or value > best["score"]:
-        note = scored.note | {"score": value if np.isfinite(value) else None, "step": int(state.step)}
+        note = scored.note | {
+          "score": value if np.isfinite(value) else None,
+          "step": int(state.step),
+        }
         checkpoints.save(state, series="best", note=note)
         checkpoints.wait()  # what is published as the best is on disk
         if "best" not in checkpoints.failed:
@@ -293,7 +334,8 @@ def fit(
         with watch.waiting():
           return next(feed)
       except Exception:
-        # A file that cannot be read says nothing against the state. With several processes the others are in the step by now.
+        # A file that cannot be read says nothing against the state. With several processes the
+        # others are in the step by now.
         if done - 1 > start and jax.process_count() == 1:
           fetch(done - 1)
           save(state)
@@ -305,17 +347,31 @@ def fit(
       """Whether patience has run out, for good: a run that is resumed there has ended too."""
       if not patience or best is None or done - best["step"] < patience * every.eval_steps:
         return False
-      log.info("ended at step %d of %d: nothing better than step %d in %d evaluations", done, total_steps, best["step"], patience)
+      log.info(
+        "ended at step %d of %d: nothing better than step %d in %d evaluations",
+        done,
+        total_steps,
+        best["step"],
+        patience,
+      )
       return True
 
     stopped_by = None
     try:
-      # Killed between a save and the evaluation of what was saved: without it, `best` would not be what it is undisturbed.
-      if start and start != evaluated_step and (start >= total_steps or start % every.eval_steps == 0):
+      # Killed between a save and the evaluation of what was saved: without it, `best` would not be
+      # what it is undisturbed.
+      if (
+        start
+        and start != evaluated_step
+        and (start >= total_steps or start % every.eval_steps == 0)
+      ):
         stopped_by = score(state)
         evaluated_step = None if stopped_by else start
       # Only where this state was evaluated: what results.json says is of the last state.
-      feed, ended = iter(()), 0 < start == evaluated_step and start < total_steps and outlasted(start)
+      feed, ended = (
+        iter(()),
+        0 < start == evaluated_step and start < total_steps and outlasted(start),
+      )
       if start < total_steps and not stopped_by and not ended:
         source = batches(start)
         open_resources.callback(getattr(source, "close", lambda: None))
@@ -332,7 +388,8 @@ def fit(
             unlogged.clear()
             watch.restart()
         if len(pending) > _AHEAD:
-          # Not to read a value, only to let no more than two steps pile up: so that waiting for input is told from computing.
+          # Not to read a value, only to let no more than two steps pile up: so that waiting for
+          # input is told from computing.
           jax.block_until_ready(pending[-1 - _AHEAD])
         if done > start + 1 and (done % every.log_steps == 0 or done == total_steps):
           fetch(done)
@@ -356,7 +413,12 @@ def fit(
       raise NonFiniteState(f"{error}{_after_non_finite(checkpoints)}") from None
     checkpoints.wait()
     if stopped_by:
-      log.info("stopped by %s after step %d of %d; the same command resumes here", stopped_by, int(state.step), total_steps)
+      log.info(
+        "stopped by %s after step %d of %d; the same command resumes here",
+        stopped_by,
+        int(state.step),
+        total_steps,
+      )
     return Outcome(state, finished=stopped_by is None, stopped_by=stopped_by)
 
 
@@ -368,8 +430,12 @@ def _starting_state(method, mesh, seed, checkpoints, prepare) -> tuple[State, in
   return state, int(state.step)
 
 
-def _best_note(checkpoints: Checkpoints, is_comparable: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
-  """What was noted with the best state, its score a number; None where there is none to compare with."""
+def _best_note(
+  checkpoints: Checkpoints, is_comparable: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any] | None:
+  """What was noted with the best state, its score a number; None where there is none to compare
+  with.
+  """
   note = checkpoints.note("best")
   if "score" not in note or not is_comparable(note):
     return None
@@ -378,7 +444,9 @@ def _best_note(checkpoints: Checkpoints, is_comparable: Callable[[dict[str, Any]
 
 def _after_non_finite(checkpoints: Checkpoints) -> str:
   step = checkpoints.step()
-  resumes = "starts anew, since nothing older is kept" if step is None else f"resumes at step {step}"
+  resumes = (
+    "starts anew, since nothing older is kept" if step is None else f"resumes at step {step}"
+  )
   return (
     f". That state is not kept; the same command {resumes}, and meets the same loss again unless something is changed: "
     "give it a lower --config.optimizer.learning_rate or a lower weight of the term, or check the data (pseudoseg_jax.check_data)"

@@ -10,7 +10,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 def make_mesh(devices=None) -> Mesh:
   """A one-axis mesh over `devices` (default: all devices of all processes)."""
   devices = jax.devices() if devices is None else devices
-  # Auto axes: with explicit ones, JAX's default, `roll` and `concatenate` over the split axis raise.
+  # Auto axes: with explicit ones, JAX's default, `roll` and `concatenate` over the split axis
+  # raise.
   return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
 
 

@@ -22,15 +22,18 @@ History = dict[str, list[tuple[int, float]]]  # name -> [(step, value), ...]
 
 
 class Records:
-  """Scalars, images and texts of a run, into `workdir`: log.txt, tensorboard/, history.jsonl. Only process 0 writes.
+  """Scalars, images and texts of a run, into `workdir`: log.txt, tensorboard/, history.jsonl. Only
+  process 0 writes.
 
-  What cannot be written (a full disk, a file in the place of a folder) is told once, and the run goes on without it: it is worth
-  more than its curves.
+  What cannot be written (a full disk, a file in the place of a folder) is told once, and the run
+  goes on without it: it is worth more than its curves.
 
   draw_curves: history -> a PNG, which a notebook shows while the run goes on.
   """
 
-  def __init__(self, workdir: str | pathlib.Path, *, draw_curves: Callable[[History], bytes] | None = None):
+  def __init__(
+    self, workdir: str | pathlib.Path, *, draw_curves: Callable[[History], bytes] | None = None
+  ):
     self.workdir = pathlib.Path(workdir)
     self._draw_curves = draw_curves
     self._cell: CellConsole | None = None
@@ -44,7 +47,8 @@ class Records:
     self._log_settings = log.level, log.propagate
     log.setLevel(logging.INFO)
     log.propagate = False
-    # What the writing thread logs as an error is the traceback of what it raises as well; it is told here, in one line.
+    # What the writing thread logs as an error is the traceback of what it raises as well; it is
+    # told here, in one line.
     logging.getLogger("absl").addFilter(_not_of_writer)
     console = notebook.console()
     self._add_handler(console)
@@ -59,7 +63,9 @@ class Records:
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     if not self._writes:
       return
-    line = json.dumps({"step": step, **{name: float(value) for name, value in values.items()}}) + "\n"
+    line = (
+      json.dumps({"step": step, **{name: float(value) for name, value in values.items()}}) + "\n"
+    )
     self._attempt("history.jsonl", lambda: self._append(line))
     self._to_tensorboard(lambda writer: writer.write_scalars(step, values))
     self._show_curves()
@@ -72,13 +78,16 @@ class Records:
     self._to_tensorboard(lambda writer: writer.write_images(step, images))
 
   def error(self, text: str) -> None:
-    """Writes what ended the run into log.txt alone: the console gets it from whoever catches the error."""
+    """Writes what ended the run into log.txt alone: the console gets it from whoever catches the
+    error.
+    """
     for handler in self._handlers:
       if isinstance(handler, _LogFile):
         handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, "%s", (text,), None))
 
   def history(self) -> History:
-    """{name: [(step, value), ...]} in the order of steps; a step told twice (after a kill and resume) counts as told last.
+    """{name: [(step, value), ...]} in the order of steps; a step told twice (after a kill and
+    resume) counts as told last.
 
     Lines that are no such entries (cut short by a kill, or damaged) are left out.
     """
@@ -114,7 +123,10 @@ class Records:
 
   def _show_curves(self, *, now: bool = False) -> None:
     if self._cell is not None and self._draw_curves is not None and self.history_path.is_file():
-      self._attempt("curves in the notebook", lambda: self._cell.picture(lambda: self._draw_curves(self.history()), now=now))
+      self._attempt(
+        "curves in the notebook",
+        lambda: self._cell.picture(lambda: self._draw_curves(self.history()), now=now),
+      )
 
   def _add_handler(self, handler: logging.Handler) -> None:
     self._handlers.append(handler)
@@ -132,7 +144,8 @@ class Records:
   def _to_tensorboard(self, write: Callable[[metric_writers.MetricWriter], None]) -> None:
     writer = self._tensorboard
     if writer is not None and not self._attempt("tensorboard", lambda: write(writer)):
-      self._tensorboard = None  # its thread keeps the failure, and would tell it at every further call
+      # Its thread keeps the failure, and would tell it at every further call.
+      self._tensorboard = None
 
   def _attempt(self, name: str, write: Callable[[], None]) -> bool:
     """Whether `write` went well; the first failure of a name is told."""
@@ -142,7 +155,12 @@ class Records:
     except Exception as error:  # TensorFlow tells a full disk by errors of its own
       if name not in self._lost:
         self._lost.add(name)
-        log.error("cannot write %s (%s: %s); the run goes on without it", self.workdir / name, type(error).__name__, error)
+        log.error(
+          "cannot write %s (%s: %s); the run goes on without it",
+          self.workdir / name,
+          type(error).__name__,
+          error,
+        )
       return False
 
 

@@ -1,4 +1,6 @@
-"""Graceful shutdown: SIGTERM and Ctrl-C are acknowledged at once, and a run saves and leaves as soon as nothing is lost by it."""
+"""Graceful shutdown: SIGTERM and Ctrl-C are acknowledged at once, and a run saves and leaves as
+soon as nothing is lost by it.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,13 @@ log = logging.getLogger("pseudoseg_jax")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PREEMPTION = "preemption"  # what several processes agree on, whichever of them got the signal
 
-_GRACE_SECONDS = 3.0  # for Python to unwind, before a command that has nothing to lose ends without it
+# For Python to unwind, before a command that has nothing to lose ends without it.
+_GRACE_SECONDS = 3.0
 
 
 class Interrupted(KeyboardInterrupt):
-  """A signal came while nothing could be lost by leaving at once: at set-up, while compiling, in an evaluation.
+  """A signal came while nothing could be lost by leaving at once: at set-up, while compiling, in an
+  evaluation.
 
   name: of the signal.
   """
@@ -35,26 +39,33 @@ class Interrupted(KeyboardInterrupt):
 
   def _render_traceback_(self) -> list[str]:
     """What IPython shows in the place of a traceback: this is no error."""
-    return [f"stopped by {self.name}; what was saved before stays, and running the cell again goes on from there"]
+    return [
+      f"stopped by {self.name}; what was saved before stays, and running the cell again goes on from there"
+    ]
 
 
 def exit_code(name: str) -> int:
-  """The shell's convention for an end by a signal, by name: 130 for "SIGINT", 143 for "SIGTERM" and a preemption."""
+  """The shell's convention for an end by a signal, by name: 130 for "SIGINT", 143 for "SIGTERM" and
+  a preemption.
+  """
   return 128 + (signal.SIGTERM if name == PREEMPTION else signal.Signals[name])
 
 
 class StopRequest:
-  """Context manager over a run: the first SIGTERM or SIGINT is noted and acknowledged, a second one, later, leaves at once.
+  """Context manager over a run: the first SIGTERM or SIGINT is noted and acknowledged, a second
+  one, later, leaves at once.
 
-  The loop asks `requested` after each step, saves and leaves. Inside of `nothing_to_lose` the signal raises Interrupted instead.
-  Python runs signal handlers only between its own instructions, and compiled code (XLA's compiler) may take minutes: so a thread
-  that C wakes up acknowledges the signal and, where the process is a command's own (`owns_process`), ends it.
+  The loop asks `requested` after each step, saves and leaves. Inside of `nothing_to_lose` the
+  signal raises Interrupted instead. Python runs signal handlers only between its own instructions,
+  and compiled code (XLA's compiler) may take minutes: so a thread that C wakes up acknowledges the
+  signal and, where the process is a command's own (`owns_process`), ends it.
 
-  With several processes the decision is agreed on through JAX's preemption notice, so that all stop at the same step; nothing is
-  raised then, since the others would wait for this one.
+  With several processes the decision is agreed on through JAX's preemption notice, so that all stop
+  at the same step; nothing is raised then, since the others would wait for this one.
 
   Args:
-    owns_process: this process may be ended without unwinding Python where that loses nothing; never in a notebook.
+    owns_process: this process may be ended without unwinding Python where that loses nothing; never
+      in a notebook.
   """
 
   def __init__(self, *, owns_process: bool = False):
@@ -65,7 +76,8 @@ class StopRequest:
     self._nothing_to_lose = False
     self._leaving = False
     self._handled = command_line.SignalCount()  # by the main thread, ...
-    self._seen = command_line.SignalCount()  # ... and by the watcher: compiled code lets several signals become one call of the handler
+    # ... and by the watcher: compiled code lets several signals become one call of the handler.
+    self._seen = command_line.SignalCount()
     self._previous: dict[int, object] = {}
     self._left = threading.Event()
     self._watcher: threading.Thread | None = None
@@ -75,11 +87,14 @@ class StopRequest:
       return self  # a notebook's worker: signals stay with whoever has them
     # SIGTERM of one process among several belongs to JAX, which tells the others.
     for number in (signal.SIGINT,) if self._several else SIGNALS:
-      if signal.getsignal(number) is not signal.SIG_IGN:  # shells have jobs in the background ignore Ctrl-C
+      # Shells have jobs in the background ignore Ctrl-C.
+      if signal.getsignal(number) is not signal.SIG_IGN:
         self._previous[number] = signal.signal(number, self._handle)
     self._reader, self._writer = socket.socketpair()
     self._writer.setblocking(False)
-    self._previous_descriptor = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+    self._previous_descriptor = signal.set_wakeup_fd(
+      self._writer.fileno(), warn_on_full_buffer=False
+    )
     self._watcher = threading.Thread(target=self._watch, name="stop-request", daemon=True)
     self._watcher.start()
     return self
@@ -110,17 +125,21 @@ class StopRequest:
       self._nothing_to_lose = False
 
   def resumed(self, step: int) -> None:
-    """Tells that the first step is after `step`, before it is begun; with several processes all of them do.
+    """Tells that the first step is after `step`, before it is begun; with several processes all of
+    them do.
 
-    JAX has all processes stop at the step after the newest that any of them has asked for, and takes that to be 0 before the
-    first: a notice until now is due at step 1, which a resumed run never comes to, and JAX tells it once.
+    JAX has all processes stop at the step after the newest that any of them has asked for, and
+    takes that to be 0 before the first: a notice until now is due at step 1, which a resumed run
+    never comes to, and JAX tells it once.
     """
     if self._several and step > 0:
       self._noticed_early = multihost_utils.reached_preemption_sync_point(1)
       multihost_utils.reached_preemption_sync_point(step)
 
   def requested(self, step: int) -> bool:
-    """Whether to save and leave after `step`; with several processes, what all of them answer at this step."""
+    """Whether to save and leave after `step`; with several processes, what all of them answer at
+    this step.
+    """
     if self._several:
       if self._noticed_early or multihost_utils.reached_preemption_sync_point(step):
         self.name = self.name or PREEMPTION
@@ -151,8 +170,15 @@ class StopRequest:
     if not self._seen.add():
       return
     if self._seen.value == 1 and not (self._nothing_to_lose or self._leaving):
-      log.warning("%s: saving and leaving after the step under way; once more to leave at once, without saving", number.name)
+      log.warning(
+        "%s: saving and leaving after the step under way; once more to leave at once, without saving",
+        number.name,
+      )
       return
     log.warning("%s: leaving; what was saved before stays", number.name)
-    if self._owns_process and not self._left.wait(_GRACE_SECONDS) and (self._nothing_to_lose or self._seen.value > 1):
+    if (
+      self._owns_process
+      and not self._left.wait(_GRACE_SECONDS)
+      and (self._nothing_to_lose or self._seen.value > 1)
+    ):
       command_line.leave(exit_code(number.name))

@@ -1,4 +1,6 @@
-"""What shows itself: arrays that a notebook displays as pictures, tables that read as tables there and in a terminal."""
+"""What shows itself: arrays that a notebook displays as pictures, tables that read as tables there
+and in a terminal.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,14 @@ from pseudoseg_jax.ops.confusion import Scores
 if TYPE_CHECKING:
   from pseudoseg_jax.data.classes import Classes
 
-_LEAST_SIDE, _GREATEST_SIDE = 256, 1600  # pixels; smaller pictures are enlarged by a whole factor, larger ones shrunk
+# pixels; smaller pictures are enlarged by a whole factor, larger ones shrunk.
+_LEAST_SIDE, _GREATEST_SIDE = 256, 1600
 
 
 class _Shown(np.ndarray):
-  """An array with a picture. What is computed from it is a plain array again; parts of it are shown as well."""
+  """An array with a picture. What is computed from it is a plain array again; parts of it are shown
+  as well.
+  """
 
   def __array_wrap__(self, array, context=None, return_scalar=False):
     array = np.asarray(array)
@@ -51,7 +56,8 @@ class Picture(_Shown):
 
 
 class ClassMap(_Shown):
-  """Class ids uint8[h, w], which a notebook shows in the classes' colors, above the names of those that are there.
+  """Class ids uint8[h, w], which a notebook shows in the classes' colors, above the names of those
+  that are there.
 
   classes: those that the ids are of; None of an array that was made in another way.
   """
@@ -69,10 +75,14 @@ class ClassMap(_Shown):
   def _picture(self) -> Image.Image | None:
     if self.classes is None or self.dtype != np.uint8 or self.ndim != 2 or not self.size:
       return None
-    colors = _fitted(Image.fromarray(pictures.colorize(np.asarray(self), self.classes)), Image.Resampling.NEAREST)
+    colors = _fitted(
+      Image.fromarray(pictures.colorize(np.asarray(self), self.classes)), Image.Resampling.NEAREST
+    )
     present = [index for index in np.unique(self).tolist() if index < len(self.classes)]
     key = pictures.legend(self.classes, max(colors.width, _LEAST_SIDE), only=present)
-    sheet = Image.new("RGB", (max(colors.width, key.width), colors.height + key.height), pictures.PAPER)
+    sheet = Image.new(
+      "RGB", (max(colors.width, key.width), colors.height + key.height), pictures.PAPER
+    )
     sheet.paste(colors, (0, 0))
     sheet.paste(key, (0, colors.height))
     return sheet
@@ -91,7 +101,9 @@ class ScoreTable(dict):
   classes: those that are scored, by predictor where they differ; heading: what is above the table.
   """
 
-  def __init__(self, scores: Mapping[str, Scores], classes: Mapping[str, Classes], heading: str = ""):
+  def __init__(
+    self, scores: Mapping[str, Scores], classes: Mapping[str, Classes], heading: str = ""
+  ):
     super().__init__(scores)
     self._classes, self.heading = dict(classes), heading
 
@@ -106,15 +118,20 @@ class ScoreTable(dict):
     return tables
 
   def __repr__(self) -> str:
-    return "\n\n".join(filter(None, [self.heading, *(report.table(*shown) for shown in self._tables())]))
+    return "\n\n".join(
+      filter(None, [self.heading, *(report.table(*shown) for shown in self._tables())])
+    )
 
   def _repr_html_(self) -> str:
     heading = f"<p>{html.escape(self.heading)}</p>" if self.heading else ""
-    return heading + "".join(_table_html(classes, _columns(scores)) for classes, scores in self._tables())
+    return heading + "".join(
+      _table_html(classes, _columns(scores)) for classes, scores in self._tables()
+    )
 
 
 class RunResults(dict):
-  """What a run left: the content of results.json, `finished` and `stopped_by`; it prints as what a person wants to know of it.
+  """What a run left: the content of results.json, `finished` and `stopped_by`; it prints as what a
+  person wants to know of it.
 
   classes: of the first domain. workdir: of the run.
   """
@@ -128,9 +145,16 @@ class RunResults(dict):
     if not self.get("finished", True):
       facts["stopped"] = f"by {self['stopped_by']}; the same call goes on from there"
     if "method" in self:
-      facts |= {"method": f"{self['method']}, seed {self['seed']}", "data": self["split"], "protocol": self["protocol"]}
+      facts |= {
+        "method": f"{self['method']}, seed {self['seed']}",
+        "data": self["split"],
+        "protocol": self["protocol"],
+      }
       for series in ("last", "best"):
-        mious = ", ".join(f"{name} {report.percent(found['miou'])}" for name, found in self[series]["predictors"].items())
+        mious = ", ".join(
+          f"{name} {report.percent(found['miou'])}"
+          for name, found in self[series]["predictors"].items()
+        )
         facts[series] = f"step {self[series]['step']}, mIoU %: {mious}"
     return facts
 
@@ -145,7 +169,11 @@ class RunResults(dict):
     if "last" not in self:
       return shown
     columns = {
-      f"{name}, {series}": [*(found["iou"][of] for of in self._classes.names), found["miou"], found["pixel_accuracy"]]
+      f"{name}, {series}": [
+        *(found["iou"][of] for of in self._classes.names),
+        found["miou"],
+        found["pixel_accuracy"],
+      ]
       for series in ("last", "best")
       for name, found in self[series]["predictors"].items()
     }
@@ -178,12 +206,20 @@ def _named(classes: Classes, index: int) -> str:
 
 
 def _columns(scores: Mapping[str, Scores]) -> dict[str, list[float]]:
-  return {name: [*score.iou.tolist(), score.miou, score.pixel_accuracy] for name, score in scores.items()}
+  return {
+    name: [*score.iou.tolist(), score.miou, score.pixel_accuracy] for name, score in scores.items()
+  }
 
 
 def _table_html(classes: Classes, columns: Mapping[str, list[float | None]]) -> str:
-  """IoU in % by class, with their mean and the pixel accuracy; columns: heading -> the K + 2 fractions."""
-  names = [*(_named(classes, index) for index in range(len(classes))), "<b>mean IoU</b>", "<b>pixel accuracy</b>"]
+  """IoU in % by class, with their mean and the pixel accuracy; columns: heading -> the K + 2
+  fractions.
+  """
+  names = [
+    *(_named(classes, index) for index in range(len(classes))),
+    "<b>mean IoU</b>",
+    "<b>pixel accuracy</b>",
+  ]
   heading = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
   rows = "".join(
     f"<tr><td style='text-align:left'>{name}</td>{''.join(f'<td>{report.percent(value)}</td>' for value in values)}</tr>"

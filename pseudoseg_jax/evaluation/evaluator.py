@@ -1,4 +1,6 @@
-"""Scores predictors on a set of images: every image counts once, whatever the batch size, devices or processes."""
+"""Scores predictors on a set of images: every image counts once, whatever the batch size, devices
+or processes.
+"""
 
 from __future__ import annotations
 
@@ -52,17 +54,23 @@ def make_evaluator(
   with_labels: bool = True,
   flags: Callable[[Protocol], str] = lambda padded: f"pad_multiple={padded.pad_multiple}",
 ) -> Evaluator:
-  """An evaluator of named predictors over a source; it compiles once per canvas (see `inference`) and keeps that for every call.
+  """An evaluator of named predictors over a source; it compiles once per canvas (see `inference`)
+  and keeps that for every call.
 
-  Where scores do not depend on the canvas, images of many sizes share a few; where they do, it is told how to have fewer.
+  Where scores do not depend on the canvas, images of many sizes share a few; where they do, it is
+  told how to have fewer.
 
   Args:
-    predictors: name -> (state, images f32[B, H, W, C]) -> logits f32[B, H, W, K], as in `contract.Method`.
+    predictors: name -> (state, images f32[B, H, W, C]) -> logits f32[B, H, W, K], as in
+      `contract.Method`.
     source: images with labels, of any sizes.
-    protocol: how an image is shown to the network. Images of many sizes want "slide" or a `pad_multiple`.
+    protocol: how an image is shown to the network. Images of many sizes want "slide" or a
+      `pad_multiple`.
     mean, std: of the source's C channels in [0, 1].
-    batch_size: images of all devices and processes together, fewer where the canvas is huge; a multiple of the mesh's devices.
-    mesh: with an axis "data"; the state handed in must be replicated over it. None: wherever the state is.
+    batch_size: images of all devices and processes together, fewer where the canvas is huge; a
+      multiple of the mesh's devices.
+    mesh: with an axis "data"; the state handed in must be replicated over it. None: wherever the
+      state is.
     with_labels: False: nothing will be scored, only predicted, and the source need have no labels.
     flags: what a user must say so that the protocol becomes another one, which pads.
 
@@ -73,12 +81,19 @@ def make_evaluator(
   if not len(source):
     problems.add("evaluated images", got="none", allowed="at least one")
   if with_labels and not source.has_labels:
-    problems.add("evaluated images", got="no labels", allowed="images with labels", remedy="give the source a label pattern")
+    problems.add(
+      "evaluated images",
+      got="no labels",
+      allowed="images with labels",
+      remedy="give the source a label pattern",
+    )
   if batch_size < 1:
     problems.add("batch_size", got=batch_size, allowed="1 or more")
   for name, values in {"mean": mean, "std": std}.items():
     if len(values) != source.channels:
-      problems.add(name, got=tuple(values), allowed=f"{source.channels} values, as the images have channels")
+      problems.add(
+        name, got=tuple(values), allowed=f"{source.channels} values, as the images have channels"
+      )
   problems.raise_if_any()
   inference.check_protocol(protocol)
 
@@ -88,21 +103,39 @@ def make_evaluator(
   devices = 1 if mesh is None else mesh.shape["data"]
   score_bytes = 4 * len(classes.names)
   batch_sizes = {
-    canvas: devices * max(1, min(-(-min(batch_size, count) // devices), _SCORE_BYTES // (score_bytes * math.prod(canvas))))
+    canvas: devices
+    * max(
+      1,
+      min(-(-min(batch_size, count) // devices), _SCORE_BYTES // (score_bytes * math.prod(canvas))),
+    )
     for canvas, count in images.items()
   }
   count, label = _compiled(predictors, len(classes.names), protocol, mean, std, mesh)
-  return Evaluator(count, label, tuple(predictors), source, sizes, protocol, batch_sizes, mesh, [remark] * bool(remark))
+  return Evaluator(
+    count,
+    label,
+    tuple(predictors),
+    source,
+    sizes,
+    protocol,
+    batch_sizes,
+    mesh,
+    [remark] * bool(remark),
+  )
 
 
 def _compiling_seldom(
   protocol: Protocol, sizes: Sequence[tuple[int, int]], flags: Callable[[Protocol], str]
 ) -> tuple[Protocol, str]:
-  """The protocol with few canvases, if its scores are the same with them, and what is to be told: that, or how to get them."""
+  """The protocol with few canvases, if its scores are the same with them, and what is to be told:
+  that, or how to get them.
+  """
   few, changed = inference.bounded(protocol, sizes)
   if not (changed and inference.sees_padding(protocol)):
     return few, changed
-  many, fewer = (len({inference.canvas_size(size, shown) for size in sizes}) for shown in (protocol, few))
+  many, fewer = (
+    len({inference.canvas_size(size, shown) for size in sizes}) for shown in (protocol, few)
+  )
   return protocol, (
     f"{many} image sizes: the network is compiled for each of them, when it first comes; {flags(few)} makes them {fewer}, but "
     "scores near the padded borders may change a little"
@@ -119,18 +152,21 @@ class _Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """Made by `make_evaluator`. With several processes, every one must make the same calls; all get the same answers.
+  """Made by `make_evaluator`. With several processes, every one must make the same calls; all get
+  the same answers.
 
   Calling it with a state returns {predictor: Scores}.
   """
 
   count: Callable  # (state, images, labels, sizes) -> {predictor: (confusion matrix, ids)}
   label: Callable  # likewise -> {predictor: (ids, confidence)}; looks at no labels
-  names: tuple[str, ...]  # of the predictors, in their order: the jitted function returns them sorted
+  # of the predictors, in their order: the jitted function returns them sorted.
+  names: tuple[str, ...]
   source: Source
   sizes: tuple[tuple[int, int], ...]  # of its images, height and width
   protocol: Protocol
-  batch_sizes: Mapping[tuple[int, int], int]  # canvas -> images of all devices and processes together
+  # Canvas -> images of all devices and processes together.
+  batch_sizes: Mapping[tuple[int, int], int]
   mesh: Mesh | None
   remarks: list[str]  # told when first scores are asked for
 
@@ -151,10 +187,13 @@ class Evaluator:
           totals[name] = totals.get(name, 0) + np.asarray(matrix, np.int64)
         progress.more(sum(row is not None for row in rows))
     absent_classes = self.protocol.absent_classes
-    return {name: confusion.scores(totals[name], absent_classes=absent_classes) for name in self.names}
+    return {
+      name: confusion.scores(totals[name], absent_classes=absent_classes) for name in self.names
+    }
 
   def predictions(self, state: State, rows: Sequence[int]) -> dict[str, list[np.ndarray]]:
-    """{predictor: [uint8[h, w] class ids of each row]}, with what is compiled already; labels are not read.
+    """{predictor: [uint8[h, w] class ids of each row]}, with what is compiled already; labels are
+    not read.
 
     Where the protocol does not look ("center_crop"), ids are IGNORE_LABEL.
     """
@@ -168,11 +207,15 @@ class Evaluator:
               wanted.setdefault(name, {})[row] = image_ids[:height, :width]
     return {name: [wanted[name][row] for row in rows] for name in self.names}
 
-  def stream(self, state: State, rows: Sequence[int]) -> Iterator[tuple[int, dict[str, tuple[np.ndarray, np.ndarray]]]]:
-    """Each of the rows with {predictor: (class ids uint8[h, w], confidence uint8[h, w])}, in an order of its own.
+  def stream(
+    self, state: State, rows: Sequence[int]
+  ) -> Iterator[tuple[int, dict[str, tuple[np.ndarray, np.ndarray]]]]:
+    """Each of the rows with {predictor: (class ids uint8[h, w], confidence uint8[h, w])}, in an
+    order of its own.
 
-    Labels are not read. Confidence is 255 times the greatest class probability, rounded: of the mean probabilities over windows,
-    flips and scales, or the softmax of the mean logits. Where the protocol does not look, ids are IGNORE_LABEL and confidence 0.
+    Labels are not read. Confidence is 255 times the greatest class probability, rounded: of the
+    mean probabilities over windows, flips and scales, or the softmax of the mean logits. Where the
+    protocol does not look, ids are IGNORE_LABEL and confidence 0.
     """
     with self._run(self.label, state, rows, with_labels=False) as batches:
       for members, results in batches:
@@ -180,13 +223,21 @@ class Evaluator:
         for index, row in enumerate(members):
           if row is not None:
             height, width = self.sizes[row]
-            yield row, {name: tuple(plane[index, :height, :width] for plane in planes) for name, planes in results.items()}
+            yield (
+              row,
+              {
+                name: tuple(plane[index, :height, :width] for plane in planes)
+                for name, planes in results.items()
+              },
+            )
 
   @contextlib.contextmanager
   def _run(
     self, compute: Callable, state: State, rows: Iterable[int], *, with_labels: bool
   ) -> Iterator[Iterator[tuple[tuple[int | None, ...], PyTree]]]:
-    """Batches of the rows (None: no image) with their results. Whatever ends the context, threads and reading end with it."""
+    """Batches of the rows (None: no image) with their results. Whatever ends the context, threads
+    and reading end with it.
+    """
     threads = concurrent.futures.ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 1))
     try:
       yield self._results(threads, compute, state, self._plan(rows), with_labels)
@@ -194,25 +245,36 @@ class Evaluator:
       threads.shutdown(cancel_futures=True)  # waits for what is being read
 
   def _results(self, threads, compute, state, batches, with_labels):
-    """Reads ahead in threads, feeds the device without waiting for it, and yields results a few batches later."""
+    """Reads ahead in threads, feeds the device without waiting for it, and yields results a few
+    batches later.
+    """
     reading: collections.deque = collections.deque()
     computing: collections.deque = collections.deque()
     for batch in [*batches, *[None] * _BATCHES_AHEAD]:
       if batch is not None:
-        loads = [threads.submit(self._load, row, with_labels) for row in self._local_rows(batch.rows)]
+        loads = [
+          threads.submit(self._load, row, with_labels) for row in self._local_rows(batch.rows)
+        ]
         reading.append((batch, loads))
       if reading and (batch is None or len(reading) > _BATCHES_AHEAD):
         ready, loads = reading.popleft()
-        computing.append((ready.rows, compute(state, *self._to_devices(ready, [load.result() for load in loads]))))
+        computing.append(
+          (ready.rows, compute(state, *self._to_devices(ready, [load.result() for load in loads])))
+        )
       if len(computing) > _RESULTS_BEHIND:
         yield _waited_for(computing.popleft())
     yield from map(_waited_for, computing)
 
   def _plan(self, rows: Iterable[int]) -> list[_Batch]:
-    """Batches of images that share a canvas, the last one of each canvas padded. The same in every process."""
+    """Batches of images that share a canvas, the last one of each canvas padded. The same in every
+    process.
+    """
     by_canvas: dict[tuple[int, int], list[int]] = {}
-    # Images that need the same number of windows together, so that no device waits for another and calls are full.
-    for row in sorted(rows, key=lambda row: inference.windows_needed(self.sizes[row], self.protocol)):
+    # Images that need the same number of windows together, so that no device waits for another and
+    # calls are full.
+    for row in sorted(
+      rows, key=lambda row: inference.windows_needed(self.sizes[row], self.protocol)
+    ):
       by_canvas.setdefault(inference.canvas_size(self.sizes[row], self.protocol), []).append(row)
     batches = []
     for canvas, members in sorted(by_canvas.items()):
@@ -228,18 +290,28 @@ class Evaluator:
       return list(rows)
     sharding = NamedSharding(self.mesh, PartitionSpec("data"))
     indices = sharding.addressable_devices_indices_map((len(rows),)).values()
-    return [row for start, stop, _ in sorted(index[0].indices(len(rows)) for index in indices) for row in rows[start:stop]]
+    return [
+      row
+      for start, stop, _ in sorted(index[0].indices(len(rows)) for index in indices)
+      for row in rows[start:stop]
+    ]
 
   def _load(self, row: int | None, with_labels: bool) -> tuple[np.ndarray, np.ndarray]:
     """One image and its label; padding is an image without pixels."""
     if row is None:
       return np.zeros((0, 0, self.source.channels), self.source.dtype), np.zeros((0, 0), np.uint8)
     image = self.source.image(row)
-    label = self.source.label(row) if with_labels else np.full(image.shape[:2], IGNORE_LABEL, np.uint8)
+    label = (
+      self.source.label(row) if with_labels else np.full(image.shape[:2], IGNORE_LABEL, np.uint8)
+    )
     expected = self.sizes[row]
     if image.shape[:2] != expected or label.shape != expected:
       problems = checks.Problems(f"cannot evaluate image '{self.source.ids[row]}'")
-      problems.add("height x width", got=f"image {image.shape[:2]}, label {label.shape}", allowed=f"both {expected}")
+      problems.add(
+        "height x width",
+        got=f"image {image.shape[:2]}, label {label.shape}",
+        allowed=f"both {expected}",
+      )
       problems.raise_if_any()
     return image, label
 
@@ -255,7 +327,10 @@ class Evaluator:
       return images, labels, sizes
     sharding = NamedSharding(self.mesh, PartitionSpec("data"))
     whole = len(batch.rows)
-    return tuple(jax.make_array_from_process_local_data(sharding, x, (whole, *x.shape[1:])) for x in (images, labels, sizes))
+    return tuple(
+      jax.make_array_from_process_local_data(sharding, x, (whole, *x.shape[1:]))
+      for x in (images, labels, sizes)
+    )
 
 
 def _waited_for(results: tuple) -> tuple:
@@ -266,30 +341,41 @@ def _waited_for(results: tuple) -> tuple:
 
 
 def _compiled(predictors, num_classes, protocol, mean, std, mesh):
-  """Two jitted functions of (state, images, labels, sizes): {predictor: (i32[K, K] of the whole batch, uint8 ids [B, H, W])}, and
-  {predictor: (uint8 ids [B, H, W], uint8 confidence [B, H, W])}."""
+  """Two jitted functions of (state, images, labels, sizes): {predictor: (i32[K, K] of the whole
+  batch, uint8 ids [B, H, W])}, and {predictor: (uint8 ids [B, H, W], uint8 confidence [B, H,
+  W])}.
+  """
   if not 1 <= num_classes <= IGNORE_LABEL:
     raise checks.InputError(f"classes: got {num_classes}; allowed: 1..{IGNORE_LABEL}")
 
   def predicted(state, images, sizes):
     for name, predict in predictors.items():
-      scores, passes = inference.infer(lambda x, p=predict: p(state, x), images, sizes, protocol=protocol, mean=mean, std=std)
+      scores, passes = inference.infer(
+        lambda x, p=predict: p(state, x), images, sizes, protocol=protocol, mean=mean, std=std
+      )
       if scores.shape[-1] != num_classes:
-        raise checks.InputError(f"predictor '{name}': got {scores.shape[-1]} classes; allowed: the data's {num_classes}")
+        raise checks.InputError(
+          f"predictor '{name}': got {scores.shape[-1]} classes; allowed: the data's {num_classes}"
+        )
       looked_at = passes[..., 0] > 0
       ids = jnp.where(looked_at, jnp.argmax(scores, axis=-1), IGNORE_LABEL).astype(jnp.uint8)
       yield name, ids, looked_at, scores / jnp.maximum(passes, 1)
 
   def count(state, images, labels, sizes):
     return {
-      name: (confusion.confusion_matrix(jnp.where(looked_at, labels, IGNORE_LABEL), ids, num_classes), ids)
+      name: (
+        confusion.confusion_matrix(jnp.where(looked_at, labels, IGNORE_LABEL), ids, num_classes),
+        ids,
+      )
       for name, ids, looked_at, _ in predicted(state, images, sizes)
     }
 
   def label(state, images, labels, sizes):
     results = {}
     for name, ids, looked_at, means in predicted(state, images, sizes):
-      probabilities = means if protocol.summed == "probabilities" else jax.nn.softmax(means, axis=-1)
+      probabilities = (
+        means if protocol.summed == "probabilities" else jax.nn.softmax(means, axis=-1)
+      )
       confidence = jnp.rint(255 * jnp.where(looked_at, jnp.max(probabilities, axis=-1), 0.0))
       results[name] = ids, confidence.astype(jnp.uint8)
     return results
@@ -297,7 +383,8 @@ def _compiled(predictors, num_classes, protocol, mean, std, mesh):
   if mesh is None:
     return jax.jit(count), jax.jit(label)
 
-  # Each device takes its own images through by itself: their windows stay apart, and only the counts are added up.
+  # Each device takes its own images through by itself: their windows stay apart, and only the
+  # counts are added up.
   def count_on_each_device(state, images, labels, sizes):
     results = count(state, images, labels, sizes)
     return {name: (jax.lax.psum(matrix, "data"), ids) for name, (matrix, ids) in results.items()}
@@ -306,8 +393,12 @@ def _compiled(predictors, num_classes, protocol, mean, std, mesh):
 
   def over_devices(function, specs):
     mapped = jax.shard_map(
-      function, mesh=mesh, in_specs=(whole, split, split, split), out_specs={name: specs for name in predictors}, check_vma=False
-    )  # fmt: skip
+      function,
+      mesh=mesh,
+      in_specs=(whole, split, split, split),
+      out_specs={name: specs for name in predictors},
+      check_vma=False,
+    )
     # Everything is told to everyone, so that any process can read any picture.
     return jax.jit(mapped, out_shardings=NamedSharding(mesh, PartitionSpec()))
 

@@ -1,7 +1,9 @@
-"""Weak labels of the images that are predicted: shown to a predictor beside the image, or as the only classes it may answer.
+"""Weak labels of the images that are predicted: shown to a predictor beside the image, or as the
+only classes it may answer.
 
-They are of two kinds: "boxes", f32[M, 5] of an image as `data.boxes` has them, and "image", f32[K] of 0 and 1, its image-level
-labels. Either becomes K planes, one a class: 1 inside the boxes of the class, or everywhere if the class is in the image, else 0.
+They are of two kinds: "boxes", f32[M, 5] of an image as `data.boxes` has them, and "image", f32[K]
+of 0 and 1, its image-level labels. Either becomes K planes, one a class: 1 inside the boxes of the
+class, or everywhere if the class is in the image, else 0.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
   from pseudoseg_jax.data.classes import Classes
   from pseudoseg_jax.data.sources import Source
 
-IMAGE_LABELS = "+image_labels"  # ends the name of a predictor whose answers are kept to the classes in the image
+# Ends the name of a predictor whose answers are kept to the classes in the image.
+IMAGE_LABELS = "+image_labels"
 
 WeakLabel = Callable[[int], np.ndarray]  # row of a source -> the weak label of that image
 
@@ -28,19 +31,21 @@ _ABSENT = -1e9  # finite, so that sums over windows, scales and flips are too
 
 
 def mask_logits(logits: Array, planes: Array) -> Array:
-  """Logits f32[B, H, W, K] in which classes that are not in the image cannot win, nor count in a softmax.
+  """Logits f32[B, H, W, K] in which classes that are not in the image cannot win, nor count in a
+  softmax.
 
   Args:
-    planes: f32[B, H, W, K]; class k is in image b if planes[b, ..., k] is above 1/2 anywhere. Images for which no class is named
-      keep their logits.
+    planes: f32[B, H, W, K]; class k is in image b if planes[b, ..., k] is above 1/2 anywhere.
+      Images for which no class is named keep their logits.
   """
   present = jnp.any(planes > 0.5, axis=(1, 2), keepdims=True)
   return jnp.where(present | ~jnp.any(present, axis=-1, keepdims=True), logits, _ABSENT)
 
 
 def planes_of(kind: str, label: np.ndarray, size: tuple[int, int], num_classes: int) -> np.ndarray:
-  """The planes of one image of `size` (height, width) in levels, uint8[h, w, K] of 0 and 255; a box holds the pixels whose middle
-  it holds."""
+  """The planes of one image of `size` (height, width) in levels, uint8[h, w, K] of 0 and 255; a box
+  holds the pixels whose middle it holds.
+  """
   planes = np.zeros((*size, num_classes), np.uint8)
   if kind == "image":
     planes[..., label > 0.5] = 255
@@ -52,7 +57,8 @@ def planes_of(kind: str, label: np.ndarray, size: tuple[int, int], num_classes: 
 
 
 class Hinted:
-  """A source whose images carry planes of weak labels after their own channels, made when an image is asked for.
+  """A source whose images carry planes of weak labels after their own channels, made when an image
+  is asked for.
 
   To be normalised with mean 0 and std 1, so that a network sees 0..1, and 0 on padding.
 
@@ -73,18 +79,27 @@ class Hinted:
 
   def image(self, row: int) -> np.ndarray:
     image = self._source.image(row)
-    planes = [planes_of(kind, of_row(row), image.shape[:2], self._num_classes) for kind, of_row in self._hints.items()]
+    planes = [
+      planes_of(kind, of_row(row), image.shape[:2], self._num_classes)
+      for kind, of_row in self._hints.items()
+    ]
     return np.concatenate([image, *(plane.astype(image.dtype) for plane in planes)], axis=-1)
 
-  def predictor(self, predict: Predictor, kind: str | None = None, *, masked: bool = False) -> Predictor:
-    """`predict`, for images of this source: it is shown the image alone, or with the planes of `kind`.
+  def predictor(
+    self, predict: Predictor, kind: str | None = None, *, masked: bool = False
+  ) -> Predictor:
+    """`predict`, for images of this source: it is shown the image alone, or with the planes of
+    `kind`.
 
     masked: keep its answers to the classes in the image; wants hints of the kind "image".
     """
 
     def shown(state, images):
       image = images[..., : self._source.channels]
-      logits = predict(state, image if kind is None else jnp.concatenate([image, self._planes(images, kind)], axis=-1))
+      logits = predict(
+        state,
+        image if kind is None else jnp.concatenate([image, self._planes(images, kind)], axis=-1),
+      )
       return mask_logits(logits, self._planes(images, "image")) if masked else logits
 
     return shown
@@ -99,7 +114,9 @@ def image_labels_of_masks(source: Source, num_classes: int) -> WeakLabel:
 
   @functools.cache
   def of_row(row: int) -> np.ndarray:
-    return (np.bincount(source.label(row).ravel(), minlength=256)[:num_classes] > 0).astype(np.float32)
+    return (np.bincount(source.label(row).ravel(), minlength=256)[:num_classes] > 0).astype(
+      np.float32
+    )
 
   return of_row
 

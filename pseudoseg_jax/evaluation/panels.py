@@ -1,4 +1,6 @@
-"""What a method makes of a batch of unlabeled images, side by side: views, probabilities, pseudo labels, truth."""
+"""What a method makes of a batch of unlabeled images, side by side: views, probabilities, pseudo
+labels, truth.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,15 @@ class _Column(NamedTuple):
   cells: list[Image.Image]
 
 
-def agreement(values: np.ndarray, truth: np.ndarray, kept: np.ndarray | None = None) -> dict[str, float]:
+def agreement(
+  values: np.ndarray, truth: np.ndarray, kept: np.ndarray | None = None
+) -> dict[str, float]:
   """How often the likeliest class is the true one.
 
   Args:
     values: f32[B, h, w, K], class probabilities or scores.
-    truth: i32[B, H, W]; read at the nearest pixel of the grid of `values`. Values outside 0..K-1 (255 = ignore) are not counted.
+    truth: i32[B, H, W]; read at the nearest pixel of the grid of `values`. Values outside 0..K-1
+      (255 = ignore) are not counted.
     kept: bool or float [B, h', w'], the weight of each pixel; None = all count alike.
 
   Returns:
@@ -48,7 +53,9 @@ def agreement(values: np.ndarray, truth: np.ndarray, kept: np.ndarray | None = N
   if kept is not None:
     weight *= resize.nearest(np.asarray(kept), grid)
   total = weight.sum()
-  return {"accuracy": float((weight * (values.argmax(-1) == truth)).sum() / total)} if total > 0 else {}
+  return (
+    {"accuracy": float((weight * (values.argmax(-1) == truth)).sum() / total)} if total > 0 else {}
+  )
 
 
 def panel_sheet(
@@ -64,16 +71,19 @@ def panel_sheet(
 ) -> Image.Image:
   """A row for each image (8 at most) and a column for each panel, above a legend.
 
-  Class panels show the likeliest class; its colour fades to light grey as its probability falls. Their notes are that probability
-  and the share of right pixels, over the kept pixels of the rows shown.
+  Class panels show the likeliest class; its colour fades to light grey as its probability falls.
+  Their notes are that probability and the share of right pixels, over the kept pixels of the rows
+  shown.
 
   Args:
     names, kinds: as in `contract.Panels`.
-    values: of each panel: "image" f32[B, H, W, C], normalised; "classes" f32[B, h, w, K]; "heat" f32[B, h, w] in 0..1. Small
-      grids are enlarged without smoothing; what is not finite counts as 0.
+    values: of each panel: "image" f32[B, H, W, C], normalised; "classes" f32[B, h, w, K]; "heat"
+      f32[B, h, w] in 0..1. Small grids are enlarged without smoothing; what is not finite counts as
+      0.
     mean, std: by channel, those that the images were normalised with.
     truth: i32[B, H, W], shown in a last column.
-    kept: bool[B, h, w], on any grid; where it is False (padding, CutOut, ...) the pseudo label, the last class panel, is hatched.
+    kept: bool[B, h, w], on any grid; where it is False (padding, CutOut, ...) the pseudo label, the
+      last class panel, is hatched.
 
   Returns:
     RGB, less than 1800 pixels wide.
@@ -90,7 +100,9 @@ def panel_sheet(
   size = _cell_size(largest, len(names) + (truth is not None))
 
   columns = []
-  pseudo_label = max((number for number, kind in enumerate(kinds) if kind == "classes"), default=None)
+  pseudo_label = max(
+    (number for number, kind in enumerate(kinds) if kind == "classes"), default=None
+  )
   for number, (name, kind, value) in enumerate(zip(names, kinds, values, strict=True)):
     if kind == "image":
       columns.append(_Column(name, [], _cells(_rgb(value, mean, std), size)))
@@ -116,24 +128,40 @@ def _check(names, kinds, values, image_channels, num_classes, masks):
   rows = values[0].shape[0] if values[0].ndim else 0
   for name, kind, value in zip(names, kinds, values, strict=True):
     if kind not in _KINDS:
-      problems.add(f"panel '{name}'", got=f"kind '{kind}'", allowed=checks.choices(_KINDS), remedy=checks.nearest(kind, _KINDS))
+      problems.add(
+        f"panel '{name}'",
+        got=f"kind '{kind}'",
+        allowed=checks.choices(_KINDS),
+        remedy=checks.nearest(kind, _KINDS),
+      )
       continue
     channels = {"image": (image_channels,), "classes": (num_classes,), "heat": ()}[kind]
     if value.ndim != 3 + len(channels) or value.shape[3:] != channels or 0 in value.shape:
       allowed = f"[{', '.join(['B', 'h', 'w', *map(str, channels)])}], none of them 0"
-      problems.add(f"panel '{name}'", got=f"an array {list(value.shape)} of kind '{kind}'", allowed=allowed)
+      problems.add(
+        f"panel '{name}'", got=f"an array {list(value.shape)} of kind '{kind}'", allowed=allowed
+      )
     elif value.shape[0] != rows:
-      problems.add(f"panel '{name}'", got=f"{value.shape[0]} images", allowed=f"{rows}, as in '{names[0]}'")
+      problems.add(
+        f"panel '{name}'", got=f"{value.shape[0]} images", allowed=f"{rows}, as in '{names[0]}'"
+      )
   for name, mask in masks.items():
     if mask is not None and (mask.ndim != 3 or len(mask) != rows):
-      problems.add(name, got=f"an array {list(mask.shape)}", allowed=f"[{rows}, h, w], as in '{names[0]}'")
+      problems.add(
+        name, got=f"an array {list(mask.shape)}", allowed=f"[{rows}, h, w], as in '{names[0]}'"
+      )
   problems.raise_if_any()
 
 
 def _cell_size(size: tuple[int, int], num_columns: int) -> tuple[int, int]:
-  """(width, height) of a cell for images of `size` (height, width): whole multiples where they are enlarged."""
+  """(width, height) of a cell for images of `size` (height, width): whole multiples where they are
+  enlarged.
+  """
   height, width = size
-  room = max(1, min(_MAX_CELL, (_MAX_WIDTH - 2 * pictures.MARGIN + pictures.GAP) // num_columns - pictures.GAP))
+  room = max(
+    1,
+    min(_MAX_CELL, (_MAX_WIDTH - 2 * pictures.MARGIN + pictures.GAP) // num_columns - pictures.GAP),
+  )
   scale = room / max(height, width)
   scale = int(scale) if scale > 1 else scale
   return max(1, round(width * scale)), max(1, round(height * scale))
@@ -147,7 +175,9 @@ def _cells(pixels: np.ndarray, size: tuple[int, int]) -> list[Image.Image]:
 
 
 def _rgb(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-  return pictures.visible(255 * (images * np.asarray(std, np.float32) + np.asarray(mean, np.float32)))
+  return pictures.visible(
+    255 * (images * np.asarray(std, np.float32) + np.asarray(mean, np.float32))
+  )
 
 
 def _class_colors(values: np.ndarray, classes: Classes) -> np.ndarray:
@@ -175,12 +205,19 @@ def _hatched(cells: list[Image.Image], kept: np.ndarray) -> list[Image.Image]:
   width, height = cells[0].size
   kept = resize.nearest(kept, (height, width)).astype(bool)[..., None]
   hatch = _hatch(width, height)
-  return [Image.fromarray(np.where(mask, np.asarray(cell), hatch)) for cell, mask in zip(cells, kept, strict=True)]
+  return [
+    Image.fromarray(np.where(mask, np.asarray(cell), hatch))
+    for cell, mask in zip(cells, kept, strict=True)
+  ]
 
 
 def _notes(values: np.ndarray, truth: np.ndarray | None, kept: np.ndarray | None) -> list[str]:
   confidence = values.max(-1).clip(0, 1)
-  kept = np.ones(confidence.shape, bool) if kept is None else resize.nearest(kept, confidence.shape[1:]).astype(bool)
+  kept = (
+    np.ones(confidence.shape, bool)
+    if kept is None
+    else resize.nearest(kept, confidence.shape[1:]).astype(bool)
+  )
   notes = [f"confidence {confidence[kept].mean():.2f}"] if kept.any() else []
   scores = {} if truth is None else agreement(values, truth, kept)
   return notes + [f"{100 * share:.0f} % right" for share in scores.values()]
@@ -205,14 +242,18 @@ def _laid_out(columns, size, classes, kinds, *, hatched, ignored) -> Image.Image
     for row, cell in enumerate(column.cells):
       place = left, top + row * (height + pictures.GAP)
       sheet.paste(cell, place)
-      draw.rectangle((place[0] - 1, place[1] - 1, place[0] + width, place[1] + height), outline=_FRAME)
+      draw.rectangle(
+        (place[0] - 1, place[1] - 1, place[0] + width, place[1] + height), outline=_FRAME
+      )
   sheet.paste(legend, (0, bottom))
   sheet.paste(key, (0, bottom + legend.height))
   return sheet
 
 
 def _write(draw, middle, text, font_size, color, width):
-  """Writes centred text; where it is wider than `width`, smaller, then with fewer words, for half a number would mislead."""
+  """Writes centred text; where it is wider than `width`, smaller, then with fewer words, for half a
+  number would mislead.
+  """
   while font_size > 10 and pictures.text_font(font_size).getlength(text) > width:
     font_size -= 1
   font = pictures.text_font(font_size)

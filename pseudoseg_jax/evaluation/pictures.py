@@ -23,7 +23,9 @@ MARGIN, GAP = 16, 8  # pixels
 
 
 def color_table(classes: Classes) -> np.ndarray:
-  """uint8[256, 3]: the classes' colours by id; light grey for the ignore label, black for ids that are no class."""
+  """uint8[256, 3]: the classes' colours by id; light grey for the ignore label, black for ids that
+  are no class.
+  """
   table = np.zeros((256, 3), np.uint8)
   table[: len(classes.palette)] = classes.palette
   table[IGNORE_LABEL] = _IGNORE_COLOR
@@ -36,13 +38,18 @@ def colorize(ids: np.ndarray, classes: Classes) -> np.ndarray:
 
 
 def visible(images: np.ndarray) -> np.ndarray:
-  """Levels 0..255, [..., C] -> uint8[..., 3]: the first three channels as red, green and blue; of fewer, the first as grey."""
+  """Levels 0..255, [..., C] -> uint8[..., 3]: the first three channels as red, green and blue; of
+  fewer, the first as grey.
+  """
   rgb = images[..., :3] if images.shape[-1] >= 3 else np.repeat(images[..., :1], 3, axis=-1)
   return rgb if rgb.dtype == np.uint8 else np.rint(rgb.clip(0, 255)).astype(np.uint8)
 
 
-def overlay(image: np.ndarray, ids: np.ndarray, classes: Classes, opacity: float = 0.4) -> np.ndarray:
-  """The image [h, w, C] of levels 0..255, tinted by class, each area with an outline in its full colour: uint8[h, w, 3].
+def overlay(
+  image: np.ndarray, ids: np.ndarray, classes: Classes, opacity: float = 0.4
+) -> np.ndarray:
+  """The image [h, w, C] of levels 0..255, tinted by class, each area with an outline in its full
+  colour: uint8[h, w, 3].
 
   The photograph stays as it is where the background is, if the classes have one.
   """
@@ -57,7 +64,9 @@ def overlay(image: np.ndarray, ids: np.ndarray, classes: Classes, opacity: float
 
 
 def _edges(ids: np.ndarray, width: int) -> np.ndarray:
-  """bool[h, w]: pixels with one of another class at most `width` pixels away in their row or column."""
+  """bool[h, w]: pixels with one of another class at most `width` pixels away in their row or
+  column.
+  """
   edges = np.zeros(ids.shape, bool)
   for distance in range(1, width + 1):
     for axis in (0, 1):
@@ -69,16 +78,24 @@ def _edges(ids: np.ndarray, width: int) -> np.ndarray:
 
 
 def indexed(ids: np.ndarray, classes: Classes) -> Image.Image:
-  """Class ids uint8[h, w] as an 8-bit palette image: its pixels are the ids, shown in the classes' colours."""
+  """Class ids uint8[h, w] as an 8-bit palette image: its pixels are the ids, shown in the classes'
+  colours.
+  """
   picture = Image.fromarray(np.ascontiguousarray(ids, np.uint8))
   picture.putpalette(color_table(classes).ravel().tolist())
   return picture
 
 
 def legend(
-  classes: Classes, width: int = 900, *, with_ignored: bool = False, only: Sequence[int] | None = None
+  classes: Classes,
+  width: int = 900,
+  *,
+  with_ignored: bool = False,
+  only: Sequence[int] | None = None,
 ) -> Image.Image:
-  """A strip of colour swatches with the names of the classes (or of `only` some, by index), wrapped at `width` pixels."""
+  """A strip of colour swatches with the names of the classes (or of `only` some, by index), wrapped
+  at `width` pixels.
+  """
   font = text_font(14)
   shown = range(len(classes)) if only is None else only
   entries = [(classes.names[index], classes.palette[index]) for index in shown]
@@ -92,13 +109,18 @@ def legend(
   draw = ImageDraw.Draw(picture)
   for number, (name, color) in enumerate(entries):
     left, top = MARGIN + number % columns * column, GAP + number // columns * line_height
-    draw.rectangle((left, top + 4, left + swatch, top + 4 + swatch), fill=tuple(color), outline=FAINT)
+    draw.rectangle(
+      (left, top + 4, left + swatch, top + 4 + swatch), fill=tuple(color), outline=FAINT
+    )
     draw.text((left + swatch + 8, top + 4 + swatch / 2), name, fill=INK, font=font, anchor="lm")
   return picture
 
 
 def contact_sheet(
-  images: Sequence[np.ndarray], labels: Sequence[np.ndarray], predictions: Mapping[str, Sequence[np.ndarray]], classes: Classes
+  images: Sequence[np.ndarray],
+  labels: Sequence[np.ndarray],
+  predictions: Mapping[str, Sequence[np.ndarray]],
+  classes: Classes,
 ) -> Image.Image:
   """A row for each image, with columns image | truth | one for each predictor, above a legend.
 
@@ -115,7 +137,9 @@ def contact_sheet(
   cell_height = min(cell, round(cell * tallest))
 
   sheet_width = 2 * MARGIN + len(columns) * (cell + GAP) - GAP
-  key = legend(classes, sheet_width, with_ignored=any((label == IGNORE_LABEL).any() for label in labels))
+  key = legend(
+    classes, sheet_width, with_ignored=any((label == IGNORE_LABEL).any() for label in labels)
+  )
   top = MARGIN + 24
   bottom = top + len(images) * (cell_height + GAP)
   sheet = Image.new("RGB", (sheet_width, bottom + key.height + GAP), PAPER)
@@ -125,7 +149,13 @@ def contact_sheet(
     draw.text((left + cell / 2, MARGIN + 8), title, fill=INK, font=text_font(15), anchor="mm")
     for row, pixels in enumerate(cells):
       small = _fitted(pixels, cell, cell_height)
-      sheet.paste(small, (left + (cell - small.width) // 2, top + row * (cell_height + GAP) + (cell_height - small.height) // 2))
+      sheet.paste(
+        small,
+        (
+          left + (cell - small.width) // 2,
+          top + row * (cell_height + GAP) + (cell_height - small.height) // 2,
+        ),
+      )
   sheet.paste(key, (0, bottom))
   return sheet
 
@@ -134,7 +164,9 @@ def _fitted(pixels: np.ndarray, width: int, height: int) -> Image.Image:
   scale = min(width / pixels.shape[1], height / pixels.shape[0])
   size = max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale))
   # Enlarged pixels stay squares: what the network saw, not a smoothed guess.
-  return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
+  return Image.fromarray(pixels).resize(
+    size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX
+  )
 
 
 def text_font(size: int) -> ImageFont.ImageFont:
@@ -142,19 +174,23 @@ def text_font(size: int) -> ImageFont.ImageFont:
 
 
 def curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
-  """A PNG of losses, mIoU, the accuracy of pseudo labels and the learning rate against steps, each where the history has it.
+  """A PNG of losses, mIoU, the accuracy of pseudo labels and the learning rate against steps, each
+  where the history has it.
 
   Args:
-    history: name -> [(step, value)]. By its last parts a name is a loss ("train/loss_sup"), a predictor's mIoU
-      ("evaluation/teacher/miou", a fraction), an accuracy of panels ("panels/CAM_accuracy", likewise) or a learning rate
-      ("train/learning_rate"); others are not drawn.
+    history: name -> [(step, value)]. By its last parts a name is a loss ("train/loss_sup"), a
+      predictor's mIoU ("evaluation/teacher/miou", a fraction), an accuracy of panels
+      ("panels/CAM_accuracy", likewise) or a learning rate ("train/learning_rate"); others are not
+      drawn.
   """
   titles = ("loss", "mIoU %", "right on unlabeled images %", "learning rate")
   panels: dict[str, dict[str, list[tuple[int, float]]]] = {title: {} for title in titles}
   for name, points in history.items():
     parts = name.split("/")
     if parts[-1] == "miou":
-      panels["mIoU %"][parts[-2] if len(parts) > 1 else "mIoU"] = [(step, 100 * value) for step, value in points]
+      panels["mIoU %"][parts[-2] if len(parts) > 1 else "mIoU"] = [
+        (step, 100 * value) for step, value in points
+      ]
     elif parts[0] == "panels" and parts[-1].endswith("_accuracy"):
       label = parts[-1].removesuffix("_accuracy").replace("_", " ")
       panels["right on unlabeled images %"][label] = [(step, 100 * value) for step, value in points]
@@ -162,23 +198,37 @@ def curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
       panels["loss"][parts[-1]] = list(points)
     elif parts[-1].startswith("learning_rate"):
       panels["learning rate"][parts[-1]] = list(points)
-  panels = {title: lines for title, lines in panels.items() if lines} or {"nothing recorded yet": {}}
+  panels = {title: lines for title, lines in panels.items() if lines} or {
+    "nothing recorded yet": {}
+  }
 
-  last_step = max((step for lines in panels.values() for points in lines.values() for step, _ in points), default=1)
+  last_step = max(
+    (step for lines in panels.values() for points in lines.values() for step, _ in points),
+    default=1,
+  )
   figure = _figure(5.2 * len(panels), 3.8)
-  for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+  for axes, (title, lines) in zip(
+    figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+  ):
     for label, points in lines.items():
       steps, values = zip(*points, strict=True) if points else ((), ())
       marker = "o" if len(points) <= 30 else None
       axes.plot(steps, values, label=label, linewidth=1.6, marker=marker, markersize=3.5)
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel("step")
-    axes.set_xlim(0, 1.03 * last_step)  # the same for all; around a single point matplotlib would choose one of its own
+    # The same for all; around a single point matplotlib would choose one of its own.
+    axes.set_xlim(0, 1.03 * last_step)
     if "%" in title:
-      known = [[(step, value) for step, value in points if np.isfinite(value)] for points in lines.values()]
+      known = [
+        [(step, value) for step, value in points if np.isfinite(value)] for points in lines.values()
+      ]
       for step, value in (points[-1] for points in known if points):
-        axes.annotate(f"{value:.1f}", (step, value), (-4, 5), textcoords="offset points", ha="right", fontsize=8)
-      axes.set_ylim(0, min(103, 5 + 1.15 * max((value for points in known for _, value in points), default=80)))
+        axes.annotate(
+          f"{value:.1f}", (step, value), (-4, 5), textcoords="offset points", ha="right", fontsize=8
+        )
+      axes.set_ylim(
+        0, min(103, 5 + 1.15 * max((value for points in known for _, value in points), default=80))
+      )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1 or title == "mIoU %":
@@ -186,7 +236,9 @@ def curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
   return _png(figure)
 
 
-def scores(classes: Classes, by_predictor: Mapping[str, Scores], folder: str | pathlib.Path) -> None:
+def scores(
+  classes: Classes, by_predictor: Mapping[str, Scores], folder: str | pathlib.Path
+) -> None:
   """Draws `folder`/iou.png of all predictors, and `folder`/confusion.png of the first."""
   folder = pathlib.Path(folder)
   iou_bars(classes, by_predictor, folder / "iou.png")
@@ -194,8 +246,12 @@ def scores(classes: Classes, by_predictor: Mapping[str, Scores], folder: str | p
   confusion_matrix(classes, name, by_predictor[name].matrix, folder / "confusion.png")
 
 
-def iou_bars(classes: Classes, by_predictor: Mapping[str, Scores], path: str | pathlib.Path) -> None:
-  """Draws IoU in % by class, best class of the first predictor on top, predictors side by side; a dashed line is the mIoU."""
+def iou_bars(
+  classes: Classes, by_predictor: Mapping[str, Scores], path: str | pathlib.Path
+) -> None:
+  """Draws IoU in % by class, best class of the first predictor on top, predictors side by side; a
+  dashed line is the mIoU.
+  """
   first = next(iter(by_predictor.values()))
   order = np.argsort(np.nan_to_num(-first.iou, nan=1.0), kind="stable")  # never seen: last
   place = np.arange(len(order))
@@ -206,10 +262,18 @@ def iou_bars(classes: Classes, by_predictor: Mapping[str, Scores], path: str | p
   for number, (name, score) in enumerate(by_predictor.items()):
     percent = 100 * score.iou[order]
     center = place + (number - (len(by_predictor) - 1) / 2) * thickness
-    bars = axes.barh(center, np.nan_to_num(percent), thickness, label=f"{name}, mean {100 * score.miou:.1f}")
+    bars = axes.barh(
+      center, np.nan_to_num(percent), thickness, label=f"{name}, mean {100 * score.miou:.1f}"
+    )
     notes = ["never seen" if np.isnan(value) else f"{value:.1f}" for value in percent]
     axes.bar_label(bars, notes, padding=2, fontsize=7)
-    axes.axvline(100 * score.miou, color=bars.patches[0].get_facecolor(), linestyle="--", linewidth=1.1, zorder=0.5)
+    axes.axvline(
+      100 * score.miou,
+      color=bars.patches[0].get_facecolor(),
+      linestyle="--",
+      linewidth=1.1,
+      zorder=0.5,
+    )
   axes.set_yticks(place, [classes.names[index] for index in order], fontsize=8)
   axes.set_ylim(len(order) - 0.5, -0.5)
   axes.set_xlim(0, 104)
@@ -225,8 +289,12 @@ def iou_bars(classes: Classes, by_predictor: Mapping[str, Scores], path: str | p
 _MOST_NUMBERED = 40  # classes, above which numbers do not fit into a matrix
 
 
-def confusion_matrix(classes: Classes, name: str, matrix: np.ndarray, path: str | pathlib.Path) -> None:
-  """Draws what predictor `name` takes the pixels of each class for, in % of the class: i64[K, K], row = truth."""
+def confusion_matrix(
+  classes: Classes, name: str, matrix: np.ndarray, path: str | pathlib.Path
+) -> None:
+  """Draws what predictor `name` takes the pixels of each class for, in % of the class: i64[K, K],
+  row = truth.
+  """
   from matplotlib.colors import PowerNorm
 
   count = len(matrix)
@@ -244,7 +312,10 @@ def confusion_matrix(classes: Classes, name: str, matrix: np.ndarray, path: str 
       value = percent[row, column]
       color = "white" if value > 30 else "black"
       axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
-  labels = [label if total else f"{label} (never)" for label, total in zip(classes.names, totals[:, 0], strict=True)]
+  labels = [
+    label if total else f"{label} (never)"
+    for label, total in zip(classes.names, totals[:, 0], strict=True)
+  ]
   size = 8 if numbered else 6.5
   axes.set_xticks(range(count), classes.names, rotation=90, fontsize=size)
   axes.set_yticks(range(count), labels, fontsize=size)

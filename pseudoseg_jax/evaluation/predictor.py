@@ -20,17 +20,20 @@ from pseudoseg_jax.evaluation.inference import Protocol
 if TYPE_CHECKING:
   from pseudoseg_jax.data.classes import Classes
 
+
 class Predictor:
   """Segments images of any size; compiles once per canvas (see `inference`).
 
   Args:
     predict: images f32[B, H, W, C], normalised -> logits f32[B, H, W, K].
     classes: names and colours of the K classes.
-    protocol: how an image is shown to the network; of "center_crop", which leaves the rest of an image out, the whole image.
+    protocol: how an image is shown to the network; of "center_crop", which leaves the rest of an
+      image out, the whole image.
     mean, std: of C channels in [0, 1].
     name: which predictor this is, for people ("teacher").
     exif_orientation, max_value: how images are read, see `data.decode.read_any_image`.
-    checkpoint, step: where the network is from, for people: "best" or "last" of a run, and its step.
+    checkpoint, step: where the network is from, for people: "best" or "last" of a run, and its
+      step.
   """
 
   def __init__(
@@ -50,9 +53,15 @@ class Predictor:
     inference.check_protocol(protocol)
     decode.check_options(exif_orientation, max_value)
     self._options = {
-      "protocol": protocol, "mean": mean, "std": std, "name": name,
-      "exif_orientation": exif_orientation, "max_value": max_value, "checkpoint": checkpoint, "step": step,
-    }  # fmt: skip
+      "protocol": protocol,
+      "mean": mean,
+      "std": std,
+      "name": name,
+      "exif_orientation": exif_orientation,
+      "max_value": max_value,
+      "checkpoint": checkpoint,
+      "step": step,
+    }
     if protocol.style == "center_crop":
       protocol = protocol._replace(style="whole")
     self.classes = classes
@@ -83,7 +92,9 @@ class Predictor:
     return display.aligned(f"Predictor '{self.name}' of {len(self.classes)} classes", self._facts())
 
   def _repr_html_(self) -> str:
-    return display.facts_html(f"Predictor '{self.name}'", self._facts()) + display.legend_html(self.classes)
+    return display.facts_html(f"Predictor '{self.name}'", self._facts()) + display.legend_html(
+      self.classes
+    )
 
   def _facts(self) -> dict[str, str]:
     return {
@@ -94,10 +105,11 @@ class Predictor:
     }
 
   def predict(self, image: ImageLike) -> ClassMap:
-    """Class ids uint8[h, w] of an image: a file's path, a PIL image, or an array [h, w, C] of levels 0..255 of any type.
+    """Class ids uint8[h, w] of an image: a file's path, a PIL image, or an array [h, w, C] of
+    levels 0..255 of any type.
 
-    They are an array, which a notebook shows in the classes' colors. Ids of files and PIL images that carry an EXIF orientation lie
-    on the upright picture, as viewers show it; see the class.
+    They are an array, which a notebook shows in the classes' colors. Ids of files and PIL images
+    that carry an EXIF orientation lie on the upright picture, as viewers show it; see the class.
 
     Raises:
       InputError: no such file, no readable image, or an array of another shape or scale.
@@ -105,17 +117,25 @@ class Predictor:
     return ClassMap(self.ids(self.read(image)), self.classes)
 
   def probabilities(self, image: ImageLike) -> np.ndarray:
-    """Class probabilities f32[h, w, K]: their mean over windows, flips and scales, or the softmax of the mean logits."""
+    """Class probabilities f32[h, w, K]: their mean over windows, flips and scales, or the softmax
+    of the mean logits.
+    """
     return self._run(self._probabilities, self.read(image))
 
   def overlay(self, image: ImageLike) -> Picture:
-    """The image with every pixel tinted by its class, uint8[h, w, 3]: an array, which a notebook shows as a picture."""
+    """The image with every pixel tinted by its class, uint8[h, w, 3]: an array, which a notebook
+    shows as a picture.
+    """
     levels = self.read(image)
     return Picture(pictures.overlay(levels, self.ids(levels), self.classes))
 
   def read(self, image: ImageLike) -> np.ndarray:
-    """The levels [h, w, C] of an image, uint8 or float32 on the scale 0..255, as `predict` shows them to the network."""
-    return decode.read_any_image(image, self.channels, exif_orientation=self.exif_orientation, max_value=self.max_value)
+    """The levels [h, w, C] of an image, uint8 or float32 on the scale 0..255, as `predict` shows
+    them to the network.
+    """
+    return decode.read_any_image(
+      image, self.channels, exif_orientation=self.exif_orientation, max_value=self.max_value
+    )
 
   def ids(self, levels: np.ndarray) -> np.ndarray:
     """Class ids uint8[h, w] of what `read` gives."""
@@ -123,23 +143,33 @@ class Predictor:
 
   def _run(self, compiled, pixels):
     height, width = pixels.shape[:2]
-    canvas = np.zeros((1, *inference.canvas_size((height, width), self.protocol), self.channels), pixels.dtype)
+    canvas = np.zeros(
+      (1, *inference.canvas_size((height, width), self.protocol), self.channels), pixels.dtype
+    )
     canvas[0, :height, :width] = pixels
     try:
-      return np.asarray(compiled(canvas, np.asarray([[height, width]], np.int32)))[0, :height, :width]
+      return np.asarray(compiled(canvas, np.asarray([[height, width]], np.int32)))[
+        0, :height, :width
+      ]
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       problems = checks.Problems("the device has too little memory for the image")
       remedy = "show it in windows (config.evaluation.style=slide, config.evaluation.window_pixels), or shrink it"
-      problems.add("image", got=f"height x width {height} x {width}, shown as {inference.describe(self.protocol)}", remedy=remedy)
+      problems.add(
+        "image",
+        got=f"height x width {height} x {width}, shown as {inference.describe(self.protocol)}",
+        remedy=remedy,
+      )
       problems.raise_if_any()
 
 
 def _jit_by_form(fn: Callable) -> Callable:
-  """jax.jit of a function with one result, with the arrays it closes over (a network's weights) as arguments.
+  """jax.jit of a function with one result, with the arrays it closes over (a network's weights) as
+  arguments.
 
-  jax.jit alone would write them into the program as constants: some hundred megabytes to compile, anew for every image size.
+  jax.jit alone would write them into the program as constants: some hundred megabytes to compile,
+  anew for every image size.
   """
   compiled = {}
 

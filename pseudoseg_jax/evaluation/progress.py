@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 
 class Progress:
-  """Tells now and then how many images are done, how fast, and how long the rest takes; the first ones (compiling) are left out.
+  """Tells now and then how many images are done, how fast, and how long the rest takes; the first
+  ones (compiling) are left out.
 
   Args:
     total: number of images.
@@ -32,5 +33,7 @@ class Progress:
     elif now - self._told > self._every or (self._spoke and self.done == self.total):
       rate = (self.done - self._first[1]) / max(now - self._first[0], 1e-9)
       left = (self.total - self.done) / rate
-      self._say(f"{self.done}/{self.total} images  {rate:.1f} images/s  left {int(left // 60)} min {left % 60:.0f} s")
+      self._say(
+        f"{self.done}/{self.total} images  {rate:.1f} images/s  left {int(left // 60)} min {left % 60:.0f} s"
+      )
       self._told, self._spoke = now, True

@@ -6,22 +6,28 @@ results.json:
    "seed": int, "method": str,
    "split": str, "protocol": str,                 in words
    "preset": str | null,                          the protocol's name, where it has one
-   "last": {"step": int, "predictors": {NAME: {"miou": number | null, "pixel_accuracy": number | null,
+   "last": {"step": int, "predictors": {NAME: {"miou": number | null, "pixel_accuracy": number |
+   null,
                                                "iou": {CLASS: number | null},
                                                "predicted_classes": [CLASS, ...]}}},   of at least one pixel
    "best": the same of the best step so far, and "selected_by": str, what it is best by,
    "ended_early": true,                           where config.early_stopping_patience ended the run before its total_steps
    "baseline": {"workdir": str, "miou": number, "gain": number, "differs": [str]},
-                                                  a finished supervised run beside this one, on the same images and protocol: the
-                                                  first predictor's last mIoU, how much this run's is above it, and which options
-                                                  differ but for those of the method; where there is one
-   "domains": {name: {"split": str, "last": ..., "best": the same of the first data set's best step}}, where there are further ones}
+                                                  a finished supervised run beside this one, on the
+                                                  same images and protocol: the first predictor's
+                                                  last mIoU, how much this run's is above it, and
+                                                  which options differ but for those of the method;
+                                                  where there is one
+   "domains": {name: {"split": str, "last": ..., "best": the same of the first data set's best
+   step}}, where there are further ones}
 
-NAME+image_labels is the predictor NAME with its answers kept to the classes that are in each image, as the truth says: what it is
-worth where image-level labels are known (config.evaluation.image_labels). It never selects the best step.
+NAME+image_labels is the predictor NAME with its answers kept to the classes that are in each image,
+as the truth says: what it is worth where image-level labels are known
+(config.evaluation.image_labels). It never selects the best step.
 
-Scores are fractions; null is a class (or a set) of which nothing was seen. `best` was chosen by looking at the very images it is
-scored on, so it flatters; `last` does not. An evaluation of one checkpoint (evaluations/) has but that one of the two.
+Scores are fractions; null is a class (or a set) of which nothing was seen. `best` was chosen by
+looking at the very images it is scored on, so it flatters; `last` does not. An evaluation of one
+checkpoint (evaluations/) has but that one of the two.
 """
 
 from __future__ import annotations
@@ -47,18 +53,29 @@ Results = dict[str, Any]
 
 
 def table(classes: Classes, scores: Mapping[str, Scores]) -> str:
-  """IoU in % by class, predictors side by side, with their mean and the pixel accuracy; "-" = never seen."""
+  """IoU in % by class, predictors side by side, with their mean and the pixel accuracy; "-" = never
+  seen.
+  """
   rows = _rows(classes, scores)
   cells = [["IoU %", *scores], *([name, *map(percent, values)] for name, values in rows)]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-           for row in cells]  # fmt: skip
+  lines = [
+    "  ".join(
+      [
+        row[0].ljust(widths[0]),
+        *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+      ]
+    )
+    for row in cells
+  ]
   rule = "-" * len(lines[0])
   return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
 
 
 def csv(classes: Classes, scores: Mapping[str, Scores]) -> str:
-  """The same rows as CSV, as fractions; an empty cell = never seen. A name that a spreadsheet would run begins with a quote."""
+  """The same rows as CSV, as fractions; an empty cell = never seen. A name that a spreadsheet would
+  run begins with a quote.
+  """
   text = io.StringIO()
   writer = csv_lib.writer(text, lineterminator="\n")
   writer.writerow(["class", *scores])
@@ -70,7 +87,10 @@ def csv(classes: Classes, scores: Mapping[str, Scores]) -> str:
 
 
 def _rows(classes, scores):
-  rows = [(name, [score.iou[index] for score in scores.values()]) for index, name in enumerate(classes.names)]
+  rows = [
+    (name, [score.iou[index] for score in scores.values()])
+    for index, name in enumerate(classes.names)
+  ]
   rows.append(("mean IoU", [score.miou for score in scores.values()]))
   rows.append(("pixel accuracy", [score.pixel_accuracy for score in scores.values()]))
   return rows
@@ -90,7 +110,9 @@ def entry(classes: Classes, step: int, scores: Mapping[str, Scores]) -> Results:
         "miou": _number(score.miou),
         "pixel_accuracy": _number(score.pixel_accuracy),
         "iou": dict(zip(classes.names, map(_number, score.iou), strict=True)),
-        "predicted_classes": [name for name, count in zip(classes.names, score.matrix.sum(0), strict=True) if count],
+        "predicted_classes": [
+          name for name, count in zip(classes.names, score.matrix.sum(0), strict=True) if count
+        ],
       }
       for name, score in scores.items()
     },
@@ -119,8 +141,20 @@ def read_results(path: str | pathlib.Path) -> Results:
   except (OSError, ValueError, RecursionError) as error:
     problems.add("file", got=error, remedy=remedy)
     problems.raise_if_any()
-  kinds = {"config": dict, "seed": int, "method": str, "split": str, "protocol": str, "last": dict, "best": dict}
-  wrong = [key for key, kind in kinds.items() if not (isinstance(results, dict) and isinstance(results.get(key), kind))]
+  kinds = {
+    "config": dict,
+    "seed": int,
+    "method": str,
+    "split": str,
+    "protocol": str,
+    "last": dict,
+    "best": dict,
+  }
+  wrong = [
+    key
+    for key, kind in kinds.items()
+    if not (isinstance(results, dict) and isinstance(results.get(key), kind))
+  ]
   wrong += [key for key in ("last", "best") if not (wrong or _is_entry(results[key]))]
   if wrong:
     problems.add("content", got=f"nothing that can be used under {', '.join(wrong)}", remedy=remedy)
@@ -131,9 +165,14 @@ def read_results(path: str | pathlib.Path) -> Results:
 def _is_entry(value: Mapping[str, Any]) -> bool:
   """Whether a value is what `entry` made."""
   predictors = value.get("predictors")
-  return isinstance(value.get("step"), int) and isinstance(predictors, dict) and all(
-    isinstance(scores, dict) and isinstance(scores.get("miou"), (int, float, type(None))) for scores in predictors.values()
-  )  # fmt: skip
+  return (
+    isinstance(value.get("step"), int)
+    and isinstance(predictors, dict)
+    and all(
+      isinstance(scores, dict) and isinstance(scores.get("miou"), (int, float, type(None)))
+      for scores in predictors.values()
+    )
+  )
 
 
 def read_object(path: str | pathlib.Path) -> dict[str, Any]:
@@ -154,7 +193,8 @@ def write_atomically(path: str | pathlib.Path, content: str | bytes) -> None:
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   content = content.encode() if isinstance(content, str) else content
-  # A name of its own for each writer: two processes may write the same file. Hidden, so that no listing takes it for a result.
+  # A name of its own for each writer: two processes may write the same file. Hidden, so that no
+  # listing takes it for a result.
   temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
   try:
     temporary.write_bytes(content)
@@ -163,5 +203,6 @@ def write_atomically(path: str | pathlib.Path, content: str | bytes) -> None:
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
     if isinstance(error, OSError) and error.errno:
-      raise type(error)(error.errno, error.strerror, str(path)) from error  # of a full disk the system names no file
+      # of a full disk the system names no file.
+      raise type(error)(error.errno, error.strerror, str(path)) from error
     raise

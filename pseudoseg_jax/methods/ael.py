@@ -1,7 +1,9 @@
-"""Adaptive equalization learning: what the student is unsure of is pasted, mixed in and learnt from more often.
+"""Adaptive equalization learning: what the student is unsure of is pasted, mixed in and learnt from
+more often.
 
-Hu et al., "Semi-Supervised Semantic Segmentation via Adaptive Equalization Learning", NeurIPS 2021; facts from the official code
-(hzhupku/SemiSeg-AEL), which is followed where the paper says otherwise.
+Hu et al., "Semi-Supervised Semantic Segmentation via Adaptive Equalization Learning", NeurIPS 2021;
+facts from the official code (hzhupku/SemiSeg-AEL), which is followed where the paper says
+otherwise.
 """
 
 from typing import NamedTuple
@@ -19,7 +21,8 @@ def another(priority, preferred=False):
   """For each image another one of the batch, among the preferred ones where there are any: i32[N].
 
   Args:
-    priority: f32[N, N] in [0, 1); of those it may be, image i gets the j of greatest priority[i, j]. A lone image gets itself.
+    priority: f32[N, N] in [0, 1); of those it may be, image i gets the j of greatest priority[i,
+      j]. A lone image gets itself.
     preferred: bool[N, N].
   """
   rank = jnp.where(preferred, 1 + priority, priority)
@@ -27,12 +30,18 @@ def another(priority, preferred=False):
 
 
 def drawn_classes(bank, gumbel, candidates=(), *, power=1.0):
-  """A class by `balance.class_probabilities` for each row of gumbel f32[N, K], standard Gumbel noise: i32[N]."""
-  return jnp.argmax(jnp.log(balance.class_probabilities(bank, candidates, power=power)) + gumbel, axis=-1)
+  """A class by `balance.class_probabilities` for each row of gumbel f32[N, K], standard Gumbel
+  noise: i32[N].
+  """
+  return jnp.argmax(
+    jnp.log(balance.class_probabilities(bank, candidates, power=power)) + gumbel, axis=-1
+  )
 
 
 class Source(NamedTuple):
-  """What is pasted into labeled images: image f32[B, H, W, C], label i32[B, H, W], classes bool[K]."""
+  """What is pasted into labeled images: image f32[B, H, W, C], label i32[B, H, W], classes
+  bool[K].
+  """
 
   image: Array
   label: Array
@@ -40,7 +49,9 @@ class Source(NamedTuple):
 
 
 def choose_source(image, label, bank, draws, *, probability, candidates, power) -> Source:
-  """Another labeled image for each, or none (its label is IGNORE_LABEL then), and the classes, the same for all images."""
+  """Another labeled image for each, or none (its label is IGNORE_LABEL then), and the classes, the
+  same for all images.
+  """
   classes = drawn_classes(bank, draws["classes"], candidates, power=power)
   rows = another(draws["source"])
   used = draws["used"] < probability
@@ -49,8 +60,12 @@ def choose_source(image, label, bank, draws, *, probability, candidates, power) 
 
 
 def copy_paste(image, label, source: Source):
-  """Images and labels with the source's pixels of the chosen classes on top. [AEL, adaptive Copy-Paste]"""
-  mask = mixing.class_masks(source.label, jnp.broadcast_to(source.classes, (len(label), source.classes.size)))
+  """Images and labels with the source's pixels of the chosen classes on top. [AEL, adaptive
+  Copy-Paste]
+  """
+  mask = mixing.class_masks(
+    source.label, jnp.broadcast_to(source.classes, (len(label), source.classes.size))
+  )
   return mixing.mix(mask, image, source.image), mixing.mix(mask, label, source.label)
 
 
@@ -60,8 +75,8 @@ def region_boxes(label, classes, priority, *, min_area):
   Args:
     label: i32[N, H, W].
     classes: i32[N], the class whose regions count; pixels that touch at a corner hang together.
-    priority: f32[N, H, W]; of the regions larger than the share `min_area` of the image, that with the greatest priority at its
-      last pixel is taken: with uniform numbers each is as likely.
+    priority: f32[N, H, W]; of the regions larger than the share `min_area` of the image, that with
+      the greatest priority at its last pixel is taken: with uniform numbers each is as likely.
 
   Returns:
     bool[N, H, W], True inside; bool[N], False where no region is large enough.
@@ -69,7 +84,10 @@ def region_boxes(label, classes, priority, *, min_area):
   regions = components.regions(components.connected(label == classes[:, None, None]))
   large = regions.area > min_area * label[0].size
   root = jnp.argmax(jnp.where(large, priority.reshape(large.shape), -jnp.inf), axis=1)[:, None]
-  edges = [jnp.take_along_axis(edge, root, axis=1) for edge in (regions.top, regions.left, regions.bottom, regions.right)]
+  edges = [
+    jnp.take_along_axis(edge, root, axis=1)
+    for edge in (regions.top, regions.left, regions.bottom, regions.right)
+  ]
   return mixing.edge_masks(jnp.concatenate(edges, axis=1), label.shape[1:]), jnp.any(large, axis=1)
 
 
@@ -90,7 +108,8 @@ class Mix(NamedTuple):
 
 
 def choose_mix(label, bank, draws, *, region_area, presence_area) -> Mix:
-  """For each image a class, another image that has it, and the box of one of its regions there. [AEL, adaptive CutMix]
+  """For each image a class, another image that has it, and the box of one of its regions there.
+  [AEL, adaptive CutMix]
 
   Args:
     label: i32[N, H, W], what the teacher says of the unlabeled images.
@@ -100,11 +119,15 @@ def choose_mix(label, bank, draws, *, region_area, presence_area) -> Mix:
   source = another(draws["source"], holds)
   region, by_class = region_boxes(label[source], classes, draws["region"], min_area=region_area)
   anywhere = mixing.box_masks(draws["box"], label.shape[1:], area_range=(0.5, 0.5))
-  return Mix(jnp.arange(len(label)), source, jnp.where(by_class[:, None, None], region, anywhere), by_class)
+  return Mix(
+    jnp.arange(len(label)), source, jnp.where(by_class[:, None, None], region, anywhere), by_class
+  )
 
 
 def drop_unsure(label, confidence, min_confidence):
-  """IGNORE_LABEL where the confidence is below the least that counts: i32[...], f32[...] -> i32[...]."""
+  """IGNORE_LABEL where the confidence is below the least that counts: i32[...], f32[...] ->
+  i32[...].
+  """
   return jnp.where(confidence < min_confidence, IGNORE_LABEL, label)
 
 
@@ -126,37 +149,50 @@ def ael(
   auxiliary_weight: float = 0.4,
   decay: float = 0.99,
 ) -> Method:
-  """Student by gradient, teacher by average; a bank of class confidences steers pasting, mixing, sampling. [AEL, section 3]
+  """Student by gradient, teacher by average; a bank of class confidences steers pasting, mixing,
+  sampling. [AEL, section 3]
 
-  The bank starts at random, as in the official code. Pasting and mixing follow the bank as it was before the step's labeled
-  batch, sampling the one after it. All passes are in training mode: labeled, mixed and the teacher's unlabeled images have batch
-  statistics of their own. Padding of unlabeled images is learnt from like any pixel.
+  The bank starts at random, as in the official code. Pasting and mixing follow the bank as it was
+  before the step's labeled batch, sampling the one after it. All passes are in training mode:
+  labeled, mixed and the teacher's unlabeled images have batch statistics of their own. Padding of
+  unlabeled images is learnt from like any pixel.
 
-  The official code looks other images up in the data set: a labeled image gets one of all labeled images, scaled by 0.1 to 2; an
-  unlabeled one gets, freshly augmented, one of all unlabeled images in which the teacher saw the drawn class when they last came
-  up (a bank of classes by images), and of each two unlabeled images that were loaded a coin throws one away. Here all come from
-  the batch: the pasted image is another labeled one in its view, the mixed one another unlabeled one in which the teacher sees
-  the class now. Every unlabeled image is the base of one mixed image; one pass of the teacher serves all.
+  The official code looks other images up in the data set: a labeled image gets one of all labeled
+  images, scaled by 0.1 to 2; an unlabeled one gets, freshly augmented, one of all unlabeled images
+  in which the teacher saw the drawn class when they last came up (a bank of classes by images), and
+  of each two unlabeled images that were loaded a coin throws one away. Here all come from the
+  batch: the pasted image is another labeled one in its view, the mixed one another unlabeled one in
+  which the teacher sees the class now. Every unlabeled image is the base of one mixed image; one
+  pass of the teacher serves all.
 
   Args:
     weight: of the consistency terms.
-    on_labeled: labeled images, after pasting, are learnt from the teacher's labels too; in the code, not in the paper.
-    min_confidence: pseudo labels below it are ignored; 0.7 on VOC, 0 (none) in the paper and on Cityscapes.
+    on_labeled: labeled images, after pasting, are learnt from the teacher's labels too; in the
+      code, not in the paper.
+    min_confidence: pseudo labels below it are ignored; 0.7 on VOC, 0 (none) in the paper and on
+      Cityscapes.
     gamma, beta: see `balance.reweighted_loss` and `balance.sampling_rate`.
     bank_momentum: what the bank keeps in a step.
     paste_probability: of pasting, image by image.
-    paste_draws: classes drawn for pasting in a step, with replacement; the paper has 3, the code on VOC 1.
-    paste_classes: classes that may be pasted; () for all. On Cityscapes all but road, sidewalk, building, vegetation, sky.
+    paste_draws: classes drawn for pasting in a step, with replacement; the paper has 3, the code on
+      VOC 1.
+    paste_classes: classes that may be pasted; () for all. On Cityscapes all but road, sidewalk,
+      building, vegetation, sky.
     paste_power: see `balance.class_probabilities`; 0.5 in the code, 1 in the paper.
     region_area: share of the image above which a region is mixed in; 0.005 on Cityscapes.
     presence_area: share of the image from which on it is said to have a class; 0.01 on Cityscapes.
-    auxiliary_weight: of the supervised loss on a second head, on the last but one map of the backbone; not in the paper.
+    auxiliary_weight: of the supervised loss on a second head, on the last but one map of the
+      backbone; not in the paper.
     decay: of the average, see `schedules.ema_decay` with "from_copy".
   """
   network, num_classes = task.network, task.num_classes
   channels = nets.map_channels(network)
   problems = checks.Problems("ael cannot be run with these options")
-  shares = {"min_confidence": min_confidence, "bank_momentum": bank_momentum, "paste_probability": paste_probability}
+  shares = {
+    "min_confidence": min_confidence,
+    "bank_momentum": bank_momentum,
+    "paste_probability": paste_probability,
+  }
   shares |= {"region_area": region_area, "presence_area": presence_area, "decay": decay}
   for name, value in shares.items():
     if not 0 <= value <= 1:
@@ -165,14 +201,27 @@ def ael(
     if not value >= 0:
       problems.add(name, got=value, allowed="0 or more")
   if paste_draws < 1:
-    problems.add("paste_draws", got=paste_draws, allowed="1 or more", remedy="paste_probability=0 pastes nothing")
+    problems.add(
+      "paste_draws",
+      got=paste_draws,
+      allowed="1 or more",
+      remedy="paste_probability=0 pastes nothing",
+    )
   if not all(0 <= index < num_classes for index in paste_classes):
-    problems.add("paste_classes", got=paste_classes, allowed=f"some of 0..{num_classes - 1}, or () for all")
+    problems.add(
+      "paste_classes", got=paste_classes, allowed=f"some of 0..{num_classes - 1}, or () for all"
+    )
   if len(channels) < 2:
-    problems.add("network", got="one map", allowed="a network whose backbone gives two maps or more")
+    problems.add(
+      "network", got="one map", allowed="a network whose backbone gives two maps or more"
+    )
   problems.raise_if_any()
   auxiliary = heads.auxiliary(channels[-2], num_classes)
-  pasting = {"probability": paste_probability, "candidates": tuple(paste_classes), "power": paste_power}
+  pasting = {
+    "probability": paste_probability,
+    "candidates": tuple(paste_classes),
+    "power": paste_power,
+  }
   regions = {"region_area": region_area, "presence_area": presence_area}
 
   def init(key):
@@ -203,34 +252,48 @@ def ael(
         "region": uniform("mix/region", num_unlabeled, *size),
         "box": mixing.draw_boxes(rng.stream(key, "mix/box"), num_unlabeled, boxes=1),
       },
-      "sample": {name: uniform(f"sample/{name}", num_classes, *size) for name in ("labeled", "unlabeled")},
+      "sample": {
+        name: uniform(f"sample/{name}", num_classes, *size) for name in ("labeled", "unlabeled")
+      },
       "dropout": nets.dropout_keys(key, "teacher", "student", "auxiliary"),
     }
 
   def teach(teacher, images, dropout):
-    """The teacher's labels and confidences of each of the named batches, and the teacher with its statistics moved."""
+    """The teacher's labels and confidences of each of the named batches, and the teacher with its
+    statistics moved.
+    """
     logits, teacher = nets.forward(network, teacher, *images.values(), dropout=dropout)
-    return {name: targets.hard_label(one) for name, one in zip(images, logits, strict=True)}, teacher
+    return {
+      name: targets.hard_label(one) for name, one in zip(images, logits, strict=True)
+    }, teacher
 
   def consistency(logits, label, confidence, rate, uniform):
     """The loss of a batch against the teacher's opinion, and the pixels that are learnt from."""
     label = drop_unsure(label, confidence, min_confidence)
     kept = balance.sampled(jnp.argmax(logits, axis=-1), rate, uniform)
-    return weight * balance.reweighted_loss(logits, label, confidence, kept, gamma), kept & (label != IGNORE_LABEL)
+    return weight * balance.reweighted_loss(logits, label, confidence, kept, gamma), kept & (
+      label != IGNORE_LABEL
+    )
 
   def student_logits(net, labeled, mixed, dropout):
-    """Logits of the labeled images, of the mixed ones and of the labeled ones by the second head; the net, statistics moved."""
+    """Logits of the labeled images, of the mixed ones and of the labeled ones by the second head;
+    the net, statistics moved.
+    """
     maps, net = nets.encode(network, net, labeled, mixed)
     scores, net = nets.decode(network, net, *maps, dropout=dropout["student"])
     params, stats = net.params["auxiliary"], net.batch_stats["auxiliary"]
-    second, stats = auxiliary.apply(params, stats, maps[0][-2], train=True, dropout=dropout["auxiliary"])
+    second, stats = auxiliary.apply(
+      params, stats, maps[0][-2], train=True, dropout=dropout["auxiliary"]
+    )
     net = net.replace(batch_stats=net.batch_stats | {"auxiliary": stats})
     return tuple(network.upsample(one, labeled.shape[1:3]) for one in (*scores, second)), net
 
   def update(state, batch, draws):
     bank, weak = state.memory["confidence"], batch["unlabeled"]["weak"]
     image, label = batch["labeled"]["image"], batch["labeled"]["label"]
-    image, label = copy_paste(image, label, choose_source(image, label, bank, draws["paste"], **pasting))
+    image, label = copy_paste(
+      image, label, choose_source(image, label, bank, draws["paste"], **pasting)
+    )
     seen = ({"labeled": image} if on_labeled else {}) | {"unlabeled": weak}
     opinions, teacher = teach(state.nets["teacher"], seen, draws["dropout"]["teacher"])
     mix = choose_mix(opinions["unlabeled"][0], bank, draws["mix"], **regions)
@@ -238,35 +301,64 @@ def ael(
     opinions["unlabeled"] = tuple(mix.mixed(one) for one in opinions["unlabeled"])
 
     def objective(live):
-      (labeled, unlabeled, second), net = student_logits(live["student"], image, mix.mixed(weak), draws["dropout"])
+      (labeled, unlabeled, second), net = student_logits(
+        live["student"], image, mix.mixed(weak), draws["dropout"]
+      )
       supervised = task.criterion(labeled, label) + auxiliary_weight * task.criterion(second, label)
       after = balance.moved_bank(bank, labeled, label, bank_momentum)
       rate = balance.sampling_rate(after, beta)
 
-      terms, kept, logits = {"loss_supervised": supervised}, {}, {"labeled": labeled, "unlabeled": unlabeled}
+      terms, kept, logits = (
+        {"loss_supervised": supervised},
+        {},
+        {"labeled": labeled, "unlabeled": unlabeled},
+      )
       for name, opinion in opinions.items():
         value, kept[name] = consistency(logits[name], *opinion, rate, draws["sample"][name])
         terms[f"loss_{name}"] = task.unlabeled_weight(state.step) * value
       loss = sum(terms.values())
-      told = {"loss": loss, "kept_fraction": jnp.mean(kept["unlabeled"]), "region_fraction": jnp.mean(mix.by_class)}
+      told = {
+        "loss": loss,
+        "kept_fraction": jnp.mean(kept["unlabeled"]),
+        "region_fraction": jnp.mean(mix.by_class),
+      }
       return loss, ({"student": net}, terms | told | {"bank": after})
 
-    nets_after, metrics = nets.descend(task.optimizer, {"student": state.nets["student"]}, state.step, objective)
-    teacher = nets.ema(teacher, nets_after["student"], schedules.ema_decay(state.step, decay, "from_copy"))
+    nets_after, metrics = nets.descend(
+      task.optimizer, {"student": state.nets["student"]}, state.step, objective
+    )
+    teacher = nets.ema(
+      teacher, nets_after["student"], schedules.ema_decay(state.step, decay, "from_copy")
+    )
     bank = metrics.pop("bank")
     metrics |= {"class_confidence_mean": jnp.mean(bank), "class_confidence_least": jnp.min(bank)}
-    return state.replace(step=state.step + 1, nets=nets_after | {"teacher": teacher}, memory={"confidence": bank}), metrics
+    return state.replace(
+      step=state.step + 1, nets=nets_after | {"teacher": teacher}, memory={"confidence": bank}
+    ), metrics
 
   def show(state, batch, draws):
     bank, weak = state.memory["confidence"], batch["unlabeled"]["weak"]
-    (logits,), _ = nets.forward(network, state.nets["teacher"], weak, dropout=draws["dropout"]["teacher"])
+    (logits,), _ = nets.forward(
+      network, state.nets["teacher"], weak, dropout=draws["dropout"]["teacher"]
+    )
     label, confidence = targets.hard_label(logits)
     mix = choose_mix(label, bank, draws["mix"], **regions)
-    (student,), _ = nets.forward(network, state.nets["student"], mix.mixed(weak), dropout=draws["dropout"]["student"])
+    (student,), _ = nets.forward(
+      network, state.nets["student"], mix.mixed(weak), dropout=draws["dropout"]["student"]
+    )
     rate = balance.sampling_rate(bank, beta)
-    _, kept = consistency(student, mix.mixed(label), mix.mixed(confidence), rate, draws["sample"]["unlabeled"])
-    # The truth that a pseudo label is held against is the first image's: what is learnt inside the box is the second's.
-    shown = weak, weak[mix.source], mix.box.astype(weak.dtype), mix.mixed(weak), jax.nn.softmax(logits)
+    _, kept = consistency(
+      student, mix.mixed(label), mix.mixed(confidence), rate, draws["sample"]["unlabeled"]
+    )
+    # The truth that a pseudo label is held against is the first image's: what is learnt inside the
+    # box is the second's.
+    shown = (
+      weak,
+      weak[mix.source],
+      mix.box.astype(weak.dtype),
+      mix.mixed(weak),
+      jax.nn.softmax(logits),
+    )
     return shown, kept & ~mix.box
 
   names = ("weak view", "second image", "region", "mixed", "pseudo label")

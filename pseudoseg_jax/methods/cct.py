@@ -1,7 +1,9 @@
-"""CCT: auxiliary decoders must say on perturbed features of unlabeled images what the main decoder says on the clean ones.
+"""CCT: auxiliary decoders must say on perturbed features of unlabeled images what the main decoder
+says on the clean ones.
 
-Ouali, Hudelot & Tami, "Semi-Supervised Semantic Segmentation with Cross-Consistency Training", CVPR 2020; facts from the official
-code (yassouali/CCT), which is followed where the paper says otherwise.
+Ouali, Hudelot & Tami, "Semi-Supervised Semantic Segmentation with Cross-Consistency Training", CVPR
+2020; facts from the official code (yassouali/CCT), which is followed where the paper says
+otherwise.
 """
 
 from __future__ import annotations
@@ -18,22 +20,37 @@ from pseudoseg_jax.contract import IGNORE_LABEL, Head, Method, Needs, Panels, St
 from pseudoseg_jax.models import heads
 from pseudoseg_jax.ops import cam as cams, losses, perturb, resize, schedules
 
-# Auxiliary decoders by the perturbation of their features, as many as the official configuration has.
-DECODERS = {"vat": 2, "dropout": 6, "cutout": 6, "context": 2, "object": 2, "feature_drop": 6, "feature_noise": 6}
-# What each perturbation draws is uniform in these bounds: VAT's first direction, which channels fall, where rectangles lie, the
-# threshold, the noise. [CCT, official config]
+# Auxiliary decoders by the perturbation of their features, as many as the official configuration
+# has.
+DECODERS = {
+  "vat": 2,
+  "dropout": 6,
+  "cutout": 6,
+  "context": 2,
+  "object": 2,
+  "feature_drop": 6,
+  "feature_noise": 6,
+}
+# What each perturbation draws is uniform in these bounds: VAT's first direction, which channels
+# fall, where rectangles lie, the threshold, the noise. [CCT, official config]
 _DRAWN = {
-  "vat": (-0.5, 0.5), "dropout": (0.0, 1.0), "cutout": (0.0, 1.0), "feature_drop": (0.7, 0.9), "feature_noise": (-0.3, 0.3),
-}  # fmt: skip
+  "vat": (-0.5, 0.5),
+  "dropout": (0.0, 1.0),
+  "cutout": (0.0, 1.0),
+  "feature_drop": (0.7, 0.9),
+  "feature_noise": (-0.3, 0.3),
+}
 
 
 def consistency(distance: str, logits, target, *, min_confidence: float = 0.0):
-  """How far a decoder is from the target: f32[], a mean over pixels and, but for confident KL, classes. [CCT, utils/losses.py]
+  """How far a decoder is from the target: f32[], a mean over pixels and, but for confident KL,
+  classes. [CCT, utils/losses.py]
 
   Args:
     distance: "mse", "kl" or "js".
     logits: f32[B, H, W, K]; target: probabilities f32[B, H, W, K], without gradient.
-    min_confidence: "mse" and "kl" only: pixels whose greatest target is not above it do not count; 0 for none such.
+    min_confidence: "mse" and "kl" only: pixels whose greatest target is not above it do not count;
+      0 for none such.
   """
   if distance == "mse":
     per_pixel = losses.squared_distance(jax.nn.softmax(logits), target)
@@ -43,15 +60,24 @@ def consistency(distance: str, logits, target, *, min_confidence: float = 0.0):
   per_pixel = losses.kl_from_target(logits, target)
   if not min_confidence:
     return jnp.mean(per_pixel) / logits.shape[-1]
-  # Official: over all pixels, kept or not, and not over classes; K times the scale of the form without a threshold.
+  # Official: over all pixels, kept or not, and not over classes; K times the scale of the form
+  # without a threshold.
   return jnp.mean(per_pixel * (jnp.max(target, axis=-1) > min_confidence))
 
 
-def pseudo_mask(cam, valid, *, background: bool = True, foreground_score: float = 0.30, background_score: float = 0.05):
-  """What class activation maps are sure of; IGNORE_LABEL elsewhere. [CCT, pseudo_labels/, constants of its two thresholds]
+def pseudo_mask(
+  cam,
+  valid,
+  *,
+  background: bool = True,
+  foreground_score: float = 0.30,
+  background_score: float = 0.05,
+):
+  """What class activation maps are sure of; IGNORE_LABEL elsewhere. [CCT, pseudo_labels/, constants
+  of its two thresholds]
 
-  The official masks come from a network of their own, before training, and a dense CRF refines each threshold's; here there is
-  neither.
+  The official masks come from a network of their own, before training, and a dense CRF refines each
+  threshold's; here there is neither.
 
   Args:
     cam: f32[B, h, w, K'] in 0..1, 0 for classes that are not in the image; valid: bool[B, H, W].
@@ -68,8 +94,11 @@ def pseudo_mask(cam, valid, *, background: bool = True, foreground_score: float 
   return jnp.where(valid, label, IGNORE_LABEL)
 
 
-def vat_perturbation(decode: Callable, features, start, *, xi: float, eps: float, tiny: float = 1e-12):
-  """The perturbation of length `eps` an image that a decoder feels most, without gradient. [CCT, I-VAT, official get_r_adv]
+def vat_perturbation(
+  decode: Callable, features, start, *, xi: float, eps: float, tiny: float = 1e-12
+):
+  """The perturbation of length `eps` an image that a decoder feels most, without gradient. [CCT,
+  I-VAT, official get_r_adv]
 
   Args:
     decode: features f32[B, h, w, C] -> scores; start: random directions [B, h, w, C].
@@ -93,18 +122,25 @@ def predicted(target, *, objects: bool = True) -> Prediction:
   return Prediction(foreground, perturb.large_objects(foreground) if objects else None)
 
 
-def perturbed(kind: str, features, drawn, prediction: Prediction, decode: Callable, *, xi: float, eps: float):
-  """Features f32[B, h, w, C] under the perturbation `kind` of DECODERS; `drawn` as in _DRAWN. [CCT, models/decoders.py]
+def perturbed(
+  kind: str, features, drawn, prediction: Prediction, decode: Callable, *, xi: float, eps: float
+):
+  """Features f32[B, h, w, C] under the perturbation `kind` of DECODERS; `drawn` as in _DRAWN. [CCT,
+  models/decoders.py]
 
   decode: features -> scores, of the decoder that will read them; VAT asks it.
   """
   match kind:
     case "vat":
-      return features + vat_perturbation(decode, jax.lax.stop_gradient(features), drawn, xi=xi, eps=eps)
+      return features + vat_perturbation(
+        decode, jax.lax.stop_gradient(features), drawn, xi=xi, eps=eps
+      )
     case "dropout":
       return perturb.drop_channels(features, drawn >= 0.5, rate=0.5)
     case "cutout":
-      return perturb.keep_where(features, ~perturb.guided_cutout(prediction.objects, drawn, prediction.foreground.shape[1:]))
+      return perturb.keep_where(
+        features, ~perturb.guided_cutout(prediction.objects, drawn, prediction.foreground.shape[1:])
+      )
     case "context":
       return perturb.keep_where(features, prediction.foreground)
     case "object":
@@ -119,7 +155,9 @@ def _deepest_shape(network, size):
   """Shape (h, w, C) of the deepest map of an image of `size`."""
   params, batch_stats = jax.eval_shape(network.init, jax.random.key(0))
   image = jax.ShapeDtypeStruct((1, *size, network.in_channels), jnp.float32)
-  maps, _ = jax.eval_shape(lambda *args: network.encode(*args, train=False), params, batch_stats, image)
+  maps, _ = jax.eval_shape(
+    lambda *args: network.encode(*args, train=False), params, batch_stats, image
+  )
   return maps[-1].shape[1:]
 
 
@@ -150,7 +188,8 @@ class _Settings(NamedTuple):
 class _Domain(NamedTuple):
   """The decoders of one domain and what they do; the encoder is everyone's.
 
-  Domain 0 has the network's own head as its main decoder, the others one of the auxiliary decoders' kind.
+  Domain 0 has the network's own head as its main decoder, the others one of the auxiliary decoders'
+  kind.
   """
 
   task: Task
@@ -168,7 +207,9 @@ class _Domain(NamedTuple):
 
   @property
   def counts(self) -> dict[str, int]:
-    return {kind: self.settings.decoders[kind] for kind in DECODERS if self.settings.decoders.get(kind, 0)}
+    return {
+      kind: self.settings.decoders[kind] for kind in DECODERS if self.settings.decoders.get(kind, 0)
+    }
 
   @property
   def heads(self) -> dict[str, Head]:
@@ -181,9 +222,12 @@ class _Domain(NamedTuple):
     num_images, height, width, _ = unlabeled["weak"].shape
     grid = _deepest_shape(self.task.network, (height, width))
     shapes = {
-      "vat": (num_images, *grid), "dropout": (num_images, self.channels), "cutout": (num_images, height * width, 2),
-      "feature_drop": (), "feature_noise": grid,
-    }  # fmt: skip
+      "vat": (num_images, *grid),
+      "dropout": (num_images, self.channels),
+      "cutout": (num_images, height * width, 2),
+      "feature_drop": (),
+      "feature_noise": grid,
+    }
     drawn = {}
     for kind, (low, high) in _DRAWN.items():
       if kind in self.counts:
@@ -196,25 +240,38 @@ class _Domain(NamedTuple):
     if self.number == 0:
       return nets.decode(self.task.network, net, *maps, dropout=dropout)
     params = net.params[f"head{self.suffix}"]
-    return tuple(self.decoder.apply(params, {}, _features(each), train=True)[0] for each in maps), net
+    return tuple(
+      self.decoder.apply(params, {}, _features(each), train=True)[0] for each in maps
+    ), net
 
   def upsample(self, scores, size):
-    return resize.bilinear_align_corners(scores, size) if self.number else self.task.network.upsample(scores, size)
+    return (
+      resize.bilinear_align_corners(scores, size)
+      if self.number
+      else self.task.network.upsample(scores, size)
+    )
 
   def auxiliary(self, net, features, target, draws, read):
-    """Mean over the auxiliary decoders of read(logits f32[B, H, W, K]); one decoder's logits are alive at a time."""
+    """Mean over the auxiliary decoders of read(logits f32[B, H, W, K]); one decoder's logits are
+    alive at a time.
+    """
     prediction = predicted(target, objects="cutout" in self.counts)
 
     def one(kind, own, drawn):
       decode = lambda own, features: self.decoder.apply(own, {}, features, train=True)[0]
       asked = lambda features: decode(jax.lax.stop_gradient(own), features)
-      seen = perturbed(kind, features, drawn, prediction, asked, xi=self.settings.xi, eps=self.settings.eps)
+      seen = perturbed(
+        kind, features, drawn, prediction, asked, xi=self.settings.xi, eps=self.settings.eps
+      )
       return read(resize.bilinear_align_corners(decode(own, seen), target.shape[1:3]))
 
     def of_kind(kind, params):
-      # Recomputed on the way back: thirty decoders' logits of ten 320x320 images on 21 classes are 2.6 GB.
+      # Recomputed on the way back: thirty decoders' logits of ten 320x320 images on 21 classes are
+      # 2.6 GB.
       body = jax.checkpoint(lambda decoder: one(kind, *decoder), prevent_cse=False)
-      return jax.tree.map(lambda values: jnp.sum(values, axis=0), jax.lax.map(body, (params, draws.get(kind))))
+      return jax.tree.map(
+        lambda values: jnp.sum(values, axis=0), jax.lax.map(body, (params, draws.get(kind)))
+      )
 
     sums = [of_kind(kind, params) for kind, params in net.params[f"auxiliary{self.suffix}"].items()]
     return jax.tree.map(lambda *values: sum(values) / sum(self.counts.values()), *sums)
@@ -223,31 +280,47 @@ class _Domain(NamedTuple):
     if not self.settings.bootstrapped:
       return self.task.criterion(logits, label)
     length_steps = 0.4 * self.task.total_steps
-    threshold = schedules.annealed_threshold(step, start=1 / self.num_classes, end=0.9, length_steps=length_steps)
+    threshold = schedules.annealed_threshold(
+      step, start=1 / self.num_classes, end=0.9, length_steps=length_steps
+    )
     return losses.bootstrapped_cross_entropy(logits, label, threshold=threshold)
 
   def class_maps(self, net, features, unlabeled):
-    """Class activation maps of the unlabeled images, and the classifier's loss; neither has a gradient for the encoder."""
-    # Officially the maps are those of a network of its own: the encoder learns nothing from the classifier here either.
-    features, present = jax.lax.stop_gradient(features), unlabeled["image_label"][:, int(self.settings.background) :]
+    """Class activation maps of the unlabeled images, and the classifier's loss; neither has a
+    gradient for the encoder.
+    """
+    # Officially the maps are those of a network of its own: the encoder learns nothing from the
+    # classifier here either.
+    features, present = (
+      jax.lax.stop_gradient(features),
+      unlabeled["image_label"][:, int(self.settings.background) :],
+    )
     params = net.params["classifier"]
     logits = self.classifier.apply(params, {}, features, train=True)[0]
     cam = cams.class_activation_maps(features, jax.lax.stop_gradient(params["kernel"]), present)
     return cam, jnp.mean(optax.sigmoid_binary_cross_entropy(logits, present))
 
   def loss(self, net, labeled, unlabeled, draws, step):
-    """The domain's loss f32[], the net with its statistics moved, and metrics; the loss is the sum of those named `loss*`."""
+    """The domain's loss f32[], the net with its statistics moved, and metrics; the loss is the sum
+    of those named `loss*`.
+    """
     settings, total_steps, label = self.settings, self.task.total_steps, labeled["label"]
     maps, net = nets.encode(self.task.network, net, labeled["image"], unlabeled["weak"])
     (on_labeled, on_unlabeled), net = self.main(net, *maps, dropout=draws["dropout_keys"]["main"])
     features = _features(maps[1])
-    target = jax.lax.stop_gradient(jax.nn.softmax(self.upsample(on_unlabeled, unlabeled["weak"].shape[1:3])))
+    target = jax.lax.stop_gradient(
+      jax.nn.softmax(self.upsample(on_unlabeled, unlabeled["weak"].shape[1:3]))
+    )
     ramp = self.task.unlabeled_weight(step) * schedules.rampup(
-      step, shape=settings.rampup, start_steps=settings.rampup_start_fraction * total_steps,
+      step,
+      shape=settings.rampup,
+      start_steps=settings.rampup_start_fraction * total_steps,
       length_steps=settings.rampup_fraction * total_steps,
-    )  # fmt: skip
+    )
 
-    terms = {"loss_supervised": self.supervised(self.upsample(on_labeled, label.shape[1:]), label, step)}
+    terms = {
+      "loss_supervised": self.supervised(self.upsample(on_labeled, label.shape[1:]), label, step)
+    }
     mask = None
     if settings.image_labels:
       cam, classification = self.class_maps(net, features, unlabeled)
@@ -256,13 +329,19 @@ class _Domain(NamedTuple):
       terms["labeled_by_maps_fraction"] = jnp.mean(mask != IGNORE_LABEL, dtype=jnp.float32)
 
     def read(logits):
-      distance = consistency(settings.distance, logits, target, min_confidence=settings.min_confidence)
-      return {"consistency": distance} | ({} if mask is None else {"weak": losses.cross_entropy_mean(logits, mask)})
+      distance = consistency(
+        settings.distance, logits, target, min_confidence=settings.min_confidence
+      )
+      return {"consistency": distance} | (
+        {} if mask is None else {"weak": losses.cross_entropy_mean(logits, mask)}
+      )
 
     weights = {"consistency": settings.weight, "weak": settings.weak_weight}
     for name, value in self.auxiliary(net, features, target, draws, read).items():
       terms[f"loss_{name}"] = weights[name] * ramp * value
-    terms["kept_fraction"] = jnp.mean(jnp.max(target, axis=-1) > settings.min_confidence, dtype=jnp.float32)
+    terms["kept_fraction"] = jnp.mean(
+      jnp.max(target, axis=-1) > settings.min_confidence, dtype=jnp.float32
+    )
     terms["foreground_fraction"] = jnp.mean(jnp.argmax(target, axis=-1) != 0, dtype=jnp.float32)
     return sum(value for name, value in terms.items() if name.startswith("loss")), net, terms
 
@@ -295,7 +374,11 @@ def _domain(task: Task, settings: _Settings, number: int, num_classes: int) -> _
   side, _, channels = _deepest_shape(task.network, (64, 64))
   # As many doublings as lead from the deepest map back to the image.
   decoder = heads.subpixel_decoder(channels, num_classes, doublings=(64 // side - 1).bit_length())
-  classifier = heads.image_classifier(channels, num_classes - int(settings.background)) if settings.image_labels else None
+  classifier = (
+    heads.image_classifier(channels, num_classes - int(settings.background))
+    if settings.image_labels
+    else None
+  )
   return _Domain(task, settings, number, num_classes, channels, decoder, classifier)
 
 
@@ -303,7 +386,9 @@ def _check(settings: _Settings) -> None:
   problems = checks.Problems("CCT cannot be run with these options")
   for kind, count in settings.decoders.items():
     if kind not in DECODERS:
-      problems.add(f"decoders.{kind}", allowed=checks.choices(DECODERS), remedy=checks.nearest(kind, DECODERS))
+      problems.add(
+        f"decoders.{kind}", allowed=checks.choices(DECODERS), remedy=checks.nearest(kind, DECODERS)
+      )
     elif count < 0:
       problems.add(f"decoders.{kind}", got=count, allowed="0 or more")
   if not any(settings.decoders.get(kind, 0) > 0 for kind in DECODERS):
@@ -315,7 +400,11 @@ def _check(settings: _Settings) -> None:
   if not 0 <= settings.min_confidence < 1:
     problems.add("min_confidence", got=settings.min_confidence, allowed="0 up to, but not, 1")
   elif settings.min_confidence and settings.distance == "js":
-    problems.add("min_confidence", got=f"{settings.min_confidence} with distance 'js'", allowed="0, or 'mse' or 'kl'")
+    problems.add(
+      "min_confidence",
+      got=f"{settings.min_confidence} with distance 'js'",
+      allowed="0, or 'mse' or 'kl'",
+    )
   for name in ("rampup_start_fraction", "rampup_fraction"):
     if not 0 <= getattr(settings, name) <= 1:
       problems.add(name, got=getattr(settings, name), allowed="0..1")
@@ -329,7 +418,9 @@ def _method(task: Task, settings: _Settings, needs: Needs) -> Method:
   """The sum of all domains' losses, on one network whose backbone they share."""
   _check(settings)
   class_counts = [task.num_classes, *(task.other_classes if needs.domains else ())]
-  domains = [_domain(task, settings, number, num_classes) for number, num_classes in enumerate(class_counts)]
+  domains = [
+    _domain(task, settings, number, num_classes) for number, num_classes in enumerate(class_counts)
+  ]
 
   def init(key):
     parts = {name: head for domain in domains for name, head in domain.heads.items()}
@@ -337,14 +428,21 @@ def _method(task: Task, settings: _Settings, needs: Needs) -> Method:
 
   def draw(key, batch):
     streams = [f"unlabeled{domain.suffix}" for domain in domains]
-    return {name: domain.draw(rng.stream(key, name), batch[name]) for name, domain in zip(streams, domains, strict=True)}
+    return {
+      name: domain.draw(rng.stream(key, name), batch[name])
+      for name, domain in zip(streams, domains, strict=True)
+    }
 
   def update(state, batch, draws):
     def objective(live):
       net, terms = live["main"], {"loss": 0.0}
       for domain in domains:
-        labeled, unlabeled = (batch[f"{stream}{domain.suffix}"] for stream in ("labeled", "unlabeled"))
-        loss, net, own = domain.loss(net, labeled, unlabeled, draws[f"unlabeled{domain.suffix}"], state.step)
+        labeled, unlabeled = (
+          batch[f"{stream}{domain.suffix}"] for stream in ("labeled", "unlabeled")
+        )
+        loss, net, own = domain.loss(
+          net, labeled, unlabeled, draws[f"unlabeled{domain.suffix}"], state.step
+        )
         terms["loss"] += loss
         terms |= {f"{name}{domain.suffix}": value for name, value in own.items()}
       return terms["loss"], ({"main": net}, terms)
@@ -356,10 +454,18 @@ def _method(task: Task, settings: _Settings, needs: Needs) -> Method:
     shown, kept = domains[0].show(state.nets["main"], batch["unlabeled"], draws["unlabeled"])
     return tuple(shown[name] for name in kinds), kept
 
-  kinds = {"weak view": "image", "foreground": "heat"} | ({"G-Cutout": "heat"} if "cutout" in domains[0].counts else {})
-  kinds |= ({"CAM": "classes"} if settings.image_labels else {}) | {"auxiliary decoders": "classes", "main decoder": "classes"}
+  kinds = {"weak view": "image", "foreground": "heat"} | (
+    {"G-Cutout": "heat"} if "cutout" in domains[0].counts else {}
+  )
+  kinds |= ({"CAM": "classes"} if settings.image_labels else {}) | {
+    "auxiliary decoders": "classes",
+    "main decoder": "classes",
+  }
   predictors = {
-    f"main{domain.suffix}": lambda state, images, domain=domain: domain.predict(state.nets["main"], images) for domain in domains
+    f"main{domain.suffix}": lambda state, images, domain=domain: domain.predict(
+      state.nets["main"], images
+    )
+    for domain in domains
   }
   predictor_domains = {f"main{domain.suffix}": number for number, domain in enumerate(domains)}
   panels = Panels(tuple(kinds), tuple(kinds.values()), compute)
@@ -384,32 +490,53 @@ def cct(
   classification_weight: float = 1.0,
   background: bool = True,
 ) -> Method:
-  """A main decoder that learns from labels, auxiliary ones that learn from it, an encoder that learns from all. [CCT, section 3]
+  """A main decoder that learns from labels, auxiliary ones that learn from it, an encoder that
+  learns from all. [CCT, section 3]
 
-  The encoder's output is the deepest map of the backbone. Labeled and unlabeled images pass with batch statistics of their own.
-  The consistency is a mean over all pixels, padding among them (official). Only the main decoder predicts.
+  The encoder's output is the deepest map of the backbone. Labeled and unlabeled images pass with
+  batch statistics of their own. The consistency is a mean over all pixels, padding among them
+  (official). Only the main decoder predicts.
 
   Args:
     weight: of the consistency, after the ramp; large, since "mse" is a mean over classes too.
-    decoders: how many auxiliary decoders of each kind in DECODERS; kinds that are not named have none.
+    decoders: how many auxiliary decoders of each kind in DECODERS; kinds that are not named have
+      none.
     distance, min_confidence: see `consistency`; the published runs keep all pixels.
-    rampup, rampup_start_fraction, rampup_fraction: shape (schedules.RAMPUPS), start and length of the ramp, by the run's steps.
-      "sigmoid" starts at exp(-5), not at 0.
-    bootstrapped: the supervised loss of the paper's runs with few labels, in place of the task's criterion: cross entropy of the
-      pixels whose true class has a probability below a threshold, which rises from 1/K towards 0.9 in the first 40% of the steps.
-      Early on it takes the worst pixels only, in the end all but the confident ones. The official configuration has it off.
-    xi, eps: VAT's trial step and the length of its perturbation. With the official configuration's xi, 1e-6, the length comes out
-      at about 0.01 instead of 2: the direction drowns in rounding. 0.1 is the default of the official class.
-    image_labels: the unlabeled images come with image-level labels: the auxiliary decoders also learn pseudo masks, see
-      `pseudo_mask`. Image-level labels are of whole images. Their maps come from a classifier on the encoder's output.
-    weak_weight, classification_weight: of the pseudo masks, ramped like the consistency, and of the classifier's loss.
+    rampup, rampup_start_fraction, rampup_fraction: shape (schedules.RAMPUPS), start and length of
+      the ramp, by the run's steps. "sigmoid" starts at exp(-5), not at 0.
+    bootstrapped: the supervised loss of the paper's runs with few labels, in place of the task's
+      criterion: cross entropy of the pixels whose true class has a probability below a threshold,
+      which rises from 1/K towards 0.9 in the first 40% of the steps. Early on it takes the worst
+      pixels only, in the end all but the confident ones. The official configuration has it off.
+    xi, eps: VAT's trial step and the length of its perturbation. With the official configuration's
+      xi, 1e-6, the length comes out at about 0.01 instead of 2: the direction drowns in rounding.
+      0.1 is the default of the official class.
+    image_labels: the unlabeled images come with image-level labels: the auxiliary decoders also
+      learn pseudo masks, see `pseudo_mask`. Image-level labels are of whole images. Their maps come
+      from a classifier on the encoder's output.
+    weak_weight, classification_weight: of the pseudo masks, ramped like the consistency, and of the
+      classifier's loss.
     background: class 0 is what no class activation map claims; False where every class has a map.
   """
   settings = _Settings(
-    decoders, weight, distance, min_confidence, rampup, rampup_start_fraction, rampup_fraction, bootstrapped, xi, eps,
-    image_labels, weak_weight, classification_weight, background,
-  )  # fmt: skip
-  return _method(task, settings, Needs(weak_label="image" if image_labels else None, criterion=not bootstrapped))
+    decoders,
+    weight,
+    distance,
+    min_confidence,
+    rampup,
+    rampup_start_fraction,
+    rampup_fraction,
+    bootstrapped,
+    xi,
+    eps,
+    image_labels,
+    weak_weight,
+    classification_weight,
+    background,
+  )
+  return _method(
+    task, settings, Needs(weak_label="image" if image_labels else None, criterion=not bootstrapped)
+  )
 
 
 def cct_domains(
@@ -426,12 +553,23 @@ def cct_domains(
   xi: float = 0.1,
   eps: float = 2.0,
 ) -> Method:
-  """CCT on several data sets with classes of their own: one encoder for all, decoders for each; options as `cct`. [CCT, 3.5]
+  """CCT on several data sets with classes of their own: one encoder for all, decoders for each;
+  options as `cct`. [CCT, 3.5]
 
-  Every step takes labeled and unlabeled images of each domain and sums the domains' losses (the author reports that alternating
-  between them works as well). This part of the official code was not published.
+  Every step takes labeled and unlabeled images of each domain and sums the domains' losses (the
+  author reports that alternating between them works as well). This part of the official code was
+  not published.
   """
   settings = _Settings(
-    decoders, weight, distance, min_confidence, rampup, rampup_start_fraction, rampup_fraction, bootstrapped, xi, eps
+    decoders,
+    weight,
+    distance,
+    min_confidence,
+    rampup,
+    rampup_start_fraction,
+    rampup_fraction,
+    bootstrapped,
+    xi,
+    eps,
   )
   return _method(task, settings, Needs(domains=True, criterion=not bootstrapped))

@@ -1,7 +1,8 @@
-"""ClassMix: half of the classes that the teacher sees in an image are pasted, with its labels, on the next image of the batch.
+"""ClassMix: half of the classes that the teacher sees in an image are pasted, with its labels, on
+the next image of the batch.
 
-Olsson et al., "ClassMix: Segmentation-Based Data Augmentation for Semi-Supervised Learning", WACV 2021; facts from the official
-code, which is followed where the paper says otherwise.
+Olsson et al., "ClassMix: Segmentation-Based Data Augmentation for Semi-Supervised Learning", WACV
+2021; facts from the official code, which is followed where the paper says otherwise.
 """
 
 import jax
@@ -17,18 +18,21 @@ _BLUR_PROBABILITY, _BLUR_SIGMA_PIXELS = 0.5, (0.15, 1.15)
 
 
 def paste_on_next(mask, x):
-  """x where the mask is true and elsewhere x of the next image, after the last the first: bool[B, H, W], [B, H, W, ...].
+  """x where the mask is true and elsewhere x of the next image, after the last the first: bool[B,
+  H, W], [B, H, W, ...].
 
-  The paper pastes on a second sampled image; the official code makes B mixed images of the B of a batch.
+  The paper pastes on a second sampled image; the official code makes B mixed images of the B of a
+  batch.
   """
   return mixing.mix(mask, jnp.roll(x, -1, axis=0), x)
 
 
 def consistency(loss, student_logits, mixed_logits):
-  """How far the student is from the mixed teacher, per pixel: [B, H, W, K] x [B, H, W, K] -> [B, H, W].
+  """How far the student is from the mixed teacher, per pixel: [B, H, W, K] x [B, H, W, K] -> [B, H,
+  W].
 
-  loss: "cross_entropy" with the likeliest class, or "mse", the squared difference of probabilities, mean over classes. The
-    teacher's side gets no gradient.
+  loss: "cross_entropy" with the likeliest class, or "mse", the squared difference of probabilities,
+    mean over classes. The teacher's side gets no gradient.
   """
   if loss == "mse":
     teacher = jax.lax.stop_gradient(jax.nn.softmax(mixed_logits))
@@ -41,7 +45,8 @@ def pixel_weight(confidence, step, *, by, min_confidence, rampup_steps):
 
   Args:
     confidence: f32[B, H, W], the teacher's greatest probability after mixing.
-    by: "batch", "pixel" or "none" as `targets.confidence_weight` says, or "ramp", exp(-5 (1 - t)^2) with t = step / rampup_steps.
+    by: "batch", "pixel" or "none" as `targets.confidence_weight` says, or "ramp", exp(-5 (1 - t)^2)
+      with t = step / rampup_steps.
   """
   if by == "ramp":
     return schedules.sigmoid_rampup(step, rampup_steps)
@@ -61,20 +66,23 @@ def classmix(
   blur: bool = False,
   decay: float = 0.99,
 ) -> Method:
-  """Student by gradient, teacher by average, both in training mode; the headline is the student. [ClassMix, trainSSL.py]
+  """Student by gradient, teacher by average, both in training mode; the headline is the student.
+  [ClassMix, trainSSL.py]
 
-  Labeled, weak and mixed images pass with batch statistics of their own. The teacher's running statistics follow its own passes
-  and serve its predictor alone; the official ones start at 0 and 1, these as the student's.
+  Labeled, weak and mixed images pass with batch statistics of their own. The teacher's running
+  statistics follow its own passes and serve its predictor alone; the official ones start at 0 and
+  1, these as the student's.
 
   Args:
     weight: of the unsupervised term.
-    mask: what is pasted: "class", half of the predicted classes; or of the paper's comparison, "cut", all but a box of half the
-      area, and "cow", random blobs.
+    mask: what is pasted: "class", half of the predicted classes; or of the paper's comparison,
+      "cut", all but a box of half the area, and "cow", random blobs.
     loss: see `consistency`. The official code weighs "mse" by "batch" whatever the option says.
     weight_by, min_confidence: see `pixel_weight`.
-    rampup_fraction: part of the training over which the weight rises by "ramp"; the official 10000 of 40000 steps.
-    color_jitter, blur: of the mixed images, as on Cityscapes: brightness, contrast, saturation and hue, then a Gaussian of a
-      deviation up to 1.15 pixels. Colour jitter is for RGB alone.
+    rampup_fraction: part of the training over which the weight rises by "ramp"; the official 10000
+      of 40000 steps.
+    color_jitter, blur: of the mixed images, as on Cityscapes: brightness, contrast, saturation and
+      hue, then a Gaussian of a deviation up to 1.15 pixels. Colour jitter is for RGB alone.
     decay: of the teacher, after 0, 1/2, 2/3, ...
   """
   problems = checks.Problems("classmix cannot be run with these options")
@@ -84,19 +92,38 @@ def classmix(
     ("weight_by", weight_by, ("batch", "pixel", "ramp", "none")),
   ):
     if value not in allowed:
-      problems.add(name, got=repr(value), allowed=checks.choices(allowed), remedy=checks.nearest(str(value), allowed))
-  for name, value in (("min_confidence", min_confidence), ("rampup_fraction", rampup_fraction), ("decay", decay)):
+      problems.add(
+        name,
+        got=repr(value),
+        allowed=checks.choices(allowed),
+        remedy=checks.nearest(str(value), allowed),
+      )
+  for name, value in (
+    ("min_confidence", min_confidence),
+    ("rampup_fraction", rampup_fraction),
+    ("decay", decay),
+  ):
     if not 0 <= value <= 1:
       problems.add(name, got=value, allowed="0..1")
   if color_jitter and task.network.in_channels != 3:
-    problems.add("color_jitter", got=f"images of {task.network.in_channels} channels", allowed="3, RGB", remedy="switch it off")
+    problems.add(
+      "color_jitter",
+      got=f"images of {task.network.in_channels} channels",
+      allowed="3, RGB",
+      remedy="switch it off",
+    )
   problems.raise_if_any()
 
   def draw(key, batch):
     num_images, *size, _ = batch["unlabeled"]["weak"].shape
     if num_images < 2:
       problems = checks.Problems("classmix cannot mix")
-      problems.add("unlabeled images of a batch", got=num_images, allowed="2 or more", remedy="batch_size_global.unlabeled")
+      problems.add(
+        "unlabeled images of a batch",
+        got=num_images,
+        allowed="2 or more",
+        remedy="batch_size_global.unlabeled",
+      )
       problems.raise_if_any()
     mask_key, jitter_key, blur_key = (rng.stream(key, name) for name in ("mask", "jitter", "blur"))
     if mask == "class":
@@ -106,7 +133,10 @@ def classmix(
     else:
       draws = {"mask": mixing.draw_cow(mask_key, num_images, size)}
     if color_jitter:
-      draws |= {"jitter": color.draw_jitter(jitter_key, num_images), "jitters": jax.random.uniform(rng.stream(key, "jitters"))}
+      draws |= {
+        "jitter": color.draw_jitter(jitter_key, num_images),
+        "jitters": jax.random.uniform(rng.stream(key, "jitters")),
+      }
     if blur:
       draws |= dict(zip(("blurs", "sigma"), jax.random.uniform(blur_key, (2,)), strict=True))
     return draws | {"dropout": nets.dropout_keys(key, "teacher", "student")}
@@ -116,7 +146,11 @@ def classmix(
     if mask == "class":
       label, _ = targets.hard_label(logits)
       return mixing.class_masks(label, mixing.choose_classes(draws["mask"], label))
-    return mixing.cut_masks(draws["mask"], logits.shape[1:3]) if mask == "cut" else mixing.cow_masks(draws["mask"])
+    return (
+      mixing.cut_masks(draws["mask"], logits.shape[1:3])
+      if mask == "cut"
+      else mixing.cow_masks(draws["mask"])
+    )
 
   def perturbed(images, draws):
     """Colour jitter and blur of mixed images, normalised before and after."""
@@ -133,19 +167,26 @@ def classmix(
     return images
 
   def teach(teacher, batch, draws):
-    """The teacher's logits, the mask, what the student will see and be told, and the teacher after its pass."""
+    """The teacher's logits, the mask, what the student will see and be told, and the teacher after
+    its pass.
+    """
     weak = batch["unlabeled"]["weak"]
-    (logits,), teacher = nets.forward(task.network, teacher, weak, dropout=draws["dropout"]["teacher"])
+    (logits,), teacher = nets.forward(
+      task.network, teacher, weak, dropout=draws["dropout"]["teacher"]
+    )
     # Padding is pasted, labeled and learnt like everything else, as in the official code.
     here = pasted(logits, draws)
     mixed = perturbed(paste_on_next(here, weak), draws)
-    # Each pixel is one image's or the other's, so that logits may be mixed in place of probabilities.
+    # Each pixel is one image's or the other's, so that logits may be mixed in place of
+    # probabilities.
     return logits, here, mixed, paste_on_next(here, logits), teacher
 
   def weigh(logits, step):
     _, confidence = targets.hard_label(logits)
     rampup_steps = rampup_fraction * task.total_steps
-    by_pixel = pixel_weight(confidence, step, by=weight_by, min_confidence=min_confidence, rampup_steps=rampup_steps)
+    by_pixel = pixel_weight(
+      confidence, step, by=weight_by, min_confidence=min_confidence, rampup_steps=rampup_steps
+    )
     return jnp.broadcast_to(by_pixel, confidence.shape), jnp.mean(confidence >= min_confidence)
 
   def update(state, batch, draws):
@@ -155,28 +196,46 @@ def classmix(
 
     def objective(live):
       dropout = draws["dropout"]["student"]
-      (on_labeled, on_mixed), net = nets.forward(task.network, live["student"], labeled, mixed, dropout=dropout)
+      (on_labeled, on_mixed), net = nets.forward(
+        task.network, live["student"], labeled, mixed, dropout=dropout
+      )
       supervised = task.criterion(on_labeled, label)
       apart = by_pixel * consistency(loss, on_mixed, mixed_logits)
       unsupervised = task.unlabeled_weight(state.step) * weight * jnp.mean(apart)  # over all pixels
 
       total = supervised + unsupervised
       terms = {
-        "loss": total, "loss_supervised": supervised, "loss_unsupervised": unsupervised,
-        "confident_fraction": confident_fraction, "pasted_fraction": jnp.mean(here),
-      }  # fmt: skip
+        "loss": total,
+        "loss_supervised": supervised,
+        "loss_unsupervised": unsupervised,
+        "confident_fraction": confident_fraction,
+        "pasted_fraction": jnp.mean(here),
+      }
       return total, ({"student": net}, terms)
 
-    after, metrics = nets.descend(task.optimizer, {"student": state.nets["student"]}, state.step, objective)
-    teacher = nets.ema(teacher, after["student"], schedules.ema_decay(state.step, decay, "from_copy"))
+    after, metrics = nets.descend(
+      task.optimizer, {"student": state.nets["student"]}, state.step, objective
+    )
+    teacher = nets.ema(
+      teacher, after["student"], schedules.ema_decay(state.step, decay, "from_copy")
+    )
     return state.replace(step=state.step + 1, nets=after | {"teacher": teacher}), metrics
 
   def show(state, batch, draws):
     logits, here, mixed, _, _ = teach(state.nets["teacher"], batch, draws)
     by_pixel, _ = weigh(logits, state.step)
-    return (batch["unlabeled"]["weak"], jax.nn.softmax(logits), here.astype(logits.dtype), mixed), by_pixel > 0
+    return (
+      batch["unlabeled"]["weak"],
+      jax.nn.softmax(logits),
+      here.astype(logits.dtype),
+      mixed,
+    ), by_pixel > 0
 
   # The pseudo label as it is before mixing: it is compared with the truth of the weak image.
-  panels = Panels(("weak view", "pseudo label", "pasted", "mixed image"), ("image", "classes", "heat", "image"), show)
+  panels = Panels(
+    ("weak view", "pseudo label", "pasted", "mixed image"),
+    ("image", "classes", "heat", "image"),
+    show,
+  )
   predictors = nets.predictors(task.network, "student", "teacher")
   return Method(Needs(), nets.init_student_and_teacher(task), draw, update, predictors, panels)

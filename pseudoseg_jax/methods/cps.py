@@ -1,6 +1,7 @@
 """Cross pseudo supervision: two networks, born apart, teach each other their hard labels.
 
-Chen et al., "Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision", CVPR 2021; facts from the official code.
+Chen et al., "Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision", CVPR 2021; facts
+from the official code.
 """
 
 import jax
@@ -12,16 +13,22 @@ from pseudoseg_jax.ops import losses, mixing
 
 
 def cross_supervision(*views):
-  """L_cps: each network's cross entropy against the other's hard labels, one mean over the pixels of all views.
+  """L_cps: each network's cross entropy against the other's hard labels, one mean over the pixels
+  of all views.
 
   Args:
-    views: tuples (logits_a f32[B, H, W, K], logits_b, label_a i32[B, H, W], label_b); labels carry no gradient and no void.
+    views: tuples (logits_a f32[B, H, W, K], logits_b, label_a i32[B, H, W], label_b); labels carry
+      no gradient and no void.
 
   Returns:
     CE(a, label_b) + CE(b, label_a), f32[].
   """
-  a_by_b = losses.joint_mean(*(losses.cross_entropy(logits_a, label_b) for logits_a, _, _, label_b in views))
-  b_by_a = losses.joint_mean(*(losses.cross_entropy(logits_b, label_a) for _, logits_b, label_a, _ in views))
+  a_by_b = losses.joint_mean(
+    *(losses.cross_entropy(logits_a, label_b) for logits_a, _, _, label_b in views)
+  )
+  b_by_a = losses.joint_mean(
+    *(losses.cross_entropy(logits_b, label_a) for _, logits_b, label_a, _ in views)
+  )
   return a_by_b + b_by_a
 
 
@@ -30,14 +37,17 @@ def _with_own_labels(logits_a, logits_b):
 
 
 def cps(task: Task, *, weight: float = 1.5, on_labeled: bool = True) -> Method:
-  """Each network learns the other's argmax on the same images; no threshold, no ramp-up. [CPS, section 3]
+  """Each network learns the other's argmax on the same images; no threshold, no ramp-up. [CPS,
+  section 3]
 
-  Labeled and unlabeled images pass separately, each with batch statistics of their own. The paper predicts with "a" alone.
+  Labeled and unlabeled images pass separately, each with batch statistics of their own. The paper
+  predicts with "a" alone.
 
   Args:
     weight: of the cross term; 1.5 on VOC, 6 on Cityscapes.
-    on_labeled: whether labeled images enter the cross term too: one mean over the pixels of both, ignored ones included (the
-      pseudo label has no void). The paper's ablation has both versions; the official code and the main tables have it on.
+    on_labeled: whether labeled images enter the cross term too: one mean over the pixels of both,
+      ignored ones included (the pseudo label has no void). The paper's ablation has both versions;
+      the official code and the main tables have it on.
   """
 
   def draw(key, batch):
@@ -48,8 +58,12 @@ def cps(task: Task, *, weight: float = 1.5, on_labeled: bool = True) -> Method:
     label = batch["labeled"]["label"]
 
     def objective(live):
-      (labeled_a, unlabeled_a), net_a = nets.forward(task.network, live["a"], *images, dropout=draws["a"])
-      (labeled_b, unlabeled_b), net_b = nets.forward(task.network, live["b"], *images, dropout=draws["b"])
+      (labeled_a, unlabeled_a), net_a = nets.forward(
+        task.network, live["a"], *images, dropout=draws["a"]
+      )
+      (labeled_b, unlabeled_b), net_b = nets.forward(
+        task.network, live["b"], *images, dropout=draws["b"]
+      )
       supervised_a = task.criterion(labeled_a, label)
       supervised_b = task.criterion(labeled_b, label)
 
@@ -59,14 +73,21 @@ def cps(task: Task, *, weight: float = 1.5, on_labeled: bool = True) -> Method:
       cross = task.unlabeled_weight(state.step) * weight * cross_supervision(*views)
 
       loss = supervised_a + supervised_b + cross
-      terms = {"loss": loss, "loss_supervised_a": supervised_a, "loss_supervised_b": supervised_b, "loss_cross": cross}
+      terms = {
+        "loss": loss,
+        "loss_supervised_a": supervised_a,
+        "loss_supervised_b": supervised_b,
+        "loss_cross": cross,
+      }
       return loss, ({"a": net_a, "b": net_b}, terms)
 
     after, metrics = nets.descend(task.optimizer, state.nets, state.step, objective)
     return state.replace(step=state.step + 1, nets=after), metrics
 
   panels = nets.prediction_panels(task.network, "a", "b")
-  return Method(Needs(), nets.init_two(task), draw, update, nets.predictors(task.network, "a", "b"), panels)
+  return Method(
+    Needs(), nets.init_two(task), draw, update, nets.predictors(task.network, "a", "b"), panels
+  )
 
 
 def cps_cutmix(
@@ -77,21 +98,26 @@ def cps_cutmix(
   boxes: int = 3,
   area_range: tuple[float, float] = (0.25, 0.5),
 ) -> Method:
-  """CPS on CutMix images: the labels of two unlabeled images are mixed with the boxes that mix the images. [CPS, section 4]
+  """CPS on CutMix images: the labels of two unlabeled images are mixed with the boxes that mix the
+  images. [CPS, section 4]
 
-  Pseudo labels come from training-mode passes (batch statistics, running ones moved), as in the official code. There the two
-  unlabeled images of a pair are one image under two augmentations, and workers repeat each other's boxes, both by accident of
-  its samplers; here images and boxes are drawn independently.
+  Pseudo labels come from training-mode passes (batch statistics, running ones moved), as in the
+  official code. There the two unlabeled images of a pair are one image under two augmentations, and
+  workers repeat each other's boxes, both by accident of its samplers; here images and boxes are
+  drawn independently.
 
   Args:
     weight: of the cross term; 1 on VOC, 5 on Cityscapes.
-    on_labeled: adds the labeled images to the cross term, as the paper says; the official code leaves them out.
+    on_labeled: adds the labeled images to the cross term, as the paper says; the official code
+      leaves them out.
     boxes, area_range: boxes of a mask, and the share of the image they cover together.
   """
 
   def draw(key, batch):
     num_masks, height, width, _ = batch["unlabeled"]["weak"].shape
-    mask = mixing.box_masks(mixing.draw_boxes(key, num_masks, boxes=boxes), (height, width), area_range=area_range)
+    mask = mixing.box_masks(
+      mixing.draw_boxes(key, num_masks, boxes=boxes), (height, width), area_range=area_range
+    )
     return {"mask": mask} | nets.dropout_keys(key, "a_labels", "b_labels", "a", "b")
 
   def update(state, batch, draws):
@@ -108,8 +134,12 @@ def cps_cutmix(
     label_b, net_b = pseudo_label(state.nets["b"], draws["b_labels"])
 
     def objective(live):
-      (mixed_a, labeled_a), net_a = nets.forward(task.network, live["a"], mixed, labeled, dropout=draws["a"])
-      (mixed_b, labeled_b), net_b = nets.forward(task.network, live["b"], mixed, labeled, dropout=draws["b"])
+      (mixed_a, labeled_a), net_a = nets.forward(
+        task.network, live["a"], mixed, labeled, dropout=draws["a"]
+      )
+      (mixed_b, labeled_b), net_b = nets.forward(
+        task.network, live["b"], mixed, labeled, dropout=draws["b"]
+      )
       supervised_a = task.criterion(labeled_a, label)
       supervised_b = task.criterion(labeled_b, label)
 
@@ -119,7 +149,12 @@ def cps_cutmix(
       cross = task.unlabeled_weight(state.step) * weight * cross_supervision(*views)
 
       loss = supervised_a + supervised_b + cross
-      terms = {"loss": loss, "loss_supervised_a": supervised_a, "loss_supervised_b": supervised_b, "loss_cross": cross}
+      terms = {
+        "loss": loss,
+        "loss_supervised_a": supervised_a,
+        "loss_supervised_b": supervised_b,
+        "loss_cross": cross,
+      }
       return loss, ({"a": net_a, "b": net_b}, terms)
 
     after, metrics = nets.descend(task.optimizer, {"a": net_a, "b": net_b}, state.step, objective)
@@ -127,11 +162,22 @@ def cps_cutmix(
 
   def show(state, batch, draws):
     first, second = batch["unlabeled"]["weak"], batch["partner"]["weak"]
-    said = (jax.nn.softmax(nets.infer(task.network, state.nets[role], first)) for role in ("a", "b"))
+    said = (
+      jax.nn.softmax(nets.infer(task.network, state.nets[role], first)) for role in ("a", "b")
+    )
     mask = draws["mask"]
-    return (first, second, mask.astype(first.dtype), mixing.mix(mask, first, second), *said), batch["unlabeled"]["valid"]
+    return (first, second, mask.astype(first.dtype), mixing.mix(mask, first, second), *said), batch[
+      "unlabeled"
+    ]["valid"]
 
   # The pseudo label as it is before mixing: it is compared with the truth of the first image.
   names = ("first image", "second image", "mask", "mixed", "a on the first", "b on the first")
   panels = Panels(names, ("image", "image", "heat", "image", "classes", "classes"), show)
-  return Method(Needs(partner=True), nets.init_two(task), draw, update, nets.predictors(task.network, "a", "b"), panels)
+  return Method(
+    Needs(partner=True),
+    nets.init_two(task),
+    draw,
+    update,
+    nets.predictors(task.network, "a", "b"),
+    panels,
+  )

@@ -1,7 +1,8 @@
-"""Guided collaborative training: of two networks the one that a flaw detector finds less wrong teaches the other, pixel by pixel.
+"""Guided collaborative training: of two networks the one that a flaw detector finds less wrong
+teaches the other, pixel by pixel.
 
-Ke et al., "Guided Collaborative Training for Pixel-wise Semi-Supervised Learning", ECCV 2020; facts from the official code
-(ZHKKKe/PixelSSL), which is followed where the paper says otherwise.
+Ke et al., "Guided Collaborative Training for Pixel-wise Semi-Supervised Learning", ECCV 2020; facts
+from the official code (ZHKKKe/PixelSSL), which is followed where the paper says otherwise.
 """
 
 import functools
@@ -23,12 +24,16 @@ def detection(flaw_map, target):
 
 
 def flaw_correction(flaw_map, both_bad):
-  """L_fc: flaws are to be 0 where both models are bad; mean over all pixels, f32[B, H, W] x bool[B, H, W] -> f32[]."""
+  """L_fc: flaws are to be 0 where both models are bad; mean over all pixels, f32[B, H, W] x bool[B,
+  H, W] -> f32[].
+  """
   return jnp.mean(jnp.where(both_bad, jnp.square(flaw_map), 0))
 
 
 def consistency(probabilities, target):
-  """L_dc: mean over pixels and classes of (p - target)^2; f32[B, H, W, K] x f32[B, H, W, K] -> f32[]."""
+  """L_dc: mean over pixels and classes of (p - target)^2; f32[B, H, W, K] x f32[B, H, W, K] ->
+  f32[].
+  """
   return jnp.mean(losses.squared_distance(probabilities, target))
 
 
@@ -48,46 +53,60 @@ def gct(
   shared_batch_norm: bool = True,
   relu_straight_through_flaw: bool = True,
 ) -> Method:
-  """Two task models, "left" and "right", and the "detector" that learns from labeled images where they are wrong. [GCT, section 3]
+  """Two task models, "left" and "right", and the "detector" that learns from labeled images where
+  they are wrong. [GCT, section 3]
 
-  Labeled and unlabeled images both teach by consistency and by flaw correction, every pixel counts, padding too. As officially each task model sees the batch twice with the same weights, and the detector sees each prediction twice:
-  running statistics move twice and four times a step. Only one of them need be computed: for the same reason both passes have
-  one key for dropout. All three learn from one objective in which each loss reaches its own network alone. Which of the two
-  models was reported is not known; both are scored. A weight of 0 leaves that constraint out; the official mode with flaw
-  correction alone applies it to all pixels, not only where both are bad.
+  Labeled and unlabeled images both teach by consistency and by flaw correction, every pixel counts,
+  padding too. As officially each task model sees the batch twice with the same weights, and the
+  detector sees each prediction twice: running statistics move twice and four times a step. Only one
+  of them need be computed: for the same reason both passes have one key for dropout. All three
+  learn from one objective in which each loss reaches its own network alone. Which of the two models
+  was reported is not known; both are scored. A weight of 0 leaves that constraint out; the official
+  mode with flaw correction alone applies it to all pixels, not only where both are bad.
 
   Args:
     weight: of the consistency term.
     flaw_correction_weight: of the flaws that the detector sees where both models are bad.
     detector_weight: of the detector's own loss.
     threshold: flaws above it are bad, 0..1.
-    rampup_fraction: part of the training over which `weight` rises as exp(-5 (1 - t)^2), 0.0067 at first; 0 for none.
+    rampup_fraction: part of the training over which `weight` rises as exp(-5 (1 - t)^2), 0.0067 at
+      first; 0 for none.
     dilations: see `flaws.flaw_target`.
     detector_learning_rate: of the detector's Adam; falls to 0 as (1 - t)^0.9.
-    detector_width, detector_stages: see `heads.flaw_detector`. Four stages say one thing for about 32x32 pixels: 15x15 flaws for
-      513 pixels a side, a single one below 92, which tells nothing; 128 pixels want 3 stages, 64 want 2.
-    kernel_base_pixels: side that the sizes of blurs are derived from; 0 for the shorter side of the view. Officially the crop.
-    shared_batch_norm: labeled and unlabeled images pass the task models as one batch with common batch statistics (PixelSSL), or
-      separately (TorchSemiSeg's port, which made the rows of GCT in the CPS paper).
-    relu_straight_through_flaw: the detector's own loss sees its negative flaws as 0, and its gradient does not.
+    detector_width, detector_stages: see `heads.flaw_detector`. Four stages say one thing for about
+      32x32 pixels: 15x15 flaws for 513 pixels a side, a single one below 92, which tells nothing;
+      128 pixels want 3 stages, 64 want 2.
+    kernel_base_pixels: side that the sizes of blurs are derived from; 0 for the shorter side of the
+      view. Officially the crop.
+    shared_batch_norm: labeled and unlabeled images pass the task models as one batch with common
+      batch statistics (PixelSSL), or separately (TorchSemiSeg's port, which made the rows of GCT in
+      the CPS paper).
+    relu_straight_through_flaw: the detector's own loss sees its negative flaws as 0, and its
+      gradient does not.
   """
   problems = checks.Problems("gct cannot be run with these options")
   for name, value in (("threshold", threshold), ("rampup_fraction", rampup_fraction)):
     if not 0 <= value <= 1:
       problems.add(name, got=value, allowed="0..1")
   for name, value, least in (
-    ("dilations", dilations, 0), ("detector_width", detector_width, 2), ("detector_stages", detector_stages, 1),
+    ("dilations", dilations, 0),
+    ("detector_width", detector_width, 2),
+    ("detector_stages", detector_stages, 1),
     ("kernel_base_pixels", kernel_base_pixels, 0),
-  ):  # fmt: skip
+  ):
     if value < least:
       problems.add(name, got=value, allowed=f"{least} or more")
   if not detector_learning_rate > 0:
     problems.add("detector_learning_rate", got=detector_learning_rate, allowed="above 0")
   problems.raise_if_any()
   network = task.network
-  detector = heads.flaw_detector(network.in_channels + task.num_classes, width=detector_width, stages=detector_stages)
+  detector = heads.flaw_detector(
+    network.in_channels + task.num_classes, width=detector_width, stages=detector_stages
+  )
   # One step ahead, as PixelSSL's loops set all rates.
-  rate = functools.partial(schedules.poly, base=detector_learning_rate, total_steps=task.total_steps, shift_steps=1)
+  rate = functools.partial(
+    schedules.poly, base=detector_learning_rate, total_steps=task.total_steps, shift_steps=1
+  )
   optimizers = dict.fromkeys(PAIR, task.optimizer) | {"detector": optim.adamw(rate, b2=0.99)}
 
   def init(key):
@@ -103,36 +122,55 @@ def gct(
     return kernel_base_pixels or min(images.shape[1:3])
 
   def predict(live, role, images, num_labeled, draws):
-    """Logits, probabilities and the network with its statistics moved; the first `num_labeled` of the images are labeled."""
-    batches = (images,) if shared_batch_norm or not num_labeled else (images[:num_labeled], images[num_labeled:])
+    """Logits, probabilities and the network with its statistics moved; the first `num_labeled` of
+    the images are labeled.
+    """
+    batches = (
+      (images,)
+      if shared_batch_norm or not num_labeled
+      else (images[:num_labeled], images[num_labeled:])
+    )
     logits, net = nets.forward(network, live[role], *batches, dropout=draws[role])
     logits = jnp.concatenate(logits)
     return logits, jax.nn.softmax(logits), net
 
   def detect(net, params, images, probabilities):
-    """The flaw map, and the detector with its statistics moved; `params`: its parameters, or those without gradient."""
-    flaw_map, batch_stats = detector.apply(params, net.batch_stats, images, probabilities, train=True)
+    """The flaw map, and the detector with its statistics moved; `params`: its parameters, or those
+    without gradient.
+    """
+    flaw_map, batch_stats = detector.apply(
+      params, net.batch_stats, images, probabilities, train=True
+    )
     return flaw_map, net.replace(batch_stats=batch_stats)
 
   def judge(live, images, num_labeled, draws):
-    """Who is right where: of both models probabilities without gradient, flaw maps with the detector's, handled ones, targets."""
+    """Who is right where: of both models probabilities without gradient, flaw maps with the
+    detector's, handled ones, targets.
+    """
     live, said, seen, handled = dict(live), {}, {}, {}
     for role in PAIR:
       _, probabilities, live[role] = predict(live, role, images, num_labeled, draws)
       said[role] = jax.lax.stop_gradient(probabilities)
-      seen[role], live["detector"] = detect(live["detector"], live["detector"].params, images, said[role])
+      seen[role], live["detector"] = detect(
+        live["detector"], live["detector"].params, images, said[role]
+      )
       handled[role], clipped = flaws.handle_flaws(seen[role], base_pixels=base_pixels(images))
       if relu_straight_through_flaw:
-        # The official handler zeroes negatives in place, in the very map that the detector's loss reads later; the gradient of that
-        # loss knows nothing of it. (On several GPUs only for the images on the first.)
+        # The official handler zeroes negatives in place, in the very map that the detector's loss
+        # reads later; the gradient of that loss knows nothing of it. (On several GPUs only for the
+        # images on the first.)
         seen[role] += jax.lax.stop_gradient(clipped - seen[role])
-    *targets, both_bad = flaws.dynamic_consistency(*said.values(), *handled.values(), threshold=threshold)
+    *targets, both_bad = flaws.dynamic_consistency(
+      *said.values(), *handled.values(), threshold=threshold
+    )
     return said, seen, handled, dict(zip(PAIR, targets, strict=True)), both_bad, live
 
   def update(state, batch, draws):
     label, num_labeled = batch["labeled"]["label"], len(batch["labeled"]["image"])
     images = jnp.concatenate([batch["labeled"]["image"], batch["unlabeled"]["weak"]])
-    ramp = task.unlabeled_weight(state.step) * schedules.sigmoid_rampup(state.step, rampup_fraction * task.total_steps)
+    ramp = task.unlabeled_weight(state.step) * schedules.sigmoid_rampup(
+      state.step, rampup_fraction * task.total_steps
+    )
 
     def objective(live):
       said, seen, _, targets, both_bad, moved = judge(live, images, num_labeled, draws)
@@ -143,17 +181,31 @@ def gct(
         flaw_map, moved["detector"] = detect(moved["detector"], judged_by, images, probabilities)
         terms[f"loss_supervised_{role}"] = task.criterion(logits[:num_labeled], label)
         correction = flaw_correction(flaw_map, both_bad)
-        terms[f"loss_flaw_correction_{role}"] = task.unlabeled_weight(state.step) * flaw_correction_weight * correction
-        terms[f"loss_consistency_{role}"] = ramp * weight * consistency(probabilities, targets[role])
+        terms[f"loss_flaw_correction_{role}"] = (
+          task.unlabeled_weight(state.step) * flaw_correction_weight * correction
+        )
+        terms[f"loss_consistency_{role}"] = (
+          ramp * weight * consistency(probabilities, targets[role])
+        )
       for role in PAIR:
-        target = flaws.flaw_target(said[role][:num_labeled], label, base_pixels=base_pixels(images), dilations=dilations)
+        target = flaws.flaw_target(
+          said[role][:num_labeled], label, base_pixels=base_pixels(images), dilations=dilations
+        )
         # Halved, since the detector learns from the mean of both.
-        terms[f"loss_detector_{role}"] = detector_weight * detection(seen[role][:num_labeled], target) / 2
+        terms[f"loss_detector_{role}"] = (
+          detector_weight * detection(seen[role][:num_labeled], target) / 2
+        )
       loss = sum(terms.values())
-      return loss, (moved, terms | {"loss": loss, "both_bad_fraction": jnp.mean(both_bad, dtype=loss.dtype)})
+      return loss, (
+        moved,
+        terms | {"loss": loss, "both_bad_fraction": jnp.mean(both_bad, dtype=loss.dtype)},
+      )
 
-    # In this order, whatever order the state came back in: the learning rate that is told is the first network's.
-    after, metrics = nets.descend(optimizers, {role: state.nets[role] for role in optimizers}, state.step, objective)
+    # In this order, whatever order the state came back in: the learning rate that is told is the
+    # first network's.
+    after, metrics = nets.descend(
+      optimizers, {role: state.nets[role] for role in optimizers}, state.step, objective
+    )
     return state.replace(step=state.step + 1, nets=after), metrics
 
   def show(state, batch, draws):

@@ -1,7 +1,9 @@
-"""Learning pseudo labels, first stage: two networks label images of which only the classes are known, and teach each other.
+"""Learning pseudo labels, first stage: two networks label images of which only the classes are
+known, and teach each other.
 
-Wang et al., "Learning Pseudo Labels for Semi-and-Weakly Supervised Semantic Segmentation", Pattern Recognition 2022; facts from
-the official code (YudeWang/Learning-Pseudo-Label). In the second stage another network learns from the labels of this one.
+Wang et al., "Learning Pseudo Labels for Semi-and-Weakly Supervised Semantic Segmentation", Pattern
+Recognition 2022; facts from the official code (YudeWang/Learning-Pseudo-Label). In the second stage
+another network learns from the labels of this one.
 """
 
 import jax
@@ -31,14 +33,17 @@ def greatest_logits(logits):
   """The greatest logit of each class anywhere in an image: f32[B, H, W, K] -> f32[B, K]."""
   pixels = logits.reshape(len(logits), -1, logits.shape[-1])
   first = jnp.argmax(pixels, axis=1, keepdims=True) == jnp.arange(pixels.shape[1])[:, None]
-  # Of equal ones the first has all of the gradient, as in the official code's max pooling; jnp.max would divide it among them.
+  # Of equal ones the first has all of the gradient, as in the official code's max pooling; jnp.max
+  # would divide it among them.
   return jnp.sum(jnp.where(first, pixels, 0), axis=1)
 
 
 def evaluated(memory, label, predicted, momentum):
-  """The running counts of pixels by class after a labeled batch: of the truth, of the prediction, of both at once.
+  """The running counts of pixels by class after a labeled batch: of the truth, of the prediction,
+  of both at once.
 
-  The prediction is counted where there is no label too, padding among it, as in the official code: such pixels look wrong.
+  The prediction is counted where there is no label too, padding among it, as in the official code:
+  such pixels look wrong.
 
   Args:
     memory: {"count_truth", "count_predicted", "count_hit"}, f32[K] each.
@@ -48,17 +53,23 @@ def evaluated(memory, label, predicted, momentum):
   is_class = lambda ids: ids[..., None] == jnp.arange(memory["count_truth"].size)
   truth, prediction = is_class(label), is_class(predicted)
   found = {"count_truth": truth, "count_predicted": prediction, "count_hit": truth & prediction}
-  return {name: momentum * memory[name] + jnp.sum(pixels, axis=(0, 1, 2)) for name, pixels in found.items()}
+  return {
+    name: momentum * memory[name] + jnp.sum(pixels, axis=(0, 1, 2))
+    for name, pixels in found.items()
+  }
 
 
 def running_iou(memory):
-  """Intersection over union of each class by the running counts: f32[K]; 0 where nothing was counted."""
+  """Intersection over union of each class by the running counts: f32[K]; 0 where nothing was
+  counted.
+  """
   union = memory["count_truth"] + memory["count_predicted"] - memory["count_hit"]
   return memory["count_hit"] / jnp.maximum(union, jnp.finfo(union.dtype).tiny)
 
 
 def sample_weight(iou, image_label, *, power=8.0, trust_unseen=True):
-  """v_i = (least IoU of the classes in the image)^power: f32[K], [B, K] -> f32[B]. Background counts as a class.
+  """v_i = (least IoU of the classes in the image)^power: f32[K], [B, K] -> f32[B]. Background
+  counts as a class.
 
   trust_unseen: a class whose IoU is 0, as it was never met or never hit so far, counts as IoU 1.
   """
@@ -77,37 +88,52 @@ def learn_pseudo(
   decay_pseudo_rate: bool = False,
   background: bool = True,
 ) -> Method:
-  """The network "hybrid" teaches "pseudo", and learns from labels and, by image as far as it is to be trusted, from "pseudo".
+  """The network "hybrid" teaches "pseudo", and learns from labels and, by image as far as it is to
+  be trusted, from "pseudo".
 
-  All images come with image-level labels, background among them, and all cross entropies are among the classes of their image.
-  The unlabeled images are all images: those that have labels are learnt from by these. Labeled and unlabeled images pass as one
-  batch with common batch statistics. The trust is the IoU of "pseudo" on the labeled images. Padding of unlabeled images is
-  learnt from like any pixel, as in the official code. The task's criterion is not used.
+  All images come with image-level labels, background among them, and all cross entropies are among
+  the classes of their image. The unlabeled images are all images: those that have labels are learnt
+  from by these. Labeled and unlabeled images pass as one batch with common batch statistics. The
+  trust is the IoU of "pseudo" on the labeled images. Padding of unlabeled images is learnt from
+  like any pixel, as in the official code. The task's criterion is not used.
 
-  The official networks start with the same pretrained backbone; here all else is drawn for each on its own.
+  The official networks start with the same pretrained backbone; here all else is drawn for each on
+  its own.
 
   Args:
     weight: of progressive cross training, what "hybrid" learns from "pseudo".
-    classification_weight: of the image-level loss on the greatest logit of each class; "hybrid" only.
+    classification_weight: of the image-level loss on the greatest logit of each class; "hybrid"
+      only.
     score_power: see `sample_weight`; IoU 0.5 becomes 0.004, 0.8 becomes 0.17, 0.9 becomes 0.43.
     score_momentum: see `evaluated`.
-    trust_unseen: see `sample_weight`. True is what the official code does; False learns nothing from images with such a class.
-    decay_pseudo_rate: the learning rate of "pseudo" follows the schedule too; officially it stays what it is at the first step.
-    background: class 0 is in nearly every image and has no image-level loss; False where it is a class like the others.
+    trust_unseen: see `sample_weight`. True is what the official code does; False learns nothing
+      from images with such a class.
+    decay_pseudo_rate: the learning rate of "pseudo" follows the schedule too; officially it stays
+      what it is at the first step.
+    background: class 0 is in nearly every image and has no image-level loss; False where it is a
+      class like the others.
   """
   network = task.network
   first_rate = lambda step: task.optimizer.learning_rate(0)
   problems = checks.Problems("learn_pseudo cannot be run with these options")
   if not 0 <= score_momentum < 1:
     problems.add("score_momentum", got=score_momentum, allowed="0 up to, but not, 1")
-  for name, value in {"weight": weight, "classification_weight": classification_weight, "score_power": score_power}.items():
+  for name, value in {
+    "weight": weight,
+    "classification_weight": classification_weight,
+    "score_power": score_power,
+  }.items():
     if not value >= 0:
       problems.add(name, got=value, allowed="0 or more")
   if not decay_pseudo_rate and first_rate(0) == 0 < task.optimizer.learning_rate(1):
     remedy = "set optimizer.warmup_steps=0, or method.decay_pseudo_rate=True"
-    problems.add("decay_pseudo_rate", got="False with a learning rate that rises from 0", remedy=remedy)
+    problems.add(
+      "decay_pseudo_rate", got="False with a learning rate that rises from 0", remedy=remedy
+    )
   problems.raise_if_any()
-  pseudo_optimizer = task.optimizer if decay_pseudo_rate else task.optimizer._replace(learning_rate=first_rate)
+  pseudo_optimizer = (
+    task.optimizer if decay_pseudo_rate else task.optimizer._replace(learning_rate=first_rate)
+  )
   optimizers = {"hybrid": task.optimizer, "pseudo": pseudo_optimizer}
   first = 1 if background else 0  # of the classes with an image-level loss
 
@@ -115,7 +141,9 @@ def learn_pseudo(
     key_hybrid, key_pseudo = jax.random.split(key)
     pair = {"hybrid": nets.create(task, key_hybrid), "pseudo": nets.create(task, key_pseudo)}
     counts = {name: jnp.zeros(task.num_classes) for name in ("count_predicted", "count_hit")}
-    return State(jnp.zeros([], jnp.int32), pair, {"count_truth": jnp.ones(task.num_classes)} | counts)
+    return State(
+      jnp.zeros([], jnp.int32), pair, {"count_truth": jnp.ones(task.num_classes)} | counts
+    )
 
   def draw(key, batch):
     return nets.dropout_keys(key, "hybrid", "pseudo")
@@ -123,19 +151,27 @@ def learn_pseudo(
   def run(net, batch, dropout):
     """Logits on labeled and on unlabeled images, and the net with its statistics moved."""
     labeled, unlabeled = batch["labeled"]["image"], batch["unlabeled"]["weak"]
-    (logits,), net = nets.forward(network, net, jnp.concatenate([labeled, unlabeled]), dropout=dropout)
+    (logits,), net = nets.forward(
+      network, net, jnp.concatenate([labeled, unlabeled]), dropout=dropout
+    )
     return logits[: len(labeled)], logits[len(labeled) :], net
 
   def cross_entropy_mean(logits, image_label, label):
     # Officially NaN where no pixel has a label.
-    return losses.mean_over(class_aware.cross_entropy(logits, image_label, label), label != IGNORE_LABEL)
+    return losses.mean_over(
+      class_aware.cross_entropy(logits, image_label, label), label != IGNORE_LABEL
+    )
 
   def classification(logits, image_label):
     """How well the greatest logit of a class says that it is in the image: f32[B, K'], in nats."""
-    return optax.sigmoid_binary_cross_entropy(greatest_logits(logits)[:, first:], image_label[:, first:])
+    return optax.sigmoid_binary_cross_entropy(
+      greatest_logits(logits)[:, first:], image_label[:, first:]
+    )
 
   def trust(memory, image_label):
-    return sample_weight(running_iou(memory), image_label, power=score_power, trust_unseen=trust_unseen)
+    return sample_weight(
+      running_iou(memory), image_label, power=score_power, trust_unseen=trust_unseen
+    )
 
   def update(state, batch, draws):
     label, labeled_classes = batch["labeled"]["label"], batch["labeled"]["image_label"]
@@ -146,28 +182,43 @@ def learn_pseudo(
       pseudo_labeled, pseudo_unlabeled, pseudo = run(live["pseudo"], batch, draws["pseudo"])
       by_hybrid = pseudo_label(hybrid_unlabeled, classes, known_label)
       by_pseudo = pseudo_label(pseudo_unlabeled, classes, known_label)
-      memory = evaluated(state.memory, label, class_aware.best_class(pseudo_labeled, labeled_classes), score_momentum)
+      memory = evaluated(
+        state.memory, label, class_aware.best_class(pseudo_labeled, labeled_classes), score_momentum
+      )
       trusted = trust(memory, classes)
 
-      per_class = classification(hybrid_labeled, labeled_classes), classification(hybrid_unlabeled, classes)
+      per_class = (
+        classification(hybrid_labeled, labeled_classes),
+        classification(hybrid_unlabeled, classes),
+      )
       classified = classification_weight * losses.joint_mean(*per_class)
       supervised = cross_entropy_mean(hybrid_labeled, labeled_classes, label)
       taught = cross_entropy_mean(pseudo_unlabeled, classes, by_hybrid)
-      per_pixel = class_aware.cross_entropy(hybrid_unlabeled, classes, by_pseudo) * trusted[:, None, None]
+      per_pixel = (
+        class_aware.cross_entropy(hybrid_unlabeled, classes, by_pseudo) * trusted[:, None, None]
+      )
       # Over all pixels, ignored ones of labeled images among them.
       progressive = task.unlabeled_weight(state.step) * weight * jnp.mean(per_pixel)
 
       loss = supervised + taught + classified + progressive
       terms = {
-        "loss": loss, "loss_supervised": supervised, "loss_pseudo": taught, "loss_classification": classified,
-        "loss_progressive": progressive, "sample_weight": jnp.mean(trusted),
-      }  # fmt: skip
+        "loss": loss,
+        "loss_supervised": supervised,
+        "loss_pseudo": taught,
+        "loss_classification": classified,
+        "loss_progressive": progressive,
+        "sample_weight": jnp.mean(trusted),
+      }
       return loss, ({"hybrid": hybrid, "pseudo": pseudo}, terms | {"memory": memory})
 
     after, metrics = nets.descend(optimizers, state.nets, state.step, objective)
     memory = metrics.pop("memory")
-    iou, seen = running_iou(memory), memory["count_truth"] > 1  # 1 is what a class never seen starts from
-    metrics |= {"running_iou": losses.mean_over(iou, seen), "running_iou_least": jnp.min(jnp.where(seen, iou, 1.0))}
+    # 1 is what a class never seen starts from.
+    iou, seen = running_iou(memory), memory["count_truth"] > 1
+    metrics |= {
+      "running_iou": losses.mean_over(iou, seen),
+      "running_iou_least": jnp.min(jnp.where(seen, iou, 1.0)),
+    }
     return State(state.step + 1, after, memory), metrics
 
   def show(state, batch, draws):

@@ -1,7 +1,8 @@
-"""PseudoSeg: one network labels its unlabeled images with its decoder and its class activation maps, fused.
+"""PseudoSeg: one network labels its unlabeled images with its decoder and its class activation
+maps, fused.
 
-Zou et al., "PseudoSeg: Designing Pseudo Labels for Semantic Segmentation", ICLR 2021; facts from the official code
-(googleinterns/wss), which is followed where the paper says otherwise.
+Zou et al., "PseudoSeg: Designing Pseudo Labels for Semantic Segmentation", ICLR 2021; facts from
+the official code (googleinterns/wss), which is followed where the paper says otherwise.
 """
 
 import jax
@@ -14,15 +15,26 @@ from pseudoseg_jax.models import heads
 from pseudoseg_jax.ops import cam as cams, fusion, losses, mixing, resize
 
 
-def pseudo_label(decoder_logits, sgc_logits, *, source="fused", calibrate=True, temperature=0.5, soft=True, min_confidence=0.0):
-  """What the strong view shall say, from two opinions on the weak one. [PseudoSeg, calibrated fusion]
+def pseudo_label(
+  decoder_logits,
+  sgc_logits,
+  *,
+  source="fused",
+  calibrate=True,
+  temperature=0.5,
+  soft=True,
+  min_confidence=0.0,
+):
+  """What the strong view shall say, from two opinions on the weak one. [PseudoSeg, calibrated
+  fusion]
 
   Args:
     decoder_logits, sgc_logits: f32[B, h, w, K].
     source: "fused", or "attention" for the softmax of the SGC logits alone.
     calibrate: see `fusion.calibrated_fusion`.
     temperature: of the sharpening; soft labels only.
-    soft: False makes it the one-hot argmax, and the confidence that of the unsharpened distribution.
+    soft: False makes it the one-hot argmax, and the confidence that of the unsharpened
+      distribution.
     min_confidence: pixels below it are not kept.
 
   Returns:
@@ -56,23 +68,29 @@ def pseudoseg(
 ) -> Method:
   """One stage, one network, no teacher, no ramp-up. [PseudoSeg, section 3]
 
-  Labeled, weak and strong images pass with batch statistics of their own; the class activation maps of the weak ones come from
-  a pass with running statistics. Here statistics, the fusion's norm and all denominators are of the global batch; the official
-  run has 16 groups of 4 images, each with its own. The labeled images' one pass through the backbone, which the official graph
-  makes twice, moves the running statistics once. Image-level labels are of whole images; the official ones are read off the
-  masks of the crops. Xception's classifier has no dropout before it.
+  Labeled, weak and strong images pass with batch statistics of their own; the class activation maps
+  of the weak ones come from a pass with running statistics. Here statistics, the fusion's norm and
+  all denominators are of the global batch; the official run has 16 groups of 4 images, each with
+  its own. The labeled images' one pass through the backbone, which the official graph makes twice,
+  moves the running statistics once. Image-level labels are of whole images; the official ones are
+  read off the masks of the crops. Xception's classifier has no dropout before it.
 
   Args:
-    image_labels: the unlabeled images come with image-level labels (batch["unlabeled"]["image_label"]): they say which classes
-      have a map, and the classifier learns from them. Else the classifier's own prediction says, and it learns from the masks
-      of the labeled images.
-    weight, attention_weight, classification_weight: of the consistency, SGC and classification losses.
-    source, calibrate, temperature, soft, min_confidence: see `pseudo_label`. Pixels that are not kept stay in the denominator.
+    image_labels: the unlabeled images come with image-level labels
+      (batch["unlabeled"]["image_label"]): they say which classes have a map, and the classifier
+      learns from them. Else the classifier's own prediction says, and it learns from the masks of
+      the labeled images.
+    weight, attention_weight, classification_weight: of the consistency, SGC and classification
+      losses.
+    source, calibrate, temperature, soft, min_confidence: see `pseudo_label`. Pixels that are not
+      kept stay in the denominator.
     attention_dim: channels of key and query.
-    attention_maps: backbone maps whose concatenation the attention compares, counted from the deepest, -1.
-    background: class 0 is what no other class claims, as in VOC and COCO; False where every class is a thing or stuff of its own.
-    cutout_fraction: side of the box that CutOut takes from the strong view, by the shorter side of the crop; 0 for none. The
-      official 100 pixels of 513.
+    attention_maps: backbone maps whose concatenation the attention compares, counted from the
+      deepest, -1.
+    background: class 0 is what no other class claims, as in VOC and COCO; False where every class
+      is a thing or stuff of its own.
+    cutout_fraction: side of the box that CutOut takes from the strong view, by the shorter side of
+      the crop; 0 for none. The official 100 pixels of 513.
   """
   network, num_classes = task.network, task.num_classes
   channels = nets.map_channels(network)
@@ -80,7 +98,11 @@ def pseudoseg(
   if source not in ("fused", "attention"):
     problems.add("source", got=repr(source), allowed="'fused' or 'attention'")
   if not attention_maps or not all(-len(channels) <= index < 0 for index in attention_maps):
-    problems.add("attention_maps", got=attention_maps, allowed=f"some of -1..-{len(channels)}, from the deepest map")
+    problems.add(
+      "attention_maps",
+      got=attention_maps,
+      allowed=f"some of -1..-{len(channels)}, from the deepest map",
+    )
   if not temperature > 0:
     problems.add("temperature", got=temperature, allowed="above 0")
   for name, value in (("min_confidence", min_confidence), ("cutout_fraction", cutout_fraction)):
@@ -90,16 +112,23 @@ def pseudoseg(
   first = 1 if background else 0  # of the classes that have a map
   classifier = heads.image_classifier(channels[-1], num_classes - first)
   attention = heads.self_attention(
-    sum(channels[index] for index in attention_maps), num_classes, attention_dim=attention_dim, background=background
+    sum(channels[index] for index in attention_maps),
+    num_classes,
+    attention_dim=attention_dim,
+    background=background,
   )
 
   def draw(key, batch):
     num_images, height, width, _ = batch["unlabeled"]["weak"].shape
-    centre = jax.random.randint(rng.stream(key, "cutout"), (num_images, 2), 0, jnp.array([height, width]))
+    centre = jax.random.randint(
+      rng.stream(key, "cutout"), (num_images, 2), 0, jnp.array([height, width])
+    )
     return {"cutout_centre": centre, "dropout": nets.dropout_keys(key, "teacher", "student")}
 
   def views(batch, draws):
-    """Weak view, strong view after CutOut, and valid without the box: the attention on the weak view leaves it out too."""
+    """Weak view, strong view after CutOut, and valid without the box: the attention on the weak
+    view leaves it out too.
+    """
     unlabeled = batch["unlabeled"]
     weak, strong, valid = unlabeled["weak"], unlabeled["strong"][:, 0], unlabeled["valid"]
     size = valid.shape[1:]
@@ -110,31 +139,55 @@ def pseudoseg(
     return classifier.apply(net.params["classifier"], {}, maps[-1], train=True)[0]
 
   def self_attention_cam(net, maps, image_label, valid):
-    """CAM f32[B, h, w, K'], SGC logits f32[B, h, w, K], and the net; of its parameters only the attention's get a gradient."""
+    """CAM f32[B, h, w, K'], SGC logits f32[B, h, w, K], and the net; of its parameters only the
+    attention's get a gradient.
+    """
     maps = jax.lax.stop_gradient(maps)
     kernel = jax.lax.stop_gradient(net.params["classifier"]["kernel"])
     size = maps[-1].shape[1:3]
     cam = cams.class_activation_maps(maps[-1], kernel, image_label)
-    hypercolumn = jnp.concatenate([resize.bilinear_align_corners(maps[index], size) for index in attention_maps], axis=-1)
+    hypercolumn = jnp.concatenate(
+      [resize.bilinear_align_corners(maps[index], size) for index in attention_maps], axis=-1
+    )
     inputs = hypercolumn, cam, resize.nearest(valid, size)
-    sgc, stats = attention.apply(net.params["attention"], net.batch_stats["attention"], *inputs, train=True)
+    sgc, stats = attention.apply(
+      net.params["attention"], net.batch_stats["attention"], *inputs, train=True
+    )
     return cam, sgc, net.replace(batch_stats=net.batch_stats | {"attention": stats})
 
   def teach(net, batch, draws):
-    """The pseudo label on the decoder's grid with all that it is made of, and the net with its statistics moved."""
+    """The pseudo label on the decoder's grid with all that it is made of, and the net with its
+    statistics moved.
+    """
     weak, strong, valid = views(batch, draws)
     (maps,), moved = nets.encode(network, net, weak)
     (decoder,), moved = nets.decode(network, moved, maps, dropout=draws["dropout"]["teacher"])
     valid = resize.nearest(valid, decoder.shape[1:3])
 
     maps = nets.infer_maps(network, net, weak)
-    present = batch["unlabeled"]["image_label"][:, first:] if image_labels else class_logits(net, maps) >= 0
+    present = (
+      batch["unlabeled"]["image_label"][:, first:] if image_labels else class_logits(net, maps) >= 0
+    )
     cam, sgc, moved = self_attention_cam(moved, maps, present, valid)
     sgc = resize.bilinear_align_corners(sgc, decoder.shape[1:3])
     target, kept = pseudo_label(
-      decoder, sgc, source=source, calibrate=calibrate, temperature=temperature, soft=soft, min_confidence=min_confidence
+      decoder,
+      sgc,
+      source=source,
+      calibrate=calibrate,
+      temperature=temperature,
+      soft=soft,
+      min_confidence=min_confidence,
     )
-    return {"strong": strong, "valid": valid, "decoder": decoder, "cam": cam, "sgc": sgc, "target": target, "kept": kept}, moved
+    return {
+      "strong": strong,
+      "valid": valid,
+      "decoder": decoder,
+      "cam": cam,
+      "sgc": sgc,
+      "target": target,
+      "kept": kept,
+    }, moved
 
   def update(state, batch, draws):
     labeled, label = batch["labeled"]["image"], batch["labeled"]["label"]
@@ -143,7 +196,9 @@ def pseudoseg(
     def objective(live):
       net = live["student"]
       (strong_maps, labeled_maps), net = nets.encode(network, net, taught["strong"], labeled)
-      (strong, decoder), net = nets.decode(network, net, strong_maps, labeled_maps, dropout=draws["dropout"]["student"])
+      (strong, decoder), net = nets.decode(
+        network, net, strong_maps, labeled_maps, dropout=draws["dropout"]["student"]
+      )
       present = cams.image_labels(label, num_classes)[:, first:]
       valid = resize.nearest(batch["labeled"]["valid"], decoder.shape[1:3])
       _, sgc, net = self_attention_cam(net, labeled_maps, present, valid)
@@ -158,13 +213,19 @@ def pseudoseg(
       per_class = optax.sigmoid_binary_cross_entropy(class_logits(net, classified_maps), present)
       classified = classification_weight * jnp.mean(per_class)
       per_pixel = losses.soft_cross_entropy(strong, taught["target"]) * taught["kept"]
-      consistency = task.unlabeled_weight(state.step) * weight * losses.mean_over(per_pixel, taught["valid"])
+      consistency = (
+        task.unlabeled_weight(state.step) * weight * losses.mean_over(per_pixel, taught["valid"])
+      )
 
       loss = supervised + refined + classified + consistency
       terms = {
-        "loss": loss, "loss_supervised": supervised, "loss_attention": refined, "loss_classification": classified,
-        "loss_consistency": consistency, "kept_fraction": losses.mean_over(taught["kept"].astype(loss.dtype), taught["valid"]),
-      }  # fmt: skip
+        "loss": loss,
+        "loss_supervised": supervised,
+        "loss_attention": refined,
+        "loss_classification": classified,
+        "loss_consistency": consistency,
+        "kept_fraction": losses.mean_over(taught["kept"].astype(loss.dtype), taught["valid"]),
+      }
       return loss, ({"student": net}, terms)
 
     after, metrics = nets.descend(task.optimizer, {"student": student}, state.step, objective)

@@ -1,8 +1,9 @@
-"""Self-correcting networks: a network that is shown boxes labels the images that have only boxes, and is corrected on the way.
+"""Self-correcting networks: a network that is shown boxes labels the images that have only boxes,
+and is corrected on the way.
 
-Ibrahim, Vahdat, Ranjbar & Macready, "Semi-Supervised Semantic Image Segmentation with Self-Correcting Networks", CVPR 2020. No
-code was published: facts from the paper's opening and its author's slides, whose numbers stand below; choices where they are
-silent are named as such.
+Ibrahim, Vahdat, Ranjbar & Macready, "Semi-Supervised Semantic Image Segmentation with
+Self-Correcting Networks", CVPR 2020. No code was published: facts from the paper's opening and its
+author's slides, whose numbers stand below; choices where they are silent are named as such.
 """
 
 import functools
@@ -19,24 +20,29 @@ CORRECTIONS = ("none", "linear", "convolutional", "em_fixed")
 
 
 def box_network(task: Task, *, background: bool):
-  """The ancillary model p_anc(y | x, b): a network whose maps are multiplied by what a box encoder makes of the boxes. [slide 17]
+  """The ancillary model p_anc(y | x, b): a network whose maps are multiplied by what a box encoder
+  makes of the boxes. [slide 17]
 
   Args:
     background: see `boxes.with_background`.
 
   Returns:
-    The box encoder (contract.Head), to stand in the network's tree as "box_encoder", and
-    run: (net, images, planes f32[B, H, W, K], train=bool, dropout=key) -> (logits f32[B, H, W, K], attention, net with its
-      statistics moved where train=True); attention maps f32[B, h, w, C] in 0..1, the first that of the deepest map.
+    The box encoder (contract.Head), to stand in the network's tree as "box_encoder", and run: (net,
+    images, planes f32[B, H, W, K], train=bool, dropout=key) -> (logits f32[B, H, W, K], attention,
+    net with its
+      statistics moved where train=True); attention maps f32[B, h, w, C] in 0..1, the first that of
+      the deepest map.
   """
   network = task.network
   channels = nets.map_channels(network)
-  # Slides: the encoder's output and the low-level map (re-implementations take the first behind the ASPP). Here both are the
-  # backbone's, which every network has; like there, pretrained weights stay usable. A head that reads the deepest map alone
-  # (PSPNet) feels one scale.
+  # Slides: the encoder's output and the low-level map (re-implementations take the first behind the
+  # ASPP). Here both are the backbone's, which every network has; like there, pretrained weights
+  # stay usable. A head that reads the deepest map alone (PSPNet) feels one scale.
   deepest = len(channels) - 1
   scales = (deepest, 0) if deepest else (0,)
-  encoder = heads.box_encoder(task.num_classes + (not background), [channels[scale] for scale in scales])
+  encoder = heads.box_encoder(
+    task.num_classes + (not background), [channels[scale] for scale in scales]
+  )
 
   def run(net, images, planes, *, train, dropout=None):
     maps, stats = network.encode(net.params, net.batch_stats, images, train=train, dropout=dropout)
@@ -44,7 +50,10 @@ def box_network(task: Task, *, background: bool):
     planes = boxes.with_background(planes, background=background)
     attention, _ = encoder.apply(net.params["box_encoder"], {}, planes, sizes, train=train)
     of_scale = dict(zip(scales, attention, strict=True))
-    maps = tuple(x * of_scale[scale].astype(x.dtype) if scale in of_scale else x for scale, x in enumerate(maps))
+    maps = tuple(
+      x * of_scale[scale].astype(x.dtype) if scale in of_scale else x
+      for scale, x in enumerate(maps)
+    )
     scores, stats = network.decode(net.params, stats, maps, train=train, dropout=dropout)
     return network.upsample(scores, images.shape[1:3]), attention, net.replace(batch_stats=stats)
 
@@ -52,18 +61,23 @@ def box_network(task: Task, *, background: bool):
 
 
 def ancillary(task: Task, *, background: bool = True) -> Method:
-  """The first stage: the ancillary model learns the masks of labeled images from image and boxes. [slides 15-17]
+  """The first stage: the ancillary model learns the masks of labeled images from image and boxes.
+  [slides 15-17]
 
-  It labels the images that have only boxes in `self_correcting`. For the convolutional correction it is to be trained on half of
-  the labeled images, else it is too sure on those that train the correction. [the author's notes]
+  It labels the images that have only boxes in `self_correcting`. For the convolutional correction
+  it is to be trained on half of the labeled images, else it is too sure on those that train the
+  correction. [the author's notes]
 
   Args:
-    background: class 0 is what no box covers, as in VOC; False where every class has boxes (Cityscapes).
+    background: class 0 is what no box covers, as in VOC; False where every class has boxes
+      (Cityscapes).
   """
   encoder, run = box_network(task, background=background)
 
   def init(key):
-    return State(step=jnp.zeros([], jnp.int32), nets={"ancillary": nets.create(task, key, box_encoder=encoder)})
+    return State(
+      step=jnp.zeros([], jnp.int32), nets={"ancillary": nets.create(task, key, box_encoder=encoder)}
+    )
 
   def draw(key, batch):
     return nets.dropout_keys(key, "ancillary")
@@ -88,8 +102,11 @@ def ancillary(task: Task, *, background: bool = True) -> Method:
   return Method(needs, init, draw, update, {"ancillary": predict}, predictor_hints=hints)
 
 
-def em_fixed_label(logits, planes, *, foreground_bias: float, background_bias: float, background: bool):
-  """The likeliest class among those whose boxes cover the pixel, each raised by a bias. [Papandreou et al. 2015, Bbox-EM-Fixed]
+def em_fixed_label(
+  logits, planes, *, foreground_bias: float, background_bias: float, background: bool
+):
+  """The likeliest class among those whose boxes cover the pixel, each raised by a bias. [Papandreou
+  et al. 2015, Bbox-EM-Fixed]
 
   Args:
     logits: f32[B, H, W, K]; planes: f32[B, H, W, K] of 0 and 1.
@@ -122,42 +139,55 @@ def self_correcting(
   foreground_bias: float = 5.0,
   background_bias: float = 3.0,
 ) -> Method:
-  """The primary model learns masks, and on images with boxes a soft label q that grows better with it. [slides 18-25]
+  """The primary model learns masks, and on images with boxes a soft label q that grows better with
+  it. [slides 18-25]
 
-  Labeled and weakly labeled images pass as one batch with common statistics: on the slides one batch holds both. The ancillary
-  model answers in the step, with running statistics, on the crop and its boxes; the author stores its logits, which for VOC would
-  be hundreds of gigabytes. Both answers are of full size. Weakly labeled pixels all count alike, but for padding. The parts about
+  Labeled and weakly labeled images pass as one batch with common statistics: on the slides one
+  batch holds both. The ancillary model answers in the step, with running statistics, on the crop
+  and its boxes; the author stores its logits, which for VOC would be hundreds of gigabytes. Both
+  answers are of full size. Weakly labeled pixels all count alike, but for padding. The parts about
   statistics and padding are choices: the sources are silent.
 
   Args:
-    correction: "none": q is the ancillary model's softmax. "linear": q minimises KL(q || p) + alpha KL(q || p_anc).
-      "convolutional": a small network reads both logits; it learns from masks only. "em_fixed", a baseline without an ancillary
-      model: q is the label of `em_fixed_label` from the primary model.
-    learn_weak: False is the second stage of "convolutional": masks alone, for primary model and correction net together; True
-      is its third, which goes on with both nets of the second.
+    correction: "none": q is the ancillary model's softmax. "linear": q minimises KL(q || p) + alpha
+      KL(q || p_anc). "convolutional": a small network reads both logits; it learns from masks only.
+      "em_fixed", a baseline without an ancillary model: q is the label of `em_fixed_label` from the
+      primary model.
+    learn_weak: False is the second stage of "convolutional": masks alone, for primary model and
+      correction net together; True is its third, which goes on with both nets of the second.
     weight: of the term on weakly labeled images.
     background: see `ancillary`, which must have been trained with the same.
-    alpha_start, alpha_end, alpha_decay: alpha = max(end, start exp(-decay step / total_steps)). [read off slide 22's curve]
-    hidden, detach_primary: "convolutional" only: width of the correction net, and whether its loss stops short of the primary
-      model. Not in the sources: re-implementations differ.
-    correction_learning_rate: "convolutional" only: of the correction net's Adam; falls to 0 as (1 - t)^0.9. Chosen here: logits have
-      no fixed scale, and a net on them diverges at the rates that suit a backbone.
+    alpha_start, alpha_end, alpha_decay: alpha = max(end, start exp(-decay step / total_steps)).
+      [read off slide 22's curve]
+    hidden, detach_primary: "convolutional" only: width of the correction net, and whether its loss
+      stops short of the primary model. Not in the sources: re-implementations differ.
+    correction_learning_rate: "convolutional" only: of the correction net's Adam; falls to 0 as (1 -
+      t)^0.9. Chosen here: logits have no fixed scale, and a net on them diverges at the rates that
+      suit a backbone.
     foreground_bias, background_bias: "em_fixed" only; those of Papandreou et al.
   """
-  _check(correction, learn_weak, alpha_start, alpha_end, alpha_decay, hidden, correction_learning_rate)
+  _check(
+    correction, learn_weak, alpha_start, alpha_end, alpha_decay, hidden, correction_learning_rate
+  )
   network, num_classes = task.network, task.num_classes
   convolutional, guided = correction == "convolutional", correction != "em_fixed"
   encoder, run = box_network(task, background=background) if guided else (None, None)
   combine = heads.correction_net(num_classes, hidden=hidden)
-  rate = functools.partial(schedules.poly, base=correction_learning_rate, total_steps=task.total_steps)
+  rate = functools.partial(
+    schedules.poly, base=correction_learning_rate, total_steps=task.total_steps
+  )
   optimizers = {"primary": task.optimizer, "correction": optim.adamw(rate)}
 
   def init(key):
     born = {"primary": nets.create(task, rng.stream(key, "primary"))}
     if guided:
-      born["ancillary"] = nets.frozen(nets.create(task, rng.stream(key, "ancillary"), box_encoder=encoder))
+      born["ancillary"] = nets.frozen(
+        nets.create(task, rng.stream(key, "ancillary"), box_encoder=encoder)
+      )
     if convolutional:
-      born["correction"] = nets.create_of(combine, rng.stream(key, "correction"), optimizers["correction"])
+      born["correction"] = nets.create_of(
+        combine, rng.stream(key, "correction"), optimizers["correction"]
+      )
     return State(step=jnp.zeros([], jnp.int32), nets=born)
 
   def draw(key, batch):
@@ -171,10 +201,14 @@ def self_correcting(
     return run(state.nets["ancillary"], image, planes, train=False)[:2] if guided else (None, None)
 
   def corrected(net, primary_logits, ancillary_logits):
-    return combine.apply(net.params, net.batch_stats, primary_logits, ancillary_logits, train=True)[0]
+    return combine.apply(net.params, net.batch_stats, primary_logits, ancillary_logits, train=True)[
+      0
+    ]
 
   def alpha(step):
-    return schedules.exp_decay(step, start=alpha_start, end=alpha_end, rate=alpha_decay, total_steps=task.total_steps)
+    return schedules.exp_decay(
+      step, start=alpha_start, end=alpha_end, rate=alpha_decay, total_steps=task.total_steps
+    )
 
   def weak_target(state, primary_logits, ancillary_logits, planes):
     """q f32[B, H, W, K], 0 in all classes where nothing is known; no gradient passes."""
@@ -186,7 +220,9 @@ def self_correcting(
       case "convolutional":
         logits = corrected(state.nets["correction"], primary_logits, ancillary_logits)
       case "em_fixed":
-        biases = dict(foreground_bias=foreground_bias, background_bias=background_bias, background=background)
+        biases = dict(
+          foreground_bias=foreground_bias, background_bias=background_bias, background=background
+        )
         return jax.nn.one_hot(em_fixed_label(primary_logits, planes, **biases), num_classes)
     return jax.lax.stop_gradient(jax.nn.softmax(logits))
 
@@ -211,7 +247,9 @@ def self_correcting(
         terms["loss_weak"] = task.unlabeled_weight(state.step) * weight * weak_loss
       if convolutional:
         seen = jax.lax.stop_gradient(logits[:count]) if detach_primary else logits[:count]
-        terms["loss_correction"] = task.criterion(corrected(live["correction"], seen, on_labeled), label)
+        terms["loss_correction"] = task.criterion(
+          corrected(live["correction"], seen, on_labeled), label
+        )
       loss = sum(terms.values())
       told = {"loss": loss} | terms
       if learn_weak and correction in ("linear", "convolutional"):
@@ -238,29 +276,47 @@ def self_correcting(
     return shown, batch["unlabeled"]["valid"] & jnp.any(target > 0, axis=-1)
 
   guide = (("box attention", "heat"), ("ancillary", "classes")) if guided else ()
-  pictures = (("weak view", "image"), ("boxes", "heat"), *guide, ("primary", "classes"), ("pseudo label", "classes"))
+  pictures = (
+    ("weak view", "image"),
+    ("boxes", "heat"),
+    *guide,
+    ("primary", "classes"),
+    ("pseudo label", "classes"),
+  )
   panels = Panels(*zip(*pictures, strict=True), show) if learn_weak else None
-  given = (("ancillary",) if guided else ()) + (("primary", "correction") if convolutional and learn_weak else ())
+  given = (("ancillary",) if guided else ()) + (
+    ("primary", "correction") if convolutional and learn_weak else ()
+  )
   needs = Needs(unlabeled=learn_weak, weak_label="boxes")
-  return Method(needs, init, draw, update, nets.predictors(network, "primary"), panels, given_nets=given)
+  return Method(
+    needs, init, draw, update, nets.predictors(network, "primary"), panels, given_nets=given
+  )
 
 
 def _contrast(attention):
-  """How far the attention at each place is from its mean over the image, scaled to 0..1: f32[B, h, w, C] -> f32[B, h, w]."""
+  """How far the attention at each place is from its mean over the image, scaled to 0..1: f32[B, h,
+  w, C] -> f32[B, h, w].
+  """
   distance = jnp.mean(jnp.abs(attention - jnp.mean(attention, axis=(1, 2), keepdims=True)), axis=-1)
   return distance / jnp.maximum(jnp.max(distance, axis=(1, 2), keepdims=True), 1e-6)
 
 
-def _check(correction, learn_weak, alpha_start, alpha_end, alpha_decay, hidden, correction_learning_rate):
+def _check(
+  correction, learn_weak, alpha_start, alpha_end, alpha_decay, hidden, correction_learning_rate
+):
   problems = checks.Problems("self_correcting cannot be run with these options")
   if correction not in CORRECTIONS:
     remedy = checks.nearest(correction, CORRECTIONS)
-    problems.add("correction", got=repr(correction), allowed=checks.choices(CORRECTIONS), remedy=remedy)
+    problems.add(
+      "correction", got=repr(correction), allowed=checks.choices(CORRECTIONS), remedy=remedy
+    )
   if not learn_weak and correction != "convolutional":
     allowed = "True, except with correction 'convolutional'"
     problems.add("learn_weak", got=False, allowed=allowed, remedy="or take method 'supervised'")
   if not 0 <= alpha_end <= alpha_start:
-    problems.add("alpha_start, alpha_end", got=(alpha_start, alpha_end), allowed="start >= end >= 0")
+    problems.add(
+      "alpha_start, alpha_end", got=(alpha_start, alpha_end), allowed="start >= end >= 0"
+    )
   if alpha_decay < 0:
     problems.add("alpha_decay", got=alpha_decay, allowed="0 or more")
   if not correction_learning_rate > 0:

@@ -5,7 +5,9 @@ from pseudoseg_jax.contract import Method, Needs, Task
 
 
 def supervised(task: Task) -> Method:
-  """Minimises the task's criterion (cross entropy, or OHEM where the config says so) on labeled images."""
+  """Minimises the task's criterion (cross entropy, or OHEM where the config says so) on labeled
+  images.
+  """
 
   def draw(key, batch):
     return nets.dropout_keys(key, "student")
@@ -14,11 +16,19 @@ def supervised(task: Task) -> Method:
     labeled = batch["labeled"]
 
     def objective(live):
-      (logits,), student = nets.forward(task.network, live["student"], labeled["image"], dropout=draws["student"])
+      (logits,), student = nets.forward(
+        task.network, live["student"], labeled["image"], dropout=draws["student"]
+      )
       loss = task.criterion(logits, labeled["label"])
       return loss, ({"student": student}, {"loss": loss})
 
     after, metrics = nets.descend(task.optimizer, state.nets, state.step, objective)
     return state.replace(step=state.step + 1, nets=after), metrics
 
-  return Method(Needs(unlabeled=False), nets.init_student(task), draw, update, nets.predictors(task.network, "student"))
+  return Method(
+    Needs(unlabeled=False),
+    nets.init_student(task),
+    draw,
+    update,
+    nets.predictors(task.network, "student"),
+  )

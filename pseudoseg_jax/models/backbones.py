@@ -18,8 +18,9 @@ BACKBONES = (*resnet.BLOCKS, *efficientnet.VERSIONS)
 
 
 class Widths(NamedTuple):
-  """Of a head that suits a backbone. context: channels of what pools context (ASPP) and of the decoder; low: of the finest map.
-  rates: dilations of the ASPP at output stride 16."""
+  """Of a head that suits a backbone. context: channels of what pools context (ASPP) and of the
+  decoder; low: of the finest map. rates: dilations of the ASPP at output stride 16.
+  """
 
   context: int
   low: int
@@ -27,8 +28,9 @@ class Widths(NamedTuple):
 
 
 LARGE = Widths(256, 48, (6, 12, 18))  # DeepLabv3+, on ResNets
-# A head of 256 channels costs five times what EfficientNet-Lite0 does. Rates are for the crops that such networks are trained with:
-# at 128 pixels the map is 8 x 8, of which rates of 12 and 18 read nothing but padding.
+# A head of 256 channels costs five times what EfficientNet-Lite0 does. Rates are for the crops that
+# such networks are trained with: at 128 pixels the map is 8 x 8, of which rates of 12 and 18 read
+# nothing but padding.
 SMALL = Widths(96, 24, (3, 6, 9))
 
 
@@ -41,7 +43,8 @@ def make_backbone(
   drop_connect: float = 0.0,
   dtype: Any = jnp.float32,
 ) -> nn.Module:
-  """A module (images [B, H, W, C], *, train, groups) -> maps at strides 4, 8, 16, 32, the last at most at the output stride.
+  """A module (images [B, H, W, C], *, train, groups) -> maps at strides 4, 8, 16, 32, the last at
+  most at the output stride.
 
   Args:
     name: one of BACKBONES.
@@ -57,9 +60,18 @@ def make_backbone(
   if output_stride not in resnet.OUTPUT_STRIDES:
     problems.add("network.output_stride", got=output_stride, allowed=resnet.OUTPUT_STRIDES)
   if not 0 <= drop_connect < 1:
-    problems.add("network.drop_connect", got=drop_connect, allowed="0 <= drop_connect < 1; EfficientNet's own is 0.2")
+    problems.add(
+      "network.drop_connect",
+      got=drop_connect,
+      allowed="0 <= drop_connect < 1; EfficientNet's own is 0.2",
+    )
   elif drop_connect and name in resnet.BLOCKS:
-    problems.add("network.drop_connect", got=drop_connect, allowed=f"0 with {name}", remedy="it is of EfficientNet-Lite backbones")
+    problems.add(
+      "network.drop_connect",
+      got=drop_connect,
+      allowed=f"0 with {name}",
+      remedy="it is of EfficientNet-Lite backbones",
+    )
   problems.raise_if_any()
   if name in efficientnet.VERSIONS:
     return EfficientNetLite(name, output_stride, drop_connect, dtype=dtype)
@@ -67,7 +79,9 @@ def make_backbone(
 
 
 class Still(nn.Module):
-  """A backbone that runs as in inference whatever is asked: batch norm on its running statistics, which stay; no drop-connect."""
+  """A backbone that runs as in inference whatever is asked: batch norm on its running statistics,
+  which stay; no drop-connect.
+  """
 
   inner: nn.Module
 
@@ -82,11 +96,18 @@ class Still(nn.Module):
     return self.inner(x, train=False)
 
 
-def widths_of(backbone: str, head_channels: int, low_channels: int, aspp_rates: Sequence[int], output_stride: int) -> Widths:
+def widths_of(
+  backbone: str,
+  head_channels: int,
+  low_channels: int,
+  aspp_rates: Sequence[int],
+  output_stride: int,
+) -> Widths:
   """What a DeepLabv3+ head is to have: what suits the backbone where an option is 0 or empty.
 
   Args:
-    aspp_rates: at output stride 16. A map twice as fine needs them twice as large to see as far (DeepLabv3, section 3.3).
+    aspp_rates: at output stride 16. A map twice as fine needs them twice as large to see as far
+      (DeepLabv3, section 3.3).
 
   Raises:
     checks.InputError: values that are not allowed.
@@ -98,7 +119,11 @@ def widths_of(backbone: str, head_channels: int, low_channels: int, aspp_rates: 
     if value < 0:
       problems.add(f"network.{name}", got=value, allowed="1 or more; 0 for what suits the backbone")
   if any(not isinstance(rate, int) or rate < 1 for rate in rates):
-    problems.add("network.aspp_rates", got=aspp_rates, allowed="positive integers, such as (3, 6, 9); () for what suits the backbone")
+    problems.add(
+      "network.aspp_rates",
+      got=aspp_rates,
+      allowed="positive integers, such as (3, 6, 9); () for what suits the backbone",
+    )
   problems.raise_if_any()
   rates = tuple(rate * max(16 // output_stride, 1) for rate in rates)
   return Widths(head_channels or default.context, low_channels or default.low, rates)

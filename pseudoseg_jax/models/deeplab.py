@@ -1,7 +1,8 @@
 """DeepLabv3+ (Chen et al. 2018) in the form of the official CPS code (Chen et al. 2021).
 
-It differs from the textbook: one batch norm over the concatenated ASPP branches, leaky ReLUs in the ASPP, an image-pooling
-branch that is added rather than concatenated, no dropout, dilations 2, 4, 8 in the last stage and align-corners upsampling.
+It differs from the textbook: one batch norm over the concatenated ASPP branches, leaky ReLUs in the
+ASPP, an image-pooling branch that is added rather than concatenated, no dropout, dilations 2, 4, 8
+in the last stage and align-corners upsampling.
 """
 
 from __future__ import annotations
@@ -31,11 +32,17 @@ class ASPP(nn.Module):
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
     branches = [Conv(self.features, 1, dtype=self.dtype, name="branch0")(x)]
     for index, rate in enumerate(self.rates, start=1):
-      branches.append(Conv(self.features, 3, dilation=rate, dtype=self.dtype, name=f"branch{index}")(x))
-    y = BatchNorm(negative_slope=LEAK, name="branches_bn")(jnp.concatenate(branches, -1), train=train, groups=groups)
+      branches.append(
+        Conv(self.features, 3, dilation=rate, dtype=self.dtype, name=f"branch{index}")(x)
+      )
+    y = BatchNorm(negative_slope=LEAK, name="branches_bn")(
+      jnp.concatenate(branches, -1), train=train, groups=groups
+    )
     y = Conv(self.features, dtype=self.dtype, name="project")(y)
     pooled = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32)
-    pooled = ConvBN(self.features, negative_slope=LEAK, dtype=self.dtype, name="pool")(pooled, train=train, groups=groups)
+    pooled = ConvBN(self.features, negative_slope=LEAK, dtype=self.dtype, name="pool")(
+      pooled, train=train, groups=groups
+    )
     pooled = Conv(self.features, dtype=self.dtype, name="pool_project")(pooled)
     return BatchNorm(negative_slope=LEAK, name="bn")(y + pooled, train=train, groups=groups)
 
@@ -50,7 +57,9 @@ class Head(nn.Module):
   @nn.compact
   def __call__(self, stages: Sequence[Array], *, train: bool, groups: int = 1) -> Array:
     features, low_features, rates = self.widths
-    context = ASPP(rates, features, dtype=self.dtype, name="aspp")(stages[-1], train=train, groups=groups)
+    context = ASPP(rates, features, dtype=self.dtype, name="aspp")(
+      stages[-1], train=train, groups=groups
+    )
     low = ConvBN(low_features, dtype=self.dtype, name="low")(stages[0], train=train, groups=groups)
     x = jnp.concatenate([resize.bilinear_align_corners(context, low.shape[1:3]), low], -1)
     x = ConvBN(features, 3, dtype=self.dtype, name="unit1")(x, train=train, groups=groups)
@@ -74,9 +83,19 @@ def deeplabv3plus(
 
   Args:
     backbone, stem, output_stride, drop_connect: as in `backbones.make_backbone`.
-    head_channels, low_channels, aspp_rates: as in `backbones.widths_of`; by default 256, 48 and (6, 12, 18) on ResNets (CPS).
+    head_channels, low_channels, aspp_rates: as in `backbones.widths_of`; by default 256, 48 and (6,
+      12, 18) on ResNets (CPS).
   """
   body = make_backbone(
-    backbone, stem=stem, output_stride=output_stride, multi_grid=(1, 2, 4), drop_connect=drop_connect, dtype=dtype
+    backbone,
+    stem=stem,
+    output_stride=output_stride,
+    multi_grid=(1, 2, 4),
+    drop_connect=drop_connect,
+    dtype=dtype,
   )
-  return body, Head(num_classes, widths_of(backbone, head_channels, low_channels, aspp_rates, output_stride), dtype=dtype)
+  return body, Head(
+    num_classes,
+    widths_of(backbone, head_channels, low_channels, aspp_rates, output_stride),
+    dtype=dtype,
+  )

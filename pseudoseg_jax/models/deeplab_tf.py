@@ -1,7 +1,9 @@
-"""DeepLabv3+ (Chen et al. 2018) in the form of the TensorFlow DeepLab library, which PseudoSeg (Zou et al. 2021) trains.
+"""DeepLabv3+ (Chen et al. 2018) in the form of the TensorFlow DeepLab library, which PseudoSeg (Zou
+et al. 2021) trains.
 
-Atrous and decoder convolutions are separable, with batch norm and ReLU after the depthwise and after the pointwise half; image
-pooling is one of the concatenated branches; the statistics of the head move at 0.0003 a batch.
+Atrous and decoder convolutions are separable, with batch norm and ReLU after the depthwise and
+after the pointwise half; image pooling is one of the concatenated branches; the statistics of the
+head move at 0.0003 a batch.
 """
 
 from __future__ import annotations
@@ -46,13 +48,17 @@ class SeparableConvBN(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
-    x = DepthwiseConvBN(self.dilation, self.momentum, dtype=self.dtype, name="depthwise")(x, train=train, groups=groups)
+    x = DepthwiseConvBN(self.dilation, self.momentum, dtype=self.dtype, name="depthwise")(
+      x, train=train, groups=groups
+    )
     pointwise = ConvBN(self.features, momentum=self.momentum, dtype=self.dtype, name="pointwise")
     return pointwise(x, train=train, groups=groups)
 
 
 class ASPP(nn.Module):
-  """Atrous spatial pyramid pooling: [B, h, w, C] -> [B, h, w, features]. Dropout acts only where a "dropout" key is given."""
+  """Atrous spatial pyramid pooling: [B, h, w, C] -> [B, h, w, features]. Dropout acts only where a
+  "dropout" key is given.
+  """
 
   rates: Sequence[int]
   dropout: float
@@ -69,7 +75,9 @@ class ASPP(nn.Module):
     pooled = unit("pool", jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32))
     branches = [jnp.broadcast_to(pooled, (*x.shape[:3], self.features)), unit("branch0", x)]
     for index, rate in enumerate(self.rates, start=1):
-      branch = SeparableConvBN(self.features, rate, self.momentum, dtype=self.dtype, name=f"branch{index}")
+      branch = SeparableConvBN(
+        self.features, rate, self.momentum, dtype=self.dtype, name=f"branch{index}"
+      )
       branches.append(branch(x, train=train, groups=groups))
     y = unit("project", jnp.concatenate(branches, -1))
     if train and self.has_rng("dropout"):
@@ -78,7 +86,9 @@ class ASPP(nn.Module):
 
 
 class Head(nn.Module):
-  """ASPP on the last map, joined with the first, low-level one; per-class scores on the grid of the first, float32."""
+  """ASPP on the last map, joined with the first, low-level one; per-class scores on the grid of the
+  first, float32.
+  """
 
   num_classes: int
   rates: Sequence[int]
@@ -90,10 +100,14 @@ class Head(nn.Module):
   def __call__(self, maps: Sequence[Array], *, train: bool, groups: int = 1) -> Array:
     aspp = ASPP(self.rates, self.dropout, self.momentum, dtype=self.dtype, name="aspp")
     context = aspp(maps[-1], train=train, groups=groups)
-    low = ConvBN(48, momentum=self.momentum, dtype=self.dtype, name="low")(maps[0], train=train, groups=groups)
+    low = ConvBN(48, momentum=self.momentum, dtype=self.dtype, name="low")(
+      maps[0], train=train, groups=groups
+    )
     x = jnp.concatenate([resize.bilinear_align_corners(context, low.shape[1:3]), low], -1)
     for name in ("unit1", "unit2"):
-      x = SeparableConvBN(256, 1, self.momentum, dtype=self.dtype, name=name)(x, train=train, groups=groups)
+      x = SeparableConvBN(256, 1, self.momentum, dtype=self.dtype, name=name)(
+        x, train=train, groups=groups
+      )
     return Conv(self.num_classes, use_bias=True, name="classifier")(x)
 
 
@@ -112,25 +126,30 @@ def deeplabv3plus_tf(
   Args:
     backbone: one of BACKBONES; the official commands train "xception65".
     output_stride: one of resnet.OUTPUT_STRIDES.
-    multi_grid: factors on the dilations of the last stage's three blocks. PseudoSeg leaves them at 1; the DeepLab library
-      advises 1, 2, 4 for its ResNets. Xception has none.
+    multi_grid: factors on the dilations of the last stage's three blocks. PseudoSeg leaves them at
+      1; the DeepLab library advises 1, 2, 4 for its ResNets. Xception has none.
     dropout: fraction of ASPP outputs dropped in training.
-    head_momentum: what the head's running statistics keep per batch. 0.9997 needs some ten thousand batches to settle: use less
-      in short runs.
+    head_momentum: what the head's running statistics keep per batch. 0.9997 needs some ten thousand
+      batches to settle: use less in short runs.
   """
   checks.check_name("network.backbone", backbone, BACKBONES)
   problems = checks.Problems("the network cannot be built")
   if output_stride not in resnet.OUTPUT_STRIDES:
     problems.add("network.output_stride", got=output_stride, allowed=resnet.OUTPUT_STRIDES)
   if len(multi_grid) != 3 or min(multi_grid) < 1:
-    problems.add("network.multi_grid", got=multi_grid, allowed="three positive integers, one for each block of the last stage")
+    problems.add(
+      "network.multi_grid",
+      got=multi_grid,
+      allowed="three positive integers, one for each block of the last stage",
+    )
   if backbone == "xception65" and tuple(multi_grid) != (1, 1, 1):
     problems.add("network.multi_grid", got=multi_grid, allowed="(1, 1, 1) with xception65")
   for name, value in (("dropout", dropout), ("head_momentum", head_momentum)):
     if not 0 <= value < 1:
       problems.add(f"network.{name}", got=value, allowed="0 <= value < 1")
   problems.raise_if_any()
-  # Rates 6, 12, 18 are for stride 16; a map twice as fine needs them twice as large to see as far (DeepLabv3, section 3.3).
+  # Rates 6, 12, 18 are for stride 16; a map twice as fine needs them twice as large to see as far
+  # (DeepLabv3, section 3.3).
   rates = tuple(rate * max(16 // output_stride, 1) for rate in (6, 12, 18))
   if backbone == "xception65":
     body = Xception65(output_stride, dtype=dtype)

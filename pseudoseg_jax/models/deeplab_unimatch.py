@@ -1,7 +1,8 @@
 """DeepLabv3+ (Chen et al. 2018) in the form of the official UniMatch code (Yang et al. 2023).
 
-Unlike CPS's (`deeplab`): every ASPP branch has a batch norm and a ReLU of its own, image pooling is one of the concatenated
-branches, the low-level map comes first in the decoder, and the last stage has torchvision's dilations 1, 2, 2.
+Unlike CPS's (`deeplab`): every ASPP branch has a batch norm and a ReLU of its own, image pooling is
+one of the concatenated branches, the low-level map comes first in the decoder, and the last stage
+has torchvision's dilations 1, 2, 2.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class ASPP(nn.Module):
       return brick(x, train=train, groups=groups)
 
     branches = [unit("branch0", x)]
-    branches += [unit(f"branch{index}", x, 3, rate) for index, rate in enumerate(self.rates, start=1)]
+    branches += [
+      unit(f"branch{index}", x, 3, rate) for index, rate in enumerate(self.rates, start=1)
+    ]
     pooled = unit("pool", jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32))
     branches.append(jnp.broadcast_to(pooled, branches[0].shape))
     return unit("project", jnp.concatenate(branches, -1))
@@ -41,7 +44,8 @@ class ASPP(nn.Module):
 class Head(nn.Module):
   """ASPP on the last map, joined with the first; per-class scores at stride 4, float32.
 
-  UniMatch's feature perturbation drops channels of these two maps and runs the head on clean and perturbed maps as one batch.
+  UniMatch's feature perturbation drops channels of these two maps and runs the head on clean and
+  perturbed maps as one batch.
   """
 
   num_classes: int
@@ -51,7 +55,9 @@ class Head(nn.Module):
   @nn.compact
   def __call__(self, maps: Sequence[Array], *, train: bool, groups: int = 1) -> Array:
     features, low_features, rates = self.widths
-    context = ASPP(rates, features, dtype=self.dtype, name="aspp")(maps[-1], train=train, groups=groups)
+    context = ASPP(rates, features, dtype=self.dtype, name="aspp")(
+      maps[-1], train=train, groups=groups
+    )
     low = ConvBN(low_features, dtype=self.dtype, name="low")(maps[0], train=train, groups=groups)
     x = jnp.concatenate([low, resize.bilinear_align_corners(context, low.shape[1:3])], -1)
     x = ConvBN(features, 3, dtype=self.dtype, name="unit1")(x, train=train, groups=groups)
@@ -75,7 +81,14 @@ def deeplabv3plus_unimatch(
 
   Args:
     backbone, stem, output_stride, drop_connect: as in `backbones.make_backbone`.
-    head_channels, low_channels, aspp_rates: as in `backbones.widths_of`; by default 256, 48 and (6, 12, 18) on ResNets (UniMatch).
+    head_channels, low_channels, aspp_rates: as in `backbones.widths_of`; by default 256, 48 and (6,
+      12, 18) on ResNets (UniMatch).
   """
-  body = make_backbone(backbone, stem=stem, output_stride=output_stride, drop_connect=drop_connect, dtype=dtype)
-  return body, Head(num_classes, widths_of(backbone, head_channels, low_channels, aspp_rates, output_stride), dtype=dtype)
+  body = make_backbone(
+    backbone, stem=stem, output_stride=output_stride, drop_connect=drop_connect, dtype=dtype
+  )
+  return body, Head(
+    num_classes,
+    widths_of(backbone, head_channels, low_channels, aspp_rates, output_stride),
+    dtype=dtype,
+  )

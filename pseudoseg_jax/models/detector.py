@@ -1,4 +1,6 @@
-"""GCT's flaw detector: looks at an image and a prediction of it, and says where the prediction is wrong."""
+"""GCT's flaw detector: looks at an image and a prediction of it, and says where the prediction is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _SLOPE = 0.2  # of the leaky ReLU
 
 
 class EvenConv(nn.Module):
-  """4x4 convolution with one pixel of padding and a bias, born as PyTorch's: all values uniform in +-1/sqrt(fan_in)."""
+  """4x4 convolution with one pixel of padding and a bias, born as PyTorch's: all values uniform in
+  +-1/sqrt(fan_in).
+  """
 
   features: int
   stride: int
@@ -27,13 +31,19 @@ class EvenConv(nn.Module):
     uniform = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
     kernel, bias = self.param("kernel", uniform, shape), self.param("bias", uniform, shape[-1:])
     y = jax.lax.conv_general_dilated(
-      x, kernel, (self.stride, self.stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+      x,
+      kernel,
+      (self.stride, self.stride),
+      ((1, 1), (1, 1)),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     return y + bias
 
 
 class HalfBatchNorm(nn.Module):
-  """Batch norm of the first half of the channels, instance norm without parameters of the others, leaky ReLU. [GCT, IBNorm]"""
+  """Batch norm of the first half of the channels, instance norm without parameters of the others,
+  leaky ReLU. [GCT, IBNorm]
+  """
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> Array:
@@ -47,7 +57,9 @@ class HalfBatchNorm(nn.Module):
 
 
 def least_side(stages: int) -> int:
-  """The shorter side, in pixels, of the smallest image whose every normalised map has two rows and columns."""
+  """The shorter side, in pixels, of the smallest image whose every normalised map has two rows and
+  columns.
+  """
   side = 2
   for _ in range(stages - 1):
     side = 2 * (side + 1)
@@ -55,10 +67,11 @@ def least_side(stages: int) -> int:
 
 
 class FlawDetector(nn.Module):
-  """Image f32[B, H, W, C] and probabilities f32[B, H, W, K] -> flaw map f32[B, H, W], of any sign. [GCT, FlawDetector]
+  """Image f32[B, H, W, C] and probabilities f32[B, H, W, K] -> flaw map f32[B, H, W], of any sign.
+  [GCT, FlawDetector]
 
-  The first stage halves the sides; every further one halves them again, doubles the channels and loses one pixel more. The
-  classifier halves them a last time.
+  The first stage halves the sides; every further one halves them again, doubles the channels and
+  loses one pixel more. The classifier halves them a last time.
 
   Raises:
     checks.InputError: an image too small for the stages.
@@ -74,7 +87,10 @@ class FlawDetector(nn.Module):
       problems = checks.Problems("the flaw detector cannot see images of this size")
       allowed = f"sides of {least_side(self.stages)} pixels or more for {self.stages} stages"
       problems.add(
-        "training crop", got=f"{size[0]}x{size[1]}", allowed=allowed, remedy="use a larger crop or fewer detector_stages"
+        "training crop",
+        got=f"{size[0]}x{size[1]}",
+        allowed=allowed,
+        remedy="use a larger crop or fewer detector_stages",
       )
       problems.raise_if_any()
 

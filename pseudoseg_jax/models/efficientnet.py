@@ -1,6 +1,8 @@
-"""EfficientNet-Lite for dense prediction: EfficientNet (Tan and Le 2019) without squeeze-excitation and with ReLU6, small and quick on CPUs.
+"""EfficientNet-Lite for dense prediction: EfficientNet (Tan and Le 2019) without squeeze-excitation
+and with ReLU6, small and quick on CPUs.
 
-Source: tensorflow/tpu, models/official/efficientnet/lite; tensors are named as in the PyPI package efficientnet_lite_pytorch.
+Source: tensorflow/tpu, models/official/efficientnet/lite; tensors are named as in the PyPI package
+  efficientnet_lite_pytorch.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ HEAD_CHANNELS = 1280
 
 
 class Stage(NamedTuple):
-  """repeats: blocks. features: channels that each puts out. expansion: of the channels inside a block. stride: of the first block."""
+  """repeats: blocks. features: channels that each puts out. expansion: of the channels inside a
+  block. stride: of the first block.
+  """
 
   repeats: int
   kernel_size: int
@@ -54,7 +58,9 @@ def _rounded(features: float) -> int:
 
 
 def stages_of(version: str) -> tuple[Stage, ...]:
-  """The stages of a version: widths rounded to multiples of 8, repeats rounded up; the first and the last keep their one block."""
+  """The stages of a version: widths rounded to multiples of 8, repeats rounded up; the first and
+  the last keep their one block.
+  """
   width, depth = VERSIONS[version]
   scaled = [stage._replace(features=_rounded(width * stage.features)) for stage in STAGES]
   inner = [stage._replace(repeats=math.ceil(depth * stage.repeats)) for stage in scaled[1:-1]]
@@ -62,7 +68,9 @@ def stages_of(version: str) -> tuple[Stage, ...]:
 
 
 class Unit(nn.Module):
-  """Convolution with TensorFlow's "SAME" padding, batch norm, ReLU6 if `active`. features None: depthwise."""
+  """Convolution with TensorFlow's "SAME" padding, batch norm, ReLU6 if `active`. features None:
+  depthwise.
+  """
 
   features: int | None
   kernel_size: int = 1
@@ -73,19 +81,29 @@ class Unit(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
-    settings = {"stride": self.stride, "dilation": self.dilation, "same": True, "dtype": self.dtype, "name": "conv"}
+    settings = {
+      "stride": self.stride,
+      "dilation": self.dilation,
+      "same": True,
+      "dtype": self.dtype,
+      "name": "conv",
+    }
     if self.features is None:
       x = DepthwiseConv(self.kernel_size, **settings)(x)
     else:
       x = Conv(self.features, self.kernel_size, **settings)(x)
     slope, ceiling = (0.0, 6.0) if self.active else (1.0, jnp.inf)
-    return BatchNorm(momentum=0.99, eps=1e-3, negative_slope=slope, ceiling=ceiling, name="bn")(x, train=train, groups=groups)
+    return BatchNorm(momentum=0.99, eps=1e-3, negative_slope=slope, ceiling=ceiling, name="bn")(
+      x, train=train, groups=groups
+    )
 
 
 class Block(nn.Module):
-  """An inverted bottleneck: 1x1 to more channels, depthwise, 1x1 back; added to its input where the shapes agree.
+  """An inverted bottleneck: 1x1 to more channels, depthwise, 1x1 back; added to its input where the
+  shapes agree.
 
-  drop: probability that an image's residual is left out in training, where a "dropout" key is given; the others are scaled up.
+  drop: probability that an image's residual is left out in training, where a "dropout" key is
+    given; the others are scaled up.
   """
 
   stage: Stage
@@ -99,7 +117,9 @@ class Block(nn.Module):
     mode, y = {"train": train, "groups": groups}, x
     if self.stage.expansion != 1:
       y = Unit(self.stage.expansion * x.shape[-1], dtype=self.dtype, name="expand")(y, **mode)
-    y = Unit(None, self.stage.kernel_size, self.stride, self.dilation, dtype=self.dtype, name="depthwise")(y, **mode)
+    y = Unit(
+      None, self.stage.kernel_size, self.stride, self.dilation, dtype=self.dtype, name="depthwise"
+    )(y, **mode)
     y = Unit(self.stage.features, active=False, dtype=self.dtype, name="project")(y, **mode)
     if self.stride != 1 or x.shape[-1] != self.stage.features:
       return y
@@ -109,8 +129,12 @@ class Block(nn.Module):
     return x + y
 
 
-def strides_and_dilations(stages: tuple[Stage, ...], output_stride: int) -> list[list[tuple[int, int]]]:
-  """(stride, dilation) of every block of every stage: a stage that may not stride any more dilates, after its first block."""
+def strides_and_dilations(
+  stages: tuple[Stage, ...], output_stride: int
+) -> list[list[tuple[int, int]]]:
+  """(stride, dilation) of every block of every stage: a stage that may not stride any more dilates,
+  after its first block.
+  """
   plan, stride_so_far, dilation = [], 2, 1
   for stage in stages:
     stride, first_dilation = stage.stride, dilation
@@ -122,7 +146,9 @@ def strides_and_dilations(stages: tuple[Stage, ...], output_stride: int) -> list
 
 
 class EfficientNetLite(nn.Module):
-  """version: one of VERSIONS. output_stride: 8, 16 or 32. drop_connect: of the last block, rising from 0 of the first; 0.2 published."""
+  """version: one of VERSIONS. output_stride: 8, 16 or 32. drop_connect: of the last block, rising
+  from 0 of the first; 0.2 published.
+  """
 
   version: str = "efficientnet_lite0"
   output_stride: int = 16
@@ -131,7 +157,8 @@ class EfficientNetLite(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, ...]:
-    """images [B, H, W, C] -> the last maps at strides 4, 8, 16 and 32 of the published network; sides are rounded up.
+    """images [B, H, W, C] -> the last maps at strides 4, 8, 16 and 32 of the published network;
+    sides are rounded up.
 
     With output stride 16 the last is at stride 16, with 8 the last two are at 8.
     """
@@ -141,7 +168,9 @@ class EfficientNetLite(nn.Module):
     for number, plan in enumerate(strides_and_dilations(stages, self.output_stride)):
       for stride, dilation in plan:
         drop = self.drop_connect * index / count
-        x = Block(stages[number], stride, dilation, drop, dtype=self.dtype, name=f"block{index}")(x, **mode)
+        x = Block(stages[number], stride, dilation, drop, dtype=self.dtype, name=f"block{index}")(
+          x, **mode
+        )
         index += 1
       if number in _LAST_OF_A_STRIDE:
         outputs.append(x)
@@ -149,7 +178,9 @@ class EfficientNetLite(nn.Module):
 
 
 class ImageClassifier(nn.Module):
-  """The published head: [..., [B, h, w, C]] -> logits f32 [B, num_classes] of whole images. Segmentation leaves it out."""
+  """The published head: [..., [B, h, w, C]] -> logits f32 [B, num_classes] of whole images.
+  Segmentation leaves it out.
+  """
 
   num_classes: int = 1000
   dtype: Any = jnp.float32
@@ -157,4 +188,6 @@ class ImageClassifier(nn.Module):
   @nn.compact
   def __call__(self, maps: tuple[Array, ...], *, train: bool, groups: int = 1) -> Array:
     x = Unit(HEAD_CHANNELS, dtype=self.dtype, name="unit")(maps[-1], train=train, groups=groups)
-    return nn.Dense(self.num_classes, name="classifier")(jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
+    return nn.Dense(self.num_classes, name="classifier")(
+      jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+    )

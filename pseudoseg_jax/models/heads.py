@@ -20,10 +20,13 @@ _glorot = jax.nn.initializers.glorot_uniform()
 
 
 def image_classifier(channels: int, num_classes: int) -> Head:
-  """The spatial mean of a map f32[B, h, w, channels], then a linear layer: logits f32[B, num_classes]."""
+  """The spatial mean of a map f32[B, h, w, channels], then a linear layer: logits f32[B,
+  num_classes].
+  """
 
   def init(key: Array) -> tuple[PyTree, PyTree]:
-    # The truncated normal that TF-slim gives to its last layers. Class activation maps read the kernel.
+    # The truncated normal that TF-slim gives to its last layers. Class activation maps read the
+    # kernel.
     kernel = 0.01 * jax.random.truncated_normal(key, -2, 2, (channels, num_classes))
     return {"kernel": kernel, "bias": jnp.zeros(num_classes)}, {}
 
@@ -33,31 +36,48 @@ def image_classifier(channels: int, num_classes: int) -> Head:
   return Head(init, apply)
 
 
-def self_attention(channels: int, num_classes: int, *, attention_dim: int = 128, background: bool = True) -> Head:
-  """Self-attention Grad-CAM: class activation maps spread to where the features are alike. [PseudoSeg, SGC]
+def self_attention(
+  channels: int, num_classes: int, *, attention_dim: int = 128, background: bool = True
+) -> Head:
+  """Self-attention Grad-CAM: class activation maps spread to where the features are alike.
+  [PseudoSeg, SGC]
 
-  Inputs of `apply`: features f32[B, h, w, channels], cam f32[B, h, w, K'] in 0..1, valid bool[B, h, w]; the caller stops their
-  gradients. Output: logits f32[B, h, w, K], K = num_classes. The sum of map and spread map, in 0..2, is mixed over classes by
-  a linear layer and normalised by the batch's own statistics (the official code has no other mode).
+  Inputs of `apply`: features f32[B, h, w, channels], cam f32[B, h, w, K'] in 0..1, valid bool[B, h,
+  w]; the caller stops their gradients. Output: logits f32[B, h, w, K], K = num_classes. The sum of
+  map and spread map, in 0..2, is mixed over classes by a linear layer and normalised by the batch's
+  own statistics (the official code has no other mode).
 
   Args:
     attention_dim: D, channels of key and query.
-    background: K' = K - 1, and class 0 gets what the strongest other class leaves of 2. False: K' = K.
+    background: K' = K - 1, and class 0 gets what the strongest other class leaves of 2. False: K' =
+      K.
   """
   normalize = BatchNorm(momentum=0.999, eps=1e-3, use_scale=False)
 
   def init(key: Array) -> tuple[PyTree, PyTree]:
-    # Not called `kernel`: weight decay, which acts on kernels, spares this head in the official code.
-    shapes = {"key": (channels, attention_dim), "query": (channels, attention_dim), "mix": (num_classes, num_classes)}
-    params = {name: _glorot(part, shape) for part, (name, shape) in zip(jax.random.split(key, 3), shapes.items(), strict=True)}
+    # Not called `kernel`: weight decay, which acts on kernels, spares this head in the official
+    # code.
+    shapes = {
+      "key": (channels, attention_dim),
+      "query": (channels, attention_dim),
+      "mix": (num_classes, num_classes),
+    }
+    params = {
+      name: _glorot(part, shape)
+      for part, (name, shape) in zip(jax.random.split(key, 3), shapes.items(), strict=True)
+    }
     stats = {"mean": jnp.zeros(num_classes), "var": jnp.ones(num_classes)}
     return params | {"bn": {"bias": jnp.zeros(num_classes)}}, {"bn": stats}
 
   def apply(params, batch_stats, features, cam, valid, *, train):
-    spread = attention.propagate(features @ params["key"], features @ params["query"], cam, valid) + cam
+    spread = (
+      attention.propagate(features @ params["key"], features @ params["query"], cam, valid) + cam
+    )
     scores = cams.with_background(spread, total=2.0) if background else spread
     variables = {"params": params["bn"], "batch_stats": batch_stats["bn"]}
-    logits, moved = normalize.apply(variables, scores @ params["mix"], train=True, mutable=["batch_stats"])
+    logits, moved = normalize.apply(
+      variables, scores @ params["mix"], train=True, mutable=["batch_stats"]
+    )
     return logits, {"bn": moved["batch_stats"]} if train else batch_stats
 
   return Head(init, apply)
@@ -76,16 +96,22 @@ class _Auxiliary(nn.Module):
     return Conv(self.num_classes, use_bias=True, name="classifier")(x)
 
 
-def auxiliary(channels: int, num_classes: int, *, features: int = 256, dropout: float = 0.1) -> Head:
-  """A second segmentation head for a map f32[B, h, w, channels] in the midst of a backbone: scores f32[B, h, w, num_classes].
+def auxiliary(
+  channels: int, num_classes: int, *, features: int = 256, dropout: float = 0.1
+) -> Head:
+  """A second segmentation head for a map f32[B, h, w, channels] in the midst of a backbone: scores
+  f32[B, h, w, num_classes].
 
-  A 3x3 convolution to `features`, batch norm, ReLU, dropout of whole channels, a linear layer. [Zhao et al. 2017, auxiliary loss]
-  `apply` also takes dropout=key; without a key no channel is dropped.
+  A 3x3 convolution to `features`, batch norm, ReLU, dropout of whole channels, a linear layer.
+  [Zhao et al. 2017, auxiliary loss] `apply` also takes dropout=key; without a key no channel is
+  dropped.
   """
   module = _Auxiliary(num_classes, features, dropout)
 
   def init(key: Array) -> tuple[PyTree, PyTree]:
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 8, 8, channels)), train=False))
+    shapes = jax.eval_shape(
+      lambda: module.init(jax.random.key(0), jnp.zeros((1, 8, 8, channels)), train=False)
+    )
     values = initial_values(key, shapes)
     return values["params"], values["batch_stats"]
 
@@ -94,22 +120,29 @@ def auxiliary(channels: int, num_classes: int, *, features: int = 256, dropout: 
     if not train:
       return module.apply(variables, features, train=False), batch_stats
     rngs = {} if dropout is None else {"dropout": dropout}
-    scores, moved = module.apply(variables, features, train=True, mutable=["batch_stats"], rngs=rngs)
+    scores, moved = module.apply(
+      variables, features, train=True, mutable=["batch_stats"], rngs=rngs
+    )
     return scores, moved["batch_stats"]
 
   return Head(init, apply)
 
 
 def subpixel_decoder(channels: int, num_classes: int, *, doublings: int) -> Head:
-  """CCT's decoder: a map f32[B, h, w, channels] -> scores f32[B, h 2^doublings, w 2^doublings, num_classes], none below 0.
+  """CCT's decoder: a map f32[B, h, w, channels] -> scores f32[B, h 2^doublings, w 2^doublings,
+  num_classes], none below 0.
 
-  A linear layer, then `doublings` times a linear layer, a ReLU and four channels that become four pixels. [CCT, decoders.py]
+  A linear layer, then `doublings` times a linear layer, a ReLU and four channels that become four
+  pixels. [CCT, decoders.py]
   """
   steps = [f"subpixel{step + 1}" for step in range(doublings)]
 
   def init(key: Array) -> tuple[PyTree, PyTree]:
     leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    shapes = {name: {"kernel": leaf(num_classes, 4 * num_classes), "bias": leaf(4 * num_classes)} for name in steps}
+    shapes = {
+      name: {"kernel": leaf(num_classes, 4 * num_classes), "bias": leaf(4 * num_classes)}
+      for name in steps
+    }
     return initial_values(key, shapes | {"classifier": {"kernel": leaf(channels, num_classes)}}), {}
 
   def apply(params, batch_stats, features, *, train):
@@ -122,7 +155,8 @@ def subpixel_decoder(channels: int, num_classes: int, *, doublings: int) -> Head
 
 
 def many(head: Head, counts: Mapping[str, int]) -> Head:
-  """Groups of copies of a head without statistics, each born apart: {"name": parameters with a leading axis of counts["name"]}.
+  """Groups of copies of a head without statistics, each born apart: {"name": parameters with a
+  leading axis of counts["name"]}.
 
   `apply` is that of one copy, on its part of the parameters.
   """
@@ -144,32 +178,43 @@ def _convolved(params: PyTree, x: Array) -> Array:
 
 
 def box_encoder(num_planes: int, channels: Sequence[int]) -> Head:
-  """What maps are multiplied by where boxes are known: a 3x3 convolution and a sigmoid each. [self-correcting networks]
+  """What maps are multiplied by where boxes are known: a 3x3 convolution and a sigmoid each.
+  [self-correcting networks]
 
-  Inputs of `apply`: planes f32[B, H, W, num_planes] of 0 and 1, and the size (h, w) of each of the maps, to which the planes are
-  resized by nearest neighbour. Output: f32[B, h, w, C] in 0..1 for each, C one of `channels`.
+  Inputs of `apply`: planes f32[B, H, W, num_planes] of 0 and 1, and the size (h, w) of each of the
+  maps, to which the planes are resized by nearest neighbour. Output: f32[B, h, w, C] in 0..1 for
+  each, C one of `channels`.
   """
   scales = [f"scale{number}" for number in range(1, len(channels) + 1)]
 
   def init(key: Array) -> tuple[PyTree, PyTree]:
-    return initial_values(key, {scale: _conv3x3(num_planes, count) for scale, count in zip(scales, channels, strict=True)}), {}
+    return initial_values(
+      key,
+      {scale: _conv3x3(num_planes, count) for scale, count in zip(scales, channels, strict=True)},
+    ), {}
 
   def apply(params, batch_stats, planes, sizes, *, train):
     resized = (resize.nearest(planes, size) for size in sizes)
-    return tuple(jax.nn.sigmoid(_convolved(params[scale], x)) for scale, x in zip(scales, resized, strict=True)), batch_stats
+    return tuple(
+      jax.nn.sigmoid(_convolved(params[scale], x)) for scale, x in zip(scales, resized, strict=True)
+    ), batch_stats
 
   return Head(init, apply)
 
 
 def correction_net(num_classes: int, *, hidden: int = 128) -> Head:
-  """Two opinions made one by two 3x3 convolutions with a ReLU between. [self-correcting networks, convolutional self-correction]
+  """Two opinions made one by two 3x3 convolutions with a ReLU between. [self-correcting networks,
+  convolutional self-correction]
 
-  Inputs of `apply`: the primary and the ancillary logits, f32[B, H, W, K] each, K = num_classes. Output: logits f32[B, H, W, K].
-  Width and activation are not in the sources; 128 and ReLU are those of re-implementations.
+  Inputs of `apply`: the primary and the ancillary logits, f32[B, H, W, K] each, K = num_classes.
+  Output: logits f32[B, H, W, K]. Width and activation are not in the sources; 128 and ReLU are
+  those of re-implementations.
   """
 
   def init(key: Array) -> tuple[PyTree, PyTree]:
-    return initial_values(key, {"conv1": _conv3x3(2 * num_classes, hidden), "conv2": _conv3x3(hidden, num_classes)}), {}
+    return initial_values(
+      key, {"conv1": _conv3x3(2 * num_classes, hidden), "conv2": _conv3x3(hidden, num_classes)}
+    ), {}
 
   def apply(params, batch_stats, primary_logits, ancillary_logits, *, train):
     both = jnp.concatenate([primary_logits, ancillary_logits], axis=-1)
@@ -181,12 +226,14 @@ def correction_net(num_classes: int, *, hidden: int = 128) -> Head:
 def flaw_detector(in_channels: int, *, width: int = 64, stages: int = 4) -> Head:
   """GCT's flaw detector, a network of its own (nets.create_of); see `detector.FlawDetector`.
 
-  Inputs of `apply`: images f32[B, H, W, C] and probabilities f32[B, H, W, K]. Output: flaw map f32[B, H, W].
+  Inputs of `apply`: images f32[B, H, W, C] and probabilities f32[B, H, W, K]. Output: flaw map
+  f32[B, H, W].
 
   Args:
     in_channels: C + K.
     width: channels of the first stage.
-    stages: how often sides halve before the classifier; 4 ask for images of 60 pixels or more a side, 3 for 28, 2 for 12.
+    stages: how often sides halve before the classifier; 4 ask for images of 60 pixels or more a
+      side, 3 for 28, 2 for 12.
   """
   module = FlawDetector(width, stages)
 
@@ -201,7 +248,9 @@ def flaw_detector(in_channels: int, *, width: int = 64, stages: int = 4) -> Head
     variables = {"params": params, "batch_stats": batch_stats}
     if not train:
       return module.apply(variables, images, probabilities, train=False), batch_stats
-    flaws, moved = module.apply(variables, images, probabilities, train=True, mutable=["batch_stats"])
+    flaws, moved = module.apply(
+      variables, images, probabilities, train=True, mutable=["batch_stats"]
+    )
     return flaws, moved["batch_stats"]
 
   return Head(init, apply)

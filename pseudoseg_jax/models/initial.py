@@ -22,12 +22,13 @@ def _cut(draws: Array, shapes: list[tuple[int, ...]]) -> list[Array]:
 def initial_values(key: Array, shapes: PyTree) -> PyTree:
   """Kaiming normal kernels, PyTorch's uniform biases, neutral batch norms.
 
-  A `kernel` or `depthwise` is normal with variance 2 / fan_in (He et al. 2015); the `bias` beside a kernel is uniform in
-  +-1/sqrt(fan_in), beside a `scale` it is 0; `scale` and `var` are 1, `mean` is 0. In modules whose name begins with "subpixel",
-  which make four pixels of one, the four channels of a class start with one kernel (ICNR, Aitken et al. 2017).
+  A `kernel` or `depthwise` is normal with variance 2 / fan_in (He et al. 2015); the `bias` beside a
+  kernel is uniform in +-1/sqrt(fan_in), beside a `scale` it is 0; `scale` and `var` are 1, `mean`
+  is 0. In modules whose name begins with "subpixel", which make four pixels of one, the four
+  channels of a class start with one kernel (ICNR, Aitken et al. 2017).
 
-  All kernels are cut from one draw. A draw apiece, which is how Flax's initialisers work, takes XLA over ten seconds to compile
-  for a ResNet-50; this takes two.
+  All kernels are cut from one draw. A draw apiece, which is how Flax's initialisers work, takes XLA
+  over ten seconds to compile for a ResNet-50; this takes two.
 
   Args:
     key: a random key.
@@ -37,7 +38,9 @@ def initial_values(key: Array, shapes: PyTree) -> PyTree:
     A nested dict of f32 arrays.
   """
   leaves = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(shapes).items()}
-  fan_in = {path[:-1]: math.prod(shape[:-1]) for path, shape in leaves.items() if path[-1] == "kernel"}
+  fan_in = {
+    path[:-1]: math.prod(shape[:-1]) for path, shape in leaves.items() if path[-1] == "kernel"
+  }
   kernels = [path for path in leaves if path[-1] == "kernel"]
   depthwise = [path for path in leaves if path[-1] == "depthwise"]
   biases = [path for path in leaves if path[-1] == "bias" and path[:-1] in fan_in]
@@ -48,13 +51,17 @@ def initial_values(key: Array, shapes: PyTree) -> PyTree:
     draws = jax.lax.optimization_barrier(sample(rng.stream(key, name), (total,)))
     return dict(zip(paths, _cut(draws, [leaves[path] for path in paths])))
 
-  values = {path: jnp.full(shape, float(path[-1] in ("scale", "var"))) for path, shape in leaves.items()}
+  values = {
+    path: jnp.full(shape, float(path[-1] in ("scale", "var"))) for path, shape in leaves.items()
+  }
   for path, value in draw("kernels", jax.random.normal, kernels).items():
     values[path] = value * (2 / fan_in[path[:-1]]) ** 0.5
     if path[-2].startswith("subpixel"):
       values[path] = jnp.repeat(values[path][..., ::4], 4, axis=-1)
   for path, value in draw("depthwise", jax.random.normal, depthwise).items():
     values[path] = value * (2 / math.prod(leaves[path][:-1])) ** 0.5
-  for path, value in draw("biases", lambda key, shape: jax.random.uniform(key, shape, minval=-1.0), biases).items():
+  for path, value in draw(
+    "biases", lambda key, shape: jax.random.uniform(key, shape, minval=-1.0), biases
+  ).items():
     values[path] = value * fan_in[path[:-1]] ** -0.5
   return traverse_util.unflatten_dict(values)

@@ -1,4 +1,6 @@
-"""Convolution and batch norm with the conventions that published segmentation networks were trained with (PyTorch's)."""
+"""Convolution and batch norm with the conventions that published segmentation networks were trained
+with (PyTorch's).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from pseudoseg_jax.contract import Array
 
 
 def _matrix_product(x: Array, matrix: Array) -> Array:
-  # Two-dimensional on purpose: XLA on CPU then needs no transposed copy of the map for the gradient.
+  # Two-dimensional on purpose: XLA on CPU then needs no transposed copy of the map for the
+  # gradient.
   return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
@@ -30,12 +33,18 @@ def _convolve_by_taps(x: Array, kernel: Array, dilation: int) -> Array:
         continue
       seen = x[:, max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)]
       part = _matrix_product(seen, kernel[i + reach, j + reach])
-      y += jnp.pad(part, ((0, 0), (max(-down, 0), max(down, 0)), (max(-right, 0), max(right, 0)), (0, 0)))
+      y += jnp.pad(
+        part, ((0, 0), (max(-down, 0), max(down, 0)), (max(-right, 0), max(right, 0)), (0, 0))
+      )
   return y
 
 
-def _padding(size: int, kernel_size: int, stride: int, dilation: int, same: bool) -> tuple[int, int]:
-  """Pixels before and after an axis: dilation * (k - 1) / 2 on both sides, or as TensorFlow's "SAME" has them."""
+def _padding(
+  size: int, kernel_size: int, stride: int, dilation: int, same: bool
+) -> tuple[int, int]:
+  """Pixels before and after an axis: dilation * (k - 1) / 2 on both sides, or as TensorFlow's
+  "SAME" has them.
+  """
   reach = dilation * (kernel_size // 2)
   if not same:
     return reach, reach
@@ -43,22 +52,28 @@ def _padding(size: int, kernel_size: int, stride: int, dilation: int, same: bool
   return total // 2, total - total // 2
 
 
-def convolve(x: Array, kernel: Array, stride: int = 1, dilation: int = 1, same: bool = False) -> Array:
-  """Convolution of [B, H, W, Cin] with [k, k, Cin, Cout], k odd -> [B, ceil(H / stride), ceil(W / stride), Cout].
+def convolve(
+  x: Array, kernel: Array, stride: int = 1, dilation: int = 1, same: bool = False
+) -> Array:
+  """Convolution of [B, H, W, Cin] with [k, k, Cin, Cout], k odd -> [B, ceil(H / stride), ceil(W /
+  stride), Cout].
 
-  same: False pads by dilation * (k - 1) / 2 on every side (PyTorch code); True as TensorFlow's "SAME", which differs where a stride
-    divides a side: there the window starts a pixel later.
+  same: False pads by dilation * (k - 1) / 2 on every side (PyTorch code); True as TensorFlow's
+    "SAME", which differs where a stride divides a side: there the window starts a pixel later.
   """
   reach = kernel.shape[0] // 2
   if reach == 0:
     return _matrix_product(x[:, ::stride, ::stride], kernel[0, 0])
   if stride == 1 and 2 * dilation > max(x.shape[1:3]):
-    # Most taps read mostly padding (atrous convolutions on small maps): skipping it saves two thirds of the work and more.
+    # Most taps read mostly padding (atrous convolutions on small maps): skipping it saves two
+    # thirds of the work and more.
     return _convolve_by_taps(x, kernel, dilation)
   return _library_convolution(x, kernel, stride, dilation, same)
 
 
-def _library_convolution(x: Array, kernel: Array, stride: int, dilation: int, same: bool, channel_groups: int = 1) -> Array:
+def _library_convolution(
+  x: Array, kernel: Array, stride: int, dilation: int, same: bool, channel_groups: int = 1
+) -> Array:
   return jax.lax.conv_general_dilated(
     x,
     kernel,
@@ -82,7 +97,11 @@ class _Taps:
 
   def of_axis(self, axis: int) -> list[int]:
     """The taps that read anything but padding."""
-    size, (before, _), last = self.sides[axis], self.pads[axis], (self.outputs[axis] - 1) * self.stride
+    size, (before, _), last = (
+      self.sides[axis],
+      self.pads[axis],
+      (self.outputs[axis] - 1) * self.stride,
+    )
     starts = [tap * self.dilation - before for tap in range(self.kernel_size)]
     return [tap for tap, start in enumerate(starts) if start < size and start + last >= 0]
 
@@ -106,16 +125,19 @@ def _depthwise_by_taps(x: Array, kernel: Array, stride: int, dilation: int, same
   return sum(taps.seen(padded, i, j) * kernel[i, j, 0] for i, j in taps).astype(x.dtype)
 
 
-def _depthwise_gradients_by_taps(x: Array, kernel: Array, gradient: Array, stride: int, dilation: int, same: bool):
+def _depthwise_gradients_by_taps(
+  x: Array, kernel: Array, gradient: Array, stride: int, dilation: int, same: bool
+):
   """The gradients by x and by the kernel, each as sums over taps.
 
-  That by x gathers: a row of x is read by the taps of one parity alone where the stride is 2. (XLA's own derivative of strided
-  slices scatters into a padded map for every tap.)
+  That by x gathers: a row of x is read by the taps of one parity alone where the stride is 2.
+  (XLA's own derivative of strided slices scatters into a padded map for every tap.)
   """
   taps = _Taps(x.shape, kernel.shape[0], stride, dilation, same)
   padded, gradient = taps.padded(x), gradient.astype(jnp.float32)
 
-  # A loop over the taps, not one sum beside the other: XLA then compiles one of them instead of 9 or 25, and runs it faster.
+  # A loop over the taps, not one sum beside the other: XLA then compiles one of them instead of 9
+  # or 25, and runs it faster.
   def of_tap(tap):
     return jnp.sum(taps.seen(padded, *jnp.divmod(tap, taps.kernel_size)) * gradient, axis=(0, 1, 2))
 
@@ -127,7 +149,8 @@ def _depthwise_gradients_by_taps(x: Array, kernel: Array, gradient: Array, strid
   reach = max(taps.kernel_size * dilation, *before) // stride + 1
   far = jnp.pad(gradient, ((0, 0), (reach, reach), (reach, reach), (0, 0)))
 
-  def outputs(axis, phase, tap):  # the first output that reads this phase at the tap; None where none does
+  # The first output that reads this phase at the tap; None where none does.
+  def outputs(axis, phase, tap):
     first, rest = divmod(phase + before[axis] - tap * dilation, stride)
     return None if rest else first
 
@@ -149,19 +172,27 @@ def _depthwise_grouped(x: Array, kernel: Array, stride: int, dilation: int, same
   return _library_convolution(x, kernel, stride, dilation, same, channel_groups=x.shape[-1])
 
 
-def _depthwise_gradients_grouped(x: Array, kernel: Array, gradient: Array, stride: int, dilation: int, same: bool):
+def _depthwise_gradients_grouped(
+  x: Array, kernel: Array, gradient: Array, stride: int, dilation: int, same: bool
+):
   grouped = functools.partial(_depthwise_grouped, stride=stride, dilation=dilation, same=same)
   return jax.vjp(grouped, x, kernel)[1](gradient)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def convolve_depthwise(x: Array, kernel: Array, stride: int, dilation: int, same: bool = False) -> Array:
-  """Each channel of [B, H, W, C] by itself with its part of [k, k, 1, C], k odd; padded as in `convolve`.
+def convolve_depthwise(
+  x: Array, kernel: Array, stride: int, dilation: int, same: bool = False
+) -> Array:
+  """Each channel of [B, H, W, C] by itself with its part of [k, k, 1, C], k odd; padded as in
+  `convolve`.
 
-  On CPU a sum over taps, since XLA's grouped convolution takes ten times as long there, with its gradient up to thirty times.
+  On CPU a sum over taps, since XLA's grouped convolution takes ten times as long there, with its
+  gradient up to thirty times.
   """
   options = {"stride": stride, "dilation": dilation, "same": same}
-  by_taps, grouped = (functools.partial(f, **options) for f in (_depthwise_by_taps, _depthwise_grouped))
+  by_taps, grouped = (
+    functools.partial(f, **options) for f in (_depthwise_by_taps, _depthwise_grouped)
+  )
   return jax.lax.platform_dependent(x, kernel, cpu=by_taps, default=grouped)
 
 
@@ -172,7 +203,10 @@ def _convolve_depthwise(x, kernel, stride, dilation, same):
 def _convolve_depthwise_gradient(stride, dilation, same, residuals, gradient):
   # By hand, because the derivative of platform_dependent would keep what both ways need.
   options = {"stride": stride, "dilation": dilation, "same": same}
-  ways = (functools.partial(f, **options) for f in (_depthwise_gradients_by_taps, _depthwise_gradients_grouped))
+  ways = (
+    functools.partial(f, **options)
+    for f in (_depthwise_gradients_by_taps, _depthwise_gradients_grouped)
+  )
   by_taps, grouped = ways
   return jax.lax.platform_dependent(*residuals, gradient, cpu=by_taps, default=grouped)
 
@@ -182,10 +216,11 @@ convolve_depthwise.defvjp(_convolve_depthwise, _convolve_depthwise_gradient)
 
 @jax.custom_vjp
 def max_pool(x: Array) -> Array:
-  """Max pooling 3x3, stride 2, one pixel of padding: [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), C].
+  """Max pooling 3x3, stride 2, one pixel of padding: [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2),
+  C].
 
-  Of equal values the first takes the gradient, as in PyTorch. Written out because XLA's own gradient (select-and-scatter) takes
-  ten times as long on CPU.
+  Of equal values the first takes the gradient, as in PyTorch. Written out because XLA's own
+  gradient (select-and-scatter) takes ten times as long on CPU.
   """
   return _max_pool(x)[0]
 
@@ -193,7 +228,11 @@ def max_pool(x: Array) -> Array:
 def _max_pool(x):
   height, width = ((size + 1) // 2 for size in x.shape[1:3])
   lowest = jnp.finfo(x.dtype).min
-  padded = jnp.pad(x, ((0, 0), (1, 2 * height - x.shape[1] + 1), (1, 2 * width - x.shape[2] + 1), (0, 0)), constant_values=lowest)
+  padded = jnp.pad(
+    x,
+    ((0, 0), (1, 2 * height - x.shape[1] + 1), (1, 2 * width - x.shape[2] + 1), (0, 0)),
+    constant_values=lowest,
+  )
   best, winner = None, None
   for tap in range(9):
     i, j = divmod(tap, 3)
@@ -217,10 +256,12 @@ def _max_pool_gradient(residuals, gradient):
     shift[axis] = (-1, 1, 0)
     return jax.lax.pad(t, jnp.zeros((), t.dtype), shift)
 
-  def columns(i):  # column 2j is the middle of window j; column 2j + 1 its last and the first of window j + 1
+  # Column 2j is the middle of window j; column 2j + 1 its last and the first of window j + 1.
+  def columns(i):
     return jnp.stack([won(i, 1), won(i, 2) + next_window(won(i, 0), 2)], 3)  # [B, H', W', 2, C]
 
-  rows = jnp.stack([columns(1), columns(2) + next_window(columns(0), 1)], 2)  # rows alike: [B, H', 2, W', 2, C]
+  # Rows alike: [B, H', 2, W', 2, C]
+  rows = jnp.stack([columns(1), columns(2) + next_window(columns(0), 1)], 2)
   batch, half_height, _, half_width, _, channels = rows.shape
   return (rows.reshape(batch, 2 * half_height, 2 * half_width, channels)[:, :height, :width],)
 
@@ -232,16 +273,19 @@ def max_pool_same(x: Array) -> Array:
   """`max_pool` with TensorFlow's "SAME" padding: an axis of even size is padded at its end only."""
   even = [1 - size % 2 for size in x.shape[1:3]]
   lowest = jnp.finfo(x.dtype).min
-  # One more pixel in front makes the size odd and moves the windows by one; the first window is then one too many.
+  # One more pixel in front makes the size odd and moves the windows by one; the first window is
+  # then one too many.
   x = jnp.pad(x, ((0, 0), (even[0], 0), (even[1], 0), (0, 0)), constant_values=lowest)
   return max_pool(x)[:, even[0] :, even[1] :]
 
 
 class Conv(nn.Module):
-  """Square convolution, NHWC; padding dilation * (kernel_size - 1) / 2 on every side, as PyTorch code writes it.
+  """Square convolution, NHWC; padding dilation * (kernel_size - 1) / 2 on every side, as PyTorch
+  code writes it.
 
-  (Flax's "SAME" pads only bottom and right where a stride divides the size.) Parameters are f32: `kernel` [k, k, Cin, Cout]
-  and, where asked for, `bias` [Cout]. Modules only say their shapes; `initial.initial_values` gives them values.
+  (Flax's "SAME" pads only bottom and right where a stride divides the size.) Parameters are f32:
+  `kernel` [k, k, Cin, Cout] and, where asked for, `bias` [Cout]. Modules only say their shapes;
+  `initial.initial_values` gives them values.
   """
 
   features: int
@@ -257,16 +301,22 @@ class Conv(nn.Module):
     """x: [B, H, W, Cin] -> `dtype` [B, ceil(H / stride), ceil(W / stride), features]."""
     shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
     kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
-    y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.dilation, self.same)
+    y = convolve(
+      x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.dilation, self.same
+    )
     if self.use_bias:
-      y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
+      y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(
+        self.dtype
+      )
     return y
 
 
 class DepthwiseConv(nn.Module):
-  """Square depthwise convolution, NHWC, padded as `Conv`; its parameter is `depthwise` f32 [k, k, 1, C].
+  """Square depthwise convolution, NHWC, padded as `Conv`; its parameter is `depthwise` f32 [k, k,
+  1, C].
 
-  The name is not `kernel`: TensorFlow's DeepLab spares depthwise kernels from weight decay, which acts on kernels.
+  The name is not `kernel`: TensorFlow's DeepLab spares depthwise kernels from weight decay, which
+  acts on kernels.
   """
 
   kernel_size: int = 3
@@ -280,7 +330,9 @@ class DepthwiseConv(nn.Module):
     """x: [B, H, W, C] -> `dtype` [B, ceil(H / stride), ceil(W / stride), C]."""
     shape = (self.kernel_size, self.kernel_size, 1, x.shape[-1])
     kernel = self.param("depthwise", nn.initializers.zeros, shape, jnp.float32)
-    return convolve_depthwise(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.dilation, self.same)
+    return convolve_depthwise(
+      x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.dilation, self.same
+    )
 
 
 def _activate(z: Array, negative_slope: float, ceiling: float) -> Array:
@@ -297,10 +349,12 @@ def _per_channel(values: Array) -> Array:
 def normalize_batch(
   x: Array, scale: Array, bias: Array, eps: float, negative_slope: float, ceiling: float = jnp.inf
 ) -> tuple[Array, Array, Array]:
-  """Batch norm with the batch's own statistics, then leaky ReLU up to a ceiling: x [B / G, G, H, W, C] -> y, mean and variance f32 [G, C].
+  """Batch norm with the batch's own statistics, then leaky ReLU up to a ceiling: x [B / G, G, H, W,
+  C] -> y, mean and variance f32 [G, C].
 
-  The gradient keeps nothing but x: the normalised map and the sign for the ReLU are cheaper to redo than to store. `mean` and
-  `variance` (over n, not n - 1) are for the running statistics and carry no gradient.
+  The gradient keeps nothing but x: the normalised map and the sign for the ReLU are cheaper to redo
+  than to store. `mean` and `variance` (over n, not n - 1) are for the running statistics and carry
+  no gradient.
   """
   return _normalize_batch(x, scale, bias, eps, negative_slope, ceiling)[0]
 
@@ -311,7 +365,9 @@ def _normalize_batch(x, scale, bias, eps, negative_slope, ceiling):
   variance = jnp.mean(jnp.square(x32 - _per_channel(mean)), axis=(0, 2, 3))
   inverse = jax.lax.rsqrt(variance + eps)
   factor = inverse * scale
-  y = _activate(x32 * _per_channel(factor) + _per_channel(bias - mean * factor), negative_slope, ceiling).astype(x.dtype)
+  y = _activate(
+    x32 * _per_channel(factor) + _per_channel(bias - mean * factor), negative_slope, ceiling
+  ).astype(x.dtype)
   return (y, mean, variance), (x, scale, bias, mean, inverse)
 
 
@@ -327,7 +383,9 @@ def _normalize_batch_gradient(eps, negative_slope, ceiling, residuals, gradients
   bias_gradient = jnp.sum(gradient, axis=(0, 2, 3))
   scale_gradient = jnp.sum(gradient * normalized, axis=(0, 2, 3))
   x_gradient = _per_channel(inverse * scale) * (
-    gradient - _per_channel(bias_gradient / count) - normalized * _per_channel(scale_gradient / count)
+    gradient
+    - _per_channel(bias_gradient / count)
+    - normalized * _per_channel(scale_gradient / count)
   )
   return x_gradient.astype(x.dtype), scale_gradient.sum(0), bias_gradient.sum(0)
 
@@ -336,10 +394,12 @@ normalize_batch.defvjp(_normalize_batch, _normalize_batch_gradient)
 
 
 class BatchNorm(nn.Module):
-  """Batch norm over B, H and W, optionally followed by a (leaky) ReLU, with PyTorch's running statistics.
+  """Batch norm over B, H and W, optionally followed by a (leaky) ReLU, with PyTorch's running
+  statistics.
 
-  Parameters `scale`, `bias` and statistics `mean`, `var` are f32 [C]. The running variance takes the unbiased variance,
-  n / (n - 1) times the one that normalises (Flax's own layer does not). All is computed in float32, whatever the dtype of x.
+  Parameters `scale`, `bias` and statistics `mean`, `var` are f32 [C]. The running variance takes
+  the unbiased variance, n / (n - 1) times the one that normalises (Flax's own layer does not). All
+  is computed in float32, whatever the dtype of x.
 
   momentum: what the running statistics keep per batch; 0.9 is PyTorch's 0.1.
   negative_slope: 0 is a ReLU, 0.01 PyTorch's leaky ReLU, 1 no activation.
@@ -357,22 +417,33 @@ class BatchNorm(nn.Module):
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
     """x: [B, H, W, C] -> the same shape and dtype.
 
-    With train=True the batch's own statistics normalise and move the running ones. With groups=G the rows are G interleaved
-    batches (row i belongs to batch i % G; interleaved, so that a batch axis split over devices stays where it is), each with
-    statistics of its own, which move the running ones one after the other. B must be a multiple of G.
+    With train=True the batch's own statistics normalise and move the running ones. With groups=G
+    the rows are G interleaved batches (row i belongs to batch i % G; interleaved, so that a batch
+    axis split over devices stays where it is), each with statistics of its own, which move the
+    running ones one after the other. B must be a multiple of G.
     """
     channels = x.shape[-1]
     ones = jnp.ones((channels,), jnp.float32)
-    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32) if self.use_scale else ones
+    scale = (
+      self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+      if self.use_scale
+      else ones
+    )
     bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
     running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
     if not train:
       factor = scale * jax.lax.rsqrt(running_var.value + self.eps)
-      y = _activate(x.astype(jnp.float32) * factor + (bias - running_mean.value * factor), self.negative_slope, self.ceiling)
+      y = _activate(
+        x.astype(jnp.float32) * factor + (bias - running_mean.value * factor),
+        self.negative_slope,
+        self.ceiling,
+      )
       return y.astype(x.dtype)
     grouped = x.reshape(-1, groups, *x.shape[1:])
-    y, mean, variance = normalize_batch(grouped, scale, bias, self.eps, self.negative_slope, self.ceiling)
+    y, mean, variance = normalize_batch(
+      grouped, scale, bias, self.eps, self.negative_slope, self.ceiling
+    )
     if not self.is_initializing():
       count = x.size // (groups * channels)
       for group in range(groups):
@@ -385,7 +456,8 @@ class BatchNorm(nn.Module):
 class ConvBN(nn.Module):
   """Convolution, batch norm, activation: the brick of every network here.
 
-  use_bias: of the convolution; the norm takes it away again in training, but some published networks have one.
+  use_bias: of the convolution; the norm takes it away again in training, but some published
+    networks have one.
   """
 
   features: int
@@ -399,5 +471,15 @@ class ConvBN(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
-    x = Conv(self.features, self.kernel_size, self.stride, self.dilation, self.use_bias, dtype=self.dtype, name="conv")(x)
-    return BatchNorm(self.momentum, negative_slope=self.negative_slope, name="bn")(x, train=train, groups=groups)
+    x = Conv(
+      self.features,
+      self.kernel_size,
+      self.stride,
+      self.dilation,
+      self.use_bias,
+      dtype=self.dtype,
+      name="conv",
+    )(x)
+    return BatchNorm(self.momentum, negative_slope=self.negative_slope, name="bn")(
+      x, train=train, groups=groups
+    )

@@ -1,7 +1,8 @@
-"""Weights of others, and of our own, in our trees: which layout a file has, what of it fits, and where everything went.
+"""Weights of others, and of our own, in our trees: which layout a file has, what of it fits, and
+where everything went.
 
-Every tensor of the file and every leaf of the network is accounted for: loaded, left fresh, dropped for a stated reason, or part
-of one error that lists all that do not fit together.
+Every tensor of the file and every leaf of the network is accounted for: loaded, left fresh, dropped
+for a stated reason, or part of one error that lists all that do not fit together.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from pseudoseg_jax.models import checkpoint_files, torch_names
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# The convolutions and batch norms of a deep stem in the order of the data: as torch_names has them (CPS, UniMatch, timm), in
-# mmsegmentation (v1c), torchcv, and CSAIL's.
+# The convolutions and batch norms of a deep stem in the order of the data: as torch_names has them
+# (CPS, UniMatch, timm), in mmsegmentation (v1c), torchcv, and CSAIL's.
 _DEEP_STEM = ("conv1.0", "conv1.1", "conv1.3", "conv1.4", "conv1.6", "bn1")
 _OTHER_DEEP_STEMS = (
   ("stem.0", "stem.1", "stem.3", "stem.4", "stem.6", "stem.7"),
@@ -40,15 +41,22 @@ _TELLING = (
   ("fuse.0.weight", "deeplabv3plus_unimatch", "classifier.weight"),
   ("head.aspp.map_bn.weight", "deeplabv3plus", "classifier.weight"),
 )
-_DEPTHS = {(2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50", (23, True): "resnet101"}
+_DEPTHS = {
+  (2, False): "resnet18",
+  (6, False): "resnet34",
+  (6, True): "resnet50",
+  (23, True): "resnet101",
+}
 _OWN, _PUBLISHED, _BACKBONE = "our own layout", "the published network", "a backbone alone"
 
 
 class Report(NamedTuple):
   """Where everything went.
 
-  layout: in words. prefix: what stands before the names in the file. others: prefixes of further networks in it, not read.
-  loaded: the paths. fresh: reason -> paths. dropped: reason -> names in the file. notes: what was changed on the way.
+  layout: in words. prefix: what stands before the names in the file. others: prefixes of further
+    networks in it, not read.
+  loaded: the paths. fresh: reason -> paths. dropped: reason -> names in the file. notes: what was
+    changed on the way.
   """
 
   layout: str
@@ -66,18 +74,29 @@ class Report(NamedTuple):
     return "\n".join(f"  {part}" for part in self._parts())
 
   def _parts(self) -> list[str]:
-    loaded = [f"{count} of the {part}" for part, count in collections.Counter(map(_part, self.loaded)).items()]
+    loaded = [
+      f"{count} of the {part}"
+      for part, count in collections.Counter(map(_part, self.loaded)).items()
+    ]
     return [
       f"{self.layout}{f' under {self.prefix!r}' if self.prefix else ''}: loaded {' and '.join(loaded)}",
-      *(f"fresh {len(paths)} of the {_part(paths[0])} ({reason})" for reason, paths in self.fresh.items()),
+      *(
+        f"fresh {len(paths)} of the {_part(paths[0])} ({reason})"
+        for reason, paths in self.fresh.items()
+      ),
       *(f"dropped {len(names)} ({reason})" for reason, names in self.dropped.items()),
-      *([f"not read, though they would fit as well: {', '.join(self.others)}"] if self.others else []),
+      *(
+        [f"not read, though they would fit as well: {', '.join(self.others)}"]
+        if self.others
+        else []
+      ),
       *self.notes,
     ]
 
 
 def read(source: str) -> dict[str, np.ndarray]:
-  """The tensors of a local file, or of "hf://organisation/name[/file]" (default file: model.safetensors).
+  """The tensors of a local file, or of "hf://organisation/name[/file]" (default file:
+  model.safetensors).
 
   Raises:
     checks.InputError: no such file, none that can be read, or not to be had from the hub.
@@ -88,18 +107,26 @@ def read(source: str) -> dict[str, np.ndarray]:
   name, _, file = rest.partition("/")
   problems = checks.Problems(f"cannot fetch weights from {source}")
   if not organisation or not name:
-    problems.add("name", got=repr(source), allowed="hf://organisation/name or hf://organisation/name/file")
+    problems.add(
+      "name", got=repr(source), allowed="hf://organisation/name or hf://organisation/name/file"
+    )
     problems.raise_if_any()
   try:
     import huggingface_hub
   except ImportError:
-    problems.add("package huggingface_hub", got="not installed", remedy="pip install huggingface_hub")
+    problems.add(
+      "package huggingface_hub", got="not installed", remedy="pip install huggingface_hub"
+    )
     problems.raise_if_any()
   try:
     path = huggingface_hub.hf_hub_download(f"{organisation}/{name}", file or "model.safetensors")
   except Exception as error:  # the hub's own errors, and those of whatever carries its requests
     said = str(error).strip().partition("\n")[0]
-    problems.add("hub", got=f"{type(error).__name__}: {said}", remedy="check the name and the connection, or give a local file")
+    problems.add(
+      "hub",
+      got=f"{type(error).__name__}: {said}",
+      remedy="check the name and the connection, or give a local file",
+    )
     problems.raise_if_any()
   return checkpoint_files.read(path)
 
@@ -110,7 +137,9 @@ def shapes_of(params: PyTree, batch_stats: PyTree) -> dict[str, tuple[int, ...]]
 
 
 def flat(params: PyTree, batch_stats: PyTree) -> dict:
-  """{"params/backbone/...": leaf, "batch_stats/backbone/...": leaf}: also the names in our own files."""
+  """{"params/backbone/...": leaf, "batch_stats/backbone/...": leaf}: also the names in our own
+  files.
+  """
   return traverse_util.flatten_dict({"params": params, "batch_stats": batch_stats}, sep="/")
 
 
@@ -128,26 +157,35 @@ def _part(key: str) -> str:
 
 
 def fit(
-  tensors: Mapping[str, np.ndarray], shapes: Shapes, network: str, *, where: str = "the file", among: str = ""
+  tensors: Mapping[str, np.ndarray],
+  shapes: Shapes,
+  network: str,
+  *,
+  where: str = "the file",
+  among: str = "",
 ) -> tuple[dict[str, np.ndarray], Report]:
-  """The values for our leaves out of a file's tensors: of the backbone all, of the head all or none.
+  """The values for our leaves out of a file's tensors: of the backbone all, of the head all or
+  none.
 
-  Recognised under any prefix: our own files; the published code of `network`; backbones alone as torchvision, timm,
-  mmsegmentation, torchcv or the CPS code name them. A head of another kind or class count is left fresh. So is a first
-  convolution where images have other than three channels, but for one: grey levels get the sum over red, green and blue, which
-  says of a grey image what the three said.
+  Recognised under any prefix: our own files; the published code of `network`; backbones alone as
+  torchvision, timm, mmsegmentation, torchcv or the CPS code name them. A head of another kind or
+  class count is left fresh. So is a first convolution where images have other than three channels,
+  but for one: grey levels get the sum over red, green and blue, which says of a grey image what the
+  three said.
 
   Args:
     shapes: of all leaves of the network, as `shapes_of` gives them.
     network: a key of `table.NETWORKS`.
     where: the file, for errors.
-    among: of several networks in one file, the one whose prefix contains this ("branch2"); default the first.
+    among: of several networks in one file, the one whose prefix contains this ("branch2"); default
+      the first.
 
   Returns:
     {"params/backbone/...": f32 array} of what is loaded, and the report.
 
   Raises:
-    checks.InputError: the layout is unknown, or backbone and file differ; everything that differs at once.
+    checks.InputError: the layout is unknown, or backbone and file differ; everything that differs
+      at once.
   """
   layout, prefix, others = _recognise(tensors, _layouts(shapes, network), where, network, among)
   named = _layouts(shapes, network)[layout]
@@ -175,7 +213,9 @@ def fit(
         value = np.sum(value, axis=2, keepdims=True)
         notes.append("first convolution summed over red, green and blue for one channel")
       if value.shape != shapes[key]:
-        wrong.append(f"{_path(key)}: got {prefix}{named[key]} of shape {value.shape}; allowed: {shapes[key]}")
+        wrong.append(
+          f"{_path(key)}: got {prefix}{named[key]} of shape {value.shape}; allowed: {shapes[key]}"
+        )
         continue  # of a shape that a file only claims, a copy may be larger than any memory
       values[key] = np.asarray(value, np.float32)
 
@@ -188,18 +228,23 @@ def fit(
 
   dropped, unused = _leftovers(left, prefix, _roots(named))
   wrong += [f"{name} of shape {np.shape(left[name])}: not used by the network" for name in unused]
-  problems = checks.Problems(f"the weights of {where} do not fit network '{network}'{_remedy(tensors, prefix, shapes)}")
+  problems = checks.Problems(
+    f"the weights of {where} do not fit network '{network}'{_remedy(tensors, prefix, shapes)}"
+  )
   problems.extend(wrong)
   problems.raise_if_any()
   return values, Report(kind, prefix, others, tuple(values), dict(fresh), dropped, tuple(notes))
 
 
 def _layouts(shapes: Shapes, network: str) -> dict[str, dict[str, str | None]]:
-  """layout -> {our leaf: its name in a file of that layout, without prefix; None where it has none}."""
+  """layout -> {our leaf: its name in a file of that layout, without prefix; None where it has
+  none}.
+  """
   paths = [_path(key) for key in shapes]
   published = torch_names.names(paths, network)
   layouts = {_OWN: {key: key for key in shapes}}
-  # Without published PyTorch code there is none whose backbone computes the same from the same weights (TensorFlow's ResNets).
+  # Without published PyTorch code there is none whose backbone computes the same from the same
+  # weights (TensorFlow's ResNets).
   if any(published.values()):
     backbone = torch_names.backbone_names(paths)
     layouts[_BACKBONE] = {key: backbone[_path(key)] for key in shapes}
@@ -207,26 +252,43 @@ def _layouts(shapes: Shapes, network: str) -> dict[str, dict[str, str | None]]:
   return layouts
 
 
-def _recognise(tensors, layouts, where: str, network: str, among: str) -> tuple[str, str, tuple[str, ...]]:
-  """The layout and prefix under which most names are found (the first of equals), and the other prefixes with as many."""
+def _recognise(
+  tensors, layouts, where: str, network: str, among: str
+) -> tuple[str, str, tuple[str, ...]]:
+  """The layout and prefix under which most names are found (the first of equals), and the other
+  prefixes with as many.
+  """
   found = []
   for layout, named in layouts.items():
     wanted = {name for name in named.values() if name}
     needed = sum(1 for key, name in named.items() if name and _part(key) != "head") / 2
     # The name after every dot may be one of ours: what stands before it is a prefix.
-    counts = collections.Counter(before for name in tensors for before, after in _splits(name) if after in wanted)
-    found += [(count, layout, prefix) for prefix, count in counts.items() if count >= needed and among in prefix]
+    counts = collections.Counter(
+      before for name in tensors for before, after in _splits(name) if after in wanted
+    )
+    found += [
+      (count, layout, prefix)
+      for prefix, count in counts.items()
+      if count >= needed and among in prefix
+    ]
   problems = checks.Problems(f"the weights of {where} have no known layout for network '{network}'")
   if not found:
     ours = {name for named in layouts.values() for name in list(named.values())[:1]}
     problems.add(
-      f"names{f' under a prefix with {among!r}' if among else ''}", got=", ".join(list(tensors)[:3]) + ", ...",
+      f"names{f' under a prefix with {among!r}' if among else ''}",
+      got=", ".join(list(tensors)[:3]) + ", ...",
       allowed=f"such as {' or '.join(sorted(filter(None, ours)))}",
       remedy="is config.network (name, backbone) the network that the file is of?",
-    )  # fmt: skip
+    )
   problems.raise_if_any()
   most, layout, prefix = max(found, key=lambda entry: entry[0])
-  return layout, prefix, tuple(other for count, same, other in found if (count, same) == (most, layout) and other != prefix)
+  return (
+    layout,
+    prefix,
+    tuple(
+      other for count, same, other in found if (count, same) == (most, layout) and other != prefix
+    ),
+  )
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
@@ -236,18 +298,30 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _with_our_stem(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-  """The tensors with the names of a deep stem as `torch_names` has them, whichever code they are from."""
+  """The tensors with the names of a deep stem as `torch_names` has them, whichever code they are
+  from.
+  """
   for stem in _OTHER_DEEP_STEMS:
     if prefix + f"{stem[4]}.weight" in tensors:
       ours = {prefix + theirs: prefix + name for theirs, name in zip(stem, _DEEP_STEM, strict=True)}
       split = {name: name.rpartition(".") for name in tensors}
-      return {f"{ours.get(module, module)}{dot}{leaf}": tensors[name] for name, (module, dot, leaf) in split.items()}
+      return {
+        f"{ours.get(module, module)}{dot}{leaf}": tensors[name]
+        for name, (module, dot, leaf) in split.items()
+      }
   return dict(tensors)
 
 
 def _is_first_convolution(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
-  """Whether two kernels differ only in that theirs is for three channels: in these networks only the first one is."""
-  return len(theirs) == len(ours) == 4 and theirs[2] == 3 and theirs[:2] == ours[:2] and theirs[3] == ours[3]
+  """Whether two kernels differ only in that theirs is for three channels: in these networks only
+  the first one is.
+  """
+  return (
+    len(theirs) == len(ours) == 4
+    and theirs[2] == 3
+    and theirs[:2] == ours[:2]
+    and theirs[3] == ours[3]
+  )
 
 
 def _why_no_head(left, head: list[str], named, prefix: str, shapes: Shapes, layout: str) -> str:
@@ -273,8 +347,12 @@ def _root(name: str) -> str:
   return "/".join(name.split("/")[:2]) if "/" in name else name.split(".")[0]
 
 
-def _leftovers(left: Iterable[str], prefix: str, roots: set[str]) -> tuple[dict[str, list[str]], list[str]]:
-  """The tensors that nothing asked for: dropped by reason, and those of a backbone, which should have been used."""
+def _leftovers(
+  left: Iterable[str], prefix: str, roots: set[str]
+) -> tuple[dict[str, list[str]], list[str]]:
+  """The tensors that nothing asked for: dropped by reason, and those of a backbone, which should
+  have been used.
+  """
   counters, unused, others = [], [], collections.defaultdict(list)
   for name in left:
     if name.endswith("num_batches_tracked"):
@@ -295,7 +373,9 @@ def _remedy(tensors: Mapping[str, np.ndarray], prefix: str, shapes: Shapes) -> s
   ours_is_deep = "params/backbone/stem/unit3/conv/kernel" in shapes
   ours_is_plain = not ours_is_deep and "params/backbone/stem/unit1/conv/kernel" in shapes
   places = prefix, f"{prefix}backbone."
-  shape_of = lambda name: next((np.shape(tensors[place + name]) for place in places if place + name in tensors), ())
+  shape_of = lambda name: next(
+    (np.shape(tensors[place + name]) for place in places if place + name in tensors), ()
+  )
   first, plain = shape_of("conv1.0.weight"), shape_of("conv1.weight")
   if ours_is_deep and plain:
     return ": its stem is plain, so set --config.network.stem=plain"
@@ -310,7 +390,8 @@ def _remedy(tensors: Mapping[str, np.ndarray], prefix: str, shapes: Shapes) -> s
 
 
 def guess(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, str], int]:
-  """The network that a PyTorch file is of, by telling names: "name", "backbone", "stem"; and its classes (1 where no head tells).
+  """The network that a PyTorch file is of, by telling names: "name", "backbone", "stem"; and its
+  classes (1 where no head tells).
 
   Without "backbone" where the file is neither of a ResNet nor of an HRNet.
   """
@@ -348,28 +429,39 @@ def guess(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, str], int]:
 
 
 def put(state: State, values: Mapping[str, np.ndarray]) -> tuple[State, str]:
-  """A fresh state with `values` in every network that has those leaves, each with arrays of its own; and what was done, in words.
+  """A fresh state with `values` in every network that has those leaves, each with arrays of its
+  own; and what was done, in words.
 
   Networks that are born with different heads (CPS's two) live by that difference: they get no head.
   """
   trees = {role: flat(net.params, net.batch_stats) for role, net in state.nets.items()}
-  fits = {role: tree for role, tree in trees.items()
-          if all(key in tree and tree[key].shape == value.shape for key, value in values.items())}  # fmt: skip
+  fits = {
+    role: tree
+    for role, tree in trees.items()
+    if all(key in tree and tree[key].shape == value.shape for key, value in values.items())
+  }
   told = f"into {', '.join(fits) or 'no network'}"
   heads = {key for key in values if _part(key) == "head"}
-  if any(not np.array_equal(first[key], second[key]) for first, second in itertools.pairwise(fits.values()) for key in heads):
+  if any(
+    not np.array_equal(first[key], second[key])
+    for first, second in itertools.pairwise(fits.values())
+    for key in heads
+  ):
     values = {key: value for key, value in values.items() if key not in heads}
     told += ", the backbone alone: equal heads would make these networks equal for ever"
 
   filled = dict(state.nets)
   for role, tree in fits.items():
-    # Copies: the engine donates the state, and a teacher must not hold the student's arrays. On a CPU device_put makes none.
+    # Copies: the engine donates the state, and a teacher must not hold the student's arrays. On a
+    # CPU device_put makes none.
     copied = jax.jit(_copies, out_shardings={key: tree[key].sharding for key in values})(values)
     taken = lambda kind, old, copied=copied: traverse_util.path_aware_map(
       lambda path, leaf: copied.get("/".join([kind, *path]), leaf), old
     )
     net = filled[role]
-    filled[role] = net.replace(params=taken("params", net.params), batch_stats=taken("batch_stats", net.batch_stats))
+    filled[role] = net.replace(
+      params=taken("params", net.params), batch_stats=taken("batch_stats", net.batch_stats)
+    )
   return state.replace(nets=filled), told
 
 

@@ -1,7 +1,8 @@
-"""PSPNet (Zhao et al. 2017) in the forms of the official CCT (Ouali et al. 2020) and PixelSSL (Ke et al. 2020) codes.
+"""PSPNet (Zhao et al. 2017) in the forms of the official CCT (Ouali et al. 2020) and PixelSSL (Ke
+et al. 2020) codes.
 
-The pyramid pooling ends the backbone and the decoder is light: 1x1 convolutions, and channels that become pixels (Shi et al.
-2016). CCT's auxiliary decoders all start from the pyramid's output.
+The pyramid pooling ends the backbone and the decoder is light: 1x1 convolutions, and channels that
+become pixels (Shi et al. 2016). CCT's auxiliary decoders all start from the pyramid's output.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ BINS = (1, 2, 3, 6)
 
 
 def _averaging_matrix(size: int, bins: int) -> np.ndarray:
-  """f32 [bins, size]: row i averages from floor(i size / bins) up to ceil((i + 1) size / bins), as PyTorch does."""
+  """f32 [bins, size]: row i averages from floor(i size / bins) up to ceil((i + 1) size / bins), as
+  PyTorch does.
+  """
   matrix = np.zeros((bins, size), np.float32)
   for i in range(bins):
     start, end = i * size // bins, -(-(i + 1) * size // bins)
@@ -32,21 +35,27 @@ def _averaging_matrix(size: int, bins: int) -> np.ndarray:
 
 
 def adaptive_average_pool(x: Array, bins: int) -> Array:
-  """Means of [B, H, W, C] over bins x bins rectangles, which overlap where a side is no multiple: f32 [B, bins, bins, C]."""
+  """Means of [B, H, W, C] over bins x bins rectangles, which overlap where a side is no multiple:
+  f32 [B, bins, bins, C].
+  """
   rows, columns = (_averaging_matrix(size, bins) for size in x.shape[1:3])
   y = jnp.einsum("ih,bhwc->biwc", rows, x, precision=jax.lax.Precision.HIGHEST)
   return jnp.einsum("jw,biwc->bijc", columns, y, precision=jax.lax.Precision.HIGHEST)
 
 
 def pixel_shuffle(x: Array) -> Array:
-  """[B, H, W, 4 C] -> [B, 2 H, 2 W, C]; channel 4 c + 2 i + j goes to sub-row i, sub-column j of channel c."""
+  """[B, H, W, 4 C] -> [B, 2 H, 2 W, C]; channel 4 c + 2 i + j goes to sub-row i, sub-column j of
+  channel c.
+  """
   batch, height, width, channels = x.shape
   x = x.reshape(batch, height, width, channels // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3)
   return x.reshape(batch, 2 * height, 2 * width, channels // 4)
 
 
 class PyramidPooling(nn.Module):
-  """[B, h, w, C] -> [B, h, w, C / 4]: the map beside its means over grids of BINS cells a side, then a 3x3 convolution."""
+  """[B, h, w, C] -> [B, h, w, C / 4]: the map beside its means over grids of BINS cells a side,
+  then a 3x3 convolution.
+  """
 
   dtype: Any = jnp.float32
 
@@ -55,13 +64,19 @@ class PyramidPooling(nn.Module):
     features = x.shape[-1] // len(BINS)
     parts = [x]
     for bins in BINS:
-      pooled = ConvBN(features, dtype=self.dtype, name=f"bin{bins}")(adaptive_average_pool(x, bins), train=train, groups=groups)
+      pooled = ConvBN(features, dtype=self.dtype, name=f"bin{bins}")(
+        adaptive_average_pool(x, bins), train=train, groups=groups
+      )
       parts.append(resize.bilinear_half_pixel(pooled, x.shape[1:3]))
-    return ConvBN(features, 3, dtype=self.dtype, name="unit")(jnp.concatenate(parts, -1), train=train, groups=groups)
+    return ConvBN(features, 3, dtype=self.dtype, name="unit")(
+      jnp.concatenate(parts, -1), train=train, groups=groups
+    )
 
 
 class Backbone(nn.Module):
-  """A backbone and pyramid pooling on its last map; the backbone's parameters stand beside "psp", where those of others stand."""
+  """A backbone and pyramid pooling on its last map; the backbone's parameters stand beside "psp",
+  where those of others stand.
+  """
 
   body: nn.Module
 
@@ -70,13 +85,19 @@ class Backbone(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, ...]:
-    """images [B, H, W, C] -> the outputs of the four stages and, last, that of the pyramid pooling on the grid of the fourth."""
+    """images [B, H, W, C] -> the outputs of the four stages and, last, that of the pyramid pooling
+    on the grid of the fourth.
+    """
     stages = self.body(x, train=train, groups=groups)
-    return *stages, PyramidPooling(self.body.dtype, name="psp")(stages[-1], train=train, groups=groups)
+    return *stages, PyramidPooling(self.body.dtype, name="psp")(
+      stages[-1], train=train, groups=groups
+    )
 
 
 class Decoder(nn.Module):
-  """Per-class scores f32 [B, 8 h, 8 w, K] of the last map; none is below 0, since a ReLU comes last."""
+  """Per-class scores f32 [B, 8 h, 8 w, K] of the last map; none is below 0, since a ReLU comes
+  last.
+  """
 
   num_classes: int
 
@@ -84,7 +105,9 @@ class Decoder(nn.Module):
   def __call__(self, maps: Sequence[Array], *, train: bool, groups: int = 1) -> Array:
     x = Conv(self.num_classes, name="classifier")(maps[-1])
     for step in (1, 2, 3):
-      x = pixel_shuffle(nn.relu(Conv(4 * self.num_classes, use_bias=True, name=f"subpixel{step}")(x)))
+      x = pixel_shuffle(
+        nn.relu(Conv(4 * self.num_classes, use_bias=True, name=f"subpixel{step}")(x))
+      )
     return x
 
 
@@ -98,7 +121,9 @@ def pspnet(
   dtype: Any = jnp.float32,
 ) -> tuple[Backbone, Decoder]:
   """CCT's network; the options are those of `backbones.make_backbone`."""
-  body = make_backbone(backbone, stem=stem, output_stride=output_stride, drop_connect=drop_connect, dtype=dtype)
+  body = make_backbone(
+    backbone, stem=stem, output_stride=output_stride, drop_connect=drop_connect, dtype=dtype
+  )
   return Backbone(body), Decoder(num_classes)
 
 
@@ -111,8 +136,15 @@ def pspnet_pixelssl(
   drop_connect: float = 0.0,
   dtype: Any = jnp.float32,
 ) -> tuple[Backbone, Decoder]:
-  """PixelSSL's network: as `pspnet`, but dilations 2, 4, 8 in the last stage, and a decoder that overshoots stride 1."""
+  """PixelSSL's network: as `pspnet`, but dilations 2, 4, 8 in the last stage, and a decoder that
+  overshoots stride 1.
+  """
   body = make_backbone(
-    backbone, stem=stem, output_stride=output_stride, multi_grid=(1, 2, 4), drop_connect=drop_connect, dtype=dtype
+    backbone,
+    stem=stem,
+    output_stride=output_stride,
+    multi_grid=(1, 2, 4),
+    drop_connect=drop_connect,
+    dtype=dtype,
   )
   return Backbone(body), Decoder(num_classes)

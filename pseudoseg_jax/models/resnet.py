@@ -1,6 +1,8 @@
-"""ResNet backbones for dense prediction: any output stride, both dilation conventions, plain or deep stem.
+"""ResNet backbones for dense prediction: any output stride, both dilation conventions, plain or
+deep stem.
 
-He et al. 2016, "Deep residual learning"; the stride sits in the 3x3 convolution, as in PyTorch's and most later code.
+He et al. 2016, "Deep residual learning"; the stride sits in the 3x3 convolution, as in PyTorch's
+and most later code.
 """
 
 from __future__ import annotations
@@ -14,7 +16,12 @@ from flax import linen as nn
 from pseudoseg_jax.contract import Array
 from pseudoseg_jax.models.layers import ConvBN, max_pool, max_pool_same
 
-BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+BLOCKS = {
+  "resnet18": (2, 2, 2, 2),
+  "resnet34": (3, 4, 6, 3),
+  "resnet50": (3, 4, 6, 3),
+  "resnet101": (3, 4, 23, 3),
+}
 BOTTLENECK = ("resnet50", "resnet101")
 STEMS = ("plain", "deep")
 OUTPUT_STRIDES = (8, 16, 32)
@@ -25,9 +32,10 @@ def strides_and_dilations(
 ) -> list[list[tuple[int, int]]]:
   """(stride, dilation) of every block of every stage.
 
-  A stage that may not stride any more dilates instead. Without multi_grid its first block keeps the dilation of the stage before
-  (torchvision). With multi_grid block i of the last stage has the stage's dilation times multi_grid[i], the first included
-  (DeepLab; CPS has output stride 16 and 2, 4, 8).
+  A stage that may not stride any more dilates instead. Without multi_grid its first block keeps the
+  dilation of the stage before (torchvision). With multi_grid block i of the last stage has the
+  stage's dilation times multi_grid[i], the first included (DeepLab; CPS has output stride 16 and 2,
+  4, 8).
   """
   plan, stride_so_far, dilation = [], 4, 1
   for stage, count in enumerate(blocks):
@@ -45,8 +53,8 @@ def strides_and_dilations(
 class Stem(nn.Module):
   """The first convolutions and the max pooling: [B, H, W, 3] -> [B, ~H/4, ~W/4, 64 or 128].
 
-  "plain": 7x7 stride 2 to 64 channels. "deep": 3x3 stride 2 to 64, 3x3 to 64, 3x3 to 128 (the `v1c` weights of CPS; other `v1c`
-  weights have 32, 32, 64 and do not fit).
+  "plain": 7x7 stride 2 to 64 channels. "deep": 3x3 stride 2 to 64, 3x3 to 64, 3x3 to 128 (the `v1c`
+  weights of CPS; other `v1c` weights have 32, 32, 64 and do not fit).
   """
 
   kind: str
@@ -57,7 +65,9 @@ class Stem(nn.Module):
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
     def unit(name, features, kernel_size, x, stride=1):
-      brick = ConvBN(features, kernel_size, stride, momentum=self.momentum, dtype=self.dtype, name=name)
+      brick = ConvBN(
+        features, kernel_size, stride, momentum=self.momentum, dtype=self.dtype, name=name
+      )
       return brick(x, train=train, groups=groups)
 
     if self.kind == "plain":
@@ -70,7 +80,9 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-  """One residual block: bottleneck (1x1, 3x3, 1x1 to 4 `width`) or basic (3x3, 3x3), with a 1x1 shortcut where shapes differ."""
+  """One residual block: bottleneck (1x1, 3x3, 1x1 to 4 `width`) or basic (3x3, 3x3), with a 1x1
+  shortcut where shapes differ.
+  """
 
   width: int
   stride: int
@@ -82,7 +94,16 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
     def unit(name, features, kernel_size, x, *, stride=1, dilation=1, negative_slope=0.0):
-      brick = ConvBN(features, kernel_size, stride, dilation, negative_slope, self.momentum, dtype=self.dtype, name=name)
+      brick = ConvBN(
+        features,
+        kernel_size,
+        stride,
+        dilation,
+        negative_slope,
+        self.momentum,
+        dtype=self.dtype,
+        name=name,
+      )
       return brick(x, train=train, groups=groups)
 
     if self.bottleneck:
@@ -100,7 +121,9 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-  """variant, stem, output_stride: one of BLOCKS, STEMS, OUTPUT_STRIDES; multi_grid as in `strides_and_dilations`."""
+  """variant, stem, output_stride: one of BLOCKS, STEMS, OUTPUT_STRIDES; multi_grid as in
+  `strides_and_dilations`.
+  """
 
   variant: str
   stem: str = "plain"
@@ -110,14 +133,23 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, ...]:
-    """images [B, H, W, 3] -> the outputs of the four stages, the first at stride 4, the last at the output stride."""
+    """images [B, H, W, 3] -> the outputs of the four stages, the first at stride 4, the last at the
+    output stride.
+    """
     blocks = BLOCKS[self.variant]
     x = Stem(self.stem, dtype=self.dtype, name="stem")(x, train=train, groups=groups)
     outputs = []
-    for stage, plan in enumerate(strides_and_dilations(blocks, self.output_stride, self.multi_grid)):
+    for stage, plan in enumerate(
+      strides_and_dilations(blocks, self.output_stride, self.multi_grid)
+    ):
       for index, (stride, dilation) in enumerate(plan):
         block = Block(
-          64 * 2**stage, stride, dilation, self.variant in BOTTLENECK, dtype=self.dtype, name=f"layer{stage + 1}_{index}"
+          64 * 2**stage,
+          stride,
+          dilation,
+          self.variant in BOTTLENECK,
+          dtype=self.dtype,
+          name=f"layer{stage + 1}_{index}",
         )
         x = block(x, train=train, groups=groups)
       outputs.append(x)
@@ -129,8 +161,9 @@ def beta_strides_and_dilations(
 ) -> list[list[tuple[int, int]]]:
   """(stride, dilation) of every block of every stage of `ResNetBeta`.
 
-  The last block of a stage strides, so a stage that may not any more keeps its own dilation and doubles that of the stages after
-  it. The last stage has no stride; its block i has the dilation times multi_grid[i].
+  The last block of a stage strides, so a stage that may not any more keeps its own dilation and
+  doubles that of the stages after it. The last stage has no stride; its block i has the dilation
+  times multi_grid[i].
   """
   plan, stride_so_far, dilation = [], 4, 1
   for count in blocks[:-1]:
@@ -141,7 +174,9 @@ def beta_strides_and_dilations(
 
 
 class BlockBeta(nn.Module):
-  """One bottleneck (1x1, 3x3, 1x1 to 4 `width`) whose shortcut is a 1x1 convolution only where the channels differ."""
+  """One bottleneck (1x1, 3x3, 1x1 to 4 `width`) whose shortcut is a 1x1 convolution only where the
+  channels differ.
+  """
 
   width: int
   stride: int
@@ -151,10 +186,21 @@ class BlockBeta(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, Array]:
-    """-> the output, and the residual: what the block adds to the shortcut, before the sum's ReLU."""
+    """-> the output, and the residual: what the block adds to the shortcut, before the sum's
+    ReLU.
+    """
 
     def unit(name, features, kernel_size, x, *, stride=1, dilation=1, negative_slope=0.0):
-      brick = ConvBN(features, kernel_size, stride, dilation, negative_slope, self.momentum, dtype=self.dtype, name=name)
+      brick = ConvBN(
+        features,
+        kernel_size,
+        stride,
+        dilation,
+        negative_slope,
+        self.momentum,
+        dtype=self.dtype,
+        name=name,
+      )
       return brick(x, train=train, groups=groups)
 
     y = unit("unit1", self.width, 1, x)
@@ -168,12 +214,15 @@ class BlockBeta(nn.Module):
 
 
 class ResNetBeta(nn.Module):
-  """The ResNet of TensorFlow's DeepLab library, there `resnet_v1_50_beta` and `resnet_v1_101_beta`; input in -1..1.
+  """The ResNet of TensorFlow's DeepLab library, there `resnet_v1_50_beta` and `resnet_v1_101_beta`;
+  input in -1..1.
 
-  It differs from `ResNet`: the stride sits in the last block of a stage and not the first, a strided shortcut without change of
-  channels is no convolution, the pooling pads as TensorFlow's "SAME", running statistics move at 0.05 a batch (PseudoSeg's).
+  It differs from `ResNet`: the stride sits in the last block of a stage and not the first, a
+  strided shortcut without change of channels is no convolution, the pooling pads as TensorFlow's
+  "SAME", running statistics move at 0.05 a batch (PseudoSeg's).
 
-  variant, output_stride: one of BOTTLENECK, OUTPUT_STRIDES; multi_grid as in `beta_strides_and_dilations`.
+  variant, output_stride: one of BOTTLENECK, OUTPUT_STRIDES; multi_grid as in
+    `beta_strides_and_dilations`.
   """
 
   variant: str
@@ -184,16 +233,24 @@ class ResNetBeta(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, ...]:
-    """images [B, H, W, 3] -> the low-level map [B, ~H/4, ~W/4, 256] for decoders, then the outputs of the four stages.
+    """images [B, H, W, 3] -> the low-level map [B, ~H/4, ~W/4, 256] for decoders, then the outputs
+    of the four stages.
 
-    The low-level map is the residual of the second block. With output stride 16 the stages end at strides 8, 16, 16, 16.
+    The low-level map is the residual of the second block. With output stride 16 the stages end at
+    strides 8, 16, 16, 16.
     """
-    x = Stem("deep", self.momentum, max_pool_same, dtype=self.dtype, name="stem")(x, train=train, groups=groups)
+    x = Stem("deep", self.momentum, max_pool_same, dtype=self.dtype, name="stem")(
+      x, train=train, groups=groups
+    )
     outputs, residuals = [], []
-    for stage, plan in enumerate(beta_strides_and_dilations(BLOCKS[self.variant], self.output_stride, self.multi_grid)):
+    for stage, plan in enumerate(
+      beta_strides_and_dilations(BLOCKS[self.variant], self.output_stride, self.multi_grid)
+    ):
       for index, (stride, dilation) in enumerate(plan):
         name = f"layer{stage + 1}_{index}"
-        block = BlockBeta(64 * 2**stage, stride, dilation, self.momentum, dtype=self.dtype, name=name)
+        block = BlockBeta(
+          64 * 2**stage, stride, dilation, self.momentum, dtype=self.dtype, name=name
+        )
         x, residual = block(x, train=train, groups=groups)
         residuals.append(residual)
       outputs.append(x)

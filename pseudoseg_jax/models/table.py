@@ -1,4 +1,6 @@
-"""Networks by name. A network leaves here as pure functions (contract.Network); nobody above sees a Flax module."""
+"""Networks by name. A network leaves here as pure functions (contract.Network); nobody above sees a
+Flax module.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ from pseudoseg_jax.models.pspnet import Backbone as PyramidBackbone, pspnet, psp
 from pseudoseg_jax.models.tiny import tiny
 from pseudoseg_jax.ops import resize
 
-# name -> factory (num_classes, *, option=default, ...) -> (backbone module, head module), and where it is not the
-# align-corners one, what makes logits of scores: the first arguments of `compose`.
+# name -> factory (num_classes, *, option=default, ...) -> (backbone module, head module), and where
+# it is not the align-corners one, what makes logits of scores: the first arguments of `compose`.
 NETWORKS = {
   "deeplabv3plus": deeplabv3plus,
   "deeplabv3plus_tf": deeplabv3plus_tf,
@@ -34,7 +36,8 @@ NETWORKS = {
 }
 
 
-# What stays as it is of the encoder -> the paths of its parameters. PSPNet's pyramid ends its backbone, but starts as fresh as its head.
+# What stays as it is of the encoder -> the paths of its parameters. PSPNet's pyramid ends its
+# backbone, but starts as fresh as its head.
 FROZEN = {
   "none": "",
   "batch_norm": r"^backbone/(?!psp/).*bn/(scale|bias)$",
@@ -42,14 +45,18 @@ FROZEN = {
 }
 
 
-def make_network(name: str, *, num_classes: int, in_channels: int = 3, freeze: str = "none", **options) -> Network:
+def make_network(
+  name: str, *, num_classes: int, in_channels: int = 3, freeze: str = "none", **options
+) -> Network:
   """The network `name` with its own options (the keywords of its factory in NETWORKS).
 
-  Parameters are float32 in a dict tree whose first level is "backbone" and "head"; logits are float32 whatever the dtype.
+  Parameters are float32 in a dict tree whose first level is "backbone" and "head"; logits are
+  float32 whatever the dtype.
 
   Args:
-    freeze: a name of FROZEN; but for "none" the encoder's batch norm runs on its stored statistics, which stay. That its parameters
-      stay too is up to the optimizer: `optim.freeze` with FROZEN's pattern.
+    freeze: a name of FROZEN; but for "none" the encoder's batch norm runs on its stored statistics,
+      which stay. That its parameters stay too is up to the optimizer: `optim.freeze` with FROZEN's
+      pattern.
 
   Raises:
     checks.InputError: unknown name, or an option this network does not have or allow.
@@ -62,7 +69,9 @@ def make_network(name: str, *, num_classes: int, in_channels: int = 3, freeze: s
     checks.check_name(f"option of network '{name}'", option, known)
   if in_channels < 1:
     problems = checks.Problems("the network cannot be built")
-    problems.add("in_channels", got=in_channels, allowed="1 or more: 1 grey, 3 colour, more for other sensors")
+    problems.add(
+      "in_channels", got=in_channels, allowed="1 or more: 1 grey, 3 colour, more for other sensors"
+    )
     problems.raise_if_any()
   backbone, *rest = factory(num_classes, **options)
   if freeze != "none":
@@ -81,7 +90,8 @@ def compose(
   """A network of two modules; their kernels are drawn by `initial_values`.
 
   backbone: (images f32[B, H, W, in_channels], *, train, groups) -> tuple of maps.
-  head: (maps, *, train, groups) -> scores f32[B, h, w, K]. upsample: scores, (H, W) -> logits f32[B, H, W, K].
+  head: (maps, *, train, groups) -> scores f32[B, h, w, K]. upsample: scores, (H, W) -> logits
+    f32[B, H, W, K].
   """
 
   @jax.jit
@@ -92,7 +102,10 @@ def compose(
       return {"backbone": body, "head": head.init(jax.random.key(0), maps, train=False)}
 
     parts = jax.eval_shape(traced, jnp.zeros((1, 32, 32, in_channels)))
-    shapes = {name: {part: parts[part].get(name, {}) for part in parts} for name in ("batch_stats", "params")}
+    shapes = {
+      name: {part: parts[part].get(name, {}) for part in parts}
+      for name in ("batch_stats", "params")
+    }
     variables = initial_values(key, shapes)
     return variables["params"], variables.get("batch_stats", {})
 
@@ -123,18 +136,24 @@ def _pure(module: nn.Module):
     if not train:
       return module.apply(variables, x, train=False), batch_stats
     rngs = {} if dropout is None else {"dropout": dropout}
-    y, moved = module.apply(variables, x, train=True, groups=groups, mutable=["batch_stats"], rngs=rngs)
+    y, moved = module.apply(
+      variables, x, train=True, groups=groups, mutable=["batch_stats"], rngs=rngs
+    )
     return y, moved.get("batch_stats", {})
 
   return call
 
 
 def as_network(module: nn.Module) -> Network:
-  """One whole module (images, *, train, groups) -> logits, for methods that need no more than logits."""
+  """One whole module (images, *, train, groups) -> logits, for methods that need no more than
+  logits.
+  """
 
   @jax.jit
   def init(key: Array) -> tuple[PyTree, PyTree]:
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
+    shapes = jax.eval_shape(
+      lambda: module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+    )
     variables = initial_values(key, shapes)
     return variables["params"], variables["batch_stats"]
 

@@ -1,6 +1,8 @@
-"""TensorFlow checkpoints of the official PseudoSeg code (and of the DeepLab library's backbones) in our trees.
+"""TensorFlow checkpoints of the official PseudoSeg code (and of the DeepLab library's backbones) in
+our trees.
 
-Ours -> theirs is a pure function of the path, so each leaf is named once; `from_tf` then insists that both sides are used up.
+Ours -> theirs is a pure function of the path, so each leaf is named once; `from_tf` then insists
+that both sides are used up.
 """
 
 from __future__ import annotations
@@ -39,8 +41,16 @@ _HEAD = {
   "aspp/branch0": "aspp0",
   "aspp/project": "concat_projection",
   "low": "decoder/feature_projection0",
-  **{f"aspp/branch{i}/{half}": f"aspp{i}_{half}" for i in (1, 2, 3) for half in ("depthwise", "pointwise")},
-  **{f"unit{i}/{half}": f"decoder/decoder_conv{i - 1}_{half}" for i in (1, 2) for half in ("depthwise", "pointwise")},
+  **{
+    f"aspp/branch{i}/{half}": f"aspp{i}_{half}"
+    for i in (1, 2, 3)
+    for half in ("depthwise", "pointwise")
+  },
+  **{
+    f"unit{i}/{half}": f"decoder/decoder_conv{i - 1}_{half}"
+    for i in (1, 2)
+    for half in ("depthwise", "pointwise")
+  },
 }
 # Leaves that are no such pair, among them those of the heads that PseudoSeg adds.
 _SINGLE = {
@@ -61,8 +71,8 @@ _OPTIMIZER = re.compile(r"(^|/)(global_step|Momentum|Adam(_1)?|RMSProp(_1)?|beta
 def tf_name(path: str, *, variant: str) -> str | None:
   """The TensorFlow name of one of our leaves.
 
-  "backbone/layer1_0/unit2/conv/kernel" -> "resnet_v1_50/block1/unit_1/bottleneck_v1/conv2/weights". None for a path that the
-  network does not have. variant: one of SCOPES.
+  "backbone/layer1_0/unit2/conv/kernel" -> "resnet_v1_50/block1/unit_1/bottleneck_v1/conv2/weights".
+  None for a path that the network does not have. variant: one of SCOPES.
   """
   scope = SCOPES[variant]
   if path in _SINGLE:
@@ -76,29 +86,36 @@ def tf_name(path: str, *, variant: str) -> str | None:
     found = xception.tf_scope(module)
   elif part == "backbone" and (stem := re.fullmatch(r"stem/unit(\d)", module)):
     found = f"{scope}/conv1_{stem[1]}"
-  elif part == "backbone" and (block := re.fullmatch(r"layer(\d)_(\d+)/(?:unit(\d)|shortcut)", module)):
+  elif part == "backbone" and (
+    block := re.fullmatch(r"layer(\d)_(\d+)/(?:unit(\d)|shortcut)", module)
+  ):
     stage, index, unit = block.groups()
     found = f"{scope}/block{stage}/unit_{int(index) + 1}/bottleneck_v1/{f'conv{unit}' if unit else 'shortcut'}"
   return f"{found}/{_PAIR[kind]}" if found and (kind := "/".join(leaf)) in _PAIR else None
 
 
 def _tf_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """The shape there: depthwise kernels are [k, k, C, 1], and linear layers are convolutions [1, 1, Cin, Cout]."""
+  """The shape there: depthwise kernels are [k, k, C, 1], and linear layers are convolutions [1, 1,
+  Cin, Cout].
+  """
   if path.endswith("/depthwise"):
     return (*shape[:2], shape[3], shape[2])
   return (1, 1, *shape) if len(shape) == 2 else shape
 
 
-def from_tf(variables: Mapping[str, np.ndarray], params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:
+def from_tf(
+  variables: Mapping[str, np.ndarray], params: PyTree, batch_stats: PyTree
+) -> tuple[PyTree, PyTree]:
   """Our trees with the values of a TensorFlow checkpoint of the same network.
 
   Args:
     variables: name -> array. The global step and the slots of optimisers are passed over.
-    params, batch_stats: trees of a "deeplabv3plus_tf" network, with or without PseudoSeg's heads `classifier` and `attention`;
-      only paths and shapes are read.
+    params, batch_stats: trees of a "deeplabv3plus_tf" network, with or without PseudoSeg's heads
+      `classifier` and `attention`; only paths and shapes are read.
 
   Raises:
-    checks.InputError: lists together every leaf that has no source, every shape that differs and every variable left over.
+    checks.InputError: lists together every leaf that has no source, every shape that differs and
+      every variable left over.
   """
   ours = traverse_util.flatten_dict({"params": params, "batch_stats": batch_stats}, sep="/")
   variant = next(name for name, path in _TELLING.items() if path in ours)
@@ -108,7 +125,12 @@ def from_tf(variables: Mapping[str, np.ndarray], params: PyTree, batch_stats: Py
   for path, leaf in ours.items():
     name = tf_name(path.split("/", 1)[1], variant=variant)
     if name not in left:
-      problems.add(path, got=f"no variable '{name}' in the file" if name else "a leaf that the TensorFlow network does not have")
+      problems.add(
+        path,
+        got=f"no variable '{name}' in the file"
+        if name
+        else "a leaf that the TensorFlow network does not have",
+      )
       continue
     value, shape = np.asarray(left.pop(name), np.float32), _tf_shape(path, leaf.shape)
     if value.shape != shape:
@@ -116,7 +138,10 @@ def from_tf(variables: Mapping[str, np.ndarray], params: PyTree, batch_stats: Py
       continue
     # Only axes of length 1 move, so that the order of the values is the same on both sides.
     filled[path] = jnp.asarray(value.reshape(leaf.shape))
-  problems.extend(f"{name} of shape {np.shape(value)}: not used by any of our leaves" for name, value in left.items())
+  problems.extend(
+    f"{name} of shape {np.shape(value)}: not used by any of our leaves"
+    for name, value in left.items()
+  )
   problems.raise_if_any()
   trees = traverse_util.unflatten_dict(filled, sep="/")
   return trees["params"], trees["batch_stats"]

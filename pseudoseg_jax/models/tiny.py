@@ -13,7 +13,9 @@ from pseudoseg_jax.ops import resize
 
 
 class TinyBackbone(nn.Module):
-  """[B, H, W, 3] -> maps of `width`, 2 `width`, 4 `width` channels at strides 2, 4, 8; the last sees far, by dilation 2 and 4."""
+  """[B, H, W, 3] -> maps of `width`, 2 `width`, 4 `width` channels at strides 2, 4, 8; the last
+  sees far, by dilation 2 and 4.
+  """
 
   width: int
   dtype: Any = jnp.float32
@@ -33,7 +35,9 @@ class TinyBackbone(nn.Module):
 
 
 class TinyHead(nn.Module):
-  """Adds the image's mean to the coarse map, then climbs back to stride 2 by way of the finer maps; float32 scores there."""
+  """Adds the image's mean to the coarse map, then climbs back to stride 2 by way of the finer maps;
+  float32 scores there.
+  """
 
   num_classes: int
   width: int
@@ -45,13 +49,20 @@ class TinyHead(nn.Module):
     image = jnp.mean(coarse, axis=(1, 2), keepdims=True, dtype=jnp.float32)
     x = coarse + Conv(coarse.shape[-1], dtype=self.dtype, name="context")(image)
     for name, skip in (("unit1", middle), ("unit2", fine)):
-      # Channels shrink before the map grows: the 3x3 convolution on the finer grid is then the cheap one.
-      x = ConvBN(skip.shape[-1], dtype=self.dtype, name=f"{name}_reduce")(x, train=train, groups=groups)
+      # Channels shrink before the map grows: the 3x3 convolution on the finer grid is then the
+      # cheap one.
+      x = ConvBN(skip.shape[-1], dtype=self.dtype, name=f"{name}_reduce")(
+        x, train=train, groups=groups
+      )
       x = jnp.concatenate([resize.bilinear_align_corners(x, skip.shape[1:3]), skip], -1)
       x = ConvBN(skip.shape[-1], 3, dtype=self.dtype, name=name)(x, train=train, groups=groups)
     return Conv(self.num_classes, use_bias=True, name="classifier")(x)
 
 
-def tiny(num_classes: int, *, width: int = 16, dtype: Any = jnp.float32) -> tuple[TinyBackbone, TinyHead]:
-  """Backbone and head with `width` channels at stride 2; about 0.14 million parameters at width 16."""
+def tiny(
+  num_classes: int, *, width: int = 16, dtype: Any = jnp.float32
+) -> tuple[TinyBackbone, TinyHead]:
+  """Backbone and head with `width` channels at stride 2; about 0.14 million parameters at width
+  16.
+  """
   return TinyBackbone(width, dtype), TinyHead(num_classes, width, dtype)

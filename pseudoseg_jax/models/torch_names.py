@@ -1,6 +1,7 @@
 """Names and layout of the tensors of published PyTorch networks, for our trees.
 
-Ours -> theirs is a pure function of the paths, so each leaf is named once; `from_torch` then insists that both sides are used up.
+Ours -> theirs is a pure function of the paths, so each leaf is named once; `from_torch` then
+insists that both sides are used up.
 """
 
 from __future__ import annotations
@@ -15,11 +16,18 @@ from flax import traverse_util
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import PyTree
 
-_LEAVES = {"kernel": "weight", "depthwise": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_LEAVES = {
+  "kernel": "weight",
+  "depthwise": "weight",
+  "scale": "weight",
+  "bias": "bias",
+  "mean": "running_mean",
+  "var": "running_var",
+}
 
-# A row is one brick: the pattern of our module, their convolution, their batch norm. Our halves of a brick end in "/conv" and
-# "/bn"; a module that is only one of the two has no such ending, and None stands for what it lacks. Bare numbers are places in
-# an nn.Sequential.
+# A row is one brick: the pattern of our module, their convolution, their batch norm. Our halves of
+# a brick end in "/conv" and "/bn"; a module that is only one of the two has no such ending, and
+# None stands for what it lacks. Bare numbers are places in an nn.Sequential.
 Rows = list[tuple[str, str | None, str | None]]
 
 _PLAIN_STEM: Rows = [(r"stem/unit(\d)", r"conv\1", r"bn\1")]
@@ -41,8 +49,16 @@ _HIGH_RESOLUTION: Rows = [
     r"stage\1.\2.branches.\3.\4.conv\5",
     r"stage\1.\2.branches.\3.\4.bn\5",
   ),
-  (r"stage(\d)_(\d)/fuse(\d)_(\d)", r"stage\1.\2.fuse_layers.\3.\4.0", r"stage\1.\2.fuse_layers.\3.\4.1"),
-  (r"stage(\d)_(\d)/fuse(\d)_(\d)_(\d)", r"stage\1.\2.fuse_layers.\3.\4.\5.0", r"stage\1.\2.fuse_layers.\3.\4.\5.1"),
+  (
+    r"stage(\d)_(\d)/fuse(\d)_(\d)",
+    r"stage\1.\2.fuse_layers.\3.\4.0",
+    r"stage\1.\2.fuse_layers.\3.\4.1",
+  ),
+  (
+    r"stage(\d)_(\d)/fuse(\d)_(\d)_(\d)",
+    r"stage\1.\2.fuse_layers.\3.\4.\5.0",
+    r"stage\1.\2.fuse_layers.\3.\4.\5.1",
+  ),
 ]
 _EFFICIENTNET: Rows = [
   (r"stem", "_conv_stem", "_bn0"),
@@ -72,7 +88,10 @@ _UNIMATCH_HEAD: Rows = [
   (r"unit2", "fuse.3", "fuse.4"),
   (r"classifier", "classifier", None),
 ]
-_HRNET_HEAD: Rows = [(r"unit", "last_layer.0", "last_layer.1"), (r"classifier", "last_layer.3", None)]
+_HRNET_HEAD: Rows = [
+  (r"unit", "last_layer.0", "last_layer.1"),
+  (r"classifier", "last_layer.3", None),
+]
 _PSP: Rows = [
   (r"bin1", "stages.0.1", "stages.0.2"),
   (r"bin2", "stages.1.1", "stages.1.2"),
@@ -95,14 +114,20 @@ def _below(ours: str, theirs: str, rows: Rows) -> Rows:
 _HEADS: dict[str, Rows] = {
   "deeplabv3plus": _below("head/", "", _CPS_HEAD),
   "deeplabv3plus_unimatch": _below("head/", "", _UNIMATCH_HEAD),
-  "efficientnet_lite": _below("head/", "", [(r"unit", "_conv_head", "_bn1"), (r"classifier", "_fc", None)]),  # of whole images
+  # of whole images.
+  "efficientnet_lite": _below(
+    "head/", "", [(r"unit", "_conv_head", "_bn1"), (r"classifier", "_fc", None)]
+  ),
   "hrnet": _below("head/", "", _HRNET_HEAD),
   "pspnet": [
     *_below("backbone/", "encoder.base.", _CCT_RESNET),
     *_below("backbone/psp/", "encoder.psp.", _PSP),
     *_below("head/", "main_decoder.upsample.", _SHUFFLE),
   ],
-  "pspnet_pixelssl": [*_below("backbone/psp/", "psp.", _PSP), *_below("head/", "decoder.", _SHUFFLE)],
+  "pspnet_pixelssl": [
+    *_below("backbone/psp/", "psp.", _PSP),
+    *_below("head/", "decoder.", _SHUFFLE),
+  ],
 }
 _BACKBONE_PREFIX = {
   "deeplabv3plus": "backbone.",
@@ -135,12 +160,14 @@ def names(paths: Iterable[str], network: str) -> dict[str, str | None]:
   """The names that a network's published PyTorch code gives to our leaves.
 
   Args:
-    paths: of all leaves (the stem's kind is read off them), parameters and statistics, such as "backbone/layer1_0/unit2/conv/kernel".
+    paths: of all leaves (the stem's kind is read off them), parameters and statistics, such as
+      "backbone/layer1_0/unit2/conv/kernel".
     network: a key of `table.NETWORKS`.
 
   Returns:
-    path -> name, here "backbone.layer1.0.conv2.weight" (CPS, UniMatch, PixelSSL), "encoder.base.1.0.conv2.weight" (CCT) or
-    "layer1.0.conv2.weight" (HRNet); None for a leaf that the published network does not have.
+    path -> name, here "backbone.layer1.0.conv2.weight" (CPS, UniMatch, PixelSSL),
+    "encoder.base.1.0.conv2.weight" (CCT) or "layer1.0.conv2.weight" (HRNet); None for a leaf that
+    the published network does not have.
   """
   paths = list(paths)
   rows = list(_HEADS.get(network, []))
@@ -150,11 +177,11 @@ def names(paths: Iterable[str], network: str) -> dict[str, str | None]:
 
 
 def backbone_names(paths: Iterable[str]) -> dict[str, str | None]:
-  """As `names`, for files of a backbone alone: torchvision's names of ResNets, the official (and timm's) of HRNets, those of the
-  PyPI package efficientnet_lite_pytorch.
+  """As `names`, for files of a backbone alone: torchvision's names of ResNets, the official (and
+  timm's) of HRNets, those of the PyPI package efficientnet_lite_pytorch.
 
-  A deep stem has the names of CPS, UniMatch and timm ("conv1.0" ...). None for what is no part of the backbone proper (heads,
-  pyramid pooling).
+  A deep stem has the names of CPS, UniMatch and timm ("conv1.0" ...). None for what is no part of
+  the backbone proper (heads, pyramid pooling).
   """
   paths = list(paths)
   rows = _backbone_rows(paths, "")
@@ -162,7 +189,8 @@ def backbone_names(paths: Iterable[str]) -> dict[str, str | None]:
 
 
 def to_ours(value: np.ndarray, path: str) -> np.ndarray:
-  """One tensor in our layout: kernels go from [Cout, Cin, k, k] to [k, k, Cin, Cout], or from [Cout, Cin] to [Cin, Cout].
+  """One tensor in our layout: kernels go from [Cout, Cin, k, k] to [k, k, Cin, Cout], or from
+  [Cout, Cin] to [Cin, Cout].
 
   Of depthwise ones Cin is 1.
   """
@@ -173,35 +201,52 @@ def to_ours(value: np.ndarray, path: str) -> np.ndarray:
 
 
 def from_torch(
-  state_dict: Mapping[str, np.ndarray], params: PyTree, batch_stats: PyTree, network: str = "deeplabv3plus"
+  state_dict: Mapping[str, np.ndarray],
+  params: PyTree,
+  batch_stats: PyTree,
+  network: str = "deeplabv3plus",
 ) -> tuple[PyTree, PyTree]:
   """Our trees with the values of a PyTorch state dict of the same network.
 
   `num_batches_tracked` is dropped, since the momentum is constant.
 
   Args:
-    state_dict: name -> array, names of one network of the published code without any "branch1." or "module." prefix.
+    state_dict: name -> array, names of one network of the published code without any "branch1." or
+      "module." prefix.
     params, batch_stats: trees of the network; only paths and shapes are read.
     network: a key of `table.NETWORKS`.
 
   Raises:
-    checks.InputError: lists together every leaf that has no source, every shape that differs and every tensor left over.
+    checks.InputError: lists together every leaf that has no source, every shape that differs and
+      every tensor left over.
   """
   ours = traverse_util.flatten_dict({"params": params, "batch_stats": batch_stats}, sep="/")
   named = names([path.split("/", 1)[1] for path in ours], network)
-  left = {name: value for name, value in state_dict.items() if not name.endswith("num_batches_tracked")}
+  left = {
+    name: value for name, value in state_dict.items() if not name.endswith("num_batches_tracked")
+  }
   problems = checks.Problems("the PyTorch weights do not fit the network")
   filled = {}
   for path, leaf in ours.items():
     name = named[path.split("/", 1)[1]]
     if name not in left:
-      problems.add(path, got=f"no tensor '{name}' in the file" if name else "a leaf that the PyTorch network does not have")
+      problems.add(
+        path,
+        got=f"no tensor '{name}' in the file"
+        if name
+        else "a leaf that the PyTorch network does not have",
+      )
       continue
     value = to_ours(left.pop(name), path).astype(np.float32)
     if value.shape != leaf.shape:
-      problems.add(path, got=f"{name} of shape {value.shape} (height, width, in, out)", allowed=leaf.shape)
+      problems.add(
+        path, got=f"{name} of shape {value.shape} (height, width, in, out)", allowed=leaf.shape
+      )
     filled[path] = jnp.asarray(value)
-  problems.extend(f"{name} of shape {np.shape(value)}: not used by any of our leaves" for name, value in left.items())
+  problems.extend(
+    f"{name} of shape {np.shape(value)}: not used by any of our leaves"
+    for name, value in left.items()
+  )
   problems.raise_if_any()
   trees = traverse_util.unflatten_dict(filled, sep="/")
   return trees["params"], trees["batch_stats"]

@@ -1,7 +1,9 @@
-"""Xception-65 for dense prediction, as in the TensorFlow DeepLab library (Chollet 2017; aligned and deepened by Qi et al. 2017).
+"""Xception-65 for dense prediction, as in the TensorFlow DeepLab library (Chollet 2017; aligned and
+deepened by Qi et al. 2017).
 
-Every convolution is separable: 3x3 within each channel, then 1x1 across channels, each with a batch norm of its own. Strides
-stand in place of max pooling, so that a block that may not stride any more can dilate instead.
+Every convolution is separable: 3x3 within each channel, then 1x1 across channels, each with a batch
+norm of its own. Strides stand in place of max pooling, so that a block that may not stride any more
+can dilate instead.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ BLOCKS = {
 
 
 def strides_and_dilations(output_stride: int) -> list[tuple[int, int]]:
-  """(stride, dilation) of every block: once the output stride is reached, a stride dilates the blocks after its own instead."""
+  """(stride, dilation) of every block: once the output stride is reached, a stride dilates the
+  blocks after its own instead.
+  """
   plan, stride_so_far, dilation = [], 2, 1
   for _, _, stride in BLOCKS.values():
     if stride_so_far == output_stride:
@@ -41,7 +45,9 @@ def strides_and_dilations(output_stride: int) -> list[tuple[int, int]]:
 
 
 class ConvNorm(nn.Module):
-  """Convolution without bias, batch norm as DeepLab trains Xception, ReLU if asked for. features None: depthwise."""
+  """Convolution without bias, batch norm as DeepLab trains Xception, ReLU if asked for. features
+  None: depthwise.
+  """
 
   features: int | None
   kernel_size: int = 1
@@ -53,7 +59,12 @@ class ConvNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
     """x: [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), features or C]."""
-    settings = {"stride": self.stride, "dilation": self.dilation, "dtype": self.dtype, "name": "conv"}
+    settings = {
+      "stride": self.stride,
+      "dilation": self.dilation,
+      "dtype": self.dtype,
+      "name": "conv",
+    }
     if self.features is None:
       x = DepthwiseConv(self.kernel_size, **settings)(x)
     else:
@@ -63,9 +74,11 @@ class ConvNorm(nn.Module):
 
 
 class Unit(nn.Module):
-  """Three separable convolutions, the last with the stride, and a shortcut: a 1x1 convolution where channels differ.
+  """Three separable convolutions, the last with the stride, and a shortcut: a 1x1 convolution where
+  channels differ.
 
-  residual: ReLUs stand before the separable convolutions. False (the last unit): no shortcut, and ReLUs after each batch norm.
+  residual: ReLUs stand before the separable convolutions. False (the last unit): no shortcut, and
+    ReLUs after each batch norm.
   """
 
   features: Sequence[int]
@@ -76,16 +89,28 @@ class Unit(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, Array]:
-    """x: [B, H, W, C] -> the unit's output, and that of its second separable convolution (before any ReLU if residual)."""
+    """x: [B, H, W, C] -> the unit's output, and that of its second separable convolution (before
+    any ReLU if residual).
+    """
 
     def brick(name, x, features, kernel_size=1, *, stride=1, dilation=1, relu=False):
-      return ConvNorm(features, kernel_size, stride, dilation, relu, dtype=self.dtype, name=name)(x, train=train, groups=groups)
+      return ConvNorm(features, kernel_size, stride, dilation, relu, dtype=self.dtype, name=name)(
+        x, train=train, groups=groups
+      )
 
     y, outputs = x, []
     for index, features in enumerate(self.features, start=1):
       stride = self.stride if index == 3 else 1
       y = nn.relu(y) if self.residual else y
-      y = brick(f"separable{index}_depthwise", y, None, 3, stride=stride, dilation=self.dilation, relu=not self.residual)
+      y = brick(
+        f"separable{index}_depthwise",
+        y,
+        None,
+        3,
+        stride=stride,
+        dilation=self.dilation,
+        relu=not self.residual,
+      )
       y = brick(f"separable{index}_pointwise", y, features, relu=not self.residual)
       outputs.append(y)
     if self.residual:
@@ -103,17 +128,28 @@ class Xception65(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, ...]:
-    """images [B, H, W, 3] in -1..1 -> DeepLab's low-level map (stride 4, 256 channels) and the outputs of the six BLOCKS.
+    """images [B, H, W, 3] in -1..1 -> DeepLab's low-level map (stride 4, 256 channels) and the
+    outputs of the six BLOCKS.
 
-    A map at stride s is ceil(H / s) by ceil(W / s); the last is at the output stride, with 2048 channels.
+    A map at stride s is ceil(H / s) by ceil(W / s); the last is at the output stride, with 2048
+    channels.
     """
-    x = ConvNorm(32, 3, stride=2, relu=True, dtype=self.dtype, name="conv1")(x, train=train, groups=groups)
+    x = ConvNorm(32, 3, stride=2, relu=True, dtype=self.dtype, name="conv1")(
+      x, train=train, groups=groups
+    )
     x = ConvNorm(64, 3, relu=True, dtype=self.dtype, name="conv2")(x, train=train, groups=groups)
     low, outputs = None, []
     plan = strides_and_dilations(self.output_stride)
     for (name, (units, features, _)), (stride, dilation) in zip(BLOCKS.items(), plan, strict=True):
       for index in range(units):
-        unit = Unit(features, stride, dilation, residual=name != "exit2", dtype=self.dtype, name=f"{name}_{index}")
+        unit = Unit(
+          features,
+          stride,
+          dilation,
+          residual=name != "exit2",
+          dtype=self.dtype,
+          name=f"{name}_{index}",
+        )
         x, second = unit(x, train=train, groups=groups)
       outputs.append(x)
       low = second if name == "entry2" else low
@@ -121,13 +157,17 @@ class Xception65(nn.Module):
 
 
 def tf_scope(module: str) -> str | None:
-  """Where the TensorFlow code keeps one of our pairs of convolution and batch norm; None for what Xception-65 does not have.
+  """Where the TensorFlow code keeps one of our pairs of convolution and batch norm; None for what
+  Xception-65 does not have.
 
-  "middle1_0/separable1_pointwise" -> "xception_65/middle_flow/block1/unit_1/xception_module/separable_conv1_pointwise".
+  "middle1_0/separable1_pointwise" ->
+  "xception_65/middle_flow/block1/unit_1/xception_module/separable_conv1_pointwise".
   """
   if stem := re.fullmatch(r"conv([12])", module):
     return f"xception_65/entry_flow/conv1_{stem[1]}"
-  if unit := re.fullmatch(r"(entry|middle|exit)(\d)_(\d+)/(?:separable(\d_(?:depth|point)wise)|shortcut)", module):
+  if unit := re.fullmatch(
+    r"(entry|middle|exit)(\d)_(\d+)/(?:separable(\d_(?:depth|point)wise)|shortcut)", module
+  ):
     flow, block, index, half = unit.groups()
     last = f"separable_conv{half}" if half else "shortcut"
     return f"xception_65/{flow}_flow/block{block}/unit_{int(index) + 1}/xception_module/{last}"

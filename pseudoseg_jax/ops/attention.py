@@ -9,10 +9,12 @@ from pseudoseg_jax.contract import Array
 
 
 def propagate(key: Array, query: Array, value: Array, valid: Array) -> Array:
-  """Every position's mean of `value` over all positions, weighted by softmax(query . key / sqrt(D)). [PseudoSeg, SGC]
+  """Every position's mean of `value` over all positions, weighted by softmax(query . key /
+  sqrt(D)). [PseudoSeg, SGC]
 
-  Positions that are not valid give nothing, and receive the even mean over all positions, valid or not: -1e9 is added to their
-  scores, of which float32 keeps nothing else. Their gradient passes all the same, as in the official code.
+  Positions that are not valid give nothing, and receive the even mean over all positions, valid or
+  not: -1e9 is added to their scores, of which float32 keeps nothing else. Their gradient passes all
+  the same, as in the official code.
 
   Args:
     key, query: f32[B, h, w, D].
@@ -23,7 +25,9 @@ def propagate(key: Array, query: Array, value: Array, valid: Array) -> Array:
     f32[B, h, w, C].
   """
   shape = value.shape
-  key, query, value = (array.reshape(shape[0], -1, array.shape[-1]) for array in (key, query, value))
+  key, query, value = (
+    array.reshape(shape[0], -1, array.shape[-1]) for array in (key, query, value)
+  )
   valid = valid.reshape(shape[0], -1)
   scores = jnp.einsum("bid,bjd->bij", query, key) * key.shape[-1] ** -0.5
   scores = scores + jnp.where(valid[:, :, None] & valid[:, None, :], 0.0, -1e9)

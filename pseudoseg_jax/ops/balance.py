@@ -1,6 +1,8 @@
-"""How sure a network is of each class, and what AEL derives from it: which classes are drawn, which pixels count, how much.
+"""How sure a network is of each class, and what AEL derives from it: which classes are drawn, which
+pixels count, how much.
 
-Hu et al., "Semi-Supervised Semantic Segmentation via Adaptive Equalization Learning", NeurIPS 2021; facts from the official code.
+Hu et al., "Semi-Supervised Semantic Segmentation via Adaptive Equalization Learning", NeurIPS 2021;
+facts from the official code.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from pseudoseg_jax.ops import losses
 
 
 def class_confidence(logits: jax.Array, label: jax.Array) -> jax.Array:
-  """Mean probability of the true class over the pixels of each class: f32[K], 0 for a class without pixels. [AEL, eq. 4]
+  """Mean probability of the true class over the pixels of each class: f32[K], 0 for a class without
+  pixels. [AEL, eq. 4]
 
-  One mean over the whole batch, as in the official code; the paper averages the means of the images.
+  One mean over the whole batch, as in the official code; the paper averages the means of the
+  images.
 
   Args:
     logits: f32[B, H, W, K]; no gradient passes.
@@ -29,13 +33,17 @@ def class_confidence(logits: jax.Array, label: jax.Array) -> jax.Array:
 def moved_bank(bank: jax.Array, logits: jax.Array, label: jax.Array, momentum: float) -> jax.Array:
   """The confidence bank f32[K] after a labeled batch: a running average of `class_confidence`.
 
-  A class that the batch lacks counts as confidence 0, as in the official code: rare classes look unsure.
+  A class that the batch lacks counts as confidence 0, as in the official code: rare classes look
+  unsure.
   """
   return momentum * bank + (1 - momentum) * class_confidence(logits, label)
 
 
-def class_probabilities(bank: jax.Array, candidates: tuple[int, ...] = (), *, power: float = 1.0) -> jax.Array:
-  """How likely each class is drawn: softmax over classes of (1 - confidence)^power, f32[K] -> f32[K]. [AEL, eq. 9]
+def class_probabilities(
+  bank: jax.Array, candidates: tuple[int, ...] = (), *, power: float = 1.0
+) -> jax.Array:
+  """How likely each class is drawn: softmax over classes of (1 - confidence)^power, f32[K] ->
+  f32[K]. [AEL, eq. 9]
 
   candidates: the classes that may be drawn, the others get 0; () for all.
   """
@@ -46,13 +54,16 @@ def class_probabilities(bank: jax.Array, candidates: tuple[int, ...] = (), *, po
 
 
 def presence(label: jax.Array, num_classes: int, min_area: float) -> jax.Array:
-  """Which images hold a class on at least the share `min_area` of their pixels: i32[B, H, W] -> bool[B, K]. [AEL, image bank]"""
+  """Which images hold a class on at least the share `min_area` of their pixels: i32[B, H, W] ->
+  bool[B, K]. [AEL, image bank]
+  """
   area = jnp.sum(label[..., None] == jnp.arange(num_classes), axis=(1, 2))
   return area >= min_area * label[0].size
 
 
 def sampling_rate(bank: jax.Array, beta: float) -> jax.Array:
-  """The share of each class's pixels that is learnt from: f32[K] in 0..1, 1 for the least sure class. [AEL, section 3]
+  """The share of each class's pixels that is learnt from: f32[K] in 0..1, 1 for the least sure
+  class. [AEL, section 3]
 
   beta: 0 learns from all pixels.
   """
@@ -61,12 +72,14 @@ def sampling_rate(bank: jax.Array, beta: float) -> jax.Array:
 
 
 def sampled(predicted: jax.Array, rate: jax.Array, uniform: jax.Array) -> jax.Array:
-  """Adaptive equalization sampling: a pixel is kept with the rate of the class that is predicted there.
+  """Adaptive equalization sampling: a pixel is kept with the rate of the class that is predicted
+  there.
 
   Args:
     predicted: i32[B, H, W], classes.
     rate: f32[K], of `sampling_rate`.
-    uniform: f32[K, H, W] in [0, 1), one map a class, which all images share as in the official code.
+    uniform: f32[K, H, W] in [0, 1), one map a class, which all images share as in the official
+      code.
 
   Returns:
     bool[B, H, W].
@@ -75,14 +88,18 @@ def sampled(predicted: jax.Array, rate: jax.Array, uniform: jax.Array) -> jax.Ar
   return jnp.any((predicted[..., None] == jnp.arange(rate.size)) & kept, axis=-1)
 
 
-def reweighted_loss(logits: jax.Array, label: jax.Array, confidence: jax.Array, kept: jax.Array, gamma: float) -> jax.Array:
-  """Dynamic re-weighting: sum of w * cross entropy / sum of w over the batch, w = confidence^gamma where kept. [AEL, eq. 12]
+def reweighted_loss(
+  logits: jax.Array, label: jax.Array, confidence: jax.Array, kept: jax.Array, gamma: float
+) -> jax.Array:
+  """Dynamic re-weighting: sum of w * cross entropy / sum of w over the batch, w = confidence^gamma
+  where kept. [AEL, eq. 12]
 
-  One quotient over the batch, as in the official code; the paper has one for each image. Pixels labeled IGNORE_LABEL, which were
-  below a threshold, stay in the denominator.
+  One quotient over the batch, as in the official code; the paper has one for each image. Pixels
+  labeled IGNORE_LABEL, which were below a threshold, stay in the denominator.
 
   Args:
-    logits: f32[B, H, W, K]; label: i32[B, H, W]; confidence: f32[B, H, W], of the label; kept: bool[B, H, W].
+    logits: f32[B, H, W, K]; label: i32[B, H, W]; confidence: f32[B, H, W], of the label; kept:
+      bool[B, H, W].
     gamma: 0 lets all kept pixels count alike.
   """
   weight = jax.lax.stop_gradient(confidence) ** gamma * kept

@@ -8,10 +8,12 @@ from pseudoseg_jax.contract import Array
 
 
 def box_planes(boxes: Array, size: tuple[int, int], num_classes: int) -> Array:
-  """Which pixels have their centre in a box of which class; where boxes overlap, several planes say so.
+  """Which pixels have their centre in a box of which class; where boxes overlap, several planes say
+  so.
 
   Args:
-    boxes: f32[B, M, 5]: class index, then top, left, bottom, right as fractions of the view; class -1 for no box.
+    boxes: f32[B, M, 5]: class index, then top, left, bottom, right as fractions of the view; class
+      -1 for no box.
     size: (H, W) of the view in pixels.
 
   Returns:
@@ -24,7 +26,9 @@ def box_planes(boxes: Array, size: tuple[int, int], num_classes: int) -> Array:
     return ((first[..., None] <= centre) & (centre < last[..., None])).astype(boxes.dtype)
 
   of_class = (kind[..., None] == jnp.arange(num_classes)).astype(boxes.dtype)
-  count = jnp.einsum("bmh,bmw,bmk->bhwk", between(top, bottom, size[0]), between(left, right, size[1]), of_class)
+  count = jnp.einsum(
+    "bmh,bmw,bmk->bhwk", between(top, bottom, size[0]), between(left, right, size[1]), of_class
+  )
   return (count > 0).astype(boxes.dtype)
 
 
@@ -33,13 +37,16 @@ def with_background(planes: Array, *, background: bool) -> Array:
 
   Args:
     planes: f32[B, H, W, K] in 0..1; those that resizing made fractional count as 1 from 1/2 on.
-    background: class 0 is the background, and its plane is the one that is set; boxes of it mean nothing. Else the plane is
-      appended, as the last.
+    background: class 0 is the background, and its plane is the one that is set; boxes of it mean
+      nothing. Else the plane is appended, as the last.
 
   Returns:
-    f32[B, H, W, K], or K + 1 planes without a background class, of 0 and 1; no pixel is 0 in all of them.
+    f32[B, H, W, K], or K + 1 planes without a background class, of 0 and 1; no pixel is 0 in all of
+    them.
   """
   inside = planes >= 0.5
   objects = inside[..., 1:] if background else inside
   outside = ~jnp.any(objects, axis=-1, keepdims=True)
-  return jnp.concatenate([outside, objects] if background else [objects, outside], axis=-1).astype(planes.dtype)
+  return jnp.concatenate([outside, objects] if background else [objects, outside], axis=-1).astype(
+    planes.dtype
+  )

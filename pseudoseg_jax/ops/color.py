@@ -1,4 +1,6 @@
-"""Colour jitter of a batch of RGB images on the device: f32[B, H, W, 3] in [0, 1], before and after."""
+"""Colour jitter of a batch of RGB images on the device: f32[B, H, W, 3] in [0, 1], before and
+after.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,18 @@ class JitterDraws(NamedTuple):
 
 def draw_jitter(key: jax.Array, num_images: int) -> JitterDraws:
   keys = jax.random.split(key, len(JitterDraws._fields))
-  return JitterDraws(jax.random.uniform(keys[0], (4,)), *(jax.random.uniform(key, (num_images,)) for key in keys[1:]))
+  return JitterDraws(
+    jax.random.uniform(keys[0], (4,)), *(jax.random.uniform(key, (num_images,)) for key in keys[1:])
+  )
 
 
 def color_jitter(rgb: jax.Array, draws: JitterDraws, *, strength: float = 0.25) -> jax.Array:
-  """Changes brightness, contrast, saturation and hue in random order. [ClassMix, transformsgpu.py, by kornia 0.3.0's ColorJitter]
+  """Changes brightness, contrast, saturation and hue in random order. [ClassMix, transformsgpu.py,
+  by kornia 0.3.0's ColorJitter]
 
   Args:
-    strength: brightness is a summand in -+ this, contrast and saturation are factors in 1 -+ this, hue turns by -+ this fraction
-      of the colour circle.
+    strength: brightness is a summand in -+ this, contrast and saturation are factors in 1 -+ this,
+      hue turns by -+ this fraction of the colour circle.
   """
   change = lambda uniform: strength * (2 * uniform - 1)
   changes = (
@@ -57,7 +62,9 @@ def multiply(rgb: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def scale_saturation(rgb: jax.Array, factor: jax.Array) -> jax.Array:
-  """Scales the S of HSV by factor [B], up to 1: the greatest channel stays, the others keep their proportions."""
+  """Scales the S of HSV by factor [B], up to 1: the greatest channel stays, the others keep their
+  proportions.
+  """
   value = jnp.max(rgb, axis=-1, keepdims=True)
   chroma = value - jnp.min(rgb, axis=-1, keepdims=True)
   most = value / jnp.where(chroma > 0, chroma, 1)
@@ -73,7 +80,7 @@ def turn_hue(rgb: jax.Array, turn: jax.Array) -> jax.Array:
   hue = jnp.where(value == green, 2 + (blue - red) * per_chroma, 4 + (red - green) * per_chroma)
   hue = jnp.where(value == red, (green - blue) * per_chroma, hue)
   hue = (hue + 6 * turn[:, None, None]) % 6  # in sixths of the circle
-  # How much of the chroma each channel has. kornia 0.3.0 fills the channels in place, which by accident darkens the red of some
-  # pixels whose red is 1; not done here.
+  # How much of the chroma each channel has. kornia 0.3.0 fills the channels in place, which by
+  # accident darkens the red of some pixels whose red is 1; not done here.
   shares = jnp.stack([jnp.abs(hue - 3) - 1, 2 - jnp.abs(hue - 2), 2 - jnp.abs(hue - 4)], axis=-1)
   return least[..., None] + chroma[..., None] * jnp.clip(shares, 0, 1)

@@ -1,4 +1,6 @@
-"""Connected regions of masks, on the device: which pixels hang together, how large each region is, and its bounding box."""
+"""Connected regions of masks, on the device: which pixels hang together, how large each region is,
+and its bounding box.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,24 @@ def connected(mask: jax.Array) -> jax.Array:
     mask: bool[B, H, W].
 
   Returns:
-    i32[B, H, W]: a region's name is the row-major index of its last pixel, its root; -1 outside the mask.
+    i32[B, H, W]: a region's name is the row-major index of its last pixel, its root; -1 outside the
+    mask.
   """
   batch, height, width = mask.shape
   index = jnp.arange(height * width, dtype=jnp.int32).reshape(height, width)
 
   def spread(names):
     """A round; rounds grow with the logarithm of a region's length, however it winds."""
-    near = jax.lax.reduce_window(names, jnp.int32(-1), jax.lax.max, (1, 3, 3), (1, 1, 1), "SAME").reshape(batch, -1)
+    near = jax.lax.reduce_window(
+      names, jnp.int32(-1), jax.lax.max, (1, 3, 3), (1, 1, 1), "SAME"
+    ).reshape(batch, -1)
     flat = names.reshape(batch, -1)
-    # The pixel that a name stands for learns of the greatest name that any pixel of that name touches ...
+    # The pixel that a name stands for learns of the greatest name that any pixel of that name
+    # touches ...
     told = jnp.where((flat >= 0) & (near > flat), flat, height * width)  # out of range: dropped
-    flat = jax.vmap(lambda names, told, near: names.at[told].max(near, mode="drop"))(flat, told, near)
+    flat = jax.vmap(lambda names, told, near: names.at[told].max(near, mode="drop"))(
+      flat, told, near
+    )
     # ... and every pixel takes over what the pixel that names it is called by now.
     for _ in range(2):
       flat = jnp.where(flat < 0, -1, jnp.take_along_axis(flat, jnp.maximum(flat, 0), axis=1))
@@ -45,7 +53,9 @@ def connected(mask: jax.Array) -> jax.Array:
 
 
 class Regions(NamedTuple):
-  """What is known of each region, at its root: [B, H * W]; where no region has its root, area is 0."""
+  """What is known of each region, at its root: [B, H * W]; where no region has its root, area is
+  0.
+  """
 
   area: jax.Array  # i32, pixels
   top: jax.Array  # i32, first row, ...

@@ -1,4 +1,6 @@
-"""Confusion matrices and the scores read from them: counted on the device, summed and divided on the host."""
+"""Confusion matrices and the scores read from them: counted on the device, summed and divided on
+the host.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +19,40 @@ ABSENT_CLASSES = ("skip", "zero")
 def confusion_matrix(label: jax.Array, prediction: jax.Array, num_classes: int) -> jax.Array:
   """Counts pixels by (true class, predicted class).
 
-  A product of one-hot vectors rather than a scatter: accelerators count with their matrix units, no two pixels fight for
-  one cell, and 0 and 1 are exact in every matrix precision. Chunks are added up as integers, so the counts are exact.
+  A product of one-hot vectors rather than a scatter: accelerators count with their matrix units, no
+  two pixels fight for one cell, and 0 and 1 are exact in every matrix precision. Chunks are added
+  up as integers, so the counts are exact.
 
   Args:
     label: integers of any shape; values outside 0..num_classes-1 (255 = ignore) are not counted.
     prediction: integers of the same shape, 0..num_classes-1.
 
   Returns:
-    i32[K, K], row = truth. One call may count up to 2^31 - 1 pixels; add further calls up on the host (`scores` takes int64).
+    i32[K, K], row = truth. One call may count up to 2^31 - 1 pixels; add further calls up on the
+    host (`scores` takes int64).
   """
   chunk = min(_CHUNK, max(label.size, 1))
   padding = -label.size % chunk
-  label = jnp.pad(label.ravel().astype(jnp.int32), (0, padding), constant_values=-1).reshape(-1, chunk)
+  label = jnp.pad(label.ravel().astype(jnp.int32), (0, padding), constant_values=-1).reshape(
+    -1, chunk
+  )
   prediction = jnp.pad(prediction.ravel().astype(jnp.int32), (0, padding)).reshape(-1, chunk)
 
   def count(matrix, pixels):
-    truth, predicted = (jax.nn.one_hot(ids, num_classes, dtype=jnp.float32) for ids in pixels)  # out of range = all zeros
+    # Out of range = all zeros.
+    truth, predicted = (jax.nn.one_hot(ids, num_classes, dtype=jnp.float32) for ids in pixels)
     return matrix + jnp.einsum("pt,pk->tk", truth, predicted).astype(jnp.int32), None
 
-  return jax.lax.scan(count, jnp.zeros((num_classes, num_classes), jnp.int32), (label, prediction))[0]
+  return jax.lax.scan(count, jnp.zeros((num_classes, num_classes), jnp.int32), (label, prediction))[
+    0
+  ]
 
 
 class Scores(NamedTuple):
   """What one predictor scored on one set of images.
 
-  iou: f64[K], intersection over union as fractions; NaN = the class is in neither truth nor prediction.
+  iou: f64[K], intersection over union as fractions; NaN = the class is in neither truth nor
+    prediction.
   miou: mean of `iou`, where NaN is left out (or counts as 0, see `scores`).
   pixel_accuracy: share of the labeled pixels that are right.
   matrix: i64[K, K], row = truth; its sum is the number of labeled pixels.
@@ -59,10 +69,12 @@ class Scores(NamedTuple):
 
 
 def scores(matrix: np.ndarray, *, absent_classes: str = "skip") -> Scores:
-  """IoU per class, its mean and the pixel accuracy of a confusion matrix [K, K] (row = truth). NaN where nothing was seen.
+  """IoU per class, its mean and the pixel accuracy of a confusion matrix [K, K] (row = truth). NaN
+  where nothing was seen.
 
   Args:
-    absent_classes: what a class in neither truth nor prediction does to the mean: "skip" leaves it out, "zero" counts it as 0.
+    absent_classes: what a class in neither truth nor prediction does to the mean: "skip" leaves it
+      out, "zero" counts it as 0.
   """
   matrix = np.asarray(matrix, np.int64)
   hit = np.diag(matrix)

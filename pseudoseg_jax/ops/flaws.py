@@ -1,8 +1,9 @@
-"""Where a prediction is wrong, as smooth maps: what GCT's flaw detector learns, and how its opinion picks who teaches whom.
+"""Where a prediction is wrong, as smooth maps: what GCT's flaw detector learns, and how its opinion
+picks who teaches whom.
 
-Ke et al., "Guided Collaborative Training for Pixel-wise Semi-Supervised Learning", ECCV 2020; facts from the official code
-(ZHKKKe/PixelSSL, pixelssl/ssl_algorithm/ssl_gct.py). Flaw maps are f32[B, H, W]. Blurs have their sizes from `base_pixels`, the
-side of the training crop.
+Ke et al., "Guided Collaborative Training for Pixel-wise Semi-Supervised Learning", ECCV 2020; facts
+from the official code (ZHKKKe/PixelSSL, pixelssl/ssl_algorithm/ssl_gct.py). Flaw maps are f32[B, H,
+W]. Blurs have their sizes from `base_pixels`, the side of the training crop.
 """
 
 from __future__ import annotations
@@ -24,21 +25,24 @@ def odd(size: float) -> int:
 def blur_taps(size: int) -> np.ndarray:
   """The Gaussian kernel of one axis, f64 [size], size odd; its sum is 1. [GCT, GaussianBlurLayer]
 
-  Its deviation is 0.3 ((size - 1) / 2 - 1) + 0.8 pixels, cut off at 4 deviations; tails beyond the window are mirrored into it about
-  its outer edges.
+  Its deviation is 0.3 ((size - 1) / 2 - 1) + 0.8 pixels, cut off at 4 deviations; tails beyond the
+  window are mirrored into it about its outer edges.
   """
   sigma = 0.3 * ((size - 1) / 2 - 1) + 0.8
   reach = int(4 * sigma + 0.5)
   distance = np.arange(-reach, reach + 1)
   weight = np.exp(-0.5 * np.square(distance / sigma))
-  mirrored = np.pad(np.arange(size), reach, mode="symmetric")  # which tap a pixel of the window and its surroundings falls on
+  # Which tap a pixel of the window and its surroundings falls on.
+  mirrored = np.pad(np.arange(size), reach, mode="symmetric")
   taps = np.zeros(size)
   np.add.at(taps, mirrored[reach + size // 2 + distance], weight / weight.sum())
   return taps
 
 
 def _blur_matrix(length: int, size: int) -> np.ndarray:
-  """The matrix that blurs one axis of `length` pixels, f32; the axis is mirrored about its outermost pixels, as often as needed."""
+  """The matrix that blurs one axis of `length` pixels, f32; the axis is mirrored about its
+  outermost pixels, as often as needed.
+  """
   mirrored = np.pad(np.arange(length), size // 2, mode="reflect")
   rows, taps = np.indices((length, size))
   matrix = np.zeros((length, length))
@@ -47,7 +51,9 @@ def _blur_matrix(length: int, size: int) -> np.ndarray:
 
 
 def blur(x: Array, size: int) -> Array:
-  """f32[B, H, W] blurred with `blur_taps(size)` along both axes: two products with small matrices, however large the kernel."""
+  """f32[B, H, W] blurred with `blur_taps(size)` along both axes: two products with small matrices,
+  however large the kernel.
+  """
   height, width = x.shape[1:]
   x = jnp.einsum("ih,bhw->biw", _blur_matrix(height, size), x, precision=_HIGHEST)
   return jnp.einsum("jw,biw->bij", _blur_matrix(width, size), x, precision=_HIGHEST)
@@ -67,7 +73,8 @@ def _extremes(x: Array) -> tuple[Array, Array]:
 
 
 def difference(probabilities: Array, label: Array) -> Array:
-  """Half the sum over classes of |one-hot label - probability|: f32[B, H, W] in 0..1; 1/2 where the label is no class.
+  """Half the sum over classes of |one-hot label - probability|: f32[B, H, W] in 0..1; 1/2 where the
+  label is no class.
 
   Args:
     probabilities: f32[B, H, W, K]; label: i32[B, H, W].
@@ -76,11 +83,15 @@ def difference(probabilities: Array, label: Array) -> Array:
   return jnp.sum(jnp.abs(hit - probabilities), axis=-1) / 2
 
 
-def flaw_target(probabilities: Array, label: Array, *, base_pixels: int, dilations: int = 1) -> Array:
-  """How wrong a prediction is around each pixel, by its label: f32[B, H, W] in 0..1, without gradient. [GCT, pipeline C]
+def flaw_target(
+  probabilities: Array, label: Array, *, base_pixels: int, dilations: int = 1
+) -> Array:
+  """How wrong a prediction is around each pixel, by its label: f32[B, H, W] in 0..1, without
+  gradient. [GCT, pipeline C]
 
-  The difference is blurred, then dilated and blurred again; at last each image is scaled to 0..1, so that the official factor
-  on the difference (0.5) makes none. A perfect prediction gives 0. The paper dilates before the first blur.
+  The difference is blurred, then dilated and blurred again; at last each image is scaled to 0..1,
+  so that the official factor on the difference (0.5) makes none. A perfect prediction gives 0. The
+  paper dilates before the first blur.
 
   Args:
     probabilities, label: see `difference`.
@@ -93,10 +104,11 @@ def flaw_target(probabilities: Array, label: Array, *, base_pixels: int, dilatio
 
 
 def handle_flaws(raw: Array, *, base_pixels: int, min_flaw: float = 0.1) -> tuple[Array, Array]:
-  """The flaw detector's maps as they are compared: negatives at 0, blurred, each scaled to 0..1. [GCT, flaw-map handler]
+  """The flaw detector's maps as they are compared: negatives at 0, blurred, each scaled to 0..1.
+  [GCT, flaw-map handler]
 
-  A map that does not exceed `min_flaw` is flawless: its handled values are one, 0 or below. Below, because officially the map is
-  set to 0 but scaled as before; it then wins every comparison.
+  A map that does not exceed `min_flaw` is flawless: its handled values are one, 0 or below. Below,
+  because officially the map is set to 0 but scaled as before; it then wins every comparison.
 
   Args:
     raw: f32[B, H, W].
@@ -110,20 +122,28 @@ def handle_flaws(raw: Array, *, base_pixels: int, min_flaw: float = 0.1) -> tupl
   return _normalized(jnp.where(high > min_flaw, flaws, 0), low, high), clipped
 
 
-def dynamic_consistency(first: Array, second: Array, flaws_first: Array, flaws_second: Array, *, threshold: float):
-  """Per pixel, each model learns from the other where that one is less wrong, else from itself. [GCT, equation of L_dc]
+def dynamic_consistency(
+  first: Array, second: Array, flaws_first: Array, flaws_second: Array, *, threshold: float
+):
+  """Per pixel, each model learns from the other where that one is less wrong, else from itself.
+  [GCT, equation of L_dc]
 
-  A flaw above the threshold counts as 1. Equals keep each to itself, so where both are bad nobody learns by consistency.
+  A flaw above the threshold counts as 1. Equals keep each to itself, so where both are bad nobody
+  learns by consistency.
 
   Args:
-    first, second: probabilities f32[B, H, W, K] of two models; flaws_first, flaws_second: their handled maps f32[B, H, W].
+    first, second: probabilities f32[B, H, W, K] of two models; flaws_first, flaws_second: their
+      handled maps f32[B, H, W].
 
   Returns:
     The targets of both, f32[B, H, W, K], without gradient, and where both are bad, bool[B, H, W].
   """
   first, second = jax.lax.stop_gradient((first, second))
   bad_first, bad_second = flaws_first > threshold, flaws_second > threshold
-  flaws_first, flaws_second = jnp.where(bad_first, 1.0, flaws_first), jnp.where(bad_second, 1.0, flaws_second)
+  flaws_first, flaws_second = (
+    jnp.where(bad_first, 1.0, flaws_first),
+    jnp.where(bad_second, 1.0, flaws_second),
+  )
   target_first = jnp.where((flaws_second >= flaws_first)[..., None], first, second)
   target_second = jnp.where((flaws_first >= flaws_second)[..., None], second, first)
   return target_first, target_second, bad_first & bad_second

@@ -9,11 +9,12 @@ from pseudoseg_jax.contract import Array
 
 
 def calibrated_fusion(decoder_logits: Array, sgc_logits: Array, *, calibrate: bool = True) -> Array:
-  """The mean of two softmaxes, after both logits are divided by one root-mean-square. [PseudoSeg, calibrated fusion]
+  """The mean of two softmaxes, after both logits are divided by one root-mean-square. [PseudoSeg,
+  calibrated fusion]
 
-  The root-mean-square is taken over all elements of both inputs together (the whole batch): it sets how flat the two
-  distributions are and leaves their ratio as it was. The paper writes a norm at each location; its code, followed here,
-  has the one number.
+  The root-mean-square is taken over all elements of both inputs together (the whole batch): it sets
+  how flat the two distributions are and leaves their ratio as it was. The paper writes a norm at
+  each location; its code, followed here, has the one number.
 
   Args:
     decoder_logits, sgc_logits: f32[B, h, w, K], on one grid.
@@ -30,15 +31,19 @@ def calibrated_fusion(decoder_logits: Array, sgc_logits: Array, *, calibrate: bo
 
 
 def sharpen(probabilities: Array, temperature: float) -> Array:
-  """p^(1/T) / sum over classes of p^(1/T), f32[..., K]; T = 1 changes nothing, below 1 the likely gains."""
+  """p^(1/T) / sum over classes of p^(1/T), f32[..., K]; T = 1 changes nothing, below 1 the likely
+  gains.
+  """
   raised = probabilities ** (1 / temperature)
   return raised / jnp.sum(raised, axis=-1, keepdims=True)
 
 
 def self_corrected(primary_logits: Array, ancillary_logits: Array, alpha: Array | float) -> Array:
-  """Logits of the q that minimises KL(q || p) + alpha KL(q || p_anc). [self-correcting networks, linear self-correction]
+  """Logits of the q that minimises KL(q || p) + alpha KL(q || p_anc). [self-correcting networks,
+  linear self-correction]
 
-  (l + alpha l_anc) / (1 + alpha): softmax of it is the weighted geometric mean of p = softmax(l) and p_anc = softmax(l_anc).
+  (l + alpha l_anc) / (1 + alpha): softmax of it is the weighted geometric mean of p = softmax(l)
+  and p_anc = softmax(l_anc).
 
   Args:
     primary_logits, ancillary_logits: f32[..., K].

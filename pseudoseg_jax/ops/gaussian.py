@@ -10,7 +10,9 @@ import numpy as np
 
 
 def kernel_size(size: tuple[int, int]) -> tuple[int, int]:
-  """The height and width of ClassMix's blur kernel for images of (height, width): a tenth, odd. [ClassMix, transformsgpu.py]"""
+  """The height and width of ClassMix's blur kernel for images of (height, width): a tenth, odd.
+  [ClassMix, transformsgpu.py]
+  """
   tenths = (math.ceil(0.1 * side) for side in size)
   return tuple(tenth - 1 + tenth % 2 for tenth in tenths)
 
@@ -30,8 +32,8 @@ def blur(
     sigma: f32[B] or f32[1], standard deviation in pixels, above 0.
     radius: the kernel reaches so many pixels up and down, and left and right.
     truncate: and no more than round(truncate * sigma), as SciPy's option of that name.
-    border: NumPy's name of the padding: "reflect" mirrors about the outermost pixels (PyTorch's and kornia's name too), "symmetric"
-      about their outer edges (SciPy calls this one "reflect").
+    border: NumPy's name of the padding: "reflect" mirrors about the outermost pixels (PyTorch's and
+      kornia's name too), "symmetric" about their outer edges (SciPy calls this one "reflect").
   """
   for axis, reach in ((1, radius[0]), (2, radius[1])):
     x = _blur_axis(x, sigma, axis, reach, truncate, border)
@@ -46,6 +48,8 @@ def _blur_axis(x, sigma, axis, reach, truncate, border):
   sigma = sigma[:, None, None]
   inside = np.abs(distance) <= jnp.minimum(jnp.floor(truncate * sigma + 0.5), reach)
   kernel = jnp.where(inside, jnp.exp(-0.5 * jnp.square(distance / sigma)), 0)
-  kernel = jnp.broadcast_to(kernel / jnp.sum(kernel, axis=-1, keepdims=True), (len(x), *distance.shape))
+  kernel = jnp.broadcast_to(
+    kernel / jnp.sum(kernel, axis=-1, keepdims=True), (len(x), *distance.shape)
+  )
   product = "bij,bjwc->biwc" if axis == 1 else "bij,bhjc->bhic"
   return jnp.einsum(product, kernel, padded, precision=jax.lax.Precision.HIGHEST)

@@ -21,37 +21,50 @@ def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
   Returns:
     f32[...].
   """
-  # The true logit by comparison, not by gather: a gather's gradient is a scatter, slow everywhere; this fuses.
+  # The true logit by comparison, not by gather: a gather's gradient is a scatter, slow everywhere;
+  # this fuses.
   hit = label[..., None] == jnp.arange(logits.shape[-1])
   true_logit = jnp.sum(jnp.where(hit, logits, 0), axis=-1)
   return jnp.where(label == IGNORE_LABEL, 0, jax.nn.logsumexp(logits, axis=-1) - true_logit)
 
 
 def soft_cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
-  """-sum over classes of target * log softmax(logits) per pixel, in nats: [..., K] x [..., K] -> [...]."""
+  """-sum over classes of target * log softmax(logits) per pixel, in nats: [..., K] x [..., K] ->
+  [...].
+  """
   return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
 
 
 def squared_distance(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Mean over classes of (a - b)^2 per pixel: [..., K] x [..., K] -> [...]. [Mean Teacher, official softmax_mse_loss]"""
+  """Mean over classes of (a - b)^2 per pixel: [..., K] x [..., K] -> [...]. [Mean Teacher, official
+  softmax_mse_loss]
+  """
   return jnp.mean(jnp.square(a - b), axis=-1)
 
 
 def kl_divergence(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-  """KL(softmax(teacher) || softmax(student)) per pixel, in nats. [Mean Teacher, official softmax_kl_loss]"""
+  """KL(softmax(teacher) || softmax(student)) per pixel, in nats. [Mean Teacher, official
+  softmax_kl_loss]
+  """
   teacher = jax.nn.log_softmax(teacher_logits)
   return jnp.sum(jnp.exp(teacher) * (teacher - jax.nn.log_softmax(student_logits)), axis=-1)
 
 
 def kl_from_target(logits: jax.Array, target: jax.Array) -> jax.Array:
-  """KL(target || softmax(logits)) per pixel, in nats: [..., K] x probabilities [..., K] -> [...]."""
-  return soft_cross_entropy(logits, target) + jnp.sum(jax.scipy.special.xlogy(target, target), axis=-1)
+  """KL(target || softmax(logits)) per pixel, in nats: [..., K] x probabilities [..., K] ->
+  [...].
+  """
+  return soft_cross_entropy(logits, target) + jnp.sum(
+    jax.scipy.special.xlogy(target, target), axis=-1
+  )
 
 
 def js_divergence(logits: jax.Array, target: jax.Array, *, tiny: float = 1e-5) -> jax.Array:
-  """Jensen-Shannon divergence of softmax(logits) and target probabilities per pixel, in nats. [CCT, official softmax_js_loss]
+  """Jensen-Shannon divergence of softmax(logits) and target probabilities per pixel, in nats. [CCT,
+  official softmax_js_loss]
 
-  Half of KL(M || softmax(logits)) + KL(M || target + tiny), M their mean: the textbook has the arguments of each KL swapped.
+  Half of KL(M || softmax(logits)) + KL(M || target + tiny), M their mean: the textbook has the
+  arguments of each KL swapped.
   """
   middle = (jax.nn.softmax(logits) + target) / 2
   log_product = jax.nn.log_softmax(logits) + jnp.log(target + tiny)
@@ -59,25 +72,36 @@ def js_divergence(logits: jax.Array, target: jax.Array, *, tiny: float = 1e-5) -
 
 
 def disagreement(probabilities: jax.Array) -> jax.Array:
-  """Variance over N predictions, summed over classes, per pixel: [N, ..., K] -> [...]. [CCT, pair-wise loss]"""
+  """Variance over N predictions, summed over classes, per pixel: [N, ..., K] -> [...]. [CCT,
+  pair-wise loss]
+  """
   return jnp.sum(jnp.var(probabilities, axis=0), axis=-1)
 
 
 def smooth_l1_distance(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Mean over classes of d^2 / 2 where d = |a - b| < 1, else d - 1/2: [..., K] x [..., K] -> [...]. [French et al. 2020, code]"""
+  """Mean over classes of d^2 / 2 where d = |a - b| < 1, else d - 1/2: [..., K] x [..., K] -> [...].
+  [French et al. 2020, code]
+  """
   return jnp.mean(optax.huber_loss(a, b), axis=-1)
 
 
-def binary_cross_entropy(probability: jax.Array, target: jax.Array, *, tiny: float = 1e-6) -> jax.Array:
-  """Cross entropy of each class against all others, summed over classes: [..., K] x [..., K] -> [...], in nats.
+def binary_cross_entropy(
+  probability: jax.Array, target: jax.Array, *, tiny: float = 1e-6
+) -> jax.Array:
+  """Cross entropy of each class against all others, summed over classes: [..., K] x [..., K] ->
+  [...], in nats.
 
-  `tiny` is added in both logarithms, so the least value may be below 0. [French et al. 2020, code: robust_binary_crossentropy]
+  `tiny` is added in both logarithms, so the least value may be below 0. [French et al. 2020, code:
+  robust_binary_crossentropy]
   """
-  return -jnp.sum(target * jnp.log(probability + tiny) + (1 - target) * jnp.log(1 - probability + tiny), axis=-1)
+  return -jnp.sum(
+    target * jnp.log(probability + tiny) + (1 - target) * jnp.log(1 - probability + tiny), axis=-1
+  )
 
 
 def mean_over(values: jax.Array, weight: jax.Array) -> jax.Array:
-  """sum(values * weight) / sum(weight): the mean over what `weight` (bool or count) keeps, 0 where it keeps nothing.
+  """sum(values * weight) / sum(weight): the mean over what `weight` (bool or count) keeps, 0 where
+  it keeps nothing.
 
   The denominator is at least 1, so that a crop that is all padding gives 0 and a finite gradient.
   """
@@ -91,46 +115,62 @@ def joint_mean(*values: jax.Array) -> jax.Array:
 
 
 def pixel_weight(label: jax.Array, class_weights: Sequence[float] = ()) -> jax.Array:
-  """What each pixel counts, f32[...]: 1, or with class_weights, K of them, that of its class; 0 without a label."""
+  """What each pixel counts, f32[...]: 1, or with class_weights, K of them, that of its class; 0
+  without a label.
+  """
   if not class_weights:
     return (label != IGNORE_LABEL).astype(jnp.float32)
   return jnp.sum(jax.nn.one_hot(label, len(class_weights)) * jnp.asarray(class_weights), axis=-1)
 
 
 def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
-  """sum(values * weight) / sum(weight), as PyTorch's losses with `weight` have it; 0 where all weights are 0."""
+  """sum(values * weight) / sum(weight), as PyTorch's losses with `weight` have it; 0 where all
+  weights are 0.
+  """
   total = jnp.sum(weight)
   return jnp.sum(values * weight) / jnp.where(total > 0, total, 1)
 
 
 def cross_entropy_mean(
-  logits: jax.Array, label: jax.Array, *, denominator: str = "valid", class_weights: Sequence[float] = ()
+  logits: jax.Array,
+  label: jax.Array,
+  *,
+  denominator: str = "valid",
+  class_weights: Sequence[float] = (),
 ) -> jax.Array:
   """Mean cross entropy over the pixels that have a label, each weighted as its class.
 
-  denominator: "valid" divides by the pixels with a label (CPS and most others), or by their weights; "all" by all pixels (PixelSSL).
+  denominator: "valid" divides by the pixels with a label (CPS and most others), or by their
+    weights; "all" by all pixels (PixelSSL).
   """
   values, weight = cross_entropy(logits, label), pixel_weight(label, class_weights)
   return jnp.mean(values * weight) if denominator == "all" else weighted_mean(values, weight)
 
 
-def focal_mean(logits: jax.Array, label: jax.Array, *, gamma: float = 2.0, class_weights: Sequence[float] = ()) -> jax.Array:
-  """Mean of (1 - p)^gamma times the cross entropy, p the probability of the true class: pixels that are easy count little.
+def focal_mean(
+  logits: jax.Array, label: jax.Array, *, gamma: float = 2.0, class_weights: Sequence[float] = ()
+) -> jax.Array:
+  """Mean of (1 - p)^gamma times the cross entropy, p the probability of the true class: pixels that
+  are easy count little.
 
-  Lin et al., "Focal loss", ICCV 2017, equation 4, of the softmax. optax's focal loss takes each class for a yes or no of its own, so
-  that its logits are no softmax's, which all methods here take their confidences from.
+  Lin et al., "Focal loss", ICCV 2017, equation 4, of the softmax. optax's focal loss takes each
+  class for a yes or no of its own, so that its logits are no softmax's, which all methods here take
+  their confidences from.
   """
   values, weight = cross_entropy(logits, label), pixel_weight(label, class_weights)
-  # 1 - p by expm1: exact where p is nearly 1. Its gradient at gamma < 1 would be infinite at p = 1, as a power's at 0.
+  # 1 - p by expm1: exact where p is nearly 1. Its gradient at gamma < 1 would be infinite at p = 1,
+  # as a power's at 0.
   wrong = jnp.maximum(-jnp.expm1(-values), jnp.finfo(values.dtype).tiny)
   return weighted_mean(wrong**gamma * values, weight)
 
 
 def dice_loss(logits: jax.Array, label: jax.Array) -> jax.Array:
-  """1 - 2 |P Y| / (|P| + |Y|), averaged over the classes that the batch's labels hold; rare and frequent ones count alike.
+  """1 - 2 |P Y| / (|P| + |Y|), averaged over the classes that the batch's labels hold; rare and
+  frequent ones count alike.
 
-  Sums are over all labeled pixels of the batch; P are probabilities, which stand without a square as in most of today's codes
-  (Milletari et al., V-Net, 3DV 2016, section 3, squares them). optax's loss knows neither pixels without a label nor absent classes.
+  Sums are over all labeled pixels of the batch; P are probabilities, which stand without a square
+  as in most of today's codes (Milletari et al., V-Net, 3DV 2016, section 3, squares them). optax's
+  loss knows neither pixels without a label nor absent classes.
 
   Args:
     logits: f32[B, H, W, K]; label: i32[B, H, W].
@@ -146,13 +186,16 @@ def dice_loss(logits: jax.Array, label: jax.Array) -> jax.Array:
   return mean_over(1 - overlap, size_truth > 0)
 
 
-def ohem_kept(logits: jax.Array, label: jax.Array, *, min_confidence: float, min_kept: int) -> jax.Array:
+def ohem_kept(
+  logits: jax.Array, label: jax.Array, *, min_confidence: float, min_kept: int
+) -> jax.Array:
   """Which pixels online hard example mining keeps, over all pixels given together.
 
-  A pixel is kept where the probability of its true class is at most the threshold: `min_confidence`, or the min_kept-th
-  smallest probability if that is larger, so that at least `min_kept` remain. Ignored pixels count as probability 1 in the
-  ranking and are never kept. With min_kept = 0, or more than there are valid pixels, all valid pixels are kept.
-  [TorchSemiSeg furnace/seg_opr/loss_opr.py, ProbOhemCrossEntropy2d]
+  A pixel is kept where the probability of its true class is at most the threshold:
+  `min_confidence`, or the min_kept-th smallest probability if that is larger, so that at least
+  `min_kept` remain. Ignored pixels count as probability 1 in the ranking and are never kept. With
+  min_kept = 0, or more than there are valid pixels, all valid pixels are kept. [TorchSemiSeg
+  furnace/seg_opr/loss_opr.py, ProbOhemCrossEntropy2d]
 
   Args:
     logits: f32[..., K]; label: i32[...].
@@ -183,8 +226,9 @@ def ohem_cross_entropy(
   Args:
     logits: f32[B, H, W, K]; label: i32[B, H, W].
     min_kept: pixels kept at least, per image or per batch as `scope` says.
-    scope: "image" mines each image alone and averages the image losses (CPS on Cityscapes: one image a GPU);
-      "batch" mines all pixels of the batch together (the official function on one process).
+    scope: "image" mines each image alone and averages the image losses (CPS on Cityscapes: one
+      image a GPU); "batch" mines all pixels of the batch together (the official function on one
+      process).
     class_weights: of the pixels that are kept; they have no part in which ones are.
   """
 
@@ -198,17 +242,23 @@ def ohem_cross_entropy(
 def bootstrapped_cross_entropy(
   logits: jax.Array, label: jax.Array, *, threshold: jax.Array | float, min_kept: int = 1
 ) -> jax.Array:
-  """Mean cross entropy over the pixels whose true class has a probability below a threshold. [CCT, ab-CE, official abCE_loss]
+  """Mean cross entropy over the pixels whose true class has a probability below a threshold. [CCT,
+  ab-CE, official abCE_loss]
 
-  The threshold is raised to the (min_kept B + 1)-th smallest probability if that is larger (to the largest if there are fewer).
-  Nothing kept, or no pixel with a label: 0. No gradient flows into the selection.
+  The threshold is raised to the (min_kept B + 1)-th smallest probability if that is larger (to the
+  largest if there are fewer). Nothing kept, or no pixel with a label: 0. No gradient flows into the
+  selection.
 
   Args:
     logits: f32[B, H, W, K]; label: i32[B, H, W].
     min_kept: pixels kept at least, times the number of images.
   """
   valid = label != IGNORE_LABEL
-  confidence = jnp.where(valid, jnp.exp(-cross_entropy(jax.lax.stop_gradient(logits), label)), jnp.inf)
+  confidence = jnp.where(
+    valid, jnp.exp(-cross_entropy(jax.lax.stop_gradient(logits), label)), jnp.inf
+  )
   ranked = jnp.sort(confidence.reshape(-1))
   rank = jnp.clip(jnp.sum(valid) - 1, 0, min_kept * len(label))
-  return mean_over(cross_entropy(logits, label), valid & (confidence < jnp.maximum(threshold, ranked[rank])))
+  return mean_over(
+    cross_entropy(logits, label), valid & (confidence < jnp.maximum(threshold, ranked[rank]))
+  )

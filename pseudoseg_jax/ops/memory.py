@@ -1,11 +1,15 @@
-"""Predictions remembered for every image of a list, in the image's own frame, whatever crops they are made on.
+"""Predictions remembered for every image of a list, in the image's own frame, whatever crops they
+are made on.
 
-The frame is a grid of gh x gw cells over the whole image; crops come and go by linear interpolation, rows and columns apart, with
-no scatter. A value is known only where all that it is interpolated from is known: fields that are linear in position pass from any
-crop by way of the memory to any other one exactly, except within half a cell of the image's border, where the outermost cells are
-repeated. An area mean over each cell's pixels would be biased in the cells that a crop cuts.
+The frame is a grid of gh x gw cells over the whole image; crops come and go by linear
+interpolation, rows and columns apart, with no scatter. A value is known only where all that it is
+interpolated from is known: fields that are linear in position pass from any crop by way of the
+memory to any other one exactly, except within half a cell of the image's border, where the
+outermost cells are repeated. An area mean over each cell's pixels would be biased in the cells that
+a crop cuts.
 
-The memory holds Z, f16[gh, N, gw * K]: a moving average of class probabilities for each cell, 0 where nothing was seen.
+The memory holds Z, f16[gh, N, gw * K]: a moving average of class probabilities for each cell, 0
+where nothing was seen.
 """
 
 from __future__ import annotations
@@ -17,12 +21,14 @@ import jax.numpy as jnp
 
 from pseudoseg_jax.contract import Array
 
-_COMPLETE = 1 - 1e-3  # of a sum of weights: leaves room for the round-off of positions, below 1e-3 pixels
+# of a sum of weights: leaves room for the round-off of positions, below 1e-3 pixels.
+_COMPLETE = 1 - 1e-3
 
 
 def _shape(num_images: int, num_classes: int, grid: tuple[int, int]) -> tuple[int, int, int]:
-  # Rows of cells first: the memory is split over devices by image rows, and every device writes its part of every image. Columns
-  # and classes are one axis: long runs for all devices, which some would pad if it were the few classes alone.
+  # Rows of cells first: the memory is split over devices by image rows, and every device writes its
+  # part of every image. Columns and classes are one axis: long runs for all devices, which some
+  # would pad if it were the few classes alone.
   return grid[0], max(num_images, 1), grid[1] * num_classes
 
 
@@ -45,15 +51,18 @@ def read(memory: Array, ids: Array, num_classes: int) -> Array:
   def one(index):
     return jax.lax.dynamic_index_in_dim(memory, index, axis=1, keepdims=False)
 
-  # One image after the other, in `write` too: a gather or scatter of so large an array may cost a transposed copy of it.
+  # One image after the other, in `write` too: a gather or scatter of so large an array may cost a
+  # transposed copy of it.
   rows = jax.lax.map(one, ids).astype(jnp.float32)
   return rows.reshape(*rows.shape[:2], -1, num_classes)
 
 
 def write(memory: Array, ids: Array, rows: Array) -> Array:
-  """The memory with the Z of some images replaced, in place: rows f32[B, gh, gw, K], the same for equal ids.
+  """The memory with the Z of some images replaced, in place: rows f32[B, gh, gw, K], the same for
+  equal ids.
 
-  `rows` must be made of what `read` gave: that tells the compiler to read first. Else it keeps a copy of the whole memory.
+  `rows` must be made of what `read` gave: that tells the compiler to read first. Else it keeps a
+  copy of the whole memory.
   """
 
   def one(memory, image):
@@ -67,8 +76,8 @@ def write(memory: Array, ids: Array, rows: Array) -> Array:
 def unbiased(rows: Array) -> tuple[Array, Array]:
   """What was said on average: Z free of its start-up bias.
 
-  Z of a cell seen n times sums to 1 - decay^n over the classes; so Z / sum(Z) = Z / (1 - decay^n), by each cell's own n, without
-  counting. [smlaine2/tempens train.py, "sparse updates"]
+  Z of a cell seen n times sums to 1 - decay^n over the classes; so Z / sum(Z) = Z / (1 - decay^n),
+  by each cell's own n, without counting. [smlaine2/tempens train.py, "sparse updates"]
 
   Args:
     rows: Z, f32[B, gh, gw, K].
@@ -81,9 +90,11 @@ def unbiased(rows: Array) -> tuple[Array, Array]:
 
 
 def visited(rows: Array, ids: Array, cells: Array, seen: Array, *, decay: float) -> Array:
-  """Z <- decay * Z + (1 - decay) * z in the cells that are seen. [Laine & Aila 2017, temporal ensembling]
+  """Z <- decay * Z + (1 - decay) * z in the cells that are seen. [Laine & Aila 2017, temporal
+  ensembling]
 
-  An image that occurs twice is visited twice, in the order of the rows, and both rows end up the same.
+  An image that occurs twice is visited twice, in the order of the rows, and both rows end up the
+  same.
 
   Args:
     rows: Z, f32[B, gh, gw, K]; ids: i32[B], of which images.
@@ -94,12 +105,16 @@ def visited(rows: Array, ids: Array, cells: Array, seen: Array, *, decay: float)
   def visit(rows, image):
     index, new, seen = image
     old = rows[index]
-    return rows.at[index].set(jnp.where(seen[..., None], decay * old + (1 - decay) * new, old)), None
+    return rows.at[index].set(
+      jnp.where(seen[..., None], decay * old + (1 - decay) * new, old)
+    ), None
 
   return jax.lax.scan(visit, rows, (first, cells, seen))[0][first]
 
 
-def crop_to_cells(values: Array, valid: Array, flip: Array, window: Array, grid: tuple[int, int]) -> tuple[Array, Array]:
+def crop_to_cells(
+  values: Array, valid: Array, flip: Array, window: Array, grid: tuple[int, int]
+) -> tuple[Array, Array]:
   """Reads a crop at the centres of the image's cells; mirrored crops are mirrored back.
 
   Args:
@@ -107,7 +122,8 @@ def crop_to_cells(values: Array, valid: Array, flip: Array, window: Array, grid:
     flip: bool[B]; window: f32[B, 4], where the crop lies in its image (data.geometry.window).
 
   Returns:
-    f32[B, gh, gw, K], and seen, bool[B, gh, gw]: where the centre lies between the centres of valid pixels; 0 elsewhere.
+    f32[B, gh, gw, K], and seen, bool[B, gh, gw]: where the centre lies between the centres of valid
+    pixels; 0 elsewhere.
   """
   height, width = values.shape[1:3]
   top, left, extent_y, extent_x = jnp.split(window, 4, axis=1)
@@ -117,14 +133,18 @@ def crop_to_cells(values: Array, valid: Array, flip: Array, window: Array, grid:
   return _interpolate(values, valid, _linear(rows, height), _linear(columns, width))
 
 
-def cells_to_crop(cells: Array, seen: Array, flip: Array, window: Array, size: tuple[int, int]) -> tuple[Array, Array]:
+def cells_to_crop(
+  cells: Array, seen: Array, flip: Array, window: Array, size: tuple[int, int]
+) -> tuple[Array, Array]:
   """Reads the image's cells at the pixels of a crop: the way back from `crop_to_cells`.
 
   Args:
-    cells: f32[B, gh, gw, K]; seen: bool[B, gh, gw]; flip, window: as there; size: (H, W) of the crop.
+    cells: f32[B, gh, gw, K]; seen: bool[B, gh, gw]; flip, window: as there; size: (H, W) of the
+      crop.
 
   Returns:
-    f32[B, H, W, K], and known, bool[B, H, W]: where the pixel lies in the image and between seen cells; 0 elsewhere.
+    f32[B, H, W, K], and known, bool[B, H, W]: where the pixel lies in the image and between seen
+    cells; 0 elsewhere.
   """
   grid = cells.shape[1:3]
   top, left, extent_y, extent_x = jnp.split(window, 4, axis=1)
@@ -135,27 +155,45 @@ def cells_to_crop(cells: Array, seen: Array, flip: Array, window: Array, size: t
 
 
 def _cells_in_crop(num_cells: int, num_pixels: int, start: Array, extent: Array) -> Array:
-  """Where the centre of each cell lies among the centres of the crop's pixels, f32[B, cells]; 0 is the first pixel's."""
+  """Where the centre of each cell lies among the centres of the crop's pixels, f32[B, cells]; 0 is
+  the first pixel's.
+  """
   # Written so that cells and pixels that coincide do so without round-off; below likewise.
-  return ((jnp.arange(num_cells) + 0.5) * (num_pixels / num_cells) - start * num_pixels) / extent - 0.5
+  return (
+    (jnp.arange(num_cells) + 0.5) * (num_pixels / num_cells) - start * num_pixels
+  ) / extent - 0.5
 
 
 def _pixels_in_image(num_pixels: int, num_cells: int, start: Array, extent: Array) -> Array:
-  """Where the centre of each pixel lies among the centres of the cells, f32[B, pixels]; the image's rim is on the outermost cells."""
-  position = start * num_cells + (jnp.arange(num_pixels) + 0.5) * (num_cells / num_pixels) * extent - 0.5
+  """Where the centre of each pixel lies among the centres of the cells, f32[B, pixels]; the image's
+  rim is on the outermost cells.
+  """
+  position = (
+    start * num_cells + (jnp.arange(num_pixels) + 0.5) * (num_cells / num_pixels) * extent - 0.5
+  )
   inside = jnp.abs(position - (num_cells - 1) / 2) < num_cells / 2
   return jnp.where(inside, jnp.clip(position, 0, num_cells - 1), position)
 
 
 def _linear(position: Array, size: int) -> Array:
-  """Weights of linear interpolation: positions f32[B, M] among `size` samples -> f32[B, M, size]; less than 1 in sum outside."""
+  """Weights of linear interpolation: positions f32[B, M] among `size` samples -> f32[B, M, size];
+  less than 1 in sum outside.
+  """
   return jnp.maximum(1 - jnp.abs(position[..., None] - jnp.arange(size)), 0)
 
 
 def _interpolate(values: Array, known: Array, rows: Array, columns: Array) -> tuple[Array, Array]:
-  """f32[B, h, w, K], bool[B, h, w] by weights f32[B, M, h], f32[B, N, w] -> f32[B, M, N, K], bool[B, M, N]."""
-  parts = jnp.concatenate([jnp.where(known[..., None], values, 0), known[..., None].astype(values.dtype)], axis=-1)
-  parts = jnp.einsum("bmh,bnw,bhwk->bmnk", rows, columns, parts, precision=jax.lax.Precision.HIGHEST)
+  """f32[B, h, w, K], bool[B, h, w] by weights f32[B, M, h], f32[B, N, w] -> f32[B, M, N, K],
+  bool[B, M, N].
+  """
+  parts = jnp.concatenate(
+    [jnp.where(known[..., None], values, 0), known[..., None].astype(values.dtype)], axis=-1
+  )
+  parts = jnp.einsum(
+    "bmh,bnw,bhwk->bmnk", rows, columns, parts, precision=jax.lax.Precision.HIGHEST
+  )
   values, share = parts[..., :-1], parts[..., -1]
   complete = share > _COMPLETE
-  return jnp.where(complete[..., None], values / jnp.where(complete, share, 1)[..., None], 0), complete
+  return jnp.where(
+    complete[..., None], values / jnp.where(complete, share, 1)[..., None], 0
+  ), complete

@@ -1,4 +1,6 @@
-"""Masks that choose between two images, and the mixing itself; on the device, inside the jitted step."""
+"""Masks that choose between two images, and the mixing itself; on the device, inside the jitted
+step.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ class BoxDraws(NamedTuple):
   position: jax.Array  # [N, boxes, 2], y before x
 
 
-def draw_boxes(key: jax.Array, num_masks: int, *, boxes: int = 3, random_aspect_ratio: bool = True) -> BoxDraws:
+def draw_boxes(
+  key: jax.Array, num_masks: int, *, boxes: int = 3, random_aspect_ratio: bool = True
+) -> BoxDraws:
   area, aspect, position = jax.random.split(key, 3)
   return BoxDraws(
     area=jax.random.uniform(area, (num_masks, boxes)),
@@ -37,15 +41,18 @@ def box_masks(
   within_bounds: bool = True,
   invert: bool = True,
 ) -> jax.Array:
-  """Masks of random boxes; where boxes of one mask overlap they cancel (the value is flipped in each).
+  """Masks of random boxes; where boxes of one mask overlap they cancel (the value is flipped in
+  each).
 
   Defaults are those of CPS+CutMix: 3 boxes a mask that together take a quarter to half of the area.
   [French et al. 2020, mask_gen.py BoxMaskGenerator; TorchSemiSeg CPS+CutMix mask_gen.py]
 
   Args:
-    draws: uniforms; the number of boxes and whether the aspect ratio is random are read off their shapes.
+    draws: uniforms; the number of boxes and whether the aspect ratio is random are read off their
+      shapes.
     size: (height, width) in pixels.
-    by_area: the drawn proportion is a box's area; otherwise its edge length (then `aspect` is the second edge's draw).
+    by_area: the drawn proportion is a box's area; otherwise its edge length (then `aspect` is the
+      second edge's draw).
     within_bounds: boxes lie inside the image; otherwise their centres do.
     invert: 0 outside the boxes and 1 inside; False gives the complement.
 
@@ -65,7 +72,8 @@ def box_masks(
   else:
     shares = jnp.stack([proportion] * 2, axis=-1)
   boxes = proportion.shape[-1]
-  # With a fixed aspect ratio both edges are one array in the official code, so its factor acts twice; kept as it is.
+  # With a fixed aspect ratio both edges are one array in the official code, so its factor acts
+  # twice; kept as it is.
   shares = shares * (1 / boxes if draws.aspect is None else (1 / boxes) ** 0.5)
 
   size_yx = jnp.asarray(size, shares.dtype)
@@ -76,7 +84,8 @@ def box_masks(
   else:
     centre = jnp.round(size_yx * draws.position)
     start, stop = jnp.trunc(centre - edges / 2), jnp.trunc(centre + edges / 2)
-    # A negative start wraps, as a NumPy slice does in the official code: such a box comes out (nearly always) empty.
+    # A negative start wraps, as a NumPy slice does in the official code: such a box comes out
+    # (nearly always) empty.
     start = jnp.where(start < 0, jnp.maximum(start + size_yx, 0), start)
   rows, columns = jnp.arange(size[0]), jnp.arange(size[1])
   in_rows = (rows >= start[..., :1]) & (rows < stop[..., :1])  # [N, boxes, H]
@@ -87,14 +96,17 @@ def box_masks(
 
 
 def mix(mask: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-  """Takes `second` where the mask is true and `first` elsewhere; mask bool[B, H, W], the others [B, H, W] or [B, H, W, C]."""
+  """Takes `second` where the mask is true and `first` elsewhere; mask bool[B, H, W], the others [B,
+  H, W] or [B, H, W, C].
+  """
   if first.ndim == mask.ndim + 1:
     mask = mask[..., None]
   return jnp.where(mask, second, first)
 
 
 def cutout_masks(centre_yx: jax.Array, size: tuple[int, int], half_side_pixels: int) -> jax.Array:
-  """One square box for each image, clipped at the border: bool[N, height, width], True inside. [DeVries & Taylor 2017]
+  """One square box for each image, clipped at the border: bool[N, height, width], True inside.
+  [DeVries & Taylor 2017]
 
   Args:
     centre_yx: i32[N, 2], row and column.
@@ -109,7 +121,8 @@ def cutout_masks(centre_yx: jax.Array, size: tuple[int, int], half_side_pixels: 
 
 
 def class_masks(label: jax.Array, chosen: jax.Array) -> jax.Array:
-  """True where a pixel's class is among the chosen ones: i32[B, H, W], bool[B, K] -> bool[B, H, W]. [ClassMix; AEL's copy-paste]
+  """True where a pixel's class is among the chosen ones: i32[B, H, W], bool[B, K] -> bool[B, H, W].
+  [ClassMix; AEL's copy-paste]
 
   Labels outside 0..K-1 are in no mask.
   """
@@ -119,20 +132,25 @@ def class_masks(label: jax.Array, chosen: jax.Array) -> jax.Array:
 
 
 def edge_masks(edges: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """One box for each image: edges i32[N, 4] (top, left, bottom, right; the last two are outside) -> bool[N, *size], True inside."""
+  """One box for each image: edges i32[N, 4] (top, left, bottom, right; the last two are outside) ->
+  bool[N, *size], True inside.
+  """
   top, left, bottom, right = jnp.split(edges, 4, axis=1)
   rows, columns = jnp.arange(size[0]), jnp.arange(size[1])
   in_rows, in_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
   return in_rows[:, :, None] & in_columns[:, None, :]
 
 
-def fitting_boxes(area: jax.Array, ratio: jax.Array, corner_yx: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """UniMatch's box of each image: of several tries, the first that lies inside. [UniMatch dataset/transform.py, obtain_cutmix_box]
+def fitting_boxes(
+  area: jax.Array, ratio: jax.Array, corner_yx: jax.Array, size: tuple[int, int]
+) -> jax.Array:
+  """UniMatch's box of each image: of several tries, the first that lies inside. [UniMatch
+  dataset/transform.py, obtain_cutmix_box]
 
   Args:
     area: f32[N], share of the image.
-    ratio: f32[N, tries], height to width, relative to that of the image: in an image that is not square, boxes are stretched
-      with it (official crops are square).
+    ratio: f32[N, tries], height to width, relative to that of the image: in an image that is not
+      square, boxes are stretched with it (official crops are square).
     corner_yx: i32[N, tries, 2], top and left in pixels.
     size: (height, width) of the image in pixels.
 
@@ -140,7 +158,9 @@ def fitting_boxes(area: jax.Array, ratio: jax.Array, corner_yx: jax.Array, size:
     Edges i32[N, 4] as `edge_masks` takes them; all 0, an empty box, where no try fits.
   """
   area = area[:, None]
-  sides = jnp.stack([jnp.sqrt(area * ratio), jnp.sqrt(area / ratio)], axis=-1) * jnp.asarray(size, ratio.dtype)
+  sides = jnp.stack([jnp.sqrt(area * ratio), jnp.sqrt(area / ratio)], axis=-1) * jnp.asarray(
+    size, ratio.dtype
+  )
   stop_yx = corner_yx + sides.astype(corner_yx.dtype)  # sides are cut off to whole pixels
   fits = jnp.all(stop_yx <= jnp.asarray(size), axis=-1)
   edges = jnp.concatenate([corner_yx, stop_yx], axis=-1)
@@ -148,11 +168,15 @@ def fitting_boxes(area: jax.Array, ratio: jax.Array, corner_yx: jax.Array, size:
   return jnp.where(jnp.any(fits, axis=1, keepdims=True), first, 0)
 
 
-def draw_fitting_boxes(key: jax.Array, num_boxes: int, size: tuple[int, int], *, probability: float = 0.5) -> jax.Array:
-  """Edges i32[num_boxes, 4] of boxes of 2 to 40 % of the image, at 0.3 <= height/width <= 1/0.3; empty but with `probability`.
+def draw_fitting_boxes(
+  key: jax.Array, num_boxes: int, size: tuple[int, int], *, probability: float = 0.5
+) -> jax.Array:
+  """Edges i32[num_boxes, 4] of boxes of 2 to 40 % of the image, at 0.3 <= height/width <= 1/0.3;
+  empty but with `probability`.
 
-  The area is drawn once, ratio and place until the box fits: 256 times at most, which is in vain for 2 boxes in 10^9 (the official
-  code has no end). The mean area is 21 %, less what is cut off to whole pixels: 20.6 % of 321x321.
+  The area is drawn once, ratio and place until the box fits: 256 times at most, which is in vain
+  for 2 boxes in 10^9 (the official code has no end). The mean area is 21 %, less what is cut off to
+  whole pixels: 20.6 % of 321x321.
   """
   area, ratio, corner, used = jax.random.split(key, 4)
   edges = fitting_boxes(
@@ -165,10 +189,12 @@ def draw_fitting_boxes(key: jax.Array, num_boxes: int, size: tuple[int, int], *,
 
 
 def choose_classes(uniform: jax.Array, label: jax.Array) -> jax.Array:
-  """Half of the classes that occur in each image, rounded down, at random: bool[B, K]. [ClassMix, trainSSL.py]
+  """Half of the classes that occur in each image, rounded down, at random: bool[B, K]. [ClassMix,
+  trainSSL.py]
 
   Args:
-    uniform: f32[B, K], draws in [0, 1): the classes with the smallest among those that occur are chosen.
+    uniform: f32[B, K], draws in [0, 1): the classes with the smallest among those that occur are
+      chosen.
     label: i32[B, H, W], classes 0..K-1; other values are no class.
   """
   occurs = jnp.any(label[..., None] == jnp.arange(uniform.shape[-1]), axis=(1, 2))
@@ -177,10 +203,12 @@ def choose_classes(uniform: jax.Array, label: jax.Array) -> jax.Array:
 
 
 def cut_masks(uniform: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """False in one box of half the image's area, True around it: bool[N, height, width]. [ClassMix, transformmasks.py]
+  """False in one box of half the image's area, True around it: bool[N, height, width]. [ClassMix,
+  transformmasks.py]
 
   Args:
-    uniform: f32[N, 3], draws in [0, 1): of the box's width, half of the image's to all of it, its left and its top edge.
+    uniform: f32[N, 3], draws in [0, 1): of the box's width, half of the image's to all of it, its
+      left and its top edge.
     size: (height, width) in pixels.
   """
   height, width = size
@@ -194,13 +222,16 @@ def cut_masks(uniform: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 class CowDraws(NamedTuple):
-  """noise: f32[N, height, width], standard normal; sigma: f32[N], standard deviation of its smoothing in pixels."""
+  """noise: f32[N, height, width], standard normal; sigma: f32[N], standard deviation of its
+  smoothing in pixels.
+  """
 
   noise: jax.Array
   sigma: jax.Array
 
 
-# The deviation is drawn log-uniformly between these, pixels. [ClassMix, trainSSL.py; French et al. 2020, Milking CowMask]
+# The deviation is drawn log-uniformly between these, pixels. [ClassMix, trainSSL.py; French et al.
+# 2020, Milking CowMask]
 COW_SIGMA = (8.0, 32.0)
 
 
@@ -212,14 +243,17 @@ def draw_cow(key: jax.Array, num_masks: int, size: tuple[int, int]) -> CowDraws:
 
 
 def cow_masks(draws: CowDraws, *, share: float = 0.5, max_sigma: float = COW_SIGMA[1]) -> jax.Array:
-  """True where smoothed noise is above its threshold: blobs, bool[N, height, width]. [ClassMix, transformmasks.py]
+  """True where smoothed noise is above its threshold: blobs, bool[N, height, width]. [ClassMix,
+  transformmasks.py]
 
   Args:
-    share: of pixels expected to be False: the threshold is this quantile of the normal distribution with the smoothed noise's own
-      mean and deviation.
+    share: of pixels expected to be False: the threshold is this quantile of the normal distribution
+      with the smoothed noise's own mean and deviation.
     max_sigma: no deviation in `draws` is greater.
   """
   reach = int(4 * max_sigma + 0.5)  # SciPy's gaussian_filter
-  smooth = gaussian.blur(draws.noise[..., None], draws.sigma, radius=(reach, reach), truncate=4.0, border="symmetric")
+  smooth = gaussian.blur(
+    draws.noise[..., None], draws.sigma, radius=(reach, reach), truncate=4.0, border="symmetric"
+  )
   mean, deviation = (moment(smooth, axis=(1, 2), keepdims=True) for moment in (jnp.mean, jnp.std))
   return (smooth > mean + deviation * jax.scipy.stats.norm.ppf(share))[..., 0]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-# The eight neighbours of a pixel, (row, column), counter-clockwise from the right; those across an edge are the even ones.
+# The eight neighbours of a pixel, (row, column), counter-clockwise from the right; those across an
+# edge are the even ones.
 _AROUND = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
 
 
 def outside(mask: jax.Array) -> jax.Array:
-  """The pixels outside of the mask that a path over edges, outside of it too, joins to the image's border; holes are not.
+  """The pixels outside of the mask that a path over edges, outside of it too, joins to the image's
+  border; holes are not.
 
   Args:
     mask: bool[B, H, W].
@@ -47,9 +49,10 @@ def outside(mask: jax.Array) -> jax.Array:
 def corners(mask: jax.Array) -> jax.Array:
   """How often the outer outline of a pixel's region turns at the pixel, 0..4.
 
-  Summed over a region, pixels that touch at a corner belonging together, it is the number of points of its outer contour with
-  straight parts reduced to their ends: OpenCV's findContours(RETR_EXTERNAL, CHAIN_APPROX_SIMPLE), but for regions of one pixel.
-  As there, the outline of a region inside another's hole counts for nothing.
+  Summed over a region, pixels that touch at a corner belonging together, it is the number of points
+  of its outer contour with straight parts reduced to their ends: OpenCV's
+  findContours(RETR_EXTERNAL, CHAIN_APPROX_SIMPLE), but for regions of one pixel. As there, the
+  outline of a region inside another's hole counts for nothing.
 
   Args:
     mask: bool[B, H, W].
@@ -61,12 +64,16 @@ def corners(mask: jax.Array) -> jax.Array:
 
   def neighbours(array, beyond):
     padded = jnp.pad(array, ((0, 0), (1, 1), (1, 1)), constant_values=beyond)
-    return [padded[:, 1 + row : 1 + row + height, 1 + column : 1 + column + width] for row, column in _AROUND]
+    return [
+      padded[:, 1 + row : 1 + row + height, 1 + column : 1 + column + width]
+      for row, column in _AROUND
+    ]
 
   free, open_ = neighbours(~mask, True), neighbours(outside(mask), True)
   turns = jnp.zeros(mask.shape, jnp.int32)
-  # The outline passes a pixel once for each run of free neighbours, from the neighbour before the run to the one after it; a run
-  # of one corner pixel is cut short, and over a run of three neighbours it goes straight on.
+  # The outline passes a pixel once for each run of free neighbours, from the neighbour before the
+  # run to the one after it; a run of one corner pixel is cut short, and over a run of three
+  # neighbours it goes straight on.
   for i in range(8):
     begins = free[i] & ~free[i - 1] & open_[i]
     passes = True if i % 2 == 0 else free[(i + 1) % 8]

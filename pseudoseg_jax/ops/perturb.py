@@ -13,7 +13,8 @@ from pseudoseg_jax.ops import components, outlines, resize
 
 
 def drop_channels(x: jax.Array, kept: jax.Array, *, rate: float = 0.5) -> jax.Array:
-  """Whole channels set to 0, the others divided by 1 - rate. [Tompson et al. 2015; PyTorch's Dropout2d]
+  """Whole channels set to 0, the others divided by 1 - rate. [Tompson et al. 2015; PyTorch's
+  Dropout2d]
 
   Args:
     x: f32[B, h, w, C]; kept: bool[B, C]; rate: the share that is dropped.
@@ -22,7 +23,9 @@ def drop_channels(x: jax.Array, kept: jax.Array, *, rate: float = 0.5) -> jax.Ar
 
 
 def unit(x: jax.Array, *, tiny: float) -> jax.Array:
-  """Every row of the leading axis at Euclidean length 1; `tiny` is added to the length it is divided by."""
+  """Every row of the leading axis at Euclidean length 1; `tiny` is added to the length it is
+  divided by.
+  """
   length = jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)), keepdims=True))
   return x / (length + tiny)
 
@@ -30,11 +33,12 @@ def unit(x: jax.Array, *, tiny: float) -> jax.Array:
 def adversarial_direction(
   divergence: Callable[[jax.Array], jax.Array], start: jax.Array, *, xi: float, tiny: float = 1e-12
 ) -> jax.Array:
-  """The direction in which a small step changes the prediction most: one step of power iteration. [Miyato et al. 2018, VAT]
+  """The direction in which a small step changes the prediction most: one step of power iteration.
+  [Miyato et al. 2018, VAT]
 
   Args:
-    divergence: perturbation [B, ...] -> f32[], how far the predictions of all rows are from the unperturbed ones, summed. Near 0 it
-      is quadratic, so its gradient is of the order of xi.
+    divergence: perturbation [B, ...] -> f32[], how far the predictions of all rows are from the
+      unperturbed ones, summed. Near 0 it is quadratic, so its gradient is of the order of xi.
     start: random directions [B, ...].
     xi: length of the trial step; too small a one is lost in float32.
 
@@ -45,7 +49,8 @@ def adversarial_direction(
 
 
 def drop_features(x: jax.Array, share: jax.Array) -> jax.Array:
-  """Positions set to 0 where the mean over channels is at least `share` of its greatest value in the image. [CCT, F-Drop]
+  """Positions set to 0 where the mean over channels is at least `share` of its greatest value in
+  the image. [CCT, F-Drop]
 
   Args:
     x: f32[B, h, w, C]; share: f32[], one for all images, from U(0.7, 0.9) in the paper.
@@ -55,14 +60,18 @@ def drop_features(x: jax.Array, share: jax.Array) -> jax.Array:
 
 
 def multiply_noise(x: jax.Array, noise: jax.Array) -> jax.Array:
-  """x + x * noise; x f32[B, h, w, C], noise f32[h, w, C], one for all images, from U(-0.3, 0.3) in the paper. [CCT, F-Noise]"""
+  """x + x * noise; x f32[B, h, w, C], noise f32[h, w, C], one for all images, from U(-0.3, 0.3) in
+  the paper. [CCT, F-Noise]
+  """
   return x + x * noise
 
 
 def keep_where(x: jax.Array, mask: jax.Array) -> jax.Array:
-  """Positions of f32[B, h, w, C] set to 0 where the mask bool[B, H, W], shrunk to their grid by nearest resizing, is False.
+  """Positions of f32[B, h, w, C] set to 0 where the mask bool[B, H, W], shrunk to their grid by
+  nearest resizing, is False.
 
-  With the foreground of a prediction as the mask this removes the context (CCT, Con-Msk), with the rest the objects (Obj-Msk).
+  With the foreground of a prediction as the mask this removes the context (CCT, Con-Msk), with the
+  rest the objects (Obj-Msk).
   """
   return jnp.where(resize.nearest(mask, x.shape[1:3])[..., None], x, 0.0)
 
@@ -75,7 +84,8 @@ class Objects(NamedTuple):
 
 
 def large_objects(foreground: jax.Array, *, min_corners: int = 51) -> Objects:
-  """The regions of a mask whose outer outline has at least `min_corners` corners; regions in the holes of others are none.
+  """The regions of a mask whose outer outline has at least `min_corners` corners; regions in the
+  holes of others are none.
 
   An outline's length is counted in corners, so that a large box is not large. [CCT, G-Cutout]
 
@@ -85,18 +95,24 @@ def large_objects(foreground: jax.Array, *, min_corners: int = 51) -> Objects:
   names = components.connected(foreground)
   batch, pixels = len(names), names[0].size
   turns = outlines.corners(foreground).reshape(batch, -1)
-  add = lambda name, turns: jnp.zeros(pixels, jnp.int32).at[jnp.where(name < 0, pixels, name)].add(turns, mode="drop")
+  add = lambda name, turns: (
+    jnp.zeros(pixels, jnp.int32).at[jnp.where(name < 0, pixels, name)].add(turns, mode="drop")
+  )
   length = jax.vmap(add)(names.reshape(batch, -1), turns)
   return Objects(length >= min_corners, components.regions(names))
 
 
-def guided_cutout(objects: Objects, position: jax.Array, size: tuple[int, int], *, side_fraction: float = 0.4) -> jax.Array:
+def guided_cutout(
+  objects: Objects, position: jax.Array, size: tuple[int, int], *, side_fraction: float = 0.4
+) -> jax.Array:
   """One rectangle in each large object, whatever else it covers. [CCT, G-Cutout]
 
   Args:
     objects: of masks of `size`, height and width in pixels.
-    position: uniforms in [0, 1), [B, H * W, 2], x before y; only those at the roots of large objects are used.
-    side_fraction: of a rectangle's sides by those of the object's bounding box, first to last pixel.
+    position: uniforms in [0, 1), [B, H * W, 2], x before y; only those at the roots of large
+      objects are used.
+    side_fraction: of a rectangle's sides by those of the object's bounding box, first to last
+      pixel.
 
   Returns:
     bool[B, H, W], True in the rectangles.
@@ -106,9 +122,13 @@ def guided_cutout(objects: Objects, position: jax.Array, size: tuple[int, int], 
 
   def interval(first, beyond, uniform):
     extent = jnp.where(objects.large, beyond - 1 - first, 0)
-    # Sides and offsets by table: rounded down from float64, as in the official code; float32 may fall on the other side.
+    # Sides and offsets by table: rounded down from float64, as in the official code; float32 may
+    # fall on the other side.
     sides = np.arange(max(size) + 1)
-    most, side = (jnp.asarray(np.trunc(sides * share), jnp.int32)[extent] for share in (1 - side_fraction, side_fraction))
+    most, side = (
+      jnp.asarray(np.trunc(sides * share), jnp.int32)[extent]
+      for share in (1 - side_fraction, side_fraction)
+    )
     start = first + jnp.minimum(jnp.floor(uniform * (most + 1)).astype(jnp.int32), most)
     return start, start + side
 
@@ -116,9 +136,15 @@ def guided_cutout(objects: Objects, position: jax.Array, size: tuple[int, int], 
   top, bottom = interval(box.top, box.bottom, position[..., 1])
 
   def covered(large, top, left, bottom, right):
-    # How many rectangles cover a pixel: steps at their four corners, added up along both axes. Any number of them costs the same.
+    # How many rectangles cover a pixel: steps at their four corners, added up along both axes. Any
+    # number of them costs the same.
     steps = jnp.zeros((height + 1, width + 1), jnp.int32)
-    for row, column, step in ((top, left, 1), (top, right, -1), (bottom, left, -1), (bottom, right, 1)):
+    for row, column, step in (
+      (top, left, 1),
+      (top, right, -1),
+      (bottom, left, -1),
+      (bottom, right, 1),
+    ):
       steps = steps.at[jnp.where(large, row, height + 1), column].add(step, mode="drop")
     return jnp.cumsum(jnp.cumsum(steps, axis=0), axis=1)[:height, :width] > 0
 

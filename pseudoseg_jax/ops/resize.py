@@ -1,7 +1,9 @@
-"""Resizing of maps [B, H, W, ...]: bilinear in the two conventions of the field, chosen by name, and nearest.
+"""Resizing of maps [B, H, W, ...]: bilinear in the two conventions of the field, chosen by name,
+and nearest.
 
-`jax.image.resize` smooths when it shrinks and has no align-corners mode, hence this file. Bilinear resizing is linear and
-separable: two products with small constant matrices, whose gradient is again two products (no scatter), fast everywhere.
+`jax.image.resize` smooths when it shrinks and has no align-corners mode, hence this file. Bilinear
+resizing is linear and separable: two products with small constant matrices, whose gradient is again
+two products (no scatter), fast everywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ def _source_positions(size_in: int, size_out: int, align_corners: bool) -> np.nd
 
 
 def interpolation_matrix(size_in: int, size_out: int, *, align_corners: bool) -> np.ndarray:
-  """The matrix that resizes one axis linearly: f32 [size_out, size_in], at most two entries a row, which sum to one."""
+  """The matrix that resizes one axis linearly: f32 [size_out, size_in], at most two entries a row,
+  which sum to one.
+  """
   position = _source_positions(size_in, size_out, align_corners)
   below = np.minimum(position.astype(np.int64), size_in - 1)
   above = np.minimum(below + 1, size_in - 1)
@@ -37,9 +41,14 @@ def _bilinear(x: Array, size: tuple[int, int], align_corners: bool) -> Array:
   for axis, size_out in ((1, size[0]), (2, size[1])):
     if x.shape[axis] == size_out:
       continue  # both conventions are the identity then
-    matrix = jnp.asarray(interpolation_matrix(x.shape[axis], size_out, align_corners=align_corners), x.dtype)
-    # HIGHEST: the default may round float32 to TF32 or bfloat16 on accelerators, which would shift class boundaries.
-    x = jnp.moveaxis(jnp.tensordot(matrix, x, (1, axis), precision=jax.lax.Precision.HIGHEST), 0, axis)
+    matrix = jnp.asarray(
+      interpolation_matrix(x.shape[axis], size_out, align_corners=align_corners), x.dtype
+    )
+    # HIGHEST: the default may round float32 to TF32 or bfloat16 on accelerators, which would shift
+    # class boundaries.
+    x = jnp.moveaxis(
+      jnp.tensordot(matrix, x, (1, axis), precision=jax.lax.Precision.HIGHEST), 0, axis
+    )
   return x
 
 
@@ -59,7 +68,8 @@ def bilinear_align_corners(x: Array, size: tuple[int, int]) -> Array:
 
 
 def bilinear_half_pixel(x: Array, size: tuple[int, int]) -> Array:
-  """Bilinear resize of pixels as areas, without antialiasing: row i reads at (i + 1/2) H / H' - 1/2, clipped to the map.
+  """Bilinear resize of pixels as areas, without antialiasing: row i reads at (i + 1/2) H / H' -
+  1/2, clipped to the map.
 
   PyTorch's `interpolate(mode="bilinear", align_corners=False)`, OpenCV's `INTER_LINEAR`.
 

@@ -1,9 +1,11 @@
-"""Golden tests: inputs and outputs recorded from the papers' official code, found in `--golden-dir` by name.
+"""Golden tests: inputs and outputs recorded from the papers' official code, found in `--golden-dir`
+by name.
 
-A test says which file it reads with `@pytest.mark.golden("cps_loss", case=r"case\\d+")`: every file whose stem starts with
-"cps_loss" (the longest stem claimed by any test wins) and every case in it, discovered from the array names, becomes one test
-whose id holds the file's name. The fixture `golden` is that case's arrays with the prefix taken off. A file that no test
-claims is reported as skipped, by name. Without `case` the whole file is one case.
+A test says which file it reads with `@pytest.mark.golden("cps_loss", case=r"case\\d+")`: every file
+whose stem starts with "cps_loss" (the longest stem claimed by any test wins) and every case in it,
+discovered from the array names, becomes one test whose id holds the file's name. The fixture
+`golden` is that case's arrays with the prefix taken off. A file that no test claims is reported as
+skipped, by name. Without `case` the whole file is one case.
 """
 
 import pathlib
@@ -14,7 +16,9 @@ import pytest
 
 
 class Golden(dict):
-  """The arrays of one case, by name without the case's prefix; `.path` is the file they come from."""
+  """The arrays of one case, by name without the case's prefix; `.path` is the file they come
+  from.
+  """
 
   path: pathlib.Path
 
@@ -24,14 +28,17 @@ class Golden(dict):
 
 
 def pytest_configure(config):
-  config.addinivalue_line("markers", "golden(stem, case=None): reads every golden file whose stem starts with `stem`")
+  config.addinivalue_line(
+    "markers", "golden(stem, case=None): reads every golden file whose stem starts with `stem`"
+  )
 
 
 def _files(config):
   return sorted(pathlib.Path(config.getoption("--golden-dir")).glob("*.npz"))
 
 
-# Every stem that a golden test claims, read from the tests' text: known before any test is parametrised.
+# Every stem that a golden test claims, read from the tests' text: known before any test is
+# parametrised.
 _STEMS = {
   stem
   for file in pathlib.Path(__file__).parent.glob("test_*.py")
@@ -49,7 +56,10 @@ def _cases(path, pattern):
   if pattern is None:
     return [None]
   found = {match.group() for match in (re.match(pattern, name) for name in names) if match}
-  return sorted(found, key=lambda case: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", case)])
+  return sorted(
+    found,
+    key=lambda case: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", case)],
+  )
 
 
 def pytest_generate_tests(metafunc):
@@ -61,7 +71,12 @@ def pytest_generate_tests(metafunc):
   if marker is None:
     return
   stem, pattern = marker.args[0], marker.kwargs.get("case")
-  cases = [(path, case) for path in _files(metafunc.config) if _claimed(path) == stem for case in _cases(path, pattern)]
+  cases = [
+    (path, case)
+    for path in _files(metafunc.config)
+    if _claimed(path) == stem
+    for case in _cases(path, pattern)
+  ]
   ids = [path.name if case is None else f"{path.name}-{case}" for path, case in cases]
   metafunc.parametrize("golden", cases, ids=ids, indirect=True)
 

@@ -1,4 +1,6 @@
-"""Whole networks recorded with weights drawn from the names of their tensors: the same weights and inputs here."""
+"""Whole networks recorded with weights drawn from the names of their tensors: the same weights and
+inputs here.
+"""
 
 import functools
 import json
@@ -15,7 +17,9 @@ QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 def drawn(name, shape, gain=1.0):
-  """The weight rule of the recordings: a normal draw seeded by the tensor's name, scaled by its kind; gain: of convolutions."""
+  """The weight rule of the recordings: a normal draw seeded by the tensor's name, scaled by its
+  kind; gain: of convolutions.
+  """
   n = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
   if len(shape) == 4:
     n = gain * n / np.sqrt(np.prod(shape[1:]))
@@ -35,7 +39,11 @@ def torch_shape(shape):
 
 
 def images_of(golden):
-  x = np.random.default_rng(int(golden["input_seed"])).standard_normal(tuple(golden["input_shape"])).astype(np.float32)
+  x = (
+    np.random.default_rng(int(golden["input_seed"]))
+    .standard_normal(tuple(golden["input_shape"]))
+    .astype(np.float32)
+  )
   recorded = golden["x"] if "x" in golden else golden.get("x_first8", x[:0])
   np.testing.assert_array_equal(x.ravel()[: recorded.size], recorded.ravel())
   return x.transpose(0, 2, 3, 1)
@@ -53,21 +61,27 @@ def weights(name, num_classes, gain=1.0, **options):
   leaves = traverse_util.flatten_dict(params | {"": batch_stats}, sep="/")
   theirs = torch_names.names([path.removeprefix("/") for path in leaves], name)
   state_dict = {
-    theirs[path.removeprefix("/")]: drawn(theirs[path.removeprefix("/")], torch_shape(leaf.shape), gain)
+    theirs[path.removeprefix("/")]: drawn(
+      theirs[path.removeprefix("/")], torch_shape(leaf.shape), gain
+    )
     for path, leaf in leaves.items()
   }
   return network, state_dict, torch_names.from_torch(state_dict, params, batch_stats, name)
 
 
 def forward(name, num_classes, images, watched=(), gain=1.0, **options):
-  """Scores, maps and the outputs of the modules `watched` ("head/aspp/pool"), all NCHW, in inference mode."""
+  """Scores, maps and the outputs of the modules `watched` ("head/aspp/pool"), all NCHW, in
+  inference mode.
+  """
   _, _, (params, batch_stats) = weights(name, num_classes, gain, **options)
   backbone, head, *_ = table.NETWORKS[name](num_classes, **options)
 
   def part(owner, module, params, batch_stats, x):
     wanted = {tuple(path.split("/")[1:]) for path in watched if path.startswith(f"{owner}/")}
     variables = {"params": params[owner], "batch_stats": batch_stats.get(owner, {})}
-    y, captured = module.apply(variables, x, train=False, capture_intermediates=lambda m, _: m.path in wanted)
+    y, captured = module.apply(
+      variables, x, train=False, capture_intermediates=lambda m, _: m.path in wanted
+    )
     outputs = traverse_util.flatten_dict(captured.get("intermediates", {}))
     return y, {"/".join((owner, *path[:-1])): value[0] for path, value in outputs.items()}
 
@@ -81,31 +95,52 @@ def forward(name, num_classes, images, watched=(), gain=1.0, **options):
 
 
 def check_activations(golden, outputs, atol):
-  """Mean, deviation, first and last eight values of the recorded activations named by `outputs`, all but those left out there."""
+  """Mean, deviation, first and last eight values of the recorded activations named by `outputs`,
+  all but those left out there.
+  """
   known = list(golden["act_names"])
   for name, got in outputs.items():
     i = known.index(name)
     assert str(got.shape) == golden["act_shapes"][i], name
-    for value, key in ((got.mean(), "mean"), (got.std(), "std"), (got.ravel()[:8], "first8"), (got.ravel()[-8:], "last8")):
-      np.testing.assert_allclose(value, golden[f"act_{key}"][i], rtol=0, atol=atol, err_msg=f"{name} {key}")
+    for value, key in (
+      (got.mean(), "mean"),
+      (got.std(), "std"),
+      (got.ravel()[:8], "first8"),
+      (got.ravel()[-8:], "last8"),
+    ):
+      np.testing.assert_allclose(
+        value, golden[f"act_{key}"][i], rtol=0, atol=atol, err_msg=f"{name} {key}"
+      )
 
 
 def check_tensors(record_file, state_dict, gain=1.0):
-  """Names, shapes and, where recorded, first values and checksums are those of the published network; neither side has more.
+  """Names, shapes and, where recorded, first values and checksums are those of the published
+  network; neither side has more.
 
   gain: of the convolutions' recorded first values.
   """
   record = json.loads(record_file.read_text())
   entries = record.get("entries") or [
-    {"name": name, "shape": shape, **record["check"].get(name, {})} for name, shape in record["shapes"].items()
+    {"name": name, "shape": shape, **record["check"].get(name, {})}
+    for name, shape in record["shapes"].items()
   ]
-  entries = {entry["name"]: entry for entry in entries if not entry["name"].endswith("num_batches_tracked")}
-  assert {name: value.shape for name, value in state_dict.items()} == {name: tuple(e["shape"]) for name, e in entries.items()}
+  entries = {
+    entry["name"]: entry for entry in entries if not entry["name"].endswith("num_batches_tracked")
+  }
+  assert {name: value.shape for name, value in state_dict.items()} == {
+    name: tuple(e["shape"]) for name, e in entries.items()
+  }
   for name, entry in entries.items():
     if "first3" in entry:
       assert zlib.crc32(name.encode()) == entry["crc32"]
-      np.testing.assert_allclose(drawn(name, entry["shape"], gain).ravel()[:3], entry["first3"], rtol=1e-6)
-  counted = sum(value.size for name, value in state_dict.items() if not name.endswith(("running_mean", "running_var")))
+      np.testing.assert_allclose(
+        drawn(name, entry["shape"], gain).ravel()[:3], entry["first3"], rtol=1e-6
+      )
+  counted = sum(
+    value.size
+    for name, value in state_dict.items()
+    if not name.endswith(("running_mean", "running_var"))
+  )
   assert counted == record["n_params"]
 
 

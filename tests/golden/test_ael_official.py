@@ -46,13 +46,22 @@ def test_class_probabilities(golden):
 
 @pytest.mark.golden("ael_unsup_loss", case=r"c\d+")
 def test_consistency_loss(golden):
-  logits, label, confidence = last(golden["student_logits"]), labels(golden["pseudo_label"]), golden["teacher_conf"]
+  logits, label, confidence = (
+    last(golden["student_logits"]),
+    labels(golden["pseudo_label"]),
+    golden["teacher_conf"],
+  )
   rate = balance.sampling_rate(jnp.asarray(golden["bank"]), number(golden["beta"]))
   close(rate, golden["sampling_rate"], 1e-6)
   kept = balance.sampled(jnp.argmax(logits, axis=-1), rate, golden["uniform_maps"])
   np.testing.assert_array_equal(kept, golden["sample_map"])
   for name, where in {"sampled": kept, "plain": jnp.ones(kept.shape, bool)}.items():
-    options = {"label": label, "confidence": confidence, "kept": where, "gamma": number(golden["gamma"])}
+    options = {
+      "label": label,
+      "confidence": confidence,
+      "kept": where,
+      "gamma": number(golden["gamma"]),
+    }
     loss = functools.partial(balance.reweighted_loss, **options)
     value, gradient = jax.value_and_grad(loss)(logits)
     close(value, golden[f"loss_{name}"], 0, 1e-5)
@@ -64,7 +73,9 @@ def test_pseudo_labels(golden):
   for part in ("sup", "unsup"):
     label, confidence = targets.hard_label(last(golden[f"teacher_logits_{part}"]))
     close(confidence, golden[f"conf_{part}"], 1e-6)
-    np.testing.assert_array_equal(ael.drop_unsure(label, confidence, number(golden["threshold"])), golden[f"label_{part}"])
+    np.testing.assert_array_equal(
+      ael.drop_unsure(label, confidence, number(golden["threshold"])), golden[f"label_{part}"]
+    )
 
 
 @pytest.mark.golden("ael_ema", case=r"c\d+")
@@ -73,7 +84,9 @@ def test_ema(golden):
   for index, step in enumerate(golden["iters"].tolist()):
     decay = schedules.ema_decay(step, number(golden["decay"]), "from_copy")
     close(decay, golden[f"decay_used_{index}"], 1e-6)
-    teacher = nets.ema(teacher, flat_net(golden[f"s_{index}_weight"], golden[f"s_{index}_bias"]), decay)
+    teacher = nets.ema(
+      teacher, flat_net(golden[f"s_{index}_weight"], golden[f"s_{index}_bias"]), decay
+    )
     close(teacher.params["flat"], golden[f"t_{index}_weight"], 1e-6)
     close(teacher.params["1"], golden[f"t_{index}_bias"], 1e-6)
 
@@ -85,7 +98,9 @@ def test_region_boxes(golden):
   priority = np.zeros((len(golden["cats"]), *label.shape), np.float32)
   for row, (category, order) in enumerate(zip(golden["cats"], golden["visit_order"], strict=True)):
     names, count = scipy.ndimage.label(label == category, np.ones((3, 3)))
-    np.testing.assert_array_equal([np.sum(names == 1 + index) for index in range(count)], table[table[:, 0] == category, 2])
+    np.testing.assert_array_equal(
+      [np.sum(names == 1 + index) for index in range(count)], table[table[:, 0] == category, 2]
+    )
     for place, name in enumerate(order[order > 0]):
       priority[row][names == name] = -place  # the first that is visited comes first
   several = jnp.broadcast_to(label, priority.shape)
@@ -97,8 +112,12 @@ def test_region_boxes(golden):
   absent = jnp.full(1, golden["teacher_logits"].shape[1])
   assert not ael.region_boxes(several[:1], absent, priority[:1], **options)[1].any()
   with jax.enable_x64(True):
-    uniforms = mixing.BoxDraws(*(jnp.asarray(golden[f"fallback_u{index}_f64"]) for index in range(3)))
-    np.testing.assert_array_equal(mixing.box_masks(uniforms, label.shape, area_range=(0.5, 0.5))[0], golden["fallback_mask"])
+    uniforms = mixing.BoxDraws(
+      *(jnp.asarray(golden[f"fallback_u{index}_f64"]) for index in range(3))
+    )
+    np.testing.assert_array_equal(
+      mixing.box_masks(uniforms, label.shape, area_range=(0.5, 0.5))[0], golden["fallback_mask"]
+    )
 
 
 @pytest.mark.golden("ael_adaptive_cutmix", case=r"c\d+")
@@ -116,11 +135,20 @@ def test_components(golden):
 @pytest.mark.golden("ael_adaptive_cutmix", case=r"c\d+")
 def test_image_bank(golden):
   label = labels(np.argmax(golden["teacher_logits"], axis=1))
-  check_image_bank(golden, label, number(golden["area_thresh_and_2"][1]), golden["img_id_sample_id"], "bank_before", "bank_after")
+  check_image_bank(
+    golden,
+    label,
+    number(golden["area_thresh_and_2"][1]),
+    golden["img_id_sample_id"],
+    "bank_before",
+    "bank_after",
+  )
 
 
 def check_image_bank(golden, label, min_area, columns, before, after):
-  """The bank of classes by images is what the two images at hand hold now, and what it was in the other columns."""
+  """The bank of classes by images is what the two images at hand hold now, and what it was in the
+  other columns.
+  """
   bank = golden[before].copy()
   bank[:, columns] = np.asarray(balance.presence(label, len(bank), min_area)).T
   np.testing.assert_array_equal(bank, golden[after])
@@ -128,7 +156,10 @@ def check_image_bank(golden, label, min_area, columns, before, after):
 
 @pytest.mark.golden("ael_copy_paste", case=r"c\d+")
 def test_copy_paste(golden):
-  images, label = np.split(golden["images_and_paste"], 2, axis=1), np.split(golden["labels_and_paste"], 2, axis=1)
+  images, label = (
+    np.split(golden["images_and_paste"], 2, axis=1),
+    np.split(golden["labels_and_paste"], 2, axis=1),
+  )
   classes = jnp.zeros(IGNORE_LABEL, bool).at[golden["query"]].set(True)
   source = ael.Source(last(images[1]), labels(label[1]), classes)
   image, label = ael.copy_paste(last(images[0]), labels(label[0]), source)
@@ -139,11 +170,21 @@ def test_copy_paste(golden):
 @pytest.mark.golden("ael_ohem", case=r"c\d+")
 def test_ohem_with_a_second_head(golden):
   threshold, min_kept, auxiliary_weight = map(number, golden["thresh_minkept_auxw"])
-  logits, second, label = last(golden["logits"]), last(golden["aux_logits"]), labels(golden["target"])
-  mined = functools.partial(
-    losses.ohem_cross_entropy, label=label, min_confidence=threshold, min_kept=int(min_kept), scope="batch"
+  logits, second, label = (
+    last(golden["logits"]),
+    last(golden["aux_logits"]),
+    labels(golden["target"]),
   )
-  value, gradient = jax.value_and_grad(lambda logits: mined(logits) + auxiliary_weight * mined(second))(logits)
+  mined = functools.partial(
+    losses.ohem_cross_entropy,
+    label=label,
+    min_confidence=threshold,
+    min_kept=int(min_kept),
+    scope="batch",
+  )
+  value, gradient = jax.value_and_grad(
+    lambda logits: mined(logits) + auxiliary_weight * mined(second)
+  )(logits)
   close(mined(logits), golden["loss_main_only"], 0, 1e-5)
   close(value, golden["loss"], 0, 1e-5)
   close(gradient, np.moveaxis(golden["grad"], 1, -1), 1e-7, 1e-5)
@@ -155,7 +196,9 @@ def test_learning_rate_and_iou(golden):
   total = int(epochs * iterations)
   rate = schedules.poly(np.arange(total), base=base, total_steps=total)
   close(np.stack([rate, 10 * rate], axis=1), golden["lr_used_backbone_head"], 0, 1e-6)
-  matrix = confusion.confusion_matrix(labels(golden["truth"]), labels(golden["pred"]), len(golden["inter"]))
+  matrix = confusion.confusion_matrix(
+    labels(golden["truth"]), labels(golden["pred"]), len(golden["inter"])
+  )
   np.testing.assert_array_equal(np.diag(matrix), golden["inter"])
   np.testing.assert_array_equal(matrix.sum(1), golden["target_area"])
   np.testing.assert_array_equal(matrix.sum(0) + matrix.sum(1) - np.diag(matrix), golden["union"])
@@ -181,7 +224,9 @@ def in_two_halves(init, hidden):
 
   def encode(params, stats, images, *, train, groups=1, dropout=None):
     variables = {"params": params, "batch_stats": stats}
-    features, moved = Features(hidden).apply(variables, images, train=train, groups=groups, mutable=["batch_stats"])
+    features, moved = Features(hidden).apply(
+      variables, images, train=train, groups=groups, mutable=["batch_stats"]
+    )
     return (features, features), stats | {"bn": moved["batch_stats"]["bn"]}
 
   def decode(params, stats, maps, *, train, groups=1, dropout=None):
@@ -196,11 +241,16 @@ def in_two_halves(init, hidden):
 
 def toy_auxiliary(channels, num_classes):
   params = {"kernel": jnp.zeros((1, 1, channels, num_classes)), "bias": jnp.zeros(num_classes)}
-  return Head(lambda key: (params, {}), lambda params, stats, maps, train, dropout: (linear(params, maps), stats))
+  return Head(
+    lambda key: (params, {}),
+    lambda params, stats, maps, train, dropout: (linear(params, maps), stats),
+  )
 
 
 def choose_as_recorded(monkeypatch):
-  """Puts the recorded choices, which stand among the draws, in the place of the method's own; returns what passes by."""
+  """Puts the recorded choices, which stand among the draws, in the place of the method's own;
+  returns what passes by.
+  """
   seen = {"pasted": [], "pseudo_label": [], "teacher": []}
   copy_paste, drop_unsure = ael.copy_paste, ael.drop_unsure
 
@@ -233,32 +283,54 @@ def recorded_step(golden, index):
   image, label = toy.nhwc(golden[f"image_{index}"]), labels(golden[f"label_{index}"])
   unlabeled = toy.nhwc(golden["unsup_images"][golden[f"image_id_{index}"]])  # A and B
   classes = jnp.isin(jnp.arange(golden["hp/num_classes"]), golden[f"paste_classes_{index}"])
-  source = ael.Source(toy.nhwc(golden[f"paste_image_{index}"]), labels(golden[f"paste_label_{index}"]), classes)
-  mix = ael.Mix(jnp.array([0]), jnp.array([1]), jnp.asarray(golden[f"mix_mask_{index}"][None] > 0), jnp.array([True]))
-  uniforms = {"labeled": golden[f"uniform_sup_{index}"], "unlabeled": golden[f"uniform_unsup_{index}"]}
+  source = ael.Source(
+    toy.nhwc(golden[f"paste_image_{index}"]), labels(golden[f"paste_label_{index}"]), classes
+  )
+  mix = ael.Mix(
+    jnp.array([0]),
+    jnp.array([1]),
+    jnp.asarray(golden[f"mix_mask_{index}"][None] > 0),
+    jnp.array([True]),
+  )
+  uniforms = {
+    "labeled": golden[f"uniform_sup_{index}"],
+    "unlabeled": golden[f"uniform_unsup_{index}"],
+  }
   batch = {"labeled": {"image": image, "label": label}, "unlabeled": {"weak": unlabeled}}
   return batch, {"sample": uniforms, "paste": source, "mix": mix}
 
 
 @pytest.mark.golden("ael_train_steps")
 def test_steps(golden, monkeypatch):
-  golden = type(golden)({name.replace("/aux.", "/auxiliary."): value for name, value in golden.items()})
+  golden = type(golden)(
+    {name.replace("/aux.", "/auxiliary."): value for name, value in golden.items()}
+  )
   hp = {name: value.item() for name, value in golden.under("hp/").items()}
   monkeypatch.setattr(heads, "auxiliary", toy_auxiliary)
   seen = choose_as_recorded(monkeypatch)
   ohem = {"min_confidence": hp["ohem_thresh"], "min_kept": hp["ohem_min_kept"], "scope": "batch"}
   task = make_task(
-    golden, criterion=functools.partial(losses.ohem_cross_entropy, **ohem), decay_scope="all", factors={"^(auxiliary|cls)": 10.0}
+    golden,
+    criterion=functools.partial(losses.ohem_cross_entropy, **ohem),
+    decay_scope="all",
+    factors={"^(auxiliary|cls)": 10.0},
   )
   method = ael.ael(
-    task._replace(network=in_two_halves(task.network.init, hp["hid"])), weight=hp["consist_weight"], gamma=hp["gamma"],
-    min_confidence=hp["threshold"], bank_momentum=hp["bank_momentum"], auxiliary_weight=hp["aux_weight"], decay=hp["ema_decay"],
-  )  # fmt: skip
+    task._replace(network=in_two_halves(task.network.init, hp["hid"])),
+    weight=hp["consist_weight"],
+    gamma=hp["gamma"],
+    min_confidence=hp["threshold"],
+    bank_momentum=hp["bank_momentum"],
+    auxiliary_weight=hp["aux_weight"],
+    decay=hp["ema_decay"],
+  )
   state = toy.start(method, golden, {"student": "init/student/", "teacher": "init/teacher/"})
   for role, net in state.nets.items():
     state.nets[role] = net.replace(batch_stats=net.batch_stats | {"auxiliary": {}})
   state = state.replace(memory={"confidence": jnp.asarray(golden["init/confidence_bank"][0])})
-  batches, recorded = zip(*(recorded_step(golden, index) for index in range(toy.num_steps(golden))), strict=True)
+  batches, recorded = zip(
+    *(recorded_step(golden, index) for index in range(toy.num_steps(golden))), strict=True
+  )
   logged = {"loss_supervised": "sup", "loss_labeled": "cons_sup", "loss_unlabeled": "cons_unsup"}
   before = "init/"
   for index, (state, metrics) in enumerate(toy.run(method, state, batches, recorded)):
@@ -270,12 +342,23 @@ def test_steps(golden, monkeypatch):
     toy.assert_gradient(state.nets["student"], golden, f"step{index}/grad/student/")
     for role in ("student", "teacher"):
       net = state.nets[role]
-      toy.assert_net(net.replace(batch_stats={"bn": net.batch_stats["bn"]}), golden, f"step{index}/{role}/")
+      toy.assert_net(
+        net.replace(batch_stats={"bn": net.batch_stats["bn"]}), golden, f"step{index}/{role}/"
+      )
 
     jax.effects_barrier()
     np.testing.assert_array_equal(seen["pasted"].pop(0), golden[f"pasted_label_{index}"])
     for part in ("sup", "unsup"):
-      np.testing.assert_array_equal(seen["pseudo_label"].pop(0), golden[f"pseudo_label_{part}_{index}"])
+      np.testing.assert_array_equal(
+        seen["pseudo_label"].pop(0), golden[f"pseudo_label_{part}_{index}"]
+      )
     teacher_label, columns = seen["teacher"].pop(0), golden[f"image_id_{index}"]
-    check_image_bank(golden, teacher_label, hp["area_thresh2"], columns, f"{before}image_bank", f"step{index}/image_bank")
+    check_image_bank(
+      golden,
+      teacher_label,
+      hp["area_thresh2"],
+      columns,
+      f"{before}image_bank",
+      f"step{index}/image_bank",
+    )
     before = f"step{index}/"

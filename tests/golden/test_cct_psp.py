@@ -13,7 +13,10 @@ from pseudoseg_jax.models.pspnet import PyramidPooling
 def test_pyramid_pooling(golden):
   x, module = golden["x"].transpose(0, 2, 3, 1), PyramidPooling()
   variables = jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))
-  leaves = {path: f"backbone/psp/{path[1:] and '/'.join(path[1:])}" for path in traverse_util.flatten_dict(variables)}
+  leaves = {
+    path: f"backbone/psp/{path[1:] and '/'.join(path[1:])}"
+    for path in traverse_util.flatten_dict(variables)
+  }
   theirs = torch_names.names(leaves.values(), "pspnet")
   names = {path: theirs[ours].removeprefix("encoder.psp.") for path, ours in leaves.items()}
   variables = traverse_util.unflatten_dict(

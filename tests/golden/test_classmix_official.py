@@ -34,7 +34,9 @@ def uniforms(chosen, num_classes):
 
 @pytest.mark.golden("classmix_mask_mix_loss", case=r"c\d+")
 def test_mask_mix_and_loss(golden):
-  teacher, images, student = (last(golden[name]) for name in ("teacher_logits", "images", "student_logits"))
+  teacher, images, student = (
+    last(golden[name]) for name in ("teacher_logits", "images", "student_logits")
+  )
   predicted = jnp.argmax(teacher, axis=-1)
   np.testing.assert_array_equal(predicted, golden["argmax"])
   chosen = mixing.choose_classes(uniforms(golden["chosen_classes"], teacher.shape[-1]), predicted)
@@ -52,10 +54,17 @@ def test_mask_mix_and_loss(golden):
     step = file["sigmoid_mode_iter"].item()  # of all cases
 
   def unsupervised(student, loss, by):
-    weight = classmix.pixel_weight(confidence, step, by=by, min_confidence=THRESHOLD, rampup_steps=10_000)
+    weight = classmix.pixel_weight(
+      confidence, step, by=by, min_confidence=THRESHOLD, rampup_steps=10_000
+    )
     return jnp.mean(weight * classmix.consistency(loss, student, mixed))
 
-  for theirs, by in {"threshold_uniform": "batch", "threshold": "pixel", "sigmoid": "ramp", "False": "none"}.items():
+  for theirs, by in {
+    "threshold_uniform": "batch",
+    "threshold": "pixel",
+    "sigmoid": "ramp",
+    "False": "none",
+  }.items():
     close(unsupervised(student, "cross_entropy", by), golden[f"CE_{theirs}"], 0, 1e-5)
   close(unsupervised(student, "mse", "batch"), golden["MSE_threshold_uniform"], 0, 1e-5)
   share = classmix.pixel_weight(confidence, 0, by="batch", min_confidence=THRESHOLD, rampup_steps=0)
@@ -71,11 +80,15 @@ def test_cut_and_cow_masks(golden):
   low, high, value = golden["cut_draws_low_high_value"].T
   low = np.floor(low)  # as NumPy's randint does
   draws = (value - low + 0.5) / (high - low)
-  np.testing.assert_array_equal(mixing.cut_masks(jnp.asarray(draws[None]), size)[0], golden["cut_mask"])
+  np.testing.assert_array_equal(
+    mixing.cut_masks(jnp.asarray(draws[None]), size)[0], golden["cut_mask"]
+  )
 
   sigma, share = golden["cow_sigma_p"].tolist()
   with jax.enable_x64(True):
-    draws = mixing.CowDraws(jnp.asarray(golden["cow_noise_f64"][None]), jnp.asarray([round(sigma, 6)]))
+    draws = mixing.CowDraws(
+      jnp.asarray(golden["cow_noise_f64"][None]), jnp.asarray([round(sigma, 6)])
+    )
     masks = mixing.cow_masks(draws, share=round(share, 6), max_sigma=sigma)
   assert np.mean(masks[0] != golden["cow_mask"]) <= 0.005
 
@@ -87,13 +100,19 @@ def test_teacher_of_parameters(golden):
   for index, step in enumerate(golden["iters"].tolist()):
     student = flat_net(*(golden[f"s_{index}_{name}"] for name in names))
     net = nets.ema(net, student, schedules.ema_decay(step, number(golden["alpha"]), WARMUP))
-    jax.tree.map(lambda got, want: close(got, want, 1e-6), net, flat_net(*(golden[f"t_{index}_{name}"] for name in names)))
+    jax.tree.map(
+      lambda got, want: close(got, want, 1e-6),
+      net,
+      flat_net(*(golden[f"t_{index}_{name}"] for name in names)),
+    )
 
 
 @pytest.mark.golden("classmix_schedules")
 def test_schedules(golden):
   for name in golden.under("sigmoid_ramp_"):
-    weight = classmix.pixel_weight(jnp.ones(1), golden["iter"], by="ramp", min_confidence=THRESHOLD, rampup_steps=int(name))
+    weight = classmix.pixel_weight(
+      jnp.ones(1), golden["iter"], by="ramp", min_confidence=THRESHOLD, rampup_steps=int(name)
+    )
     close(weight, golden[f"sigmoid_ramp_{name}"], 1e-6)
   for name in golden.under("lr_poly_"):
     rates = schedules.poly(golden["iter"], base=golden["lr_base"].item(), total_steps=int(name))
@@ -117,19 +136,33 @@ def test_blur_kernel_size(golden):
 @pytest.mark.golden("classmix_train_steps")
 def test_classmix_steps(golden):
   hp = {name: value.item() for name, value in golden.under("hp/").items()}
-  # The learning rate falls over num_iterations; batch norm's parameters are frozen, everything else decays.
-  task = make_task(golden, epochs=1, iters_per_epoch=hp["num_iterations"], decay_scope="all", factors={"^bn": 0.0, "^cls": 10.0})
-  method = classmix.classmix(task, weight=hp["consistency_weight"], min_confidence=hp["conf_thresh"], decay=hp["ema_alpha"])
+  # The learning rate falls over num_iterations; batch norm's parameters are frozen, everything else
+  # decays.
+  task = make_task(
+    golden,
+    epochs=1,
+    iters_per_epoch=hp["num_iterations"],
+    decay_scope="all",
+    factors={"^bn": 0.0, "^cls": 10.0},
+  )
+  method = classmix.classmix(
+    task, weight=hp["consistency_weight"], min_confidence=hp["conf_thresh"], decay=hp["ema_alpha"]
+  )
   state = toy.start(method, golden, {"student": "init/student/", "teacher": "init/teacher/"})
   steps = range(toy.num_steps(golden))
   batches = [
     {
-      "labeled": {"image": toy.nhwc(golden[f"image_{index}"]), "label": with_void(golden[f"label_{index}"], hp["ignore_label"])},
+      "labeled": {
+        "image": toy.nhwc(golden[f"image_{index}"]),
+        "label": with_void(golden[f"label_{index}"], hp["ignore_label"]),
+      },
       "unlabeled": {"weak": toy.nhwc(golden[f"image_unsup_{index}"])},
     }
     for index in steps
   ]
-  recorded = [{"mask": uniforms(golden[f"chosen_classes_{index}"], hp["num_classes"])} for index in steps]
+  recorded = [
+    {"mask": uniforms(golden[f"chosen_classes_{index}"], hp["num_classes"])} for index in steps
+  ]
 
   compute = jax.jit(method.panels.compute)
   before = state
@@ -144,10 +177,20 @@ def test_classmix_steps(golden):
     check(metrics["loss_supervised"], golden["log/loss_l"][index], atol=2e-5)
     check(metrics["loss_unsupervised"], golden["log/loss_u"][index], atol=2e-5)
     check(metrics["confident_fraction"], golden["log/unlabeled_weight"][index], atol=1e-6)
-    rates = [metrics["learning_rate"] * task.optimizer.multiplier(path) for path in ("conv/kernel", "cls/kernel")]
+    rates = [
+      metrics["learning_rate"] * task.optimizer.multiplier(path)
+      for path in ("conv/kernel", "cls/kernel")
+    ]
     check(rates, golden["log/lr"][index], atol=1e-6)
-    gradient = {name: part for name, part in after.nets["student"].opt_state[0].items() if name != "bn"}
-    toy.assert_tree_close(gradient, toy.from_torch(golden.under(f"step{index}/grad/student/"))[0], 1e-5, f"gradient {index}")
+    gradient = {
+      name: part for name, part in after.nets["student"].opt_state[0].items() if name != "bn"
+    }
+    toy.assert_tree_close(
+      gradient,
+      toy.from_torch(golden.under(f"step{index}/grad/student/"))[0],
+      1e-5,
+      f"gradient {index}",
+    )
     for role in ("student", "teacher"):
       toy.assert_net(after.nets[role], golden, f"step{index}/{role}/")
     before = after

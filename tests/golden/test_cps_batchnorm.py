@@ -12,7 +12,11 @@ def test_batch_norm_and_its_running_statistics(golden):
   params = {"scale": golden["gamma"], "bias": golden["beta"]}
   channels = golden["gamma"].size
   stats = {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}
-  step = jax.jit(lambda stats, x: layer.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]))
+  step = jax.jit(
+    lambda stats, x: layer.apply(
+      {"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]
+    )
+  )
   steps = len(golden.under("x"))
   assert steps > 0
   for i in range(steps):

@@ -17,5 +17,7 @@ def test_confusion_and_scores_equal_torchsemiseg(golden):
   assert got.matrix.sum() == golden["labeled"] and np.trace(got.matrix) == golden["correct"]
   np.testing.assert_allclose(got.iou, golden["iou"], rtol=0, atol=1e-12, equal_nan=True)
   np.testing.assert_allclose(got.miou, golden["miou"], rtol=0, atol=1e-12)
-  np.testing.assert_allclose(np.nanmean(got.iou[1:]), golden["miou_no_background"], rtol=0, atol=1e-12)
+  np.testing.assert_allclose(
+    np.nanmean(got.iou[1:]), golden["miou_no_background"], rtol=0, atol=1e-12
+  )
   np.testing.assert_allclose(got.pixel_accuracy, golden["pixel_acc"], rtol=0, atol=1e-12)

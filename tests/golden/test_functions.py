@@ -44,7 +44,9 @@ def test_cps_loss(golden):
     return sum(supervised) + cross(sup_l, sup_r, unsup_l, unsup_r), supervised
 
   value, gradients = jax.value_and_grad(cross, range(4))(*logits)
-  (total_value, supervised), total_gradients = jax.value_and_grad(total, range(4), has_aux=True)(*logits)
+  (total_value, supervised), total_gradients = jax.value_and_grad(total, range(4), has_aux=True)(
+    *logits
+  )
   close(value, golden["cps_loss_weighted"], 1e-5)
   close(supervised[0], golden["loss_sup_l"], 1e-5)
   close(supervised[1], golden["loss_sup_r"], 1e-5)
@@ -61,7 +63,8 @@ def test_cps_loss(golden):
 @pytest.mark.golden("cps_cutmix", case=r"mask\d+")
 def test_box_masks(golden):
   random_aspect = golden["random_aspect_ratio"].item()
-  with jax.enable_x64(True):  # the recorded draws are float64, and an edge may round the other way in float32
+  # The recorded draws are float64, and an edge may round the other way in float32.
+  with jax.enable_x64(True):
     draws = mixing.BoxDraws(
       area=jnp.asarray(golden["u0"]),
       aspect=jnp.asarray(golden["u1"]) if random_aspect else None,
@@ -85,7 +88,11 @@ def test_cutmix_loss(golden):
   mixed = mixing.mix(mask, last(golden["unsup_imgs_0"]), last(golden["unsup_imgs_1"]))
   np.testing.assert_array_equal(mixed, np.moveaxis(golden["imgs_mixed"], 1, -1))
   pseudo = [
-    jnp.argmax(mixing.mix(mask, last(golden[f"logits_u0_tea_{net}"]), last(golden[f"logits_u1_tea_{net}"])), -1) for net in (1, 2)
+    jnp.argmax(
+      mixing.mix(mask, last(golden[f"logits_u0_tea_{net}"]), last(golden[f"logits_u1_tea_{net}"])),
+      -1,
+    )
+    for net in (1, 2)
   ]
   np.testing.assert_array_equal(pseudo[0], golden["pseudo_1"])
   np.testing.assert_array_equal(pseudo[1], golden["pseudo_2"])
@@ -132,7 +139,9 @@ def test_cps_mean_teacher(golden):
 
 
 def flat_net(*values):
-  params = {f"{index}" if index else "flat": jnp.asarray(value) for index, value in enumerate(values)}
+  params = {
+    f"{index}" if index else "flat": jnp.asarray(value) for index, value in enumerate(values)
+  }
   return NetState(step=0, apply_fn=None, params=params, tx=None, opt_state=None, batch_stats={})
 
 
@@ -145,28 +154,46 @@ def test_poly(golden):
     "warmup_steps": golden["warmup_iters"].item(),
   }
   with jax.enable_x64(True):
-    np.testing.assert_allclose(schedules.poly(golden["steps"], **options), golden["lr"], rtol=1e-12, atol=0)
-  np.testing.assert_allclose(schedules.poly(golden["steps"].astype(np.int32), **options), golden["lr"], rtol=1e-6, atol=0)
+    np.testing.assert_allclose(
+      schedules.poly(golden["steps"], **options), golden["lr"], rtol=1e-12, atol=0
+    )
+  np.testing.assert_allclose(
+    schedules.poly(golden["steps"].astype(np.int32), **options), golden["lr"], rtol=1e-6, atol=0
+  )
 
 
 @pytest.mark.golden("mt_ramps")
 def test_ramps(golden):
   with jax.enable_x64(True):
     for row, length in enumerate(golden["lengths"].tolist()):
-      np.testing.assert_allclose(schedules.sigmoid_rampup(golden["points"], length), golden["sigmoid_rampup"][row], rtol=1e-7)
+      np.testing.assert_allclose(
+        schedules.sigmoid_rampup(golden["points"], length), golden["sigmoid_rampup"][row], rtol=1e-7
+      )
       defined = ~np.isnan(golden["linear_rampup"][row])  # the official ramp refuses negative steps
       np.testing.assert_allclose(
-        schedules.linear_rampup(golden["points"], length)[defined], golden["linear_rampup"][row][defined], rtol=1e-7
+        schedules.linear_rampup(golden["points"], length)[defined],
+        golden["linear_rampup"][row][defined],
+        rtol=1e-7,
       )
     np.testing.assert_allclose(
-      schedules.cosine_rampdown(golden["cosine_points"], golden["cosine_total"].item()), golden["cosine_rampdown"], rtol=1e-7, atol=1e-15
+      schedules.cosine_rampdown(golden["cosine_points"], golden["cosine_total"].item()),
+      golden["cosine_rampdown"],
+      rtol=1e-7,
+      atol=1e-15,
     )
     iterations = golden["poly_epochs"].item() * golden["poly_iters_per_epoch"].item()
     poly = schedules.poly(
-      np.arange(iterations), base=golden["poly_base_lr"].item(), power=golden["poly_power"].item(), total_steps=iterations, shift_steps=1
+      np.arange(iterations),
+      base=golden["poly_base_lr"].item(),
+      power=golden["poly_power"].item(),
+      total_steps=iterations,
+      shift_steps=1,
     )
     np.testing.assert_allclose(poly, golden["poly_lr_used_at_iter"], rtol=1e-7)
-    steps, up, down, total = (golden[f"tf_{name}"] for name in ("steps", "rampup_length", "rampdown_length", "training_length"))
+    steps, up, down, total = (
+      golden[f"tf_{name}"]
+      for name in ("steps", "rampup_length", "rampdown_length", "training_length")
+    )
     rising = schedules.sigmoid_rampup(steps, up.item())
     falling = schedules.sigmoid_rampdown(steps, down.item(), total.item())
     np.testing.assert_allclose(rising, golden["tf_sigmoid_rampup"], rtol=1e-7)
@@ -195,23 +222,42 @@ def test_consistency_losses(golden):
     want = golden[gradient_name or f"{name}_grad"]
     close(gradient, np.moveaxis(want, 1, -1) if want.ndim == 4 else want, 1e-6, 1e-5)
 
-  student, teacher = jnp.asarray(golden["vec_student_logits"]), jnp.asarray(golden["vec_teacher_logits"])
+  student, teacher = (
+    jnp.asarray(golden["vec_student_logits"]),
+    jnp.asarray(golden["vec_teacher_logits"]),
+  )
   for distance in ("softmax_mse", "softmax_kl"):
     per_item = functools.partial(mean_teacher.consistency, distance, teacher_logits=teacher)
-    check(lambda student: jnp.sum(per_item(student)), student, f"vec_{distance}_sum", f"vec_{distance}_grad")
+    check(
+      lambda student: jnp.sum(per_item(student)),
+      student,
+      f"vec_{distance}_sum",
+      f"vec_{distance}_grad",
+    )
     close(jnp.mean(per_item(student)), golden[f"vec_{distance}_over_batch"], 1e-6, 1e-5)
   # The symmetric form stops neither side: it is the bare distance.
-  check(lambda student: jnp.sum(losses.squared_distance(student, teacher)), student, "vec_symmetric_mse_sum", "vec_symmetric_mse_grad")
-  close(jnp.mean(losses.squared_distance(student, teacher)), golden["vec_symmetric_mse_over_batch"], 1e-6, 1e-5)
+  check(
+    lambda student: jnp.sum(losses.squared_distance(student, teacher)),
+    student,
+    "vec_symmetric_mse_sum",
+    "vec_symmetric_mse_grad",
+  )
+  close(
+    jnp.mean(losses.squared_distance(student, teacher)),
+    golden["vec_symmetric_mse_over_batch"],
+    1e-6,
+    1e-5,
+  )
 
   student, teacher = last(golden["map_student_logits"]), last(golden["map_teacher_logits"])
   labeled = golden["labeled_batch_size"].item()
 
   def of_map(distance, reduce, start=0):
-    return lambda student: reduce(mean_teacher.consistency(distance, student[start:], teacher[start:]))
+    return lambda student: reduce(
+      mean_teacher.consistency(distance, student[start:], teacher[start:])
+    )
 
   check(of_map("logit_mse", jnp.mean), student, "map_pixelssl_logit_mse_all")
   check(of_map("logit_mse", jnp.mean, labeled), student, "map_pixelssl_logit_mse_unlabeled_only")
   check(of_map("softmax_mse", jnp.mean), student, "map_torchsemiseg_prob_mse_all")
   check(of_map("softmax_mse", jnp.sum), student, "map_official_softmax_mse_sum_over_everything")
-

@@ -16,9 +16,13 @@ LABELED, WEAK, STRONG = range(3)
 
 
 def picture(stream, num_images, size):
-  """Images that carry the number of their stream and their row: what the stand-in networks go by."""
+  """Images that carry the number of their stream and their row: what the stand-in networks go
+  by.
+  """
   rows = jnp.arange(num_images, dtype=jnp.float32)
-  numbers = jnp.stack([jnp.full(num_images, stream, jnp.float32), rows, jnp.ones(num_images)], axis=-1)
+  numbers = jnp.stack(
+    [jnp.full(num_images, stream, jnp.float32), rows, jnp.ones(num_images)], axis=-1
+  )
   return jnp.broadcast_to(numbers[:, None, None], (num_images, *size, 3))
 
 
@@ -38,7 +42,9 @@ def stand_in(grid, num_images, num_classes):
     return chosen(params["scores"], maps[0]), stats
 
   scores = jnp.zeros((3, num_images, *grid, num_classes))
-  return Network(lambda key: ({"scores": scores}, {}), None, encode, decode, resize.bilinear_align_corners)
+  return Network(
+    lambda key: ({"scores": scores}, {}), None, encode, decode, resize.bilinear_align_corners
+  )
 
 
 def stand_in_heads(monkeypatch, golden, seen):
@@ -47,13 +53,21 @@ def stand_in_heads(monkeypatch, golden, seen):
   sgc = by_stream(golden["logits_sgc"], golden["logits_sgc_seg"])
 
   def classifier(channels, num_classes):
-    # A kernel that gives every class the same positive map, so that the map shows which classes were asked for.
+    # A kernel that gives every class the same positive map, so that the map shows which classes
+    # were asked for.
     params = {"kernel": jnp.ones((channels, num_classes)), "bias": jnp.zeros(num_classes)}
-    return Head(lambda key: (params, {}), lambda params, stats, features, train: (chosen(classes, features), stats))
+    return Head(
+      lambda key: (params, {}),
+      lambda params, stats, features, train: (chosen(classes, features), stats),
+    )
 
   def attention(channels, num_classes, **options):
     def apply(params, stats, features, cam, valid, train):
-      jax.debug.callback(lambda stream, classes: seen.update({int(stream): classes}), features[0, 0, 0, 0], cam.max((1, 2)) > 0)
+      jax.debug.callback(
+        lambda stream, classes: seen.update({int(stream): classes}),
+        features[0, 0, 0, 0],
+        cam.max((1, 2)) > 0,
+      )
       return chosen(sgc, features), stats
 
     return Head(lambda key: ({}, {}), apply)
@@ -61,7 +75,9 @@ def stand_in_heads(monkeypatch, golden, seen):
   monkeypatch.setattr(heads, "image_classifier", classifier)
   monkeypatch.setattr(heads, "self_attention", attention)
   # The recording gives the image labels of the labeled images apart from their masks.
-  monkeypatch.setattr(cams, "image_labels", lambda label, num_classes: with_background(golden["image_label_seg"]))
+  monkeypatch.setattr(
+    cams, "image_labels", lambda label, num_classes: with_background(golden["image_label_seg"])
+  )
 
 
 def with_background(image_label):
@@ -86,9 +102,13 @@ def test_a_step(golden, monkeypatch):
   seen = {}
   stand_in_heads(monkeypatch, golden, seen)
   method = pseudoseg.pseudoseg(
-    task, **options, weight=golden["unlabeled_weight"].item(), image_labels=with_image_labels, cutout_fraction=0.0,
+    task,
+    **options,
+    weight=golden["unlabeled_weight"].item(),
+    image_labels=with_image_labels,
+    cutout_fraction=0.0,
     attention_maps=(-1,),
-  )  # fmt: skip
+  )
   batch = {
     "labeled": {
       "image": picture(LABELED, num_images, size),
@@ -121,7 +141,9 @@ def test_a_step(golden, monkeypatch):
   for name, value in recorded.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
   np.testing.assert_allclose(metrics["loss"], sum(recorded.values()), rtol=1e-6)
-  np.testing.assert_allclose(recorded["loss_consistency"], golden["out_loss_consistency"], rtol=1e-6)
+  np.testing.assert_allclose(
+    recorded["loss_consistency"], golden["out_loss_consistency"], rtol=1e-6
+  )
   gradient = after.nets["student"].opt_state[0]["scores"]
   np.testing.assert_allclose(gradient[STRONG], golden["out_grad_strong"], rtol=0, atol=1e-8)
   np.testing.assert_array_equal(gradient[WEAK], 0)
@@ -132,5 +154,9 @@ def test_a_step(golden, monkeypatch):
   if "out_pseudo_prob" in golden:
     np.testing.assert_allclose(shown[-1], golden["out_pseudo_prob"], rtol=0, atol=1e-6)
   unsharpened = options | {"temperature": 1.0, "soft": True}
-  target, _ = pseudoseg.pseudo_label(jnp.asarray(golden["logits_weak"]), jnp.asarray(golden["logits_sgc"]), **unsharpened)
-  np.testing.assert_allclose(target.max(-1), golden["out_prob_mean_before_sharpening_max"], rtol=0, atol=1e-6)
+  target, _ = pseudoseg.pseudo_label(
+    jnp.asarray(golden["logits_weak"]), jnp.asarray(golden["logits_sgc"]), **unsharpened
+  )
+  np.testing.assert_allclose(
+    target.max(-1), golden["out_prob_mean_before_sharpening_max"], rtol=0, atol=1e-6
+  )

@@ -1,4 +1,6 @@
-"""PSPNet against the official codes of CCT and PixelSSL, with weights drawn from the names of their state dicts."""
+"""PSPNet against the official codes of CCT and PixelSSL, with weights drawn from the names of their
+state dicts.
+"""
 
 import numpy as np
 import pytest
@@ -21,9 +23,13 @@ WATCHED = {
 @pytest.mark.golden("pspnet_")
 def test_logits_and_activations(golden):
   name, images = NETWORKS[golden.path.stem], recorded.images_of(golden)
-  scores, maps, outputs = recorded.forward(name, int(golden["num_classes"]), images, WATCHED.values(), backbone="resnet50")
+  scores, maps, outputs = recorded.forward(
+    name, int(golden["num_classes"]), images, WATCHED.values(), backbone="resnet50"
+  )
   atol, acts = ATOL[name], {theirs: outputs[path] for theirs, path in WATCHED.items()}
-  acts |= dict(zip(("layer1", "layer2", "layer3", "layer4", "psp"), maps, strict=True)) | {"decoder_step3": scores}
+  acts |= dict(zip(("layer1", "layer2", "layer3", "layer4", "psp"), maps, strict=True)) | {
+    "decoder_step3": scores
+  }
   recorded.check_activations(golden, acts, atol)
   sampled = {"layer4_ch64": maps[-2][:, ::64], "z_ch16": maps[-1][:, ::16]}
   sampled |= {f"bin{bins}_ch32": acts[f"psp_bin{bins}"][:, ::32] for bins in (1, 2, 3, 6)}
@@ -32,12 +38,16 @@ def test_logits_and_activations(golden):
   network, _, _ = recorded.weights(name, int(golden["num_classes"]), backbone="resnet50")
   logits = recorded.nchw(network.upsample(scores.transpose(0, 2, 3, 1), images.shape[1:3]))
   np.testing.assert_allclose(logits[:, :, ::5, ::5], golden["logits_sub5"], rtol=0, atol=atol)
-  np.testing.assert_allclose([logits.mean(), logits.std()], [golden["logits_mean"], golden["logits_std"]], rtol=0, atol=atol)
+  np.testing.assert_allclose(
+    [logits.mean(), logits.std()], [golden["logits_mean"], golden["logits_std"]], rtol=0, atol=atol
+  )
   assert scores.min() == 0
   assert network.upsample is resize.bilinear_align_corners
 
 
 @pytest.mark.golden("pspnet_")
 def test_every_tensor_has_the_recorded_name_and_shape(golden):
-  _, state_dict, _ = recorded.weights(NETWORKS[golden.path.stem], int(golden["num_classes"]), backbone="resnet50")
+  _, state_dict, _ = recorded.weights(
+    NETWORKS[golden.path.stem], int(golden["num_classes"]), backbone="resnet50"
+  )
   recorded.check_tensors(golden.path.with_name(f"{golden.path.stem}_params.json"), state_dict)

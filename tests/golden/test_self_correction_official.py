@@ -1,4 +1,6 @@
-"""Self-correcting networks: the closed form of the linear correction, and the loss on its soft label."""
+"""Self-correcting networks: the closed form of the linear correction, and the loss on its soft
+label.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,9 @@ def close(got, want):
 
 
 def check_loss(primary, q, value, gradient):
-  got, got_gradient = jax.value_and_grad(lambda logits: jnp.mean(losses.soft_cross_entropy(logits, q)))(primary)
+  got, got_gradient = jax.value_and_grad(
+    lambda logits: jnp.mean(losses.soft_cross_entropy(logits, q))
+  )(primary)
   close(got, value)
   close(got_gradient, last(gradient))
 
@@ -31,7 +35,10 @@ def test_linear_correction(golden):
     logits = fusion.self_corrected(primary, ancillary, float(alpha))
     q = jax.nn.softmax(logits)
     close(q, last(of["q"]))
-    close(losses.kl_divergence(primary, logits) + alpha * losses.kl_divergence(ancillary, logits), of["objective_at_q"])
+    close(
+      losses.kl_divergence(primary, logits) + alpha * losses.kl_divergence(ancillary, logits),
+      of["objective_at_q"],
+    )
     check_loss(primary, q, of["soft_ce_mean_over_pixels"], of["grad_primary_logits"])
 
 

@@ -1,4 +1,6 @@
-"""Temporal ensembling: what is remembered, targets and losses, epoch after epoch, by the method's own update."""
+"""Temporal ensembling: what is remembered, targets and losses, epoch after epoch, by the method's
+own update.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,14 @@ def test_temporal_ensembling(golden):
   epochs, images, classes, height, width = golden["logits_per_epoch"].shape
   assert golden["weight_during_epoch"][0] == 0
   optimizer = optim.sgd(lambda step: 0.0, momentum=0.0)
-  task = Task(classes, epochs, as_recorded(classes), optimizer, losses.cross_entropy_mean, num_unlabeled=images)
+  task = Task(
+    classes,
+    epochs,
+    as_recorded(classes),
+    optimizer,
+    losses.cross_entropy_mean,
+    num_unlabeled=images,
+  )
   # One step is one epoch of all images, whole and unmirrored, on a grid of their own pixels.
   method = temporal_ensembling.temporal_ensembling(
     task,
@@ -38,13 +47,21 @@ def test_temporal_ensembling(golden):
   )
   start = method.init(jax.random.key(0))
   # The files are exact to 1e-6, half precision is not.
-  start = start.replace(memory=jax.tree.map(lambda stored: stored.astype(jnp.float32), start.memory))
+  start = start.replace(
+    memory=jax.tree.map(lambda stored: stored.astype(jnp.float32), start.memory)
+  )
   ids, flip = jnp.arange(images), jnp.zeros(images, bool)
   window = jnp.tile(jnp.array([0.0, 0, 1, 1]), (images, 1))
   valid = jnp.ones((images, height, width), bool)
-  labeled = {"image": jnp.zeros((1, height, width, classes)), "label": jnp.full((1, height, width), IGNORE_LABEL)}
+  labeled = {
+    "image": jnp.zeros((1, height, width, classes)),
+    "label": jnp.full((1, height, width), IGNORE_LABEL),
+  }
   unlabeled = {"valid": valid, "id": ids, "flip": flip, "window": window}
-  batches = [{"labeled": labeled, "unlabeled": unlabeled | {"weak": toy.nhwc(logits)}} for logits in golden["logits_per_epoch"]]
+  batches = [
+    {"labeled": labeled, "unlabeled": unlabeled | {"weak": toy.nhwc(logits)}}
+    for logits in golden["logits_per_epoch"]
+  ]
 
   for epoch, (state, metrics) in enumerate(toy.run(method, start, batches)):
     kept = state.memory["predictions"].reshape(height, images, width, classes).transpose(1, 3, 0, 2)
@@ -52,5 +69,9 @@ def test_temporal_ensembling(golden):
     cells, seen = memory.unbiased(memory.read(state.memory["predictions"], ids, classes))
     target, known = memory.cells_to_crop(cells, seen, flip, window, (height, width))
     assert jnp.all(known)
-    np.testing.assert_allclose(np.moveaxis(target, -1, 1), golden["target_after_epoch"][epoch], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(metrics["loss_consistency"], golden["consistency_loss_during_epoch"][epoch], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+      np.moveaxis(target, -1, 1), golden["target_after_epoch"][epoch], rtol=0, atol=1e-6
+    )
+    np.testing.assert_allclose(
+      metrics["loss_consistency"], golden["consistency_loss_during_epoch"][epoch], rtol=0, atol=1e-6
+    )

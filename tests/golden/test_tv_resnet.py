@@ -23,16 +23,30 @@ def parts_of(golden):
 
 @functools.cache
 def weights(arch, num_classes):
-  """Recorded tensors by name, and ours: (variables of the backbone, parameters of the classifier)."""
-  shapes = jax.eval_shape(lambda: resnet.ResNet(arch).init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32), train=False))
+  """Recorded tensors by name, and ours: (variables of the backbone, parameters of the
+  classifier).
+  """
+  shapes = jax.eval_shape(
+    lambda: resnet.ResNet(arch).init(
+      jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32), train=False
+    )
+  )
   leaves = traverse_util.flatten_dict(shapes)
   paths = {leaf: "/".join(("backbone", *leaf[1:])) for leaf in leaves}
   theirs = torch_names.backbone_names(paths.values())
-  state_dict = {theirs[paths[leaf]]: recorded.torch_shape(array.shape) for leaf, array in leaves.items()}
-  state_dict |= {"fc.weight": (num_classes, 2048 if arch in resnet.BOTTLENECK else 512), "fc.bias": (num_classes,)}
+  state_dict = {
+    theirs[paths[leaf]]: recorded.torch_shape(array.shape) for leaf, array in leaves.items()
+  }
+  state_dict |= {
+    "fc.weight": (num_classes, 2048 if arch in resnet.BOTTLENECK else 512),
+    "fc.bias": (num_classes,),
+  }
   state_dict = {name: recorded.drawn(name, shape) for name, shape in state_dict.items()}
   ours = {leaf: torch_names.to_ours(state_dict[theirs[path]], path) for leaf, path in paths.items()}
-  fc = {leaf: torch_names.to_ours(state_dict[name], leaf) for leaf, name in (("kernel", "fc.weight"), ("bias", "fc.bias"))}
+  fc = {
+    leaf: torch_names.to_ours(state_dict[name], leaf)
+    for leaf, name in (("kernel", "fc.weight"), ("bias", "fc.bias"))
+  }
   return state_dict, (traverse_util.unflatten_dict(ours), fc)
 
 

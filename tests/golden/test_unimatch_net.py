@@ -1,4 +1,6 @@
-"""UniMatch's DeepLabv3+ against the official code, with weights drawn from the names of its state dict."""
+"""UniMatch's DeepLabv3+ against the official code, with weights drawn from the names of its state
+dict.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +36,13 @@ def dropped(maps, low, high):
 def test_logits_and_activations_clean_and_perturbed(golden):
   images, (network, _, (params, stats)) = recorded.images_of(golden), weights_of(golden)
   options = {"backbone": str(golden["backbone"])}
-  scores, maps, outputs = recorded.forward(NAME, int(golden["num_classes"]), images, WATCHED.values(), **options)
+  scores, maps, outputs = recorded.forward(
+    NAME, int(golden["num_classes"]), images, WATCHED.values(), **options
+  )
   acts = {name: outputs[path] for name, path in WATCHED.items()}
-  acts |= dict(zip(("layer1", "layer2", "layer3", "layer4"), maps, strict=True)) | {"classifier": scores}
+  acts |= dict(zip(("layer1", "layer2", "layer3", "layer4"), maps, strict=True)) | {
+    "classifier": scores
+  }
   recorded.check_activations(golden, acts, 1e-4)
 
   @jax.jit

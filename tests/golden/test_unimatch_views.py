@@ -1,4 +1,6 @@
-"""A whole unlabeled sample of UniMatch V1, recorded from its official code (Pillow): geometry, strong views, boxes, padding."""
+"""A whole unlabeled sample of UniMatch V1, recorded from its official code (Pillow): geometry,
+strong views, boxes, padding.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,10 @@ def photometry_draws(recorded):
   return photometry.Draws(
     jitter=tf.constant(jitter),
     order=tf.constant(recorded.get("jitter_order", np.arange(4)), tf.int32),
-    **{name: tf.constant(value) for name, value in zip(("brightness", "contrast", "saturation", "hue"), factors)},
+    **{
+      name: tf.constant(value)
+      for name, value in zip(("brightness", "contrast", "saturation", "hue"), factors)
+    },
     grayscale=tf.constant(bool(recorded["draw_grey"] < 0.2)),
     blur=tf.constant(blur),
     sigma=tf.constant(recorded.get("blur_sigma", 1.0), tf.float32),
@@ -54,7 +59,9 @@ def levels(normalized):
 
 
 def whole_positions(golden):
-  """bool [H, W], pixels whose nearest stored one is told by rounding errors of PIL's own sum (unimatch.md, trap 10)."""
+  """bool [H, W], pixels whose nearest stored one is told by rounding errors of PIL's own sum
+  (unimatch.md, trap 10).
+  """
   draws, (height, width) = geometry_draws(golden), golden["label_after_geometry"].shape
   stored = golden["label"].shape
   scaled = geometry.scaled_size(tf.constant(stored), draws.scale, "pillow").numpy()
@@ -67,7 +74,8 @@ def whole_positions(golden):
 
 @pytest.mark.golden("unimatch_views", case=r"view\d+")
 def test_weak_view_label_and_padding(golden, made):
-  np.testing.assert_allclose(levels(made["weak"]), golden["out_w_uint8"], atol=1.001)  # PIL rounds after each of two passes
+  # PIL rounds after each of two passes.
+  np.testing.assert_allclose(levels(made["weak"]), golden["out_w_uint8"], atol=1.001)
   padding = golden["label_after_geometry"] == 254
   np.testing.assert_array_equal(~made["valid"].numpy(), padding)
   np.testing.assert_array_equal(padding, golden["ignore_mask"] == 255)
@@ -81,14 +89,17 @@ def test_weak_view_label_and_padding(golden, made):
 def test_normalization(golden):
   for view in ("w", "s1"):
     normalized = photometry.normalize(golden[f"out_{view}_uint8"].astype(np.float32) / 255)
-    np.testing.assert_allclose(normalized[::7, ::7], golden[f"out_{view}_chw_sub7"].transpose(1, 2, 0), atol=2e-6)
+    np.testing.assert_allclose(
+      normalized[::7, ::7], golden[f"out_{view}_chw_sub7"].transpose(1, 2, 0), atol=2e-6
+    )
 
 
 @pytest.mark.golden("unimatch_views", case=r"view\d+")
 def test_strong_views(golden, made):
   for number, view in enumerate(("s1", "s2")):
     difference = np.abs(levels(made["strong"][number]) - golden[f"out_{view}_uint8"])
-    assert difference.max() < 12 and difference.mean() < 2, view  # of 255: 8-bit hue, and PIL's box approximation of the blur
+    # of 255: 8-bit hue, and PIL's box approximation of the blur.
+    assert difference.max() < 12 and difference.mean() < 2, view
 
 
 @pytest.mark.golden("unimatch_views", case=r"view\d+")
@@ -102,5 +113,7 @@ def test_cutmix_boxes(golden):
       continue
     tries = jnp.asarray(recorded["cutmix_tries"])[None]
     area = jnp.asarray(recorded["cutmix_area_draw"])[None]
-    edges = mixing.fitting_boxes(area, tries[..., 0], tries[..., :0:-1].astype(jnp.int32), (size, size))
+    edges = mixing.fitting_boxes(
+      area, tries[..., 0], tries[..., :0:-1].astype(jnp.int32), (size, size)
+    )
     np.testing.assert_array_equal(mixing.edge_masks(edges, (size, size))[0], expected)

@@ -1,4 +1,6 @@
-"""Xception-65 against the TensorFlow DeepLab library, with weights drawn from the names of its variables (record_xception.py)."""
+"""Xception-65 against the TensorFlow DeepLab library, with weights drawn from the names of its
+variables (record_xception.py).
+"""
 
 import functools
 
@@ -21,8 +23,12 @@ def tf_shape(path, shape):
 
 @functools.cache
 def leaves():
-  """Every leaf of the backbone by path ("params/backbone/...", "batch_stats/backbone/..."), as its shape."""
-  trees = jax.eval_shape(lambda: Xception65().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
+  """Every leaf of the backbone by path ("params/backbone/...", "batch_stats/backbone/..."), as its
+  shape.
+  """
+  trees = jax.eval_shape(
+    lambda: Xception65().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+  )
   nested = {kind: {"backbone": tree} for kind, tree in trees.items()}
   return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(nested, sep="/").items()}
 
@@ -33,8 +39,13 @@ def name_of(path):
 
 @functools.cache
 def variables():
-  values = {path: drawn(name_of(path), tf_shape(path, shape)).reshape(shape) for path, shape in leaves().items()}
-  return {kind: tree["backbone"] for kind, tree in traverse_util.unflatten_dict(values, sep="/").items()}
+  values = {
+    path: drawn(name_of(path), tf_shape(path, shape)).reshape(shape)
+    for path, shape in leaves().items()
+  }
+  return {
+    kind: tree["backbone"] for kind, tree in traverse_util.unflatten_dict(values, sep="/").items()
+  }
 
 
 def images_of(golden):
@@ -52,10 +63,14 @@ def test_variables_have_the_official_names_and_shapes(golden):
 @pytest.mark.golden("xception_65", case=r"case\d+")
 def test_maps_of_the_backbone(golden):
   module = Xception65(int(golden["output_stride"]))
-  maps = jax.jit(lambda variables, x: module.apply(variables, x, train=False))(variables(), images_of(golden))
+  maps = jax.jit(lambda variables, x: module.apply(variables, x, train=False))(
+    variables(), images_of(golden)
+  )
   with np.load(golden.path) as file:
     steps = file["map_steps"]
-  for index, (got, (rows, columns, channels)) in enumerate(zip(map(np.asarray, maps), steps, strict=True)):
+  for index, (got, (rows, columns, channels)) in enumerate(
+    zip(map(np.asarray, maps), steps, strict=True)
+  ):
     close = functools.partial(np.testing.assert_allclose, rtol=0, err_msg=f"map {index}")
     assert got.shape == tuple(golden[f"map{index}_shape"])
     close(got[:, ::rows, ::columns, ::channels], golden[f"map{index}"], atol=2e-4)
@@ -66,17 +81,27 @@ def test_maps_of_the_backbone(golden):
 @pytest.mark.golden("xception_65")
 def test_weight_decay_adds_up_alike(golden):
   flat = traverse_util.flatten_dict({"backbone": variables()["params"]}, sep="/")
-  total = sum(float(np.sum(np.square(leaf))) for path, leaf in flat.items() if optim.decays(path, "kernels"))
-  np.testing.assert_allclose(0.5 * float(golden["weight_decay"]) * total, golden["l2_total"], rtol=1e-5)
+  total = sum(
+    float(np.sum(np.square(leaf))) for path, leaf in flat.items() if optim.decays(path, "kernels")
+  )
+  np.testing.assert_allclose(
+    0.5 * float(golden["weight_decay"]) * total, golden["l2_total"], rtol=1e-5
+  )
 
 
 @pytest.mark.golden("xception_65")
 def test_running_statistics_of_the_first_convolution_after_a_step(golden):
-  case = {name.removeprefix("case0_"): value for name, value in golden.under("").items() if name.startswith("case0_")}
+  case = {
+    name.removeprefix("case0_"): value
+    for name, value in golden.under("").items()
+    if name.startswith("case0_")
+  }
 
   @jax.jit  # of the whole step, XLA keeps the first convolution
   def step(variables, x):
-    return Xception65().apply(variables, x, train=True, mutable=["batch_stats"])[1]["batch_stats"]["conv1"]["bn"]
+    return Xception65().apply(variables, x, train=True, mutable=["batch_stats"])[1]["batch_stats"][
+      "conv1"
+    ]["bn"]
 
   moved = step(variables(), images_of(case))
   # The step moves them by some 1e-4.

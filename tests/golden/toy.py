@@ -1,4 +1,6 @@
-"""The toy networks on which the official training loops were recorded, and the way from PyTorch names to our trees."""
+"""The toy networks on which the official training loops were recorded, and the way from PyTorch
+names to our trees.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ class UniMatchToy(nn.Module):
   @nn.compact
   def __call__(self, x, *, train, groups=1):
     taps = _UniMatchBackbone(self.hidden, name="backbone")(x, train=train, groups=groups)
-    x = nn.Conv(self.hidden, (3, 3), padding=1, use_bias=False, name="fuse")(jnp.concatenate(taps, axis=-1))
+    x = nn.Conv(self.hidden, (3, 3), padding=1, use_bias=False, name="fuse")(
+      jnp.concatenate(taps, axis=-1)
+    )
     x = nn.relu(BatchNorm(name="fuse_bn")(x, train=train, groups=groups))
     return nn.Conv(self.num_classes, (1, 1), name="classifier")(x)
 
@@ -73,13 +77,16 @@ class UniMatchToy(nn.Module):
 def recording(optimizer: Optimizer) -> Optimizer:
   """The same optimiser, whose state also keeps the gradient it was last given: opt_state[0]."""
   recorder = optax.GradientTransformation(
-    init=lambda params: jax.tree.map(jnp.zeros_like, params), update=lambda gradient, state, params=None: (gradient, gradient)
+    init=lambda params: jax.tree.map(jnp.zeros_like, params),
+    update=lambda gradient, state, params=None: (gradient, gradient),
   )
   return optimizer._replace(transform=optax.chain(recorder, optimizer.transform))
 
 
 def start(method, golden, prefixes: dict[str, str]):
-  """The method's own initial state with the recorded weights in it; prefixes: role -> name prefix in the file."""
+  """The method's own initial state with the recorded weights in it; prefixes: role -> name prefix
+  in the file.
+  """
   state = method.init(jax.random.key(0))
   for role, prefix in prefixes.items():
     params, stats = from_torch(golden.under(prefix))
@@ -91,7 +98,11 @@ def start(method, golden, prefixes: dict[str, str]):
 def assert_tree_close(got, want, atol, what):
   assert jax.tree.structure(got) == jax.tree.structure(want), what
   jax.tree_util.tree_map_with_path(
-    lambda path, a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=f"{what}{jax.tree_util.keystr(path)}"), got, want
+    lambda path, a, b: np.testing.assert_allclose(
+      a, b, rtol=0, atol=atol, err_msg=f"{what}{jax.tree_util.keystr(path)}"
+    ),
+    got,
+    want,
   )
 
 
@@ -106,11 +117,15 @@ def assert_gradient(net, golden, prefix, atol=1e-5):
 
 
 def num_steps(golden) -> int:
-  return 1 + max(int(name.split("/")[0][4:]) for name in golden if name.startswith("step") and "/" in name)
+  return 1 + max(
+    int(name.split("/")[0][4:]) for name in golden if name.startswith("step") and "/" in name
+  )
 
 
 def run(method, state, batches, recorded=None):
-  """Yields (state, metrics) after each step of the method, jitted once; recorded: the draws of each step that the file fixes."""
+  """Yields (state, metrics) after each step of the method, jitted once; recorded: the draws of each
+  step that the file fixes.
+  """
   update = jax.jit(method.update)
   for index, batch in enumerate(batches):
     draws = method.draw(jax.random.key(index), batch)
