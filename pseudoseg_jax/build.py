@@ -1038,9 +1038,9 @@ def build_method(
 
   other_classes: the number of classes of each further domain.
   """
-  checks.check_name("config.method.name", config.method.name, methods_table.METHODS)
+  factory = methods_table.find(config.method.name)
   options = {name: value for name, value in config.method.items() if name != "name"}
-  known = configs.defaults_of(methods_table.METHODS[config.method.name])
+  known = configs.defaults_of(factory)
   for name in options:
     checks.check_name(f"option of method '{config.method.name}'", name, known)
   task = Task(
@@ -1055,7 +1055,12 @@ def build_method(
     std=tuple(config.data.std),
     unlabeled_weight=_unlabeled_weight(config),
   )
-  return methods_table.METHODS[config.method.name](task, **options)
+  method = factory(task, **options)
+  if not isinstance(method, Method):
+    problems = checks.Problems(f"method '{config.method.name}' cannot be used")
+    problems.add("its factory", got=f"a {type(method).__name__}", allowed="a contract.Method")
+    problems.raise_if_any()
+  return method
 
 
 def build_pipeline(config: configs.ConfigDict, data: Data, method: Method) -> PipelineSpec:

@@ -50,7 +50,11 @@ def main() -> int:
 
 
 def script() -> None:
-  """What `pip install` makes `pseudoseg` of."""
+  """What `pip install` makes `pseudoseg` of.
+
+  Modules in the folder where it starts are found, as with `python -m`.
+  """
+  sys.path.insert(0, "")
   command_line.leave(main)
 
 

@@ -73,11 +73,13 @@ def choose_network(config: ConfigDict, name: str, backbone: str) -> None:
 
 
 def method(name: str, convention: str = "", **options) -> ConfigDict:
-  """config.method: a name of methods.table.METHODS with that method's options; `convention` names a
-  published set of them.
+  """Makes config.method: a method's name with its options, at their defaults but for those given.
+
+  Args:
+    name: of methods.table.METHODS, or "my_module:my_factory".
+    convention: names a published set of options.
   """
-  checks.check_name("method", name, methods_table.METHODS)
-  config = ConfigDict({"name": name, **defaults_of(methods_table.METHODS[name])})
+  config = ConfigDict({"name": name, **defaults_of(methods_table.find(name))})
   if convention:
     if name != "mean_teacher":
       raise checks.InputError(
@@ -487,6 +489,13 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
     InputError: unknown keys (with the nearest known one), values of another type; all of them at
       once.
   """
+  overrides = dict(overrides)
+  if ":" in str(overrides.get("method.name", "")):
+    # Options are the factory's. The methods of the package have settings for each data set, and
+    # are chosen by a config's argument.
+    if overrides["method.name"] != config.method.name:
+      config.method = method(overrides["method.name"])
+    del overrides["method.name"]
   problems = checks.Problems("cannot override the config")
   for key, value in overrides.items():
     # ml_collections' own flags do the reading, so that notebooks and command lines agree to the
@@ -610,9 +619,9 @@ def from_saved(content: Any) -> ConfigDict:
       {"data": {"folder": folder_data, "tfds": tfds_data}.get(config.data.name, dict)()}
     ),
   }
-  known |= all_options(
-    {"method": method(config.method.name), "network": network(config.network.name)}
-  )
+  known |= all_options({"network": network(config.network.name)})
+  if ":" not in config.method.name:
+    known |= all_options({"method": method(config.method.name)})
   problems = checks.Problems("options that no run has")
   options = all_options(config)
   for key, default in known.items():
@@ -649,9 +658,11 @@ def completed(saved: ConfigDict) -> ConfigDict:
   """
   defaults = base(saved.method).to_dict()
   defaults["data"] |= {"folder": folder_data, "tfds": tfds_data}.get(saved.data.name, dict)()
-  factories = {"method": methods_table.METHODS, "network": models_table.NETWORKS}
-  for part, table in factories.items():
-    defaults[part] = defaults_of(table[saved[part].name]) if saved[part].name in table else {}
+  known = saved.network.name in models_table.NETWORKS
+  # A method of another package knows its own options: what it predicts may be used without it.
+  of_ours = ":" not in saved.method.name
+  defaults["method"] = defaults_of(methods_table.find(saved.method.name)) if of_ours else {}
+  defaults["network"] = defaults_of(models_table.NETWORKS[saved.network.name]) if known else {}
   defaults["network"]["freeze"] = "none"
 
   def fill(config: ConfigDict, defaults: Mapping[str, Any]) -> None:

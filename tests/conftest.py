@@ -26,6 +26,16 @@ def pytest_addoption(parser):
   parser.addoption(
     "--golden-dir", default=str(default), help="folder of golden .npz files (default: our copy)"
   )
+  parser.addoption(
+    "--method", help="my_module:my_factory, whose contract is tested beside that of our methods"
+  )
+
+
+def pytest_configure(config):
+  if name := config.getoption("--method"):
+    from pseudoseg_jax.methods import table
+
+    table.METHODS[name.partition(":")[2]] = table.find(name)
 
 
 def pytest_collection_modifyitems(items):

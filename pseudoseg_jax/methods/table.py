@@ -1,7 +1,17 @@
-"""Every method, by name; its options and their defaults are the factory's keyword arguments."""
+"""Every method, by name; its options and their defaults are the factory's keyword arguments.
 
+A method of another package is named by module and factory, "my_module:my_factory".
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import traceback
 from collections.abc import Callable
 
+from pseudoseg_jax import checks
 from pseudoseg_jax.contract import Method
 from pseudoseg_jax.methods import (
   ael,
@@ -49,3 +59,61 @@ METHODS: dict[str, Callable[..., Method]] = {
   "learn_pseudo": learn_pseudo.learn_pseudo,
   "gct": gct.gct,
 }
+
+
+def find(name: str) -> Callable[..., Method]:
+  """Finds the factory of a method: of METHODS, or "module:factory" of any module that Python finds.
+
+  A name may come from a saved run, so that nothing is called but what looks like a factory: its
+  first parameter is `task`, its options follow by keyword and have defaults.
+
+  Raises:
+    InputError: no such method, module or factory; the module's own error where it has one.
+  """
+  if ":" not in name:
+    checks.check_name("config.method.name", name, METHODS)
+    return METHODS[name]
+  module_name, _, factory_name = name.partition(":")
+  problems = checks.Problems(f"method '{name}' cannot be used")
+  if not all(part.isidentifier() for part in module_name.split(".")):
+    problems.add("module", got=f"'{module_name}'", allowed="a name, as in my_module:my_factory")
+    problems.raise_if_any()
+  try:
+    module = importlib.import_module(module_name)
+  except ModuleNotFoundError as error:
+    remedy = "pip install what it imports"
+    if error.name and f"{module_name}.".startswith(f"{error.name}."):
+      remedy = (
+        f"start where {error.name}.py is, or with PYTHONPATH=FOLDER, the folder that holds it"
+      )
+    problems.add("config.method.name", got=f"no module named '{error.name}'", remedy=remedy)
+    problems.raise_if_any()
+  except Exception as error:
+    raise checks.InputError(f"{module_name} cannot be imported: {_where(error)}") from error
+  factory = getattr(module, factory_name, None)
+  if not _is_factory(factory):
+    allowed = "a function (task, *, option=default, ...) -> Method"
+    named = sorted(key for key, value in vars(module).items() if _is_factory(value))
+    got = f"no '{factory_name}'" if factory is None else f"'{factory_name}', which is none"
+    remedy = f"there are: {', '.join(named)}" if named else None
+    problems.add(f"in {module_name}", got=got, allowed=allowed, remedy=remedy)
+    problems.raise_if_any()
+  return factory
+
+
+def _where(error: Exception) -> str:
+  """The error of a module, with the line of the module, not that of a library which it calls."""
+  frames = traceback.extract_tb(error.__traceback__)
+  own = [frame for frame in frames if not re.search(r"importlib|site-packages", frame.filename)]
+  at = (own or frames)[-1]
+  return f"{type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
+
+
+def _is_factory(value: object) -> bool:
+  if not inspect.isfunction(value):
+    return False
+  parameters = list(inspect.signature(value).parameters.values())
+  return [parameter.name for parameter in parameters[:1]] == ["task"] and all(
+    option.kind is inspect.Parameter.KEYWORD_ONLY and option.default is not option.empty
+    for option in parameters[1:]
+  )
