@@ -103,8 +103,14 @@ class Optimizer(NamedTuple):
   """
 
   transform: optax.GradientTransformation
-  learning_rate: Callable[[Array], Array]
+  learning_rate: Callable[[Array | int], Array]
   multiplier: Callable[[str], float] = lambda path: 1.0
+
+
+def _in_one_piece(*args: Any, **options: Any) -> Any:
+  raise NotImplementedError(
+    "this network has `apply` alone; `encode`, `decode` and `upsample` are missing"
+  )
 
 
 class Network(NamedTuple):
@@ -126,9 +132,9 @@ class Network(NamedTuple):
 
   init: Callable[[Array], tuple[PyTree, PyTree]]
   apply: Callable[..., tuple[Array, PyTree]]
-  encode: Callable[..., tuple[tuple[Array, ...], PyTree]] | None = None
-  decode: Callable[..., tuple[Array, PyTree]] | None = None
-  upsample: Callable[[Array, tuple[int, int]], Array] | None = None
+  encode: Callable[..., tuple[tuple[Array, ...], PyTree]] = _in_one_piece
+  decode: Callable[..., tuple[Array, PyTree]] = _in_one_piece
+  upsample: Callable[[Array, tuple[int, ...]], Array] = _in_one_piece
   in_channels: int = 3
 
 
@@ -212,7 +218,7 @@ class Method(NamedTuple):
   init: Callable[[Array], State]
   draw: Callable[[Array, Batch], PyTree]
   update: Callable[[State, Batch, PyTree], tuple[State, Metrics]]
-  predictors: dict[str, Predictor]
+  predictors: Mapping[str, Predictor]
   panels: Panels | None = None
   predictor_domains: Mapping[str, int] = {}
   split_memory: tuple[str, ...] = ()

@@ -185,10 +185,11 @@ def infer_maps(network: Network, net: NetState, images: Array) -> tuple[Array, .
 
 def predictors(network: Network, *roles: str) -> dict[str, Callable[[State, Array], Array]]:
   """One predictor per role in `State.nets`; the first is the headline."""
-  return {
-    role: lambda state, images, role=role: infer(network, state.nets[role], images)
-    for role in roles
-  }
+
+  def predictor(role: str) -> Callable[[State, Array], Array]:
+    return lambda state, images: infer(network, state.nets[role], images)
+
+  return {role: predictor(role) for role in roles}
 
 
 def prediction_panels(network: Network, *roles: str) -> Panels:

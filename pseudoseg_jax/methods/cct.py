@@ -138,6 +138,7 @@ def perturbed(
     case "dropout":
       return perturb.drop_channels(features, drawn >= 0.5, rate=0.5)
     case "cutout":
+      assert prediction.objects is not None  # they are looked for where this decoder is there
       return perturb.keep_where(
         features, ~perturb.guided_cutout(prediction.objects, drawn, prediction.foreground.shape[1:])
       )
@@ -461,12 +462,11 @@ def _method(task: Task, settings: _Settings, needs: Needs) -> Method:
     "auxiliary decoders": "classes",
     "main decoder": "classes",
   }
-  predictors = {
-    f"main{domain.suffix}": lambda state, images, domain=domain: domain.predict(
-      state.nets["main"], images
-    )
-    for domain in domains
-  }
+
+  def predictor(domain):
+    return lambda state, images: domain.predict(state.nets["main"], images)
+
+  predictors = {f"main{domain.suffix}": predictor(domain) for domain in domains}
   predictor_domains = {f"main{domain.suffix}": number for number, domain in enumerate(domains)}
   panels = Panels(tuple(kinds), tuple(kinds.values()), compute)
   return Method(needs, init, draw, update, predictors, panels, predictor_domains)

@@ -98,13 +98,13 @@ def classmix(
         allowed=checks.choices(allowed),
         remedy=checks.nearest(str(value), allowed),
       )
-  for name, value in (
+  for name, share in (
     ("min_confidence", min_confidence),
     ("rampup_fraction", rampup_fraction),
     ("decay", decay),
   ):
-    if not 0 <= value <= 1:
-      problems.add(name, got=value, allowed="0..1")
+    if not 0 <= share <= 1:
+      problems.add(name, got=share, allowed="0..1")
   if color_jitter and task.network.in_channels != 3:
     problems.add(
       "color_jitter",

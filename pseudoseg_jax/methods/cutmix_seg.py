@@ -225,8 +225,9 @@ def cutmix_seg(
 
   # The teacher's prediction as it is before mixing: it is compared with the truth of the first
   # image.
-  names = ("first image", "second image", "mask", "mixed", "teacher on the first")
-  names = names if mixes else ("image", "mask", "cut", "teacher")
+  names: tuple[str, ...] = ("image", "mask", "cut", "teacher")
+  if mixes:
+    names = ("first image", "second image", "mask", "mixed", "teacher on the first")
   kinds = ("image",) * (1 + mixes) + ("heat", "image", "classes")
   needs = Needs(partner=mixes, strong_views=strong_views)
   predictors = nets.predictors(task.network, "teacher", "student")

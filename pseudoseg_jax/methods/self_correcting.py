@@ -283,7 +283,8 @@ def self_correcting(
     ("primary", "classes"),
     ("pseudo label", "classes"),
   )
-  panels = Panels(*zip(*pictures, strict=True), show) if learn_weak else None
+  names, kinds = zip(*pictures, strict=True)
+  panels = Panels(names, kinds, show) if learn_weak else None
   given = (("ancillary",) if guided else ()) + (
     ("primary", "correction") if convolutional and learn_weak else ()
   )

@@ -10,6 +10,7 @@ import inspect
 import re
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from pseudoseg_jax import checks
 from pseudoseg_jax.contract import Method
@@ -90,13 +91,13 @@ def find(name: str) -> Callable[..., Method]:
     problems.raise_if_any()
   except Exception as error:
     raise checks.InputError(f"{module_name} cannot be imported: {_where(error)}") from error
-  factory = getattr(module, factory_name, None)
+  factory: Any = getattr(module, factory_name, None)
   if not _is_factory(factory):
     allowed = "a function (task, *, option=default, ...) -> Method"
     named = sorted(key for key, value in vars(module).items() if _is_factory(value))
     got = f"no '{factory_name}'" if factory is None else f"'{factory_name}', which is none"
-    remedy = f"there are: {', '.join(named)}" if named else None
-    problems.add(f"in {module_name}", got=got, allowed=allowed, remedy=remedy)
+    known = f"there are: {', '.join(named)}" if named else None
+    problems.add(f"in {module_name}", got=got, allowed=allowed, remedy=known)
     problems.raise_if_any()
   return factory
 

@@ -13,8 +13,8 @@ def kernel_size(size: tuple[int, int]) -> tuple[int, int]:
   """The height and width of ClassMix's blur kernel for images of (height, width): a tenth, odd.
   [ClassMix, transformsgpu.py]
   """
-  tenths = (math.ceil(0.1 * side) for side in size)
-  return tuple(tenth - 1 + tenth % 2 for tenth in tenths)
+  height, width = (math.ceil(0.1 * side) for side in size)
+  return height - 1 + height % 2, width - 1 + width % 2
 
 
 def blur(

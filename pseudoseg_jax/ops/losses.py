@@ -111,7 +111,8 @@ def mean_over(values: jax.Array, weight: jax.Array) -> jax.Array:
 
 def joint_mean(*values: jax.Array) -> jax.Array:
   """One mean over the pixels of several maps, as if they were one batch (not a mean of means)."""
-  return sum(jnp.sum(value) for value in values) / sum(value.size for value in values)
+  total = jnp.asarray(sum(jnp.sum(value) for value in values))
+  return total / sum(value.size for value in values)
 
 
 def pixel_weight(label: jax.Array, class_weights: Sequence[float] = ()) -> jax.Array:

@@ -103,7 +103,7 @@ def large_objects(foreground: jax.Array, *, min_corners: int = 51) -> Objects:
 
 
 def guided_cutout(
-  objects: Objects, position: jax.Array, size: tuple[int, int], *, side_fraction: float = 0.4
+  objects: Objects, position: jax.Array, size: tuple[int, ...], *, side_fraction: float = 0.4
 ) -> jax.Array:
   """One rectangle in each large object, whatever else it covers. [CCT, G-Cutout]
 

@@ -83,7 +83,7 @@ def bilinear_half_pixel(x: Array, size: tuple[int, int]) -> Array:
   return _bilinear(x, size, align_corners=False)
 
 
-def nearest(x: Array, size: tuple[int, int]) -> Array:
+def nearest(x: Array, size: tuple[int, ...]) -> Array:
   """Nearest resize in PyTorch's default convention: row i reads row floor(i H / H').
 
   Args:
