@@ -8,9 +8,12 @@ losses have their published weights, and rise to them over the first quarter of 
 chosen on `test`; every figure is mIoU on `test` after the LAST step, over the seeds with mean and
 standard deviation. The labeled photographs are the same for all methods and seeds. The step with
 the best `val` is scored on `test` apart. Minutes are of one core each, on machines that had other
-work, and say little. Image-level labels and boxes, where a method is given them, are those of the
-unlabeled photographs, read off their masks. Methods of several stages have as many steps in each:
-learn_pseudo's is that of a network which learns from masks and from the labels of its first stage.
+work, and say little.
+
+Image-level labels and boxes, where a method is given them, are those of the unlabeled photographs,
+read off their masks; but ccp_clothing's unlabeled photographs have no masks, and tags that people
+gave. Methods of several stages have as many steps in each: learn_pseudo's is that of a network
+which learns from masks and from the labels of its first stage.
 """
 
 from __future__ import annotations
@@ -70,23 +73,34 @@ _OPTIONS = {
 
 class DataSet:
   """name: of a folder in the layout images/SPLIT/NAME.jpg, labels/SPLIT/NAME.png. labels: what
-  share is labeled, "5 a class" or "1_8".
+  share is labeled, "5 a class" or "1_8". tags: image-level labels of the unlabeled photographs.
   """
 
-  def __init__(self, name: str, labels: str, background: bool = True, boxes: bool = True, **data):
-    self.name, self.labels, self.background, self.boxes, self.data = (
-      name,
-      labels,
-      background,
-      boxes,
-      data,
-    )
+  def __init__(
+    self,
+    name: str,
+    labels: str,
+    *,
+    tags: str = "tags.csv",
+    background: bool = True,
+    boxes: bool = True,
+    **data,
+  ):
+    self.name, self.labels, self.tags = name, labels, tags
+    self.background, self.boxes, self.data = background, boxes, data
 
 
 DATA_SETS = [
   DataSet("leeds_butterfly", "5 a class"),
   DataSet("msrc", "1_4"),
-  DataSet("ccp_clothing", "1_8", boxes=False),
+  # Its unlabeled photographs are those that have no masks but tags that people gave.
+  DataSet(
+    "ccp_clothing",
+    "1_8",
+    tags="tags_unlabeled.csv",
+    boxes=False,
+    unlabeled_folder="images/unlabeled",
+  ),
   DataSet("camvid", "1_8", background=False, label_map="11:255"),
 ]
 
@@ -140,7 +154,7 @@ def config_of(
     "split": labeled_list(root, data_set.name, labels, workdir),
     "eval_image_pattern": "images/val/{id}.jpg",
     "eval_label_pattern": "labels/val/{id}.png",
-    "image_labels": "tags.csv" if variant == "image-level labels" else "",
+    "image_labels": data_set.tags if variant == "image-level labels" else "",
     "boxes": "boxes/train" if variant == "boxes" else "",
     "eval_boxes": "boxes/val" if variant == "boxes" else "",
   }
