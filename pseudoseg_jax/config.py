@@ -489,14 +489,16 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
     InputError: unknown keys (with the nearest known one), values of another type; all of them at
       once.
   """
-  overrides = dict(overrides)
-  if ":" in str(overrides.get("method.name", "")):
-    # Options are the factory's. The methods of the package have settings for each data set, and
-    # are chosen by a config's argument.
-    if overrides["method.name"] != config.method.name:
-      config.method = method(overrides["method.name"])
-    del overrides["method.name"]
-  problems = checks.Problems("cannot override the config")
+  overrides, problems = dict(overrides), checks.Problems("cannot override the config")
+  name = str(overrides.pop("method.name", config.method.name))
+  if ":" in name and name != config.method.name:
+    config.method = method(name)  # options are its factory's; others may follow
+  elif name != config.method.name:
+    # A config file also sets what a method of ours wants on its data.
+    checks.check_name("config.method.name", name, methods_table.METHODS)
+    remedy = f"choose it by the config's argument, --config=FILE:method={name}"
+    problems.add("config.method.name", got=f"'{name}', a method of another config", remedy=remedy)
+    problems.raise_if_any()
   for key, value in overrides.items():
     # ml_collections' own flags do the reading, so that notebooks and command lines agree to the
     # letter.

@@ -120,6 +120,15 @@ def test_an_override_brings_the_options_of_its_factory(module):
   assert made.method.weight == 3.0
 
 
+def test_ours_are_chosen_by_the_argument_of_a_config():
+  config = configs.load("quickstart:method=pseudoseg")
+  for name, said in (("cps", r"--config=FILE:method=cps"), ("cpss", "did you mean 'cps'")):
+    with pytest.raises(checks.InputError, match=said):
+      configs.override(config, {"method.name": name})
+  configs.override(config, {"method.name": "pseudoseg", "total_steps": 3})
+  assert config.total_steps == 3
+
+
 @pytest.mark.parametrize(
   "name, said",
   [
