@@ -491,7 +491,7 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
   """
   overrides, problems = dict(overrides), checks.Problems("cannot override the config")
   name = str(overrides.pop("method.name", config.method.name))
-  if ":" in name and name != config.method.name:
+  if methods_table.is_external(name) and name != config.method.name:
     config.method = method(name)  # options are its factory's; others may follow
   elif name != config.method.name:
     # A config file also sets what a method of ours wants on its data.
@@ -622,7 +622,7 @@ def from_saved(content: Any) -> ConfigDict:
     ),
   }
   known |= all_options({"network": network(config.network.name)})
-  if ":" not in config.method.name:
+  if not methods_table.is_external(config.method.name):
     known |= all_options({"method": method(config.method.name)})
   problems = checks.Problems("options that no run has")
   options = all_options(config)
@@ -662,8 +662,8 @@ def completed(saved: ConfigDict) -> ConfigDict:
   defaults["data"] |= {"folder": folder_data, "tfds": tfds_data}.get(saved.data.name, dict)()
   known = saved.network.name in models_table.NETWORKS
   # A method of another package knows its own options: what it predicts may be used without it.
-  of_ours = ":" not in saved.method.name
-  defaults["method"] = defaults_of(methods_table.find(saved.method.name)) if of_ours else {}
+  external = methods_table.is_external(saved.method.name)
+  defaults["method"] = {} if external else defaults_of(methods_table.find(saved.method.name))
   defaults["network"] = defaults_of(models_table.NETWORKS[saved.network.name]) if known else {}
   defaults["network"]["freeze"] = "none"
 

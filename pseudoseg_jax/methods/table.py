@@ -62,6 +62,11 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 
 
+def is_external(name: str) -> bool:
+  """Whether a method is named by module and factory; its options are known to its module alone."""
+  return ":" in name
+
+
 def find(name: str) -> Callable[..., Method]:
   """Finds the factory of a method: of METHODS, or "module:factory" of any module that Python finds.
 
@@ -71,7 +76,7 @@ def find(name: str) -> Callable[..., Method]:
   Raises:
     InputError: no such method, module or factory; the module's own error where it has one.
   """
-  if ":" not in name:
+  if not is_external(name):
     checks.check_name("config.method.name", name, METHODS)
     return METHODS[name]
   module_name, _, factory_name = name.partition(":")
