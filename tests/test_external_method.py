@@ -162,7 +162,6 @@ def test_the_contract_can_be_tested_on_it(module, tmp_path):
     sys.executable,
     "-m",
     "pytest",
-    "-q",
     "tests/test_methods_contract.py",
     "-k",
     "entropy",
