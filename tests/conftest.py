@@ -13,7 +13,7 @@ _FLAGS = "--xla_force_host_platform_device_count=8"
 if int(metadata.version("jaxlib").split(".")[1]) >= 8:
   # On a busy machine a device may wait long for the others; XLA aborts the process after 40 s of
   # that unless told otherwise.
-  _FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+  _FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
 # Threads of XLA's pools. With one a core (or one a device) those that wait for other devices can
 # leave none for these.
@@ -45,6 +45,22 @@ def pytest_collection_modifyitems(items):
   for item in items:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     item.add_marker(pytest.mark.xdist_group(f"{item.path.name}:{parameters.get('case', '')}"))
+
+
+@pytest.fixture(autouse=True)
+def quick_to_compile(request):
+  """Steps that are few take less time than compiling them well; what a test learns in hundreds of
+  steps, and what is compared with recordings, is compiled as users compile it.
+  """
+  if request.node.get_closest_marker("slow") or request.path.parent.name == "golden":
+    yield
+    return
+  import jax
+
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
 
 
 _MORE_BYTES = 3 * 2**30  # that a process may take before compiled code is let go of

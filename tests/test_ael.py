@@ -156,6 +156,7 @@ def a_step():
   )
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_sum_of_its_terms_and_the_first_average_a_copy():
   _, after, metrics = a_step()
   terms = [metrics[f"loss_{name}"] for name in ("supervised", "labeled", "unlabeled")]
@@ -166,6 +167,7 @@ def test_the_loss_is_the_sum_of_its_terms_and_the_first_average_a_copy():
   )
 
 
+@pytest.mark.slow
 def test_only_the_supervised_loss_reaches_the_second_head():
   before, after, _ = a_step()  # with no weight on it
   moved = jax.tree.map(

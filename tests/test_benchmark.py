@@ -110,6 +110,7 @@ def results(folder):
   return results_of(folder / "results.jsonl")
 
 
+@pytest.mark.slow
 def test_runs_are_done_once_again_where_settings_changed_and_a_failure_stops_no_other(squares):
   write(squares, broken=True)
   first = call(squares, "run", "--seeds=0")
@@ -146,6 +147,7 @@ def test_runs_are_done_once_again_where_settings_changed_and_a_failure_stops_no_
   assert "0 of 2 runs are done" in call(squares, "table", "--seeds=0").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_benchmark_takes_its_children_along(squares, number):
   write(squares, steps=100_000)

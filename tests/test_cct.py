@@ -66,6 +66,7 @@ def moved_groups(before, after):
   return {group for group, leaves in moved.items() if any(jax.tree.leaves(leaves))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "options, supervised, groups",
   [
@@ -89,6 +90,7 @@ def test_every_loss_trains_its_own_decoders_and_the_encoder_learns_from_all_but_
   assert moved_groups(before, after) == groups
 
 
+@pytest.mark.slow
 def test_every_domain_has_decoders_of_its_own_and_the_same_encoder():
   method = cct.cct_domains(make_task(other_classes=(7,)), decoders={"context": 1})
   batch = make_batch("_1")

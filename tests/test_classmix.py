@@ -103,6 +103,7 @@ def test_jitter_and_blur_change_the_mixed_image_of_some_batches_and_no_label(opt
   assert np.abs(on[3] - want[3]).mean() > 0.01
 
 
+@pytest.mark.slow
 def test_jittered_images_stay_in_the_range_of_images():
   method = make_method(color_jitter=True)
   state, batch = method.init(jax.random.key(0)), make_batch()

@@ -47,6 +47,7 @@ def _gradients_of(form):
 
 # This platform's way, and both ways by name: only one of them runs on a platform. With the last
 # sizes some taps see nothing.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "form",
   [

@@ -229,6 +229,7 @@ def test_every_domain_is_scored_in_its_own_classes(trained):
   assert (trained / "pictures" / "panels.png").exists()
 
 
+@pytest.mark.slow
 def test_the_same_command_again_keeps_the_scores_of_all_domains(shapes, trained):
   before = (trained / "results.json").read_text()
   pseudoseg_jax.train(load(shapes), trained)

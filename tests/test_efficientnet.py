@@ -26,6 +26,7 @@ def maps_of(version, output_stride, size, channels=3):
   return variables, jax.eval_shape(lambda v, x: module.apply(v, x, train=False), variables, images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "version,channels",
   zip(VERSIONS, [(24, 40, 112, 320), (24, 40, 112, 320), (24, 48, 120, 352)], strict=True),

@@ -96,6 +96,7 @@ def ended(process, seconds):
   return code, output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("last_line", "code", "says"),
   [

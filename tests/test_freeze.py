@@ -84,6 +84,7 @@ def test_what_is_frozen_stays_and_the_rest_learns(name, freeze):
     assert role == "teacher" or [path for path in state if "head" in path]
 
 
+@pytest.mark.slow
 def test_the_head_moves_as_on_an_encoder_that_is_no_part_of_the_gradient():
   optimizer = optim.adamw
   method = make_method("supervised", "encoder", optimizer)

@@ -251,6 +251,7 @@ def tiny(method="supervised", **overrides):
   return configs.make_config(method, network="tiny", crop=17, steps=2, overrides=TINY | overrides)
 
 
+@pytest.mark.slow
 def test_a_run_on_given_images_resumes_with_the_same_ones_only(scenes, tmp_path, capsys):
   data = scene_data(scenes)
   config = tiny()

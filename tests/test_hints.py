@@ -87,6 +87,7 @@ def test_planes_of_boxes_are_those_that_a_network_was_trained_on():
   assert expected.any((0, 1)).tolist() == [False, True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_answers_are_kept_to_the_classes_in_the_image_whatever_the_protocol(name):
   source, protocol = Images(), PROTOCOLS[name]

@@ -297,6 +297,7 @@ def test_gradients_are_clipped_by_their_norm(freeze):
   assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
 
 
+@pytest.mark.slow
 def test_a_run_with_all_of_it_resumes_with_the_same_weights_and_ends_early(tmp_path, monkeypatch):
   options = {
     "criterion.name": "cross_entropy+dice",

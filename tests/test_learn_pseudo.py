@@ -196,6 +196,7 @@ def test_hybrid_learns_the_more_from_pseudo_the_better_pseudo_does():
     assert good[name] == poor[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background, counted", [(True, K - 1), (False, K)])
 def test_the_image_level_loss_leaves_the_background_out(background, counted):
   said = jnp.asarray(np.random.default_rng(1).normal(size=(2 * BATCH, SIZE, SIZE, K)), jnp.float32)
@@ -214,6 +215,7 @@ def test_the_image_level_loss_leaves_the_background_out(background, counted):
   np.testing.assert_allclose(metrics["loss_classification"], want, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [False, True])
 def test_the_rate_of_pseudo_stays_unless_it_shall_decay(decay):
   rate = functools.partial(schedules.poly, base=0.1, total_steps=10)

@@ -235,6 +235,7 @@ def test_trains_on_a_folder(tree, tmp_path):
 WITH_TAGS = CAMVID | {"method.image_labels": "True", "data.image_labels": "tags.csv"}
 
 
+@pytest.mark.slow
 def test_trains_with_image_level_labels_and_shows_why(tree, tmp_path):
   lines = [f"train{index:02},car,{'tree' if index % 2 else 'sky'}" for index in range(16)]
   (tree / "tags.csv").write_text("\n".join(lines))
@@ -265,6 +266,7 @@ def test_image_level_labels_that_are_missing_or_unknown_are_named(tree, tmp_path
   assert "config.data.image_labels=FILE" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pseudo_labels_are_scored_where_truth_is_known(tmp_path):
   overrides = QUICKSTART | {"eval_every_steps": 4}
   assert run("configs/quickstart.py:method=pseudoseg", tmp_path, overrides) == 0

@@ -71,17 +71,9 @@ CASES["gct:separate"] = CASES["gct"] | {"shared_batch_norm": False}
 CASES["cross_prob:kl"] = {"distance": "kl"}
 
 
-@pytest.fixture(autouse=True)
-def quick_to_compile(request):
-  """Steps that are few take less time than compiling them well; what a test learns in hundreds of
-  steps is compiled well.
-  """
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update(
-    "jax_disable_most_optimizations", before or request.node.get_closest_marker("slow") is None
-  )
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
+def few_quick(cases, quick):
+  """The cases, of which those that are not quick are slow tests."""
+  return [case if quick(case) else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 @functools.cache
@@ -185,7 +177,7 @@ def four_steps():
   return functools.cache(lambda case: run(case, 8, range(4)))
 
 
-@pytest.mark.parametrize("case", CASES, scope="module")
+@pytest.mark.parametrize("case", few_quick(CASES, lambda case: case in METHODS), scope="module")
 def test_a_step_keeps_the_state_and_compiles_once(case, four_steps):
   method = make_method(case)
   before = loop.abstract_state(method, make_mesh(8))
@@ -209,7 +201,13 @@ def test_a_step_keeps_the_state_and_compiles_once(case, four_steps):
     assert jax.eval_shape(predict, state, images).shape == (2, SIZE, SIZE, num_classes), name
 
 
-@pytest.mark.parametrize("case", METHODS, scope="module")
+# One of each kind of state and of sums over a batch: one network, two, averages, memories, tables.
+ON_ONE_DEVICE_TOO = ("ael", "cps", "gct", "mean_teacher", "pseudoseg", "temporal_ensembling")
+
+
+@pytest.mark.parametrize(
+  "case", few_quick(METHODS, lambda case: case in ON_ONE_DEVICE_TOO), scope="module"
+)
 def test_eight_devices_say_what_one_says(case, four_steps):
   eight, one = four_steps(case), run(case, 1, range(4))
   assert_equal_trees(
@@ -350,7 +348,7 @@ NOTHING_UNLABELED = ("supervised", "ancillary")
 
 
 # to compile; the others take minutes together.
-QUICK = ("cps", "cutmix_seg", "mean_teacher", "single_pseudo")
+QUICK = ("cps",)
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,7 @@ def test_logits_have_the_image_size_and_are_float32(name, dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", table.NETWORKS)
 @pytest.mark.parametrize("size", [(33, 33), (32, 32), (16, 9)])
 def test_networks_take_tiny_images_of_any_number_of_channels(name, size):

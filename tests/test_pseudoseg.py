@@ -68,6 +68,7 @@ def moved_groups(method):
 OFF = dict(supervised=False, weight=0.0, attention_weight=0.0, classification_weight=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "alone, groups",
   [

@@ -185,6 +185,7 @@ def test_the_correction_net_learns_nothing_from_boxes_alone():
   assert largest_change(before, after, "correction") == 0
 
 
+@pytest.mark.slow
 def test_from_masks_the_correction_net_learns_without_moving_the_primary_model_otherwise():
   before, after, _ = step(make_batch(), correction="convolutional", hidden=4, learn_weak=False)
   assert largest_change(before, after, "correction") > 5e-4

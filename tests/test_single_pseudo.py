@@ -60,6 +60,7 @@ def assert_equal_nets(a, b):
 MASK = jnp.zeros((BATCH, SIZE, SIZE), bool).at[:, 3:20, 5:30].set(True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "pair, single, recorded",
   [

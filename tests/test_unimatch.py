@@ -93,6 +93,7 @@ def test_the_partner_teaches_inside_the_box_alone_with_its_own_confidence_and_pa
   np.testing.assert_allclose(got, np.mean(views), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_equal_views_of_unperturbed_features_say_what_fixmatch_says():
   batch = make_batch(2)
   for stream in ("unlabeled", "partner"):
@@ -110,6 +111,7 @@ def test_two_equal_views_of_unperturbed_features_say_what_fixmatch_says():
   assert 0 < one["kept_fraction"] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_the_partner_matters_where_there_is_a_box(probability):
   batch, other = make_batch(1), make_batch(1, seed=1)
