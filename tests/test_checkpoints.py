@@ -769,6 +769,8 @@ print(time.time(), flush=True)
 """
 
 
+# Another process, which knows no other way, saves what is compared.
+@pytest.mark.optimized(True)
 def test_a_process_ends_after_failed_saves(tmp_path):
   command = [sys.executable, "-c", FAILURES, str(ROOT / "tests"), str(tmp_path)]
   process = subprocess.Popen(

@@ -72,8 +72,11 @@ CASES["cross_prob:kl"] = {"distance": "kl"}
 
 
 def few_quick(cases, quick):
-  """The cases, of which those that are not quick are slow tests."""
-  return [case if quick(case) else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+  """The cases, of which those that are not quick are slow tests, compiled as the quick ones whose
+  results they share.
+  """
+  marks = [pytest.mark.slow, pytest.mark.optimized(False)]
+  return [case if quick(case) else pytest.param(case, marks=marks) for case in cases]
 
 
 @functools.cache
@@ -347,7 +350,7 @@ def test_every_training_pass_has_a_key_for_dropout(case):
 NOTHING_UNLABELED = ("supervised", "ancillary")
 
 
-# to compile; the others take minutes together.
+# To compile; the others take minutes together.
 QUICK = ("cps",)
 
 
