@@ -49,13 +49,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def quick_to_compile(request):
-  """Steps that are few take less time than compiling them well; what a test learns in hundreds of
-  steps, and what is compared with recordings, is compiled as users compile it, and so is what bears
-  the mark `optimized(True)`.
+  """Steps that are few take less time than compiling them well. As users compile it: what a slow
+  test learns in hundreds of steps, what is compared with recordings, what is marked `optimized`.
   """
-  marker = request.node.get_closest_marker("optimized")
-  slow = request.node.get_closest_marker("slow") is not None
-  if marker.args[0] if marker else slow or request.path.parent.name == "golden":
+  marked = any(map(request.node.get_closest_marker, ("slow", "optimized")))
+  if marked or request.path.parent.name == "golden":
     yield
     return
   import jax

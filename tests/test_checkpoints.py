@@ -770,7 +770,7 @@ print(time.time(), flush=True)
 
 
 # Another process, which knows no other way, saves what is compared.
-@pytest.mark.optimized(True)
+@pytest.mark.optimized
 def test_a_process_ends_after_failed_saves(tmp_path):
   command = [sys.executable, "-c", FAILURES, str(ROOT / "tests"), str(tmp_path)]
   process = subprocess.Popen(

@@ -148,8 +148,8 @@ def test_the_manifest_says_what_the_labels_are_from_and_what_is_in_them(workdir,
   np.testing.assert_allclose(about["mean_confidence"], np.mean(confidences) / 255)
 
 
-# What is compared are bytes that users get.
-@pytest.mark.optimized(True)
+# One device and eight say the same to the byte only when compiled so.
+@pytest.mark.optimized
 def test_one_device_writes_what_eight_write(workdir, exported, tmp_path, monkeypatch):
   one = meshes.make_mesh(jax.devices()[:1])
   monkeypatch.setattr(export_labels.meshes, "make_mesh", lambda devices=None: one)

@@ -71,14 +71,6 @@ CASES["gct:separate"] = CASES["gct"] | {"shared_batch_norm": False}
 CASES["cross_prob:kl"] = {"distance": "kl"}
 
 
-def few_quick(cases, quick):
-  """The cases, of which those that are not quick are slow tests, compiled as the quick ones whose
-  results they share.
-  """
-  marks = [pytest.mark.slow, pytest.mark.optimized(False)]
-  return [case if quick(case) else pytest.param(case, marks=marks) for case in cases]
-
-
 @functools.cache
 def make_method(case, total_steps=20, width=4, weight_factor=1.0, network=None):
   rate = functools.partial(schedules.poly, base=0.05, total_steps=total_steps)
@@ -180,7 +172,11 @@ def four_steps():
   return functools.cache(lambda case: run(case, 8, range(4)))
 
 
-@pytest.mark.parametrize("case", few_quick(CASES, lambda case: case in METHODS), scope="module")
+@pytest.mark.parametrize(
+  "case",
+  [case if case in METHODS else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+  scope="module",
+)
 def test_a_step_keeps_the_state_and_compiles_once(case, four_steps):
   method = make_method(case)
   before = loop.abstract_state(method, make_mesh(8))
@@ -204,13 +200,7 @@ def test_a_step_keeps_the_state_and_compiles_once(case, four_steps):
     assert jax.eval_shape(predict, state, images).shape == (2, SIZE, SIZE, num_classes), name
 
 
-# One of each kind of state and of sums over a batch: one network, two, averages, memories, tables.
-ON_ONE_DEVICE_TOO = ("ael", "cps", "gct", "mean_teacher", "pseudoseg", "temporal_ensembling")
-
-
-@pytest.mark.parametrize(
-  "case", few_quick(METHODS, lambda case: case in ON_ONE_DEVICE_TOO), scope="module"
-)
+@pytest.mark.parametrize("case", METHODS, scope="module")
 def test_eight_devices_say_what_one_says(case, four_steps):
   eight, one = four_steps(case), run(case, 1, range(4))
   assert_equal_trees(
@@ -350,8 +340,8 @@ def test_every_training_pass_has_a_key_for_dropout(case):
 NOTHING_UNLABELED = ("supervised", "ancillary")
 
 
-# To compile; the others take minutes together.
-QUICK = ("cps",)
+# These are quick to compile; the others take minutes together.
+QUICK = ("cps", "cutmix_seg", "mean_teacher", "single_pseudo")
 
 
 @pytest.mark.parametrize(
