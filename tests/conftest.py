@@ -11,9 +11,9 @@ import pytest
 _FLAGS = "--xla_force_host_platform_device_count=8"
 # Older ones abort at a flag that they do not know.
 if int(metadata.version("jaxlib").split(".")[1]) >= 8:
-  # On a busy machine a device may wait long for the others; XLA aborts the process after 40 s of
-  # that unless told otherwise.
-  _FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
+  # On a busy machine a device may wait long for the others, and on one that was suspended it seems
+  # to have waited all that time; XLA aborts the process after 40 s of that unless told otherwise.
+  _FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=86400"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
 # Threads of XLA's pools. With one a core (or one a device) those that wait for other devices can
 # leave none for these.
@@ -38,13 +38,22 @@ def pytest_configure(config):
     table.METHODS[name.partition(":")[2]] = table.find(name)
 
 
-def pytest_collection_modifyitems(items):
-  """Groups for `-n 2 --dist loadgroup`: a file's tests share fixtures, those of a method's case in
-  the contract what it compiled.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """Keeps a file's tests in one process, since they share fixtures; those of the contract, a method
+  at a time, since they share what it compiled.
+
+  `--dist loadgroup` does the same by marks, but not with pytest 9.2 and xdist 3.8: the one reads a
+  node's name elsewhere than the other writes the group.
   """
-  for item in items:
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    item.add_marker(pytest.mark.xdist_group(f"{item.path.name}:{parameters.get('case', '')}"))
+  from xdist.scheduler import LoadScopeScheduling
+
+  class ByFileOrCase(LoadScopeScheduling):
+    def _split_scope(self, nodeid):
+      path, _, test = nodeid.partition("::")
+      return path + test.partition("[")[2] if "methods_contract" in path else path
+
+  return ByFileOrCase(config, log)
 
 
 @pytest.fixture(autouse=True)
