@@ -32,8 +32,8 @@ Crop, scales, batch sizes, steps and the form of the evaluation are chosen from 
 machine when the run begins, with the reasons told; any of them that you set stays:
 crop=321,steps=20000 after a colon, or --config.KEY=VALUE.
 
-`python -m pseudoseg_jax.main ... --print_config` shows all; -1, [] and "auto" are what is chosen
-later.
+`python -m pseudoseg_jax.main ... --print_config` shows all, `--explain=KEY` says what one is; -1, []
+and "auto" are what is chosen later.
 """
 
 from pseudoseg_jax import config as configs

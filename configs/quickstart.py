@@ -63,17 +63,7 @@ def get_config(argument=""):
   recipes.by_labeled_share(config, chosen["labels"] / 800)
   if not (chosen["convention"] or chosen["image_labels"]):
     config.method.update(_OPTIONS.get(chosen["method"], {}))
-  config.data.update(
-    {
-      "name": "synthetic",
-      "num_scenes": 800,
-      "num_labeled": chosen["labels"],
-      "num_eval_scenes": 200,
-      "size": (64, 64),
-      # of the scenes themselves, apart from the run's seed: every run sees the same data.
-      "scenes_seed": 0,
-    }
-  )
+  config.data.update(configs.synthetic_data(num_labeled=chosen["labels"]))
   config.total_steps = 3000
   config.batch_size_global = {"labeled": chosen["batch"], "unlabeled": 8}
   # UniMatch halves the sum of its losses, so that the labeled images need twice the rate to be

@@ -281,14 +281,6 @@ def build_domains(config: configs.ConfigDict, given_data: Data | None = None) ->
 
 def _every_labeled(every: int, data: Data) -> Data:
   """Only every n-th of the labeled images; the others are not used at all."""
-  if every < 1:
-    problems = checks.Problems("the config cannot be run")
-    problems.add(
-      "config.labeled_every",
-      got=every,
-      allowed="1 or more; 2 takes every second of the labeled images",
-    )
-    problems.raise_if_any()
   kept = data.labeled.ids[::every]
   if len(kept) == len(data.labeled):
     return data
@@ -788,7 +780,6 @@ def build_network(config: configs.ConfigDict, num_classes: int) -> Network:
   options = {
     name: value for name, value in config.network.items() if name not in ("name", "pretrained")
   }
-  checks.check_name("config.network.dtype", options["dtype"], ("float32", "bfloat16"))
   options["dtype"] = jnp.dtype(options["dtype"])
   channels = config.data.get("channels", 3)
   return models_table.make_network(
@@ -850,8 +841,6 @@ def _normalization_of_weights(config: configs.ConfigDict) -> imagenet.Normalizat
 
 def build_optimizer(config: configs.ConfigDict) -> Optimizer:
   options = config.optimizer
-  checks.check_name("config.optimizer.name", options.name, ("sgd", "adamw"))
-  checks.check_name("config.optimizer.decay_scope", options.decay_scope, ("kernels", "all"))
   learning_rate = functools.partial(
     schedules.poly,
     base=options.learning_rate,
@@ -905,13 +894,7 @@ def build_criterion(config: configs.ConfigDict, num_classes: int) -> Callable:
   }
   for name in names:
     checks.check_name("config.criterion.name", name, known)
-  checks.check_name("config.criterion.denominator", options.denominator, ("valid", "all"))
-  checks.check_name("config.criterion.scope", options.scope, ("image", "batch"))
   problems = checks.Problems("the config cannot be run")
-  if not options.focal_gamma >= 0:
-    problems.add(
-      "config.criterion.focal_gamma", got=options.focal_gamma, allowed="0 or more; 2 in the paper"
-    )
   if weights and names == ["dice"]:
     remedy = "--config.criterion.name=cross_entropy+dice, or --config.criterion.class_weights="
     problems.add(
@@ -1008,19 +991,7 @@ def tell_imbalance(config: configs.ConfigDict, data: Data, spec: PipelineSpec) -
 
 def _unlabeled_weight(config: configs.ConfigDict) -> Callable:
   """step -> the factor of config.unlabeled_loss."""
-  options, problems = config.unlabeled_loss, checks.Problems("the config cannot be run")
-  if not options.factor > 0:
-    remedy = "without such a loss: --config=configs/folder.py:method=supervised"
-    problems.add(
-      "config.unlabeled_loss.factor", got=options.factor, allowed="above 0", remedy=remedy
-    )
-  if not 0 <= options.rampup_fraction <= 1:
-    problems.add(
-      "config.unlabeled_loss.rampup_fraction",
-      got=options.rampup_fraction,
-      allowed="0..1, a part of the run",
-    )
-  problems.raise_if_any()
+  options = config.unlabeled_loss
   length_steps = options.rampup_fraction * config.total_steps
   return lambda step: (
     options.factor * (schedules.sigmoid_rampup(step, length_steps) if length_steps else 1.0)
@@ -1206,16 +1177,7 @@ def check_run(config: configs.ConfigDict) -> None:
         allowed=f"a multiple of the {devices} devices" if devices > 1 else "1 or more",
         remedy=f"e.g. {near}",
       )
-  for name in (
-    "total_steps",
-    "log_every_steps",
-    "eval_every_steps",
-    "checkpoint_every_steps",
-    "keep_last_checkpoints",
-  ):
-    may_be_open = name in ("total_steps", "eval_every_steps", "checkpoint_every_steps")
-    if config[name] < 1 and not (may_be_open and configs.is_open(config[name])):
-      problems.add(f"config.{name}", got=config[name], allowed="1 or more")
+  problems.extend(configs.problems_of(config))
   channels = config.data.get("channels", 3)
   for name, other in config.get("other_data", {}).items():
     if other.get("channels", 3) != channels:
@@ -1244,22 +1206,6 @@ def check_run(config: configs.ConfigDict) -> None:
       allowed="an encoder that has learnt something",
       remedy=remedy,
     )
-  if not config.optimizer.learning_rate > 0:
-    problems.add(
-      "config.optimizer.learning_rate", got=config.optimizer.learning_rate, allowed="above 0"
-    )
-  if config.early_stopping_patience < 0:
-    problems.add(
-      "config.early_stopping_patience",
-      got=config.early_stopping_patience,
-      allowed="1 or more evaluations; 0 for no early end",
-    )
-  if not config.optimizer.clip_norm >= 0:
-    problems.add(
-      "config.optimizer.clip_norm",
-      got=config.optimizer.clip_norm,
-      allowed="above 0; 0 for no clipping",
-    )
   if config.criterion.class_weights and config.get("other_data"):
     remedy = "--config.criterion.class_weights="
     problems.add(
@@ -1267,12 +1213,6 @@ def check_run(config: configs.ConfigDict) -> None:
       got="weights of one data set",
       allowed="none where several are learnt",
       remedy=remedy,
-    )
-  if not 0 <= config.oversampling_threshold <= 1:
-    problems.add(
-      "config.oversampling_threshold",
-      got=config.oversampling_threshold,
-      allowed="0..1, a share of the labeled images",
     )
   problems.raise_if_any()
   if not any(

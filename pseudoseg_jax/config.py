@@ -1,55 +1,37 @@
 """Configs: every option of a run with its default, in one tree; a file in configs/ states what
 differs.
 
-`get_config("method=cps,split=1_8")` of such a file returns the tree. Batch sizes are global,
-durations are in optimiser steps.
+`get_config("method=cps,split=1_8")` of such a file returns the tree; what is declared of its
+options stands in `options`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import inspect
 import json
 import math
 import numbers
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from pseudoseg_jax import checks
+from pseudoseg_jax import checks, options as options_lib
 from pseudoseg_jax.methods import mean_teacher, table as methods_table
 from pseudoseg_jax.models import imagenet, table as models_table
+from pseudoseg_jax.options import Allowed, Option, as_flag, defaults_of
 
 ConfigDict = ml_collections.ConfigDict
-
-
-def defaults_of(factory: Callable) -> dict[str, Any]:
-  """A factory's options with their defaults: its signature is their one home."""
-  parameters = inspect.signature(factory).parameters.values()
-  return {
-    parameter.name: parameter.default
-    for parameter in parameters
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-  }
 
 
 def network(name: str, **options) -> ConfigDict:
   """config.network: a name of models.table.NETWORKS with that network's options."""
   checks.check_name("network", name, models_table.NETWORKS)
-  defaults = defaults_of(models_table.NETWORKS[name]) | {
-    "dtype": "float32",  # "bfloat16": activations only
-    # Weights to start from: "imagenet", a file (.safetensors, .pth), or
-    # "hf://organisation/name[/file]".
-    "pretrained": "",
-    # "encoder": it does not learn, which takes less time and memory; "batch_norm": its batch norms
-    # alone do not. Both keep the running statistics of the pretrained weights, in every network of
-    # a method.
-    "freeze": "none",
-  }
+  defaults = defaults_of(models_table.NETWORKS[name]) | options_lib.defaults(options_lib.AnyNetwork)
   return _differing(ConfigDict({"name": name, **defaults}), options)
 
 
@@ -99,179 +81,14 @@ def _differing(config: ConfigDict, options: Mapping[str, Any]) -> ConfigDict:
 
 def base(method_config: ConfigDict) -> ConfigDict:
   """All options but those of a data set; what a config file starts from."""
-  return ConfigDict(
-    {
-      "seed": 0,
-      "total_steps": 1000,
-      "batch_size_global": {"labeled": 8, "unlabeled": 8},
-      "log_every_steps": 50,
-      "eval_every_steps": 500,
-      # Evaluations in a row without a better one, after which the run ends; 0 = never. What it ends
-      # with was chosen by the evaluated images and flatters on them: a comparison of methods runs to
-      # the end.
-      "early_stopping_patience": 0,
-      "checkpoint_every_steps": 500,
-      "keep_last_checkpoints": 2,
-      "method": method_config,
-      "network": network("tiny"),
-      "init_from": "",  # an exported folder or a workdir, whose network to start from
-      # Networks of earlier runs' last states, by role: "ancillary=WORKDIR,primary=WORKDIR".
-      "nets_from": "",
-      # Labels that a network made (export_labels), learnt from as if they were true ones.
-      "pseudo_labels": {
-        "folder": "",  # of export_labels; "" = none
-        "list": "",  # a list file of those images that count; "" = all of the folder's
-        # True: the labeled images as often as it takes to be half of those learnt from.
-        "repeat_labeled": False,
-      },
-      "labeled_every": 1,  # 2: only every second of the labeled images, and so on
-      # Labeled images with a class that a smaller share of them holds are met more often, by LVIS's
-      # repeat factors; 0 = all alike.
-      "oversampling_threshold": 0.0,
-      "optimizer": {
-        "name": "sgd",  # or "adamw"
-        "learning_rate": 0.01,
-        "power": 0.9,  # of the polynomial decay to 0 at total_steps
-        "warmup_steps": 0,
-        # -1: the rate lags one step, as in loops that set it after the step (UniMatch).
-        "shift_steps": 0,
-        "momentum": 0.9,  # sgd only
-        "weight_decay": 1e-4,
-        # Gradients of a network are scaled to this norm where theirs is larger; 0 = as they are.
-        "clip_norm": 0.0,
-        "decay_scope": "kernels",  # or "all": batch norm and biases too
-        "head_multiplier": 1.0,  # learning rate of everything but the backbone, relative to it
-        # of the classifiers, relative to the rest of their heads (Learning Pseudo Labels: 10).
-        "classifier_multiplier": 1.0,
-        # Learning rate of the classifiers' biases, relative to the rest (TensorFlow DeepLab: 2).
-        "bias_multiplier": 1.0,
-        # True: scales and offsets of the backbone's batch norms stay as pretrained, while its
-        # statistics move (ClassMix, CutMix-Seg; with network.freeze=batch_norm both stay).
-        "freeze_batch_norm": False,
-      },
-      # Of whatever a method learns without pixel labels, on top of its own weight and ramp. Published
-      # weights are of runs of tens of thousands of steps: in a short one there is nothing to learn
-      # from a network that knows nothing yet.
-      "unlabeled_loss": {
-        "factor": 1.0,  # on the weight
-        # Part of the run over which it rises as exp(-5 (1 - t)^2), from 0.0067.
-        "rampup_fraction": 0.0,
-      },
-      "criterion": {
-        "name": "cross_entropy",  # or "ohem", "focal", "dice"; or a sum, "cross_entropy+dice"
-        # Of cross_entropy, ohem and focal: "inverse" or "effective" of how often classes are in the
-        # labeled masks, or numbers, one for each class in their order, "0.2,1,3".
-        "class_weights": "",
-        "focal_gamma": 2.0,  # focal: 0 is cross entropy
-        "denominator": "valid",  # cross_entropy: "valid" pixels or "all" pixels
-        "min_confidence": 0.7,  # ohem
-        "min_kept": 100_000,  # ohem: pixels, per image or batch as scope says
-        "scope": "image",  # ohem: "image" or "batch"
-      },
-      "data": {
-        "name": "folder",  # or "synthetic", "tfds"
-        "mean": (0.485, 0.456, 0.406),  # of RGB in [0, 1]
-        "std": (0.229, 0.224, 0.225),
-      },
-      # Further domains by name, each with the options of a data config but mean and std, which are
-      # those of data: for methods that learn several domains at once. They are numbered 1, 2, ... in
-      # the order of their names.
-      "other_data": {},
-      "views": {
-        "crop_size": (64, 64),  # height, width in pixels
-        "scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0),
-        # True: any factor between the least and the greatest of scales, as always with "pillow",
-        # "cct" and "ael".
-        "continuous": False,
-        "flip": True,
-        # of resizing, padding and colour jitter: CPS; "tensorflow": PseudoSeg; "pillow": UniMatch;
-        # "cct"; "ael"; "cutmix_seg"; "lpl".
-        "convention": "opencv",
-        # Photometric strong views, for methods that ask for them.
-        "jitter_probability": 0.8,
-        "brightness": 0.5,
-        "contrast": 0.5,
-        "saturation": 0.5,
-        "hue": 0.25,
-        "grayscale_probability": 0.2,
-        "blur_probability": 0.5,
-        "blur_sigma_pixels": (0.1, 2.0),
-        # Of labeled images, which else have the geometry alone.
-        "labeled_photometry": False,  # True: they too get a strong view's colours
-        # Colour or geometric operations on each, drawn as Learning Pseudo Labels does; 2 there.
-        "labeled_operations": 0,
-      },
-      "evaluation": {
-        # "cps_voc", "unimatch_cityscapes", ...: a published protocol, in place of the options down to
-        # absent_classes.
-        "preset": "",
-        "style": "whole",  # or "pad_to_crop", "center_crop", "slide"
-        "window_pixels": (512, 512),  # height, width of the window that slides, or of the crop
-        "stride_fraction": 2 / 3,  # slide: of the window
-        "stride_rounding": "up",  # slide: to whole pixels, "up" (CPS) or "down" (UniMatch)
-        "edges": "shift",  # slide: the last window is shifted back inside, or "cut" off at the border
-        "summed": "logits",  # or "probabilities": of windows, scales and flips
-        "scales": (1.0,),
-        "flip": False,
-        "multiple_pixels": 1,  # whole: images resized to multiples of this, for networks of patches
-        # whole: images padded to a multiple of this, so that few sizes compile; 1 leaves them as they
-        # are.
-        "pad_multiple": 1,
-        # True: also score each predictor among the classes that are in the image.
-        "image_labels": False,
-        # What classes in neither truth nor prediction do to the mIoU; "zero": count as 0.
-        "absent_classes": "skip",
-        "batch_size": 8,
-        "pictures": 6,  # images shown in pictures/
-      },
-    }
-  )
+  config = ConfigDict(options_lib.defaults(options_lib.Run))
+  config.method, config.network = method_config, network("tiny")
+  return config
 
 
 def folder_data(**options) -> dict[str, Any]:
-  """config.data of images and masks in folders; patterns hold {id} and are relative to root, as are
-  paths in lists.
-  """
-  return {
-    "name": "folder",
-    "root": "",
-    # a file below root of class names, one a line, or `index name r g b`; or "voc", "cityscapes",
-    # ...
-    "classes": "",
-    "image_pattern": "",  # "" = the lists give the paths
-    "label_pattern": "",
-    "channels": 3,  # of images: 3 = RGB, made of any file; another number = files that have as many
-    # Stored mask value:class, "11:255,12:3", or "cityscapes" (of its labelIds); {"11": 255} in a
-    # config file.
-    "label_map": "",
-    "ignore_index": 255,  # stored mask value of pixels without a label
-    "reduce_zero_label": False,  # stored 0 is no label, stored k is class k - 1 (ADE20K)
-    # Pictures as viewers and labeling tools show them; "ignore": as the pixels are stored.
-    "exif_orientation": "apply",
-    # Stored value of full brightness; 0 = 255 of 8 bits, 65535 of 16 bits, 255 of floats.
-    "max_value": 0.0,
-    # True: damaged training files are told and left out, instead of ending the run.
-    "skip_unreadable": False,
-    "mask_colors": False,  # masks are drawn in the colours of the classes
-    # Lists: ids, or paths of images, or of images and masks, one a line.
-    # What to train on; "" = every file that fits image_pattern and is not evaluated.
-    "train_list": "",
-    # Labeled part: "1_8" (a random eighth), "every_8", "full", a list file, or a published
-    # "voc2012/cps/1_8".
-    "split": "full",
-    "split_seed": 0,  # of "1_8" and the like
-    "unlabeled_list": "",  # "" = what the labeled part leaves over; or a list file
-    "unlabeled_folder": "",  # a bare folder of images instead
-    "eval_image_pattern": "",  # "" = image_pattern, likewise the next
-    "eval_label_pattern": "",
-    "eval_list": "",  # "" = every file that fits eval_image_pattern
-    # is class 0 what is left beside things? "auto": by its name; or "yes", "no".
-    "background": "auto",
-    # image-level labels of the unlabeled images: a CSV or JSON file, or a folder of VOC XML.
-    "image_labels": "",
-    "boxes": "",  # boxes of labeled and unlabeled images: a folder of VOC XML, or a COCO JSON file
-    "eval_boxes": "",  # likewise of the evaluated images; "" = made from their masks
-  } | options
+  """config.data of images and masks in folders, see `options.FolderData`."""
+  return options_lib.defaults(options_lib.FolderData) | options
 
 
 GIVEN = "given"  # config.data.name of images that were given from Python
@@ -287,30 +104,69 @@ def given_data(**options) -> dict[str, Any]:
 
 
 def tfds_data(**options) -> dict[str, Any]:
-  """config.data of images and masks in a TensorFlow Datasets data set."""
-  return {
-    "name": "tfds",
-    # a name of the TFDS catalogue; or the folder of a dataset_info.json, also below root:
-    # "voc2012/1.0.0".
-    "dataset": "",
-    "root": "",  # where TFDS keeps data sets, may be gs://...; "" = where it always does
-    # as in folder_data, likewise label_map, split, split_seed, image_labels and boxes.
-    "classes": "",
-    "image_key": "image",
-    "label_key": "label",
-    "id_key": "id",
-    "class_key": "",  # a class of whole images: the label 1 then becomes 1 + that class
-    "label_map": "",
-    "background": "auto",  # as in folder_data
-    "train_split": "train",
-    "split": "full",
-    "split_seed": 0,
-    "unlabeled_split": "",  # "" = what the labeled part leaves over of train_split
-    "eval_split": "val",
-    "image_labels": "",
-    "boxes": "",
-    "eval_boxes": "",
-  } | options
+  """config.data of a TensorFlow Datasets data set, see `options.TfdsData`."""
+  return options_lib.defaults(options_lib.TfdsData) | options
+
+
+def synthetic_data(**options) -> dict[str, Any]:
+  """config.data of drawn scenes, see `options.SyntheticData`."""
+  return options_lib.defaults(options_lib.SyntheticData) | options
+
+
+def declared(config: Mapping) -> dict[str, Option]:
+  """What is declared of a config's options, by dotted key: those that every run has, and those of
+  its data, its method and its network.
+  """
+  known = options_lib.of_group(options_lib.Run)
+  domains = {"data": config["data"]} | {
+    f"other_data.{name}": data for name, data in config.get("other_data", {}).items()
+  }
+  for prefix, data in domains.items():
+    # Of images that were given, options are as of those in files.
+    known |= options_lib.of_group(
+      options_lib.DATA.get(data["name"], options_lib.FolderData), f"{prefix}."
+    )
+  method, network = config["method"]["name"], config["network"]["name"]
+  name = "The method, by name; or that of another package, my_module:my_factory."
+  known |= {"method.name": Option(method, name)}
+  with contextlib.suppress(checks.InputError):  # what it predicts may be used without its module
+    known |= options_lib.of_factory(methods_table.find(method), "method.")
+  names = Allowed(one_of=tuple(models_table.NETWORKS))
+  known |= {"network.name": Option(network, "The network, by name.", names)}
+  if network in models_table.NETWORKS:
+    known |= options_lib.of_factory(models_table.NETWORKS[network], "network.")
+  known |= options_lib.of_group(options_lib.AnyNetwork, "network.")  # dtype as every network has it
+  return known
+
+
+def problems_of(config: ConfigDict) -> list[str]:
+  """A line for each option whose value is none that is declared for it."""
+  return options_lib.problems_of(declared(config), all_options(config))
+
+
+def mended(config: ConfigDict) -> ConfigDict:
+  """A copy in which options that `problems_of` names are at their defaults."""
+  copy, known = config.copy_and_resolve_references(), declared(config)
+  keys = options_lib.wrong(known, all_options(config))
+  copy.update_from_flattened_dict({key: known[key].default for key in keys})
+  return copy
+
+
+def explain(config: ConfigDict, key: str = "") -> str:
+  """What an option is, or all of a group, or all: its value here, and what else it may be.
+
+  Raises:
+    InputError: no such option.
+  """
+  values = all_options(config)
+  chosen = {
+    name: value for name, value in values.items() if not key or f"{name}.".startswith(f"{key}.")
+  }
+  if not chosen:
+    problems = checks.Problems("nothing to explain")
+    problems.add("--explain", got=f"'{key}', no such option", remedy=_nearest_option(key, values))
+    problems.raise_if_any()
+  return options_lib.explain(declared(config), chosen)
 
 
 def arguments(text: str | None, **allowed: Any) -> dict[str, Any]:
@@ -476,11 +332,6 @@ def is_open(value: Any) -> bool:
   return value in (-1, (), "auto")
 
 
-def as_flag(value: Any) -> str:
-  """A value as `override` and the command line read it: tuples and lists without brackets."""
-  return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-
-
 def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
   """Sets dotted keys in place, {"optimizer.learning_rate": "0.1"}; text is read as the type of what
   stands there.
@@ -637,6 +488,8 @@ def from_saved(content: Any) -> ConfigDict:
         got=repr(options.get(key)),
         allowed=f"{type(default).__name__}, such as {default!r}",
       )
+  problems.raise_if_any()
+  problems.extend(problems_of(config))
   problems.raise_if_any()
   return config
 

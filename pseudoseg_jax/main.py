@@ -20,7 +20,7 @@ examples:
   python -m pseudoseg_jax.main --mode=eval --workdir=W --config.evaluation.scales=0.5,1,1.5 --config.evaluation.flip=True
 
 Running the same command again resumes at the newest checkpoint. Ctrl-C or SIGTERM saves and leaves, with exit code 130 or 143.
---config.KEY=VALUE overrides any option of the config; --print_config shows them all.
+--config.KEY=VALUE overrides any option of the config; --print_config shows them all, and --explain=KEY says what one is.
 """
 
 
@@ -52,6 +52,14 @@ def _parse(arguments):
   parser.add_argument(
     "--print_config", action="store_true", help="print the config with all its options, and leave"
   )
+  parser.add_argument(
+    "--explain",
+    metavar="KEY",
+    nargs="?",
+    const="",
+    help="say what an option is (optimizer.learning_rate), or all of a group (views), or all, and "
+    "which values it may have, and leave",
+  )
   several = parser.add_argument_group(
     "several processes (hosts), each started with the same command"
   )
@@ -64,11 +72,11 @@ def _parse(arguments):
   several.add_argument("--process_count", type=int, help="... how many processes there are ...")
   several.add_argument("--process_index", type=int, help="... and which one this is, from 0")
   known, overrides = command_line.parse_with_overrides(parser, arguments)
-  if known.mode == "train" and not known.config:
+  if known.mode == "train" and not known.config and known.explain is None:
     parser.error("--config is needed to train, e.g. --config=configs/quickstart.py")
   if len({known.coordinator is None, known.process_count is None, known.process_index is None}) > 1:
     parser.error("--coordinator, --process_count and --process_index go together")
-  if known.workdir is None and not known.print_config:
+  if known.workdir is None and not known.print_config and known.explain is None:
     parser.error("--workdir is needed")
   return known, overrides
 
@@ -89,6 +97,8 @@ def main(arguments=None) -> int:
     jax.config.update("jax_compilation_cache_dir", _compilation_cache())
     if known.print_config:
       print(configs.to_json(configs.load(known.config, overrides)), end="")
+    elif known.explain is not None:
+      print(configs.explain(configs.load(known.config or "folder", overrides), known.explain))
     elif known.mode == "eval":
       api.evaluate(known.workdir, checkpoint=known.checkpoint, overrides=overrides)
     else:

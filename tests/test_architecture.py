@@ -12,6 +12,7 @@ FLOORS = {
   "contract": 0,
   "checks": 0,
   "rng": 0,
+  "options": 1,
   "ops": 1,
   "data": 1,
   "command_line": 1,

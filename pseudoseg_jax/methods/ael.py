@@ -171,14 +171,17 @@ def ael(
       code, not in the paper.
     min_confidence: pseudo labels below it are ignored; 0.7 on VOC, 0 (none) in the paper and on
       Cityscapes.
-    gamma, beta: see `balance.reweighted_loss` and `balance.sampling_rate`.
+    gamma: pixels count by their confidence to this power; 0 lets all kept ones count alike.
+    beta: pixels of a class are learnt from the more often, the less sure the class is; 0 learns from
+      all, see `balance.sampling_rate`.
     bank_momentum: what the bank keeps in a step.
     paste_probability: of pasting, image by image.
     paste_draws: classes drawn for pasting in a step, with replacement; the paper has 3, the code on
       VOC 1.
     paste_classes: classes that may be pasted; () for all. On Cityscapes all but road, sidewalk,
       building, vegetation, sky.
-    paste_power: see `balance.class_probabilities`; 0.5 in the code, 1 in the paper.
+    paste_power: classes are drawn by their lack of confidence to this power, see
+      `balance.class_probabilities`; 0.5 in the code, 1 in the paper.
     region_area: share of the image above which a region is mixed in; 0.005 on Cityscapes.
     presence_area: share of the image from which on it is said to have a class; 0.01 on Cityscapes.
     auxiliary_weight: of the supervised loss on a second head, on the last but one map of the

@@ -553,12 +553,16 @@ def cct_domains(
   xi: float = 0.1,
   eps: float = 2.0,
 ) -> Method:
-  """CCT on several data sets with classes of their own: one encoder for all, decoders for each;
-  options as `cct`. [CCT, 3.5]
+  """CCT on several data sets with classes of their own: one encoder for all, decoders for each.
+  [CCT, 3.5]
 
   Every step takes labeled and unlabeled images of each domain and sums the domains' losses (the
   author reports that alternating between them works as well). This part of the official code was
   not published.
+
+  Args:
+    weight, decoders, distance, min_confidence, bootstrapped, xi, eps: as in `cct`.
+    rampup, rampup_start_fraction, rampup_fraction: as in `cct`.
   """
   settings = _Settings(
     decoders,

@@ -77,8 +77,11 @@ def classmix(
     weight: of the unsupervised term.
     mask: what is pasted: "class", half of the predicted classes; or of the paper's comparison,
       "cut", all but a box of half the area, and "cow", random blobs.
-    loss: see `consistency`. The official code weighs "mse" by "batch" whatever the option says.
-    weight_by, min_confidence: see `pixel_weight`.
+    loss: "cross_entropy" or "mse", see `consistency`. The official code weighs "mse" by "batch"
+      whatever the option says.
+    weight_by: by what pixels count: the confident share of the "batch", each "pixel" that is
+      confident, a "ramp" over the steps, or "none"; see `pixel_weight`.
+    min_confidence: pixels are confident from it on.
     rampup_fraction: part of the training over which the weight rises by "ramp"; the official 10000
       of 40000 steps.
     color_jitter, blur: of the mixed images, as on Cityscapes: brightness, contrast, saturation and

@@ -118,7 +118,7 @@ def cutmix_seg(
       the official CutOut runs.
     strong_views: 1 gives the student a photometric view while the teacher sees the weak one (second
       paper); 0 the weak one too.
-    distance: see `consistency`.
+    distance: "var", "logits_var", "logits_smoothl1", "bce" or "kld", see `consistency`.
     weight: of the consistency term.
     min_confidence, confidence: pixels are confident from it on; the term is multiplied by their
       share ("batch"), is of them alone ("pixel"), or neither ("none"). See

@@ -73,7 +73,7 @@ def gct(
       first; 0 for none.
     dilations: see `flaws.flaw_target`.
     detector_learning_rate: of the detector's Adam; falls to 0 as (1 - t)^0.9.
-    detector_width, detector_stages: see `heads.flaw_detector`. Four stages say one thing for about
+    detector_width, detector_stages: of the flaw detector, its first stage's channels and how often sides halve. Four stages say one thing for about
       32x32 pixels: 15x15 flaws for 513 pixels a side, a single one below 92, which tells nothing;
       128 pixels want 3 stages, 64 want 2.
     kernel_base_pixels: side that the sizes of blurs are derived from; 0 for the shorter side of the

@@ -104,10 +104,11 @@ def learn_pseudo(
     weight: of progressive cross training, what "hybrid" learns from "pseudo".
     classification_weight: of the image-level loss on the greatest logit of each class; "hybrid"
       only.
-    score_power: see `sample_weight`; IoU 0.5 becomes 0.004, 0.8 becomes 0.17, 0.9 becomes 0.43.
-    score_momentum: see `evaluated`.
-    trust_unseen: see `sample_weight`. True is what the official code does; False learns nothing
-      from images with such a class.
+    score_power: an image is trusted by its classes' least IoU to this power, see `sample_weight`:
+      IoU 0.5 becomes 0.004, 0.8 becomes 0.17, 0.9 becomes 0.43.
+    score_momentum: what the counts of pixels behind the IoU keep in a step, see `evaluated`.
+    trust_unseen: a class that was never met or never hit so far counts as IoU 1, as in the official
+      code; False learns nothing from images with such a class.
     decay_pseudo_rate: the learning rate of "pseudo" follows the schedule too; officially it stays
       what it is at the first step.
     background: class 0 is in nearly every image and has no image-level loss; False where it is a

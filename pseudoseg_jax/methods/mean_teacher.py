@@ -91,7 +91,8 @@ def mean_teacher(
       none.
     on_labeled: whether labeled images enter the consistency term (one mean over the pixels of
       both).
-    decay, decay_warmup: see `schedules.ema_decay`.
+    decay: what the teacher keeps of itself in a step.
+    decay_warmup: "none", or less at first: "from_half" or "from_copy", see `schedules.ema_decay`.
     average_when: "after_descent", or "between_passes": after the labeled pass and before the
       unlabeled one, with the student of before this step's descent (TorchSemiSeg, where the very
       first step sets the teacher to the student).

@@ -48,8 +48,11 @@ def make_backbone(
 
   Args:
     name: one of BACKBONES.
-    stem, multi_grid: of ResNets, see `resnet.ResNet`.
-    drop_connect: of EfficientNet-Lites, see `efficientnet.EfficientNetLite`.
+    stem: of ResNets, one of resnet.STEMS: "plain", a 7x7 convolution; "deep", three of 3x3.
+    output_stride: of the last map, 8, 16 or 32; smaller ones see finer and take longer.
+    multi_grid: of ResNets, see `resnet.strides_and_dilations`.
+    drop_connect: of EfficientNet-Lites, the probability with which a training image skips the last
+      block, less for the blocks before; 0.2 published.
 
   Raises:
     checks.InputError: unknown names, or values that are not allowed.
@@ -106,8 +109,10 @@ def widths_of(
   """What a DeepLabv3+ head is to have: what suits the backbone where an option is 0 or empty.
 
   Args:
-    aspp_rates: at output stride 16. A map twice as fine needs them twice as large to see as far
-      (DeepLabv3, section 3.3).
+    head_channels: of the head; 0 is what suits the backbone.
+    low_channels: of the head's low-level map; 0 likewise.
+    aspp_rates: dilations at output stride 16; () is what suits the backbone. A map twice as fine
+      needs them twice as large to see as far (DeepLabv3, section 3.3).
 
   Raises:
     checks.InputError: values that are not allowed.

@@ -77,12 +77,12 @@ def deeplabv3plus_unimatch(
   drop_connect: float = 0.0,
   dtype: Any = jnp.float32,
 ) -> tuple[nn.Module, Head]:
-  """Backbone and head.
+  """Backbone and head; of 256 and 48 channels with rates (6, 12, 18) on ResNets (UniMatch).
 
   Args:
-    backbone, stem, output_stride, drop_connect: as in `backbones.make_backbone`.
-    head_channels, low_channels, aspp_rates: as in `backbones.widths_of`; by default 256, 48 and (6,
-      12, 18) on ResNets (UniMatch).
+    backbone: one of backbones.BACKBONES.
+    stem, output_stride, drop_connect: as in `backbones.make_backbone`.
+    head_channels, low_channels, aspp_rates: as in `backbones.widths_of`.
   """
   body = make_backbone(
     backbone, stem=stem, output_stride=output_stride, drop_connect=drop_connect, dtype=dtype

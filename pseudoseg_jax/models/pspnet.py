@@ -120,7 +120,12 @@ def pspnet(
   drop_connect: float = 0.0,
   dtype: Any = jnp.float32,
 ) -> tuple[Backbone, Decoder]:
-  """CCT's network; the options are those of `backbones.make_backbone`."""
+  """CCT's network.
+
+  Args:
+    backbone: one of backbones.BACKBONES.
+    stem, output_stride, drop_connect: as in `backbones.make_backbone`.
+  """
   body = make_backbone(
     backbone, stem=stem, output_stride=output_stride, drop_connect=drop_connect, dtype=dtype
   )
@@ -138,6 +143,10 @@ def pspnet_pixelssl(
 ) -> tuple[Backbone, Decoder]:
   """PixelSSL's network: as `pspnet`, but dilations 2, 4, 8 in the last stage, and a decoder that
   overshoots stride 1.
+
+  Args:
+    backbone: one of backbones.BACKBONES.
+    stem, output_stride, drop_connect: as in `backbones.make_backbone`.
   """
   body = make_backbone(
     backbone,

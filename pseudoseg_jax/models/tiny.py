@@ -62,7 +62,9 @@ class TinyHead(nn.Module):
 def tiny(
   num_classes: int, *, width: int = 16, dtype: Any = jnp.float32
 ) -> tuple[TinyBackbone, TinyHead]:
-  """Backbone and head with `width` channels at stride 2; about 0.14 million parameters at width
-  16.
+  """Backbone and head; about 0.14 million parameters at width 16.
+
+  Args:
+    width: channels at stride 2.
   """
   return TinyBackbone(width, dtype), TinyHead(num_classes, width, dtype)

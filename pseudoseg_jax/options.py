@@ -1,0 +1,625 @@
+"""Every option of a run in one tree: its default, what it is, and which values it may have.
+
+This is their one home: `base` in config.py makes the ConfigDict that users change of it, `problems_of`
+checks what became of it, `explain` prints it. Options of methods and networks have theirs in the
+signature and the docstring of the factory. Batch sizes are global, durations are in optimizer
+steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from pseudoseg_jax import checks
+
+
+class Allowed(NamedTuple):
+  """Which values an option may have; None, or (), where nothing says so.
+
+  one_of: words. least, most: bounds of a number, included. above: likewise, excluded.
+  may_be_open: -1 too, which leaves the value to what `settings.choose` knows.
+  """
+
+  one_of: tuple[str, ...] = ()
+  least: float | None = None
+  above: float | None = None
+  most: float | None = None
+  may_be_open: bool = False
+
+  def holds(self, value: Any) -> bool:
+    if self.one_of:
+      return value in self.one_of
+    if self.may_be_open and value == -1:
+      return True
+    return not (
+      (self.least is not None and not value >= self.least)
+      or (self.above is not None and not value > self.above)
+      or (self.most is not None and not value <= self.most)
+    )
+
+  def in_words(self) -> str:
+    """The values in words, "0..1"; "" where any will do."""
+    if self.one_of:
+      return checks.choices(self.one_of)
+    lower = f"above {self.above:g}" if self.above is not None else ""
+    if self.most is not None:
+      bounds = f"{lower}, up to {self.most:g}" if lower else f"{self.least:g}..{self.most:g}"
+    else:
+      bounds = lower or (f"{self.least:g} or more" if self.least is not None else "")
+    return bounds
+
+
+def option(default: Any, about: str, **allowed: Any) -> Any:
+  """Declares a field of a group: its default, a sentence or more, and the keywords of `Allowed`."""
+  metadata = {"about": about, "allowed": Allowed(**allowed)}
+  if isinstance(default, dict):
+    return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+def group(kind: type, about: str = "") -> Any:
+  """Declares a field that is a group of its own."""
+  return dataclasses.field(default_factory=kind, metadata={"about": about})
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSizes:
+  labeled: int = option(8, "Labeled images of a step, over all devices.")
+  unlabeled: int = option(8, "Unlabeled images of a step, over all devices.")
+
+
+@dataclasses.dataclass(frozen=True)
+class PseudoLabels:
+  folder: str = option(
+    "",
+    "Labels that a network made (export_labels), learnt from as if they were true ones; the folder "
+    "that export_labels wrote, '' = none.",
+  )
+  list: str = option("", "A list file of those images that count; '' = all of the folder's.")
+  repeat_labeled: bool = option(
+    False, "The labeled images as often as it takes to be half of those learnt from."
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  name: str = option("sgd", "The update rule.", one_of=("sgd", "adamw"))
+  learning_rate: float = option(
+    0.01, "Learning rate at the start, of what no multiplier is about.", above=0
+  )
+  power: float = option(0.9, "Of the polynomial decay to 0 at total_steps; 0 = no decay.", least=0)
+  warmup_steps: int = option(0, "Steps over which the rate rises to its start.", least=0)
+  shift_steps: int = option(
+    0, "-1: the rate lags one step, as in loops that set it after the step (UniMatch)."
+  )
+  momentum: float = option(0.9, "sgd only.", least=0, most=1)
+  weight_decay: float = option(1e-4, "Of what decay_scope says.", least=0)
+  clip_norm: float = option(
+    0.0,
+    "Gradients of a network are scaled to this norm where theirs is larger; 0 = no clipping.",
+    least=0,
+  )
+  decay_scope: str = option(
+    "kernels", "What decays; 'all': batch norm and biases too.", one_of=("kernels", "all")
+  )
+  head_multiplier: float = option(
+    1.0, "Learning rate of everything but the backbone, relative to it.", least=0
+  )
+  classifier_multiplier: float = option(
+    1.0,
+    "Learning rate of the classifiers, relative to the rest of their heads (Learning Pseudo "
+    "Labels: 10).",
+    least=0,
+  )
+  bias_multiplier: float = option(
+    1.0,
+    "Learning rate of the classifiers' biases, relative to the rest (TensorFlow DeepLab: 2).",
+    least=0,
+  )
+  freeze_batch_norm: bool = option(
+    False,
+    "Scales and offsets of the backbone's batch norms stay as pretrained, while its statistics "
+    "move (ClassMix, CutMix-Seg; with network.freeze=batch_norm both stay).",
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class UnlabeledLoss:
+  factor: float = option(
+    1.0,
+    "On the weight of whatever a method learns without pixel labels, on top of its own weight and "
+    "ramp.",
+    above=0,
+  )
+  rampup_fraction: float = option(
+    0.0,
+    "Part of the run over which that rises as exp(-5 (1 - t)^2), from 0.0067. Published weights "
+    "are of runs of tens of thousands of steps: in a short one there is nothing to learn from a "
+    "network that knows nothing yet.",
+    least=0,
+    most=1,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Criterion:
+  name: str = option(
+    "cross_entropy",
+    "The supervised loss: 'cross_entropy', 'ohem', 'focal', 'dice'; or a sum of them, "
+    "'cross_entropy+dice'.",
+  )
+  class_weights: str = option(
+    "",
+    "Of cross_entropy, ohem and focal: 'inverse' or 'effective' of how often classes are in the "
+    "labeled masks, or numbers, one for each class in their order, '0.2,1,3'.",
+  )
+  focal_gamma: float = option(
+    2.0, "Exponent of focal; 0 is cross entropy, 2 in the paper.", least=0
+  )
+  denominator: str = option(
+    "valid", "cross_entropy: the pixels that the mean is of.", one_of=("valid", "all")
+  )
+  min_confidence: float = option(
+    0.7, "ohem: pixels whose class has a higher probability are left out.", least=0, most=1
+  )
+  min_kept: int = option(
+    100_000, "ohem: pixels that are kept at least, per image or batch as scope says.", least=0
+  )
+  scope: str = option("image", "ohem: what min_kept is of.", one_of=("image", "batch"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+  mean: tuple[float, ...] = option(
+    (0.485, 0.456, 0.406), "Of each channel, where white is 1: what images are normalized with."
+  )
+  std: tuple[float, ...] = option((0.229, 0.224, 0.225), "Likewise the standard deviation.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataName(Normalization):
+  name: str = option("folder", "What kind of data: 'folder', 'synthetic', 'tfds'.")
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderData:
+  """Images and masks in folders; patterns hold {id} and are relative to root, as are paths in
+  lists.
+  """
+
+  name: str = option("folder", "What kind of data: 'folder', 'synthetic', 'tfds'.")
+  root: str = option("", "The folder that patterns and lists are relative to.")
+  classes: str = option(
+    "",
+    "A file below root of class names, one a line, or `index name r g b`; or 'voc', 'cityscapes', "
+    "...",
+  )
+  image_pattern: str = option(
+    "", "Where the training images lie, 'images/{id}.jpg'; '' = the lists give the paths."
+  )
+  label_pattern: str = option("", "Where their masks lie, 'masks/{id}.png'.")
+  channels: int = option(
+    3, "Of images: 3 = RGB, made of any file; another number = files that have as many.", least=1
+  )
+  label_map: str = option(
+    "",
+    'Stored mask value:class, "11:255,12:3", or "cityscapes" (of its labelIds); {"11": 255} in a '
+    "config file.",
+  )
+  ignore_index: int = option(255, "Stored mask value of pixels without a label.")
+  reduce_zero_label: bool = option(False, "Stored 0 is no label, stored k is class k - 1 (ADE20K).")
+  exif_orientation: str = option(
+    "apply",
+    "Pictures as viewers and labeling tools show them; 'ignore': as the pixels are stored.",
+    one_of=("apply", "ignore"),
+  )
+  max_value: float = option(
+    0.0,
+    "Stored value of full brightness; 0 = 255 of 8 bits, 65535 of 16 bits, 255 of floats.",
+    least=0,
+  )
+  skip_unreadable: bool = option(
+    False, "Damaged training files are told and left out, instead of ending the run."
+  )
+  mask_colors: bool = option(False, "Masks are drawn in the colors of the classes.")
+  train_list: str = option(
+    "",
+    "What to train on: ids, or paths of images, or of images and masks, one a line; '' = every "
+    "file that fits image_pattern and is not evaluated.",
+  )
+  split: str = option(
+    "full",
+    "The labeled part: '1_8' (a random eighth), 'every_8', 'full', a list file, or a published "
+    "'voc2012/cps/1_8'.",
+  )
+  split_seed: int = option(0, "Of '1_8' and the like.")
+  unlabeled_list: str = option(
+    "", "The unlabeled images: a list file; '' = what the labeled part leaves over."
+  )
+  unlabeled_folder: str = option("", "A bare folder of images instead.")
+  eval_image_pattern: str = option("", "Where the evaluated images lie; '' = image_pattern.")
+  eval_label_pattern: str = option("", "Where their masks lie; '' = label_pattern.")
+  eval_list: str = option("", "What to evaluate; '' = every file that fits eval_image_pattern.")
+  background: str = option(
+    "auto",
+    "Whether class 0 is what is left beside things; 'auto': its name says so.",
+    one_of=("auto", "yes", "no"),
+  )
+  image_labels: str = option(
+    "", "Image-level labels of the unlabeled images: a CSV or JSON file, or a folder of VOC XML."
+  )
+  boxes: str = option(
+    "", "Boxes of labeled and unlabeled images: a folder of VOC XML, or a COCO JSON file."
+  )
+  eval_boxes: str = option("", "Likewise of the evaluated images; '' = made from their masks.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsData:
+  """Images and masks in a TensorFlow Datasets data set."""
+
+  name: str = option("tfds", "What kind of data: 'folder', 'synthetic', 'tfds'.")
+  dataset: str = option(
+    "",
+    "A name of the TFDS catalogue; or the folder of a dataset_info.json, also below root: "
+    "'voc2012/1.0.0'.",
+  )
+  root: str = option("", "Where TFDS keeps data sets, may be gs://...; '' = where it always does.")
+  classes: str = option(
+    "",
+    "A file below root of class names, one a line, or `index name r g b`; or 'voc', 'cityscapes', "
+    "...",
+  )
+  image_key: str = option("image", "Of an example's image.")
+  label_key: str = option("label", "Of its mask.")
+  id_key: str = option("id", "Of its id.")
+  class_key: str = option(
+    "", "Of a class of whole images: the label 1 then becomes 1 + that class."
+  )
+  label_map: str = option("", 'Stored mask value:class, "11:255,12:3".')
+  background: str = option(
+    "auto",
+    "Whether class 0 is what is left beside things; 'auto': its name says so.",
+    one_of=("auto", "yes", "no"),
+  )
+  train_split: str = option("train", "What to train on.")
+  split: str = option(
+    "full",
+    "The labeled part: '1_8' (a random eighth), 'every_8', 'full', a list file, or a published "
+    "'voc2012/cps/1_8'.",
+  )
+  split_seed: int = option(0, "Of '1_8' and the like.")
+  unlabeled_split: str = option("", "'' = what the labeled part leaves over of train_split.")
+  eval_split: str = option("val", "What to evaluate.")
+  image_labels: str = option(
+    "", "Image-level labels of the unlabeled images: a CSV or JSON file, or a folder of VOC XML."
+  )
+  boxes: str = option(
+    "", "Boxes of labeled and unlabeled images: a folder of VOC XML, or a COCO JSON file."
+  )
+  eval_boxes: str = option("", "Likewise of the evaluated images; '' = made from their masks.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticData:
+  """Drawn scenes of which everything is known: to see the whole way without data."""
+
+  name: str = option("synthetic", "What kind of data: 'folder', 'synthetic', 'tfds'.")
+  num_scenes: int = option(800, "To train on.", least=2)
+  num_labeled: int = option(64, "The first so many of them have masks.", least=1)
+  num_eval_scenes: int = option(200, "Other scenes, to evaluate.", least=1)
+  size: tuple[int, ...] = option((64, 64), "Height and width in pixels.")
+  scenes_seed: int = option(
+    0, "Of the scenes themselves, apart from the run's seed: every run sees the same data."
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+  crop_size: tuple[int, ...] = option((64, 64), "Height and width of training views in pixels.")
+  scales: tuple[float, ...] = option(
+    (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0), "Factors on an image's size, of which one is drawn."
+  )
+  continuous: bool = option(
+    False,
+    "Any factor between the least and the greatest of scales, as always with 'pillow', 'cct' and "
+    "'ael'.",
+  )
+  flip: bool = option(True, "Views are mirrored with probability 1/2.")
+  convention: str = option(
+    "opencv",
+    "Of resizing, padding and color jitter: 'opencv' (CPS), 'tensorflow' (PseudoSeg), 'pillow' "
+    "(UniMatch), 'cct', 'ael', 'cutmix_seg', 'lpl'.",
+    one_of=("opencv", "tensorflow", "pillow", "cct", "ael", "cutmix_seg", "lpl"),
+  )
+  jitter_probability: float = option(
+    0.8, "Strong views: of the four color changes together.", least=0, most=1
+  )
+  brightness: float = option(
+    0.5,
+    "Strong views: factors are uniform in 1 -+ this; with 'tensorflow' a summand in -+ this.",
+    least=0,
+    most=1,
+  )
+  contrast: float = option(0.5, "Strong views: factors in 1 -+ this.", least=0, most=1)
+  saturation: float = option(0.5, "Strong views: factors in 1 -+ this.", least=0, most=1)
+  hue: float = option(
+    0.25, "Strong views: shifts in -+ this, a fraction of the color circle.", least=0, most=0.5
+  )
+  grayscale_probability: float = option(
+    0.2, "Strong views: of losing their colors.", least=0, most=1
+  )
+  blur_probability: float = option(0.5, "Strong views: of being blurred.", least=0, most=1)
+  blur_sigma_pixels: tuple[float, ...] = option(
+    (0.1, 2.0), "The Gaussian's standard deviation is uniform between these two."
+  )
+  labeled_photometry: bool = option(
+    False, "Labeled images too get a strong view's colors; else they have the geometry alone."
+  )
+  labeled_operations: int = option(
+    0,
+    "Color or geometric operations on each labeled image, drawn as Learning Pseudo Labels does; 2 "
+    "there.",
+    least=0,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  preset: str = option(
+    "",
+    "'cps_voc', 'unimatch_cityscapes', ...: a published protocol, in place of the options of this "
+    "group but image_labels, batch_size and pictures.",
+  )
+  style: str = option(
+    "whole",
+    "How the network sees an image: 'whole', 'pad_to_crop', 'center_crop' or 'slide' (windows "
+    "that overlap); 'auto' chooses.",
+    one_of=("whole", "pad_to_crop", "center_crop", "slide", "auto"),
+  )
+  window_pixels: tuple[int, ...] = option(
+    (512, 512), "Height and width of the window that slides, or of the crop."
+  )
+  stride_fraction: float = option(
+    2 / 3, "slide: of the window; larger ones leave gaps.", above=0, most=1
+  )
+  stride_rounding: str = option(
+    "up", "slide: to whole pixels, 'up' (CPS) or 'down' (UniMatch).", one_of=("up", "down")
+  )
+  edges: str = option(
+    "shift",
+    "slide: the last window is shifted back inside, or 'cut' off at the border.",
+    one_of=("shift", "cut"),
+  )
+  summed: str = option(
+    "logits", "What is summed of windows, scales and flips.", one_of=("logits", "probabilities")
+  )
+  scales: tuple[float, ...] = option((1.0,), "Factors that an image is resized by.")
+  flip: bool = option(False, "The scores of the mirrored image are added.")
+  multiple_pixels: int = option(
+    1, "whole: images are resized to multiples of this, for networks of patches.", least=1
+  )
+  pad_multiple: int = option(
+    1,
+    "whole: images are padded to a multiple of this, so that few sizes compile; 1 leaves them as "
+    "they are.",
+    least=1,
+    may_be_open=True,
+  )
+  image_labels: bool = option(
+    False, "Each predictor is scored among the classes that are in the image too."
+  )
+  absent_classes: str = option(
+    "skip",
+    "What classes in neither truth nor prediction do to the mIoU; 'zero': count as 0.",
+    one_of=("skip", "zero"),
+  )
+  batch_size: int = option(8, "Images that are predicted at once.", least=1)
+  pictures: int = option(6, "Images shown in pictures/.", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """All options of a run but those of its method, its network and its data."""
+
+  seed: int = option(0, "Of everything that is drawn.")
+  total_steps: int = option(1000, "Optimizer steps of the run.", least=1, may_be_open=True)
+  batch_size_global: BatchSizes = group(BatchSizes)
+  log_every_steps: int = option(50, "Steps between lines of the log.", least=1)
+  eval_every_steps: int = option(500, "Steps between evaluations.", least=1, may_be_open=True)
+  early_stopping_patience: int = option(
+    0,
+    "Evaluations in a row without a better one, after which the run ends; 0 = never. What it ends "
+    "with was chosen by the evaluated images and flatters on them: a comparison of methods runs "
+    "to the end.",
+    least=0,
+  )
+  checkpoint_every_steps: int = option(500, "Steps between checkpoints.", least=1, may_be_open=True)
+  keep_last_checkpoints: int = option(2, "So many are kept, and the best one.", least=1)
+  init_from: str = option("", "An exported folder or a workdir, whose network to start from.")
+  nets_from: str = option(
+    "",
+    "Networks of earlier runs' last states, by role: 'ancillary=WORKDIR,primary=WORKDIR'.",
+  )
+  pseudo_labels: PseudoLabels = group(PseudoLabels)
+  labeled_every: int = option(1, "2: only every second of the labeled images, and so on.", least=1)
+  oversampling_threshold: float = option(
+    0.0,
+    "Labeled images with a class that a smaller share of them holds are met more often, by LVIS's "
+    "repeat factors; 0 = all alike.",
+    least=0,
+    most=1,
+  )
+  optimizer: Optimizer = group(Optimizer)
+  unlabeled_loss: UnlabeledLoss = group(UnlabeledLoss)
+  criterion: Criterion = group(Criterion)
+  data: DataName = group(DataName)
+  other_data: dict[str, Any] = option(
+    {},
+    "Further domains by name, each with the options of a data config but mean and std, which are "
+    "those of data: for methods that learn several domains at once. They are numbered 1, 2, ... "
+    "in the order of their names.",
+  )
+  views: Views = group(Views)
+  evaluation: Evaluation = group(Evaluation)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyNetwork:
+  """What every network has beside its own options."""
+
+  dtype: str = option(
+    "float32",
+    "Of activations alone; parameters stay float32.",
+    one_of=("float32", "bfloat16"),
+  )
+  pretrained: str = option(
+    "",
+    "Weights to start from: 'imagenet', a file (.safetensors, .pth), or "
+    "'hf://organisation/name[/file]'.",
+  )
+  freeze: str = option(
+    "none",
+    "'encoder': it does not learn, which takes less time and memory; 'batch_norm': its batch "
+    "norms alone do not. Both keep the running statistics of the pretrained weights, in every "
+    "network of a method.",
+    one_of=("none", "batch_norm", "encoder"),
+  )
+
+
+DATA = {"folder": FolderData, "tfds": TfdsData, "synthetic": SyntheticData}
+
+
+def defaults(kind: type) -> dict[str, Any]:
+  """The defaults of a group and of the groups below it, as nested dicts."""
+  return {
+    field.name: defaults(type(value)) if dataclasses.is_dataclass(value) else value
+    for field in dataclasses.fields(kind)
+    for value in [getattr(kind(), field.name)]
+  }
+
+
+class Option(NamedTuple):
+  """An option as it is declared."""
+
+  default: Any
+  about: str
+  allowed: Allowed = Allowed()
+
+
+def of_group(kind: type, prefix: str = "") -> dict[str, Option]:
+  """The options of a group and of those below it, by dotted key."""
+  options = {}
+  for field in dataclasses.fields(kind):
+    default = getattr(kind(), field.name)
+    if dataclasses.is_dataclass(default):
+      options |= of_group(type(default), f"{prefix}{field.name}.")
+    else:
+      about, allowed = field.metadata["about"], field.metadata["allowed"]
+      options[prefix + field.name] = Option(default, about, allowed)
+  return options
+
+
+def defaults_of(factory: Callable) -> dict[str, Any]:
+  """The options of a method's or a network's factory with their defaults: its keywords."""
+  parameters = inspect.signature(factory).parameters.values()
+  return {
+    parameter.name: parameter.default
+    for parameter in parameters
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+  }
+
+
+def of_factory(factory: Callable, prefix: str = "") -> dict[str, Option]:
+  """The options of a method's or a network's factory, with what its docstring says of them."""
+  about = _arguments(factory)
+  return {
+    prefix + name: Option(default, about.get(name, ""))
+    for name, default in defaults_of(factory).items()
+  }
+
+
+def _arguments(function: Callable | None) -> dict[str, str]:
+  """What the section "Args:" of a docstring says, by name; "as in `module.function`" is looked up
+  there.
+  """
+  text = inspect.getdoc(function) or ""
+  section = re.search(r"^Args:\n((?:  .*\n?|\n)*)", text, re.MULTILINE)
+  about = {}
+  for names, lines in re.findall(
+    r"^  (\w[\w, ]*):((?:.*\n?)(?:^    .*\n?)*)", section[1] if section else "", re.MULTILINE
+  ):
+    said = " ".join(lines.split())
+    same = re.match(r"(?:see|as in) `([\w.]+)`", said)
+    there = _arguments(_named(function, same[1])) if same else {}
+    for name in names.split(", "):
+      if name in there:
+        more = said[same.end() :].lstrip(" .;,")
+        about[name] = f"{there[name]} {more[:1].upper()}{more[1:]}".strip()
+      else:
+        about[name] = f"{names}: {said}" if "," in names else said
+  return about
+
+
+def _named(function: Callable, path: str) -> Callable | None:
+  """The function that a docstring calls `path`; None where it cannot be told."""
+  at = sys.modules[function.__module__]
+  for names in (path.split("."), path.split(".")[-1:]):  # by its module, or imported from it
+    found = functools.reduce(lambda at, name: getattr(at, name, None), names, at)
+    if inspect.ismodule(found):  # of a method, whose factory has its name
+      found = getattr(found, names[-1], None)
+    if found is not None:
+      return found
+  return None
+
+
+def wrong(options: Mapping[str, Option], values: Mapping[str, Any]) -> list[str]:
+  """The keys of the values that their options may not have."""
+  return [
+    key for key, value in values.items() if key in options and not options[key].allowed.holds(value)
+  ]
+
+
+def problems_of(options: Mapping[str, Option], values: Mapping[str, Any]) -> list[str]:
+  """A line for each value that its option may not have."""
+  problems = checks.Problems("")
+  for key in wrong(options, values):
+    value, allowed = values[key], options[key].allowed
+    problems.add(
+      f"config.{key}",
+      got=repr(value),
+      allowed=allowed.in_words(),
+      remedy=checks.nearest(str(value), allowed.one_of) if allowed.one_of else None,
+    )
+  return problems.items
+
+
+def explain(options: Mapping[str, Option], values: Mapping[str, Any]) -> str:
+  """What options are: the flag with the value that each has, what it is, and what it may be."""
+  order = {key: rank for rank, key in enumerate(options)}
+  keys = sorted(values, key=lambda key: order.get(key, order.get(key.rpartition(".")[0], 0)))
+  return "\n\n".join(_explained(key, options, values[key]) for key in keys)
+
+
+def _explained(key: str, options: Mapping[str, Option], value: Any) -> str:
+  declared = options.get(key)
+  if declared is None:  # of an option that is a mapping itself, such as cct's decoders
+    declared = Option(value, options[key.rpartition(".")[0]].about)
+  notes = {"allowed": declared.allowed.in_words()}
+  if declared.default != value:
+    notes["default"] = as_flag(declared.default) or "nothing"
+  lines = textwrap.wrap(declared.about[:1].upper() + declared.about[1:], 76)
+  lines += textwrap.wrap("; ".join(f"{of}: {what}" for of, what in notes.items() if what), 76)
+  return "\n".join([f"--config.{key}={as_flag(value)}", *(f"    {line}" for line in lines)])
+
+
+def as_flag(value: Any) -> str:
+  """A value as the command line reads it: tuples and lists without brackets."""
+  return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
