@@ -61,16 +61,14 @@ def quick_to_compile(request):
   """Steps that are few take less time than compiling them well. As users compile it: what a slow
   test learns in hundreds of steps, what is compared with recordings, what is marked `optimized`.
   """
-  marked = any(map(request.node.get_closest_marker, ("slow", "optimized")))
-  if marked or request.path.parent.name == "golden":
-    yield
-    return
   import jax
 
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
+  marked = any(map(request.node.get_closest_marker, ("slow", "optimized")))
+  quick = not marked and request.path.parent.name != "golden"
+  if jax.config.read("jax_disable_most_optimizations") != quick:
+    # What was compiled the other way would be taken for the same.
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 _MORE_BYTES = 3 * 2**30  # that a process may take before compiled code is let go of

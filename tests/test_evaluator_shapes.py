@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from pseudoseg_jax import build, config as configs
+from pseudoseg_jax.builders import evaluation
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.evaluation import evaluator, inference
 from pseudoseg_jax.evaluation.inference import Protocol
@@ -237,7 +238,9 @@ def test_the_way_to_fewer_sizes_can_be_followed(options):
 
   def made():
     return make(
-      sizes, build.build_protocol(config), flags=functools.partial(build._protocol_flags, config)
+      sizes,
+      build.build_protocol(config),
+      flags=functools.partial(evaluation._protocol_flags, config),
     )
 
   many = made()

@@ -14,6 +14,7 @@ import pytest
 
 import pseudoseg_jax
 from pseudoseg_jax import api, build, checks, config as configs
+from pseudoseg_jax.builders.method import check_criterion
 from pseudoseg_jax.contract import IGNORE_LABEL
 from pseudoseg_jax.data import frequencies
 from pseudoseg_jax.ops import losses
@@ -255,14 +256,14 @@ def test_a_criterion_that_a_method_would_not_use_is_told(method, option):
   domain = types.SimpleNamespace(config=config, name="")
   config.criterion.update({"name": "cross_entropy+dice", "class_weights": "1,2,3,4"})
   if method == "cps":
-    build._check_criterion(config, build.build_method(config, K))
+    check_criterion(config, build.build_method(config, K))
     return
   with pytest.raises(checks.InputError) as told:
     build.build_pipelines([domain], build.build_method(config, K))
   options = dict(re.findall(r"--config\.([\w.]+)=(\w*)", str(told.value)))
   assert set(options) == {"criterion.name", "criterion.class_weights"}
   configs.override(config, options)
-  build._check_criterion(config, build.build_method(config, K))
+  check_criterion(config, build.build_method(config, K))
 
 
 def test_numbers_out_of_range_are_told_together():

@@ -1,0 +1,318 @@
+"""Makes of config.data the data sets of a run, opened; and of images that a program has in its
+hands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from pseudoseg_jax import checks, config as configs
+from pseudoseg_jax.builders.classes import (
+  below,
+  build_classes,
+  check_in_files,
+  check_several,
+  with_background,
+)
+from pseudoseg_jax.builders.folder import open_folder, split_file, split_in_words
+from pseudoseg_jax.builders.opened import Data, Domain
+from pseudoseg_jax.data import (
+  classes as classes_lib,
+  decode,
+  given,
+  listing,
+  pipeline,
+  sources,
+  splits,
+  synthetic,
+)
+from pseudoseg_jax.data.classes import Classes
+from pseudoseg_jax.data.decode import ImageLike
+from pseudoseg_jax.data.given import GivenImages
+
+
+def build_data(data_config: configs.ConfigDict, *, check: bool = True) -> Data:
+  """Opens the sources; raises InputError with everything that can be known without decoding all
+  images.
+
+  check=False looks at no file of a folder, and lets roles share images: for `check_data`, which
+  tells of all that.
+  """
+  checks.check_name(
+    "config.data.name", data_config.name, ("folder", "synthetic", "tfds", configs.GIVEN)
+  )
+  check_in_files(data_config)
+  if data_config.name == "folder":
+    return open_folder(data_config, check)
+  return _synthetic(data_config) if data_config.name == "synthetic" else _tfds(data_config)
+
+
+def make_data(
+  images: Sequence[ImageLike],
+  masks: Sequence[ImageLike | None],
+  classes: Classes | Sequence[str],
+  *,
+  evaluated: tuple[Sequence[ImageLike], Sequence[ImageLike]],
+  unlabeled: Sequence[ImageLike] = (),
+  background: str = "auto",
+  channels: int = 3,
+  max_value: float = 0.0,
+  exif_orientation: str = "apply",
+  label_map: Mapping[int, int] | None = None,
+) -> Data:
+  """Makes a data set of images that a program has in its hands, for `train(..., data=...)` and
+  `evaluate(..., data=...)`.
+
+  >>> data = make_data(photos, masks, ["background", "leaf"], evaluated=(other_photos, other_masks))
+
+  Args:
+    images: to learn from, each a path, a PIL image or an array [h, w, C] of any type, see
+      `data.decode.read_any_image`; sizes may differ.
+    masks: one for each image: a path, a PIL image or an array [h, w] of class indices, 255 = no
+      label; None: the image is unlabeled.
+    classes: names by class index, or Classes.
+    evaluated: images and masks that nothing is learnt from.
+    unlabeled: further images without masks.
+    background: whether class 0 is what is left beside things, "yes" or "no"; "auto": its name says
+      so.
+    channels, max_value, exif_orientation: of all images: how many channels they have, their value
+      of full brightness (0 = 255, of files by their type), and whether EXIF orientations are
+      applied ("apply") or not ("ignore").
+    label_map: mask value -> class, {11: 255}.
+
+  Raises:
+    InputError: everything that shows without decoding files, all at once.
+  """
+  checks.check_name("background", background, ("auto", "yes", "no"))
+  decode.check_options(exif_orientation, max_value)
+  if not isinstance(classes, Classes):
+    palette = classes_lib.voc_palette(len(classes) + 1)[: len(classes)]
+    classes = Classes(tuple(classes), tuple(tuple(map(int, color)) for color in palette))
+  check_several(classes, "classes")
+  classes = with_background(classes, background)
+  problems = checks.Problems("the data cannot be used")
+  images, masks = list(images), list(masks)
+  if len(images) != len(masks):
+    problems.add(
+      "masks",
+      got=f"{len(masks)} for {len(images)} images",
+      allowed="one for each, None where there is none",
+    )
+    problems.raise_if_any()
+  reading = {"channels": channels, "max_value": max_value, "exif_orientation": exif_orientation}
+  with_masks = reading | {"num_classes": len(classes), "label_map": label_map}
+  has_mask = [mask is not None for mask in masks]
+  labeled_images = [image for image, has in zip(images, has_mask, strict=True) if has]
+  labeled_masks = [mask for mask in masks if mask is not None]
+  unlabeled = [*(image for image, has in zip(images, has_mask, strict=True) if not has), *unlabeled]
+  opened = {}
+  for role, make in (
+    ("labeled", lambda: GivenImages(labeled_images, labeled_masks, name="labeled", **with_masks)),
+    # No images are left over: methods then see the labeled ones as unlabeled ones too, as with
+    # folders.
+    (
+      "unlabeled",
+      lambda: GivenImages(
+        unlabeled or labeled_images, name="unlabeled" if unlabeled else "labeled", **reading
+      ),
+    ),
+    ("evaluated", lambda: GivenImages(*evaluated, name="evaluated", **with_masks)),
+  ):
+    try:
+      opened[role] = make()
+    except checks.InputError as error:
+      problems.extend([str(error).replace("\n", "\n  ")])
+  problems.raise_if_any()
+  given.check_apart(labeled=opened["labeled"], evaluated=opened["evaluated"])
+  split = f"{len(opened['labeled'])} labeled, {len(opened['unlabeled'])} unlabeled"
+  return Data(classes=classes, truth_known=False, split=split, options=reading, **opened)
+
+
+def name_given(config: configs.ConfigDict, data: Data) -> None:
+  """Lets config.data say, in place, that the images are those that were given from Python; the
+  normalization stays.
+  """
+  channels = data.labeled.channels
+  for name, other in (("mean", 0.5), ("std", 0.25)):
+    if (
+      len(config.data[name]) != channels
+      and config.data[name] == configs.base(config.method).data[name]
+    ):
+      config.data[name] = (other,) * channels  # the default is of red, green and blue
+  normalization = {name: config.data[name] for name in ("mean", "std")}
+  config.data = configs.ConfigDict(
+    configs.given_data(**{"channels": channels, **data.options}) | normalization
+  )
+
+
+def build_domains(config: configs.ConfigDict, given_data: Data | None = None) -> tuple[Domain, ...]:
+  """The data of config.data and of each of config.other_data, in the order of the domains' numbers;
+  raises as `build_data`.
+
+  config.labeled_every and config.pseudo_labels are about the first one, whose images may be given.
+  """
+  opened = build_data(config.data) if given_data is None else given_data
+  first = _with_pseudo_labels(config, _every_labeled(config.get("labeled_every", 1), opened))
+  domains = [Domain("", config, first)]
+  for name, options in sorted(config.get("other_data", {}).items()):
+    own = config.copy_and_resolve_references()
+    # One network sees all of them.
+    own.data = {**options.to_dict(), "mean": config.data.mean, "std": config.data.std}
+    own.seed = pipeline.stream_seed(config.seed, f"domain/{name}")
+    with told_of(name):
+      domains.append(Domain(name, own, build_data(own.data)))
+  return tuple(domains)
+
+
+def _every_labeled(every: int, data: Data) -> Data:
+  """Only every n-th of the labeled images; the others are not used at all."""
+  kept = data.labeled.ids[::every]
+  if len(kept) == len(data.labeled):
+    return data
+  left_out = {*data.labeled.ids} - {*kept}
+  unlabeled = [name for name in data.unlabeled.ids if name not in left_out]
+  return data._replace(
+    labeled=sources.Subset(data.labeled, kept),
+    unlabeled=data.unlabeled
+    if len(unlabeled) == len(data.unlabeled)
+    else sources.Subset(data.unlabeled, unlabeled),
+    split=f"{data.split}; labeled_every {every}: {len(kept)} labeled",
+  )
+
+
+def _with_pseudo_labels(config: configs.ConfigDict, data: Data) -> Data:
+  """The data with config.pseudo_labels; images that are labeled keep their true labels."""
+  options = config.get("pseudo_labels", {"folder": ""})
+  if not options["folder"]:
+    return data
+  folder = below(options["folder"], "")
+  sources.check_labels_folder(folder, data.classes.names)
+  ids = _pseudo_labeled_ids(config, data)
+  pseudo_labeled = sources.PseudoLabels(data.unlabeled, folder, data.classes.names, ids)
+  return data._replace(
+    pseudo_labeled=pseudo_labeled, split=f"{data.split} + {len(ids)} pseudo labels"
+  )
+
+
+def _pseudo_labeled_ids(config: configs.ConfigDict, data: Data) -> list[str]:
+  """Those of the unlabeled images that the list of pseudo labels names."""
+  options = config.pseudo_labels
+  path, pattern = below(options.folder, "list.txt"), None
+  if options.list:
+    path = _list_file(config.data, options.list)
+    pattern = (
+      None if config.data.get("unlabeled_folder") else config.data.get("image_pattern") or None
+    )
+  listed = [
+    entry._replace(id=listing.normalized(entry.id)) for entry in splits.read_entries(path, pattern)
+  ]
+  unlabeled = {splits.without_suffix(name): name for name in data.unlabeled.ids} | {
+    name: name for name in data.unlabeled.ids
+  }
+  labeled = {*data.labeled.ids}
+  ids, strangers = [], []
+  for entry in listed:
+    # Ids of a bare folder of images end like files, and read as paths.
+    name = unlabeled.get(entry.image) or unlabeled.get(entry.id) or entry.id
+    if name in unlabeled and name not in labeled:
+      ids.append(name)
+    elif name not in labeled:
+      strangers.append(name)
+  problems = checks.Problems(f"cannot use pseudo labels {options.folder}")
+  if strangers:
+    got = f"{len(strangers)} of {len(listed)} images that are not among the training images: {splits.shorten(strangers)}"
+    remedy = f"one of them is '{data.unlabeled.ids[0]}'"
+    problems.add(f"list {path}", got=got, allowed="unlabeled images of config.data", remedy=remedy)
+  elif not ids:
+    problems.add(
+      f"list {path}",
+      got="only images that have true labels",
+      allowed="at least one unlabeled image",
+    )
+  problems.raise_if_any()
+  return ids
+
+
+def _list_file(data_config: configs.ConfigDict, path: str) -> pathlib.Path:
+  """A list below the data's root, or anywhere."""
+  found = below(data_config.get("root", ""), path)
+  return found if found.is_file() else below("", path)
+
+
+@contextlib.contextmanager
+def told_of(name: str) -> Iterator[None]:
+  """Says of errors meanwhile which domain they are about."""
+  try:
+    yield
+  except checks.InputError as error:
+    if not name:
+      raise
+    raise checks.InputError(
+      f"domain '{name}': {str(error).replace('config.data', f'config.other_data.{name}')}"
+    ) from error
+
+
+def _synthetic(data_config: configs.ConfigDict) -> Data:
+  scenes = synthetic.SyntheticScenes(
+    data_config.num_scenes, tuple(data_config.size), seed=data_config.scenes_seed
+  )
+  if not 1 <= data_config.num_labeled < data_config.num_scenes:
+    problems = checks.Problems("config.data does not fit together")
+    problems.add(
+      "config.data.num_labeled",
+      got=data_config.num_labeled,
+      allowed=f"1..{data_config.num_scenes - 1} (num_scenes - 1)",
+    )
+    problems.raise_if_any()
+  return Data(
+    classes=synthetic.CLASSES,
+    labeled=sources.Subset(scenes, scenes.ids[: data_config.num_labeled]),
+    unlabeled=sources.Subset(scenes, scenes.ids[data_config.num_labeled :]),
+    evaluated=synthetic.SyntheticScenes(
+      data_config.num_eval_scenes, tuple(data_config.size), seed=data_config.scenes_seed + 1
+    ),
+    truth_known=True,
+    split=f"{data_config.num_labeled} labeled of {data_config.num_scenes} synthetic scenes",
+  )
+
+
+def _tfds(data_config: configs.ConfigDict) -> Data:
+  from pseudoseg_jax.data.tfds_source import TfdsSource  # takes seconds to import, and few need it
+
+  classes = build_classes(data_config)
+  keys = {name: data_config[name] or None for name in ("image_key", "id_key", "class_key")}
+  images = functools.partial(
+    TfdsSource,
+    os.path.expanduser(data_config.dataset),
+    data_dir=os.path.expanduser(data_config.root) or None,
+  )
+  masks = {
+    "label_key": data_config.label_key,
+    "num_classes": len(classes),
+    "label_map": classes_lib.read_label_map(data_config.label_map),
+  }
+  train = images(data_config.train_split, **masks, **keys)
+  if splits.is_part(data_config.split):
+    labeled_ids = splits.part(train.ids, data_config.split, seed=data_config.split_seed)
+  else:
+    labeled_ids = splits.read_list(split_file(data_config))
+  rest = splits.complement(train.ids, labeled_ids)
+  unlabeled = images(
+    data_config.unlabeled_split or data_config.train_split,
+    label_key=None,
+    **keys | {"class_key": None},
+  )
+  opened = {
+    "labeled": sources.Subset(train, labeled_ids),
+    "unlabeled": unlabeled
+    if data_config.unlabeled_split
+    else sources.Subset(unlabeled, rest or labeled_ids),
+    "evaluated": images(data_config.eval_split, **masks, **keys),
+  }
+  return Data(
+    classes=classes, truth_known=False, split=split_in_words(data_config, opened), **opened
+  )

@@ -1,0 +1,165 @@
+"""Makes of a config what scores a method's predictors, and what labels images with them."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+
+import jax
+
+from pseudoseg_jax import checks, config as configs
+from pseudoseg_jax.builders.classes import below
+from pseudoseg_jax.builders.opened import Data, images_of, rows_unlabeled_alone
+from pseudoseg_jax.contract import Method
+from pseudoseg_jax.data import (
+  boxes,
+  tags,
+)
+from pseudoseg_jax.evaluation import hints, inference
+from pseudoseg_jax.evaluation.evaluator import Evaluator, make_evaluator
+from pseudoseg_jax.evaluation.inference import Protocol
+
+
+def build_protocol(config: configs.ConfigDict) -> Protocol:
+  options = config.evaluation
+  if options.preset:
+    checks.check_name("config.evaluation.preset", options.preset, inference.PRESETS)
+    return inference.PRESETS[options.preset]
+  protocol = Protocol(**{name: options[name] for name in inference.OPTIONS})
+  inference.check_protocol(protocol)
+  return protocol
+
+
+def describe_protocol(config: configs.ConfigDict) -> str:
+  """The protocol in words, after its preset's name where it is one: "cps_voc: sliding windows of
+  512x512, ...".
+  """
+  preset = config.evaluation.preset
+  return f"{preset}: " * bool(preset) + inference.describe(build_protocol(config))
+
+
+def _protocol_flags(config: configs.ConfigDict, protocol: Protocol) -> str:
+  """What a command line must say so that the config's protocol becomes this one."""
+  options, said = config.evaluation, protocol._asdict()
+  flags = ["--config.evaluation.preset="] * bool(options.preset)
+  flags += [
+    f"--config.evaluation.{name}={said[name]}"
+    for name in inference.OPTIONS
+    if said[name] not in (options[name], None)
+  ]
+  return " ".join(map(shlex.quote, flags))
+
+
+def build_evaluator(
+  config: configs.ConfigDict, data: Data, method: Method, mesh: jax.sharding.Mesh, number: int = 0
+) -> Evaluator:
+  """Of the predictors of domain `number`, on that domain's data.
+
+  With config.evaluation.image_labels, those that are shown the image alone are scored a second time
+  as NAME+image_labels, with their answers kept to the classes in the image.
+  """
+  names = []
+  for name in method.predictors:
+    if method.predictor_domains.get(name, 0) == number:
+      names.append(name)
+      if config.evaluation.get("image_labels") and name not in method.predictor_hints:
+        names.append(name + hints.IMAGE_LABELS)
+  flags = functools.partial(_protocol_flags, config)
+  return _evaluator(
+    config, data, method, mesh, names, "evaluated", protocol=build_protocol(config), flags=flags
+  )
+
+
+def build_labeler(
+  config: configs.ConfigDict,
+  data: Data,
+  method: Method,
+  mesh: jax.sharding.Mesh,
+  name: str,
+  role: str,
+  protocol: Protocol,
+) -> Evaluator:
+  """Predicts the images of a role (see `images_of`) with one predictor, or with NAME+image_labels;
+  for `Evaluator.stream` alone.
+
+  Raises:
+    InputError: no weak labels where they are wanted.
+  """
+  return _evaluator(config, data, method, mesh, [name], role, protocol=protocol, with_labels=False)
+
+
+def _evaluator(config, data, method, mesh, names, role, **options) -> Evaluator:
+  """Of predictors by name, with "+image_labels" or without, on the images of a role."""
+  source, num_classes = images_of(data, role), len(data.classes)
+  plain = {name: name.removesuffix(hints.IMAGE_LABELS) for name in names}
+  kinds = {
+    method.predictor_hints[name] for name in plain.values() if name in method.predictor_hints
+  }
+  kinds |= {"image"} if any(name != of for name, of in plain.items()) else set()
+  predictors = {name: method.predictors[of] for name, of in plain.items()}
+  if kinds:
+    source = hints.Hinted(
+      source,
+      num_classes,
+      {kind: _weak_labels(config.data, data, role, kind) for kind in sorted(kinds)},
+    )
+    predictors = {
+      name: source.predictor(
+        predict, method.predictor_hints.get(plain[name]), masked=name != plain[name]
+      )
+      for name, predict in predictors.items()
+    }
+  planes = len(kinds) * num_classes
+  return make_evaluator(
+    predictors,
+    source,
+    data.classes,
+    mean=(*config.data.mean, *[0.0] * planes),
+    std=(*config.data.std, *[1.0] * planes),
+    batch_size=config.evaluation.batch_size,
+    mesh=mesh,
+    **options,
+  )
+
+
+def _weak_labels(
+  data_config: configs.ConfigDict, data: Data, role: str, kind: str
+) -> hints.WeakLabel:
+  """The weak labels of the images of a role, by row: what the user's files say, else read off masks
+  that are known.
+
+  Image-level labels of labeled and evaluated images are always those of their masks.
+  """
+  source, others = images_of(data, role), rows_unlabeled_alone(data)
+  if role == "train" and others:
+    labeled, unlabeled = (
+      _weak_labels(data_config, data, part, kind) for part in ("labeled", "unlabeled")
+    )
+    count = len(data.labeled)
+    return lambda row: labeled(row) if row < count else unlabeled(others[row - count])
+  masks_known = role != "unlabeled" or data.truth_known
+  option = {"image": "image_labels", "boxes": "eval_boxes" if role == "evaluated" else "boxes"}[
+    kind
+  ]
+  path = data_config.get(option)
+  if path and not (kind == "image" and masks_known):
+    read = {"image": tags.read_tags, "boxes": boxes.read_boxes}[kind]
+    return read(below(data_config.get("root", ""), path), source.ids, data.classes).__getitem__
+  if not masks_known:
+    problems = checks.Problems(f"the {role} images cannot be predicted with weak labels")
+    allowed = {
+      "image": "a CSV or JSON of image-level labels, or a folder of VOC XML",
+      "boxes": "a folder of VOC XML, or a COCO JSON",
+    }
+    problems.add(
+      f"config.data.{option}",
+      got="nothing",
+      allowed=allowed[kind],
+      remedy=f"--config.data.{option}=PATH",
+    )
+    problems.raise_if_any()
+  return (
+    hints.image_labels_of_masks(source, len(data.classes))
+    if kind == "image"
+    else hints.boxes_of_masks(source, data.classes)
+  )

@@ -1,0 +1,68 @@
+"""What a run learns from, opened, and what it is scored on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pseudoseg_jax import config as configs
+from pseudoseg_jax.data import (
+  sources,
+)
+from pseudoseg_jax.data.classes import Classes
+from pseudoseg_jax.data.skipped import Skipped
+from pseudoseg_jax.data.sources import Source
+
+
+class Data(NamedTuple):
+  """labeled: images with masks; unlabeled: images alone; evaluated: images with masks that nothing
+  is learnt from.
+
+  truth_known: the unlabeled images have masks that may be shown, never learnt from.
+  pseudo_labeled: images that are learnt from as the labeled ones are, with labels that a network
+    made; or None.
+  skipped: the files that are learnt nothing from since they cannot be read, so far; None: such a
+    file is an error.
+  options: what config.data is to say of how images that were given from Python are read, see
+    `name_given`.
+  """
+
+  classes: Classes
+  labeled: Source
+  unlabeled: Source
+  evaluated: Source
+  truth_known: bool
+  split: str  # in words, for reports
+  pseudo_labeled: Source | None = None
+  skipped: Skipped | None = None
+  options: Mapping[str, Any] = {}
+
+
+class Domain(NamedTuple):
+  """One of the data sets that a run learns from.
+
+  name: that of config.other_data; "" of the first domain.
+  config: the run's; of a further domain with its data in the place of the first one's, and a seed
+    of its own.
+  """
+
+  name: str
+  config: configs.ConfigDict
+  data: Data
+
+
+def images_of(data: Data, role: str) -> Source:
+  """The "labeled", "unlabeled" or "evaluated" images; or "train", the labeled ones and then those
+  that are unlabeled alone.
+  """
+  if role != "train":
+    return getattr(data, role)
+  others = [data.unlabeled.ids[row] for row in rows_unlabeled_alone(data)]
+  return (
+    sources.Joined(data.labeled, sources.Subset(data.unlabeled, others)) if others else data.labeled
+  )
+
+
+def rows_unlabeled_alone(data: Data) -> list[int]:
+  labeled = frozenset(data.labeled.ids)
+  return [row for row, name in enumerate(data.unlabeled.ids) if name not in labeled]
