@@ -5,7 +5,7 @@ domains.
   --config=configs/domains.py:first=cityscapes,first_split=1_8,second=camvid --config.data.root=DIR --config.other_data.camvid.root=DIR2
 
 first, second: configs beside this one, by name. Everything but the second's data (crops, steps,
-batch sizes: of each domain, normalisation, evaluation) is the first's. first_NAME=VALUE and
+batch sizes: of each domain, normalization, evaluation) is the first's. first_NAME=VALUE and
 second_NAME=VALUE are arguments of those two configs;
 --config.data.KEY and --config.other_data.SECOND.KEY set their options. More domains are further entries of config.other_data.
 """

@@ -21,7 +21,7 @@ Images on neither list are the unlabeled ones. Whatever differs is said by an op
   eval_image_pattern=val/{id}.jpg eval_label_pattern=valmasks/{id}.png eval_list=    a folder to evaluate on instead of a list
   unlabeled_folder=more             a folder of unlabeled images
   label_map=11:255,12:3             stored mask values that stand for other classes; 255 = no label
-  mask_colors=True                  masks drawn in the colours of classes.txt
+  mask_colors=True                  masks drawn in the colors of classes.txt
   reduce_zero_label=True            stored 0 = no label, 1 = class 0, ...
   exif_orientation=ignore           pixels as they are stored; else pictures as viewers and labeling tools show them
   max_value=4095                    stored value of full brightness, of 12 bits; 1 of floats on 0..1

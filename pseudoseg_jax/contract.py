@@ -24,7 +24,7 @@ PyTree = Any
 # One global batch, a nested dict of arrays (leading axis = global batch, split over the mesh's
 # `data` axis):
 #
-#   "labeled":   {"image":  f32[Bl, H, W, 3],      normalised (data.photometry.normalize)
+#   "labeled":   {"image":  f32[Bl, H, W, 3],      normalized (data.photometry.normalize)
 #                 "label":  i32[Bl, H, W],         0..K-1, or IGNORE_LABEL
 #                 "valid":  bool[Bl, H, W]}        False on padding
 #   "unlabeled": {"weak":   f32[Bu, H, W, 3],      geometry only
@@ -158,7 +158,7 @@ class Task(NamedTuple):
   num_unlabeled: length of the list of unlabeled images, the range of batch["unlabeled"]["id"]; 0
     where nothing will be learnt.
   other_classes: the number of classes of each further domain.
-  mean, std: what images were normalised with, C numbers each on the scale 0..1.
+  mean, std: what images were normalized with, C numbers each on the scale 0..1.
   unlabeled_weight: step i32[] -> factor on the weight of whatever a method learns without pixel
     labels, on top of its own ramp.
   """
@@ -182,7 +182,7 @@ Predictor = Callable[[State, Array], Array]
 class Panels(NamedTuple):
   """What a method shows of a batch, for people who want to see why it works.
 
-  names, kinds: of the panels in their order; a kind is "image" (f32[B,H,W,3], normalised),
+  names, kinds: of the panels in their order; a kind is "image" (f32[B,H,W,3], normalized),
     "classes" (f32[B,h,w,K], probabilities or scores from 0 on, on any grid) or "heat" (f32[B,h,w]
     in 0..1). The last "classes" panel is the pseudo label.
   compute: (state, batch, draws) -> (one array a name, kept bool[B,h,w]: where the pseudo label is

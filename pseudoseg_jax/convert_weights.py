@@ -17,7 +17,7 @@ examples:
   python -m pseudoseg_jax.convert_weights cps.pth cps.safetensors --among=branch2
       the second of a file's networks
   python -m pseudoseg_jax.convert_weights cps.pth CPS --config=configs/voc.py:recipe=cps,backbone=resnet101
-      a whole published network as a folder to use, with the config's classes, normalisation and protocol:
+      a whole published network as a folder to use, with the config's classes, normalization and protocol:
   python -m pseudoseg_jax.main --mode=eval --workdir=CPS --config.data.root=DIR
   python -m pseudoseg_jax.predict --workdir=CPS --images=DIR --out=OUT
 

@@ -41,7 +41,7 @@ Predicts the images of a training run's own data, each whole, and writes for ima
   OUT/labels/ID.png      class ids (0, 1, 2, ...) as the pixels of an 8-bit palette PNG
   OUT/confidence/ID.png  with --confidence: 255 times the probability of that class, 8-bit grey
 
-and OUT/legend.png, the classes' colours, OUT/list.txt, the ids, and, once all is there, OUT/manifest.json: what the labels are
+and OUT/legend.png, the classes' colors, OUT/list.txt, the ids, and, once all is there, OUT/manifest.json: what the labels are
 from, and how many pixels each class has. A run learns from them with --config.pseudo_labels.folder=OUT. Sub-folders of ids are
 kept, endings of image files are not. Files appear whole or not at all; the same command again goes on where it was stopped.
 """

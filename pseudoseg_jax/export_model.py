@@ -13,7 +13,7 @@ DESCRIPTION = """\
 Writes one network of a training run as
 
   OUT/model.safetensors   weights and batch-norm statistics, float32
-  OUT/config.json         network, classes, normalisation, protocol, and where it is from: method, step, split, scores
+  OUT/config.json         network, classes, normalization, protocol, and where it is from: method, step, split, scores
 
 which is all that is needed to use it, on any machine; predictions equal those of the run bit for bit.
 """

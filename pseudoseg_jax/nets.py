@@ -1,4 +1,4 @@
-"""The plain functions that methods share: a network is born, run, descended and averaged here."""
+"""The plain functions that methods share: networks are made, run, descended and averaged here."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ from pseudoseg_jax.contract import (
 
 
 def create(task: Task, key: Array, **heads: Head) -> NetState:
-  """A freshly initialised network with its optimiser state; `heads` stand beside "backbone" and
+  """A freshly initialized network with its optimizer state; `heads` stand beside "backbone" and
   "head" under their names.
   """
   params, batch_stats = task.network.init(key)
   for name, head in heads.items():
     params[name], batch_stats[name] = head.init(rng.stream(key, name))
-  return _born(task.network.apply, params, batch_stats, task.optimizer)
+  return _initialized(task.network.apply, params, batch_stats, task.optimizer)
 
 
-def create_of(head: Head, key: Array, optimizer: Optimizer) -> NetState:
-  """A head as a network of its own, with an optimiser of its own."""
-  return _born(head.apply, *head.init(key), optimizer)
+def create_from_head(head: Head, key: Array, optimizer: Optimizer) -> NetState:
+  """A head as a network of its own, with an optimizer of its own."""
+  return _initialized(head.apply, *head.init(key), optimizer)
 
 
-def _born(apply: Callable, params: PyTree, batch_stats: PyTree, optimizer: Optimizer) -> NetState:
+def _initialized(
+  apply: Callable, params: PyTree, batch_stats: PyTree, optimizer: Optimizer
+) -> NetState:
   net = NetState.create(
     apply_fn=apply, params=params, batch_stats=batch_stats, tx=optimizer.transform
   )
@@ -51,12 +53,12 @@ _NO_DESCENT = optax.set_to_zero()
 
 
 def frozen(net: NetState) -> NetState:
-  """The network as one that no gradient moves, without optimiser state."""
+  """The network as one that no gradient moves, without optimizer state."""
   return net.replace(tx=_NO_DESCENT, opt_state=_NO_DESCENT.init(net.params))
 
 
 def teacher_of(student: NetState) -> NetState:
-  """A teacher born as a copy of the student; copies of the arrays, since the engine donates
+  """A teacher initialized as a copy of the student; copies of the arrays, since the engine donates
   both.
   """
   params, batch_stats = jax.tree.map(jnp.copy, (student.params, student.batch_stats))
@@ -83,7 +85,7 @@ def init_student_and_teacher(task: Task, **heads: Head) -> Callable[[Array], Sta
 
 
 def init_two(task: Task) -> Callable[[Array], State]:
-  """key -> State of "a" and "b", the same architecture initialised independently: the only
+  """key -> State of "a" and "b", the same architecture initialized independently: the only
   difference between the two.
   """
 
@@ -212,7 +214,7 @@ def descend(
   step: Array,
   objective: Objective,
 ) -> tuple[dict[str, NetState], Metrics]:
-  """One optimiser step of every net in `nets` on one objective.
+  """One optimizer step of every net in `nets` on one objective.
 
   Args:
     optimizer: of all nets, or one for each by its name.

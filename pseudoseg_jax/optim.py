@@ -1,4 +1,4 @@
-"""Optimisers whose learning rate and weight decay depend on a parameter's path."""
+"""Optimizers whose learning rate and weight decay depend on a parameter's path."""
 
 from __future__ import annotations
 

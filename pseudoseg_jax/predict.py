@@ -33,10 +33,10 @@ DESCRIPTION = """\
 Segments images of any size with a trained workdir or an exported network. For every image NAME.jpg it writes
 
   OUT/ids/NAME.png      class ids (0, 1, 2, ...) as the pixels of an 8-bit palette PNG
-  OUT/color/NAME.png    classes in colour
+  OUT/color/NAME.png    classes in color
   OUT/overlay/NAME.png  the image tinted by class
 
-and OUT/legend.png, the classes' colours. Sub-folders are kept. Files appear whole or not at all; the same command
+and OUT/legend.png, the classes' colors. Sub-folders are kept. Files appear whole or not at all; the same command
 again goes on where it was stopped. Images that cannot be read are told at the end, when all others are done.
 
 Ids lie on the picture as viewers show it: an EXIF orientation is applied, unless --config.data.exif_orientation=ignore says that

@@ -3,7 +3,7 @@ sources.
 
 A recipe is a function (config, dataset, split): dataset is "voc" or "cityscapes" (PseudoSeg's also
 "coco"); split is that of the config's argument, "1_8" or "92" say, by which published code chooses
-the number of steps. Networks, optimiser, views, steps, criterion and evaluation are the code's, and
+the number of steps. Networks, optimizer, views, steps, criterion and evaluation are the code's, and
 the options of its method where the data set changes them.
 """
 
@@ -53,7 +53,7 @@ def cps(config: configs.ConfigDict, dataset: str, split: str) -> None:
   split = split if split in _CPS_EPOCHS[dataset] else "1_8"
   longer = TRAIN_IMAGES[dataset] - TRAIN_IMAGES[dataset] // int(split[2:])
   config.total_steps = _CPS_EPOCHS[dataset][split] * (longer // 8)
-  # The official 0.01 (Cityscapes: 0.02) reaches the optimiser divided by the number of GPUs, 4 (8):
+  # The official 0.01 (Cityscapes: 0.02) reaches the optimizer divided by the number of GPUs, 4 (8):
   # the loss is divided by it, then the gradients are averaged once more. Weight decay, 1e-4, is
   # not: 0.0025 with 4e-4 (8e-4) is what was trained. [cps, gradient scale]
   config.optimizer.update(
@@ -142,7 +142,7 @@ def classmix(config: configs.ConfigDict, dataset: str, split: str) -> None:
   size = {"voc": 10, "cityscapes": 2}[dataset]
   config.batch_size_global = {"labeled": size, "unlabeled": size}
   # The configs say 2.5e-4, and the code 10 times that for the head. But it lists the convolutions
-  # of stages 1-4 three times, so that the optimiser moves them three times a step (the stem once,
+  # of stages 1-4 three times, so that the optimizer moves them three times a step (the stem once,
   # shortcuts four times): 7.5e-4 and 2.5e-3 are what was trained. [classmix, optimisation]
   config.optimizer.update(
     {
@@ -179,10 +179,10 @@ def classmix(config: configs.ConfigDict, dataset: str, split: str) -> None:
 
 def cutmix_seg(config: configs.ConfigDict, dataset: str, split: str) -> None:
   """CutMix-Seg's official runs (Britefury/cutmix-semisup-seg), for every split: the scripts of
-  DeepLab v3+ with colour augmentation.
+  DeepLab v3+ with color augmentation.
 
   On Cityscapes only DeepLab v2 was run (Adam, 3e-5, a tenth of it for pretrained parameters): there
-  data and batch are the script's, and network and optimiser those of v3+ on VOC. Network and frozen
+  data and batch are the script's, and network and optimizer those of v3+ on VOC. Network and frozen
   batch norm are for ImageNet's weights in `config.network.pretrained`.
   """
   # torchvision's ResNet-101 and ASPP with rates 12, 24, 36; there with dropout 0.5 after the ASPP.
@@ -363,10 +363,10 @@ def cct(config: configs.ConfigDict, dataset: str, split: str) -> None:
       "decay_scope": "all",
     }
   )
-  # Longer sides of 200 to 800, of VOC's 500; without colour jitter. [cct, data]
+  # Longer sides of 200 to 800, of VOC's 500; without color jitter. [cct, data]
   scales = {"voc": (0.4, 1.6), "cityscapes": (0.5, 2.0)}[dataset]
   config.views.update({"convention": "cct", "crop_size": (320, 320), "scales": scales})
-  # Padded to multiples of 8: there by reflection, here with the mean colour. [cct, evaluation]
+  # Padded to multiples of 8: there by reflection, here with the mean color. [cct, evaluation]
   config.evaluation.update({"style": "whole", "pad_multiple": 8, "absent_classes": "zero"})
   config.evaluation.batch_size = {"voc": 8, "cityscapes": 1}[dataset]
 
@@ -384,7 +384,7 @@ def gct(config: configs.ConfigDict, dataset: str, split: str) -> None:
   config.network = configs.network("pspnet_pixelssl", backbone="resnet101")
   config.batch_size_global = {"labeled": 8, "unlabeled": 8}
   # An epoch is a pass over the unlabeled images; the consistency rises for 5 of them. [gct,
-  # optimisers]
+  # optimizers]
   epochs = {"1_16": 45, "1_8": 45, "1_4": 55, "1_2": 80}.get(split, 45)
   images = TRAIN_IMAGES[dataset]
   config.total_steps = epochs * ((images - labeled_images(split, images)) // 8)

@@ -175,15 +175,15 @@ def walked_corners(region):
   around = outlines._AROUND
   cells = set(zip(*np.nonzero(region)))
   start = min(cells)
-  neighbour = lambda cell, way: (cell[0] + around[way % 8][0], cell[1] + around[way % 8][1])
-  # The first pixel's left and upper neighbours are free; where the walk ends is the first one found
+  neighbor = lambda cell, way: (cell[0] + around[way % 8][0], cell[1] + around[way % 8][1])
+  # The first pixel's left and upper neighbors are free; where the walk ends is the first one found
   # clockwise from there.
-  before = next((way for way in (3, 2, 1, 0, 7, 6, 5) if neighbour(start, way) in cells), None)
+  before = next((way for way in (3, 2, 1, 0, 7, 6, 5) if neighbor(start, way) in cells), None)
   cell, back, turns, incoming = start, before, 0, (before + 4) % 8
   while True:
-    way = next(way % 8 for way in range(back + 1, back + 9) if neighbour(cell, way) in cells)
+    way = next(way % 8 for way in range(back + 1, back + 9) if neighbor(cell, way) in cells)
     turns += way != incoming
-    cell, back, incoming = neighbour(cell, way), (way + 4) % 8, way
+    cell, back, incoming = neighbor(cell, way), (way + 4) % 8, way
     if (cell, back) == (start, before):
       return turns
 

@@ -70,7 +70,7 @@ def test_every_kind_of_damage_is_found_with_its_path(tmp_path):
   for name in ("whole", "cut", "empty", "absent", "cut_mask", "absent_mask"):
     add(tmp_path, name)
   add(tmp_path, "values", mask=np.where(np.arange(WIDTH) < 1, 7, constant(11)).astype(np.uint8))
-  add(tmp_path, "colours", mask=np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+  add(tmp_path, "colors", mask=np.zeros((HEIGHT, WIDTH, 3), np.uint8))
   add(tmp_path, "small", mask=np.ones((3, 4), np.uint8))
   add(tmp_path, "ignored", mask=constant(255))
   add(tmp_path, "binary", mask=np.where(np.arange(WIDTH) < 4, 255, constant(0)).astype(np.uint8))
@@ -93,8 +93,8 @@ def test_every_kind_of_damage_is_found_with_its_path(tmp_path):
     and "No such file" in images[str(image("absent"))]
   )
   masks = items(found.findings, "unreadable_mask")
-  assert set(masks) == {str(label(name)) for name in ("cut_mask", "absent_mask", "colours")}
-  assert "got 3 channels" in masks[str(label("colours"))]
+  assert set(masks) == {str(label(name)) for name in ("cut_mask", "absent_mask", "colors")}
+  assert "got 3 channels" in masks[str(label("colors"))]
   assert items(found.findings, "unknown_value") == {str(label("values")): "7 on 12 pixels"}
   assert items(found.findings, "size_mismatch") == {
     str(label("small")): "3 x 4, the image 12 x 16 (height x width)"
@@ -112,7 +112,7 @@ def test_masks_of_0_and_255_are_an_error_where_there_are_no_others(tmp_path):
   assert (finding.kind, finding.severity, len(finding.items)) == ("no_class_but_0", "error", 1)
 
 
-def test_unknown_values_are_told_of_coloured_masks_and_of_arrays(tmp_path):
+def test_unknown_values_are_told_of_colored_masks_and_of_arrays(tmp_path):
   add(tmp_path, "a", mask=np.uint8([[[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 255, 0]]]))
   np.save(tmp_path / "labels/a.npy", np.full((1, 4), 9, np.uint8))
   options = dict(image_pattern="images/{id}.jpg", num_classes=3, check=False)

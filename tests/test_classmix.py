@@ -81,7 +81,7 @@ def test_cut_boxes_have_half_the_area_and_lie_inside(size):
 def test_cow_masks_hold_about_half_of_the_image_in_blobs():
   masks = mixing.cow_masks(mixing.draw_cow(jax.random.key(0), 20, (64, 48)))
   assert masks.shape == (20, 64, 48) and np.abs(np.mean(masks) - 0.5) < 0.1
-  assert np.mean(masks[:, :, 1:] != masks[:, :, :-1]) < 0.05  # neighbours are nearly always alike
+  assert np.mean(masks[:, :, 1:] != masks[:, :, :-1]) < 0.05  # neighbors are nearly always alike
   assert len({mask.tobytes() for mask in np.asarray(masks)}) == 20
 
 

@@ -1,4 +1,4 @@
-"""Colour jitter and blur on the device."""
+"""Color jitter and blur on the device."""
 
 import jax
 import jax.numpy as jnp

@@ -73,7 +73,7 @@ def test_voc_palette_gives_the_published_colors():
   assert len(classes.CAMVID) == 11
 
 
-def test_names_alone_get_colours_and_void_has_one_of_its_own(tmp_path):
+def test_names_alone_get_colors_and_void_has_one_of_its_own(tmp_path):
   path = tmp_path / "classes.txt"
   path.write_text("background\nhot dog  # with mustard\nvoid\n")
   read = classes.read_classes(path)
@@ -86,7 +86,7 @@ def test_names_alone_get_colours_and_void_has_one_of_its_own(tmp_path):
     classes.read_classes(path)
 
 
-def test_a_colour_of_two_classes_cannot_be_read_back():
+def test_a_color_of_two_classes_cannot_be_read_back():
   table = classes.Classes(("a", "b"), ((1, 1, 1), (1, 1, 1)), void=((2, 2, 2),))
   with pytest.raises(checks.InputError, match=r"\(1, 1, 1\): got a, b"):
     table.by_color()
@@ -122,9 +122,9 @@ COLORED = (("background", "cat", "traffic light"), ((0, 0, 0), (128, 0, 0), (1, 
     "0 0 0\tbackground\n128 0 0\t\tcat\n1 2 3\ttraffic light\n\n",  # CamVid's label_colors.txt
     "\ufeffbackground 0 0 0\ncat 128 0 0  # the animal\ntraffic light 1 2 3\nVoid 9 9 9\n",
   ],
-  ids=["spaces", "CVAT", "CSV", "headings, semicolons, CRLF", "colours first", "without indices"],
+  ids=["spaces", "CVAT", "CSV", "headings, semicolons, CRLF", "colors first", "without indices"],
 )
-def test_names_and_colours_in_the_forms_of_tools(tmp_path, text):
+def test_names_and_colors_in_the_forms_of_tools(tmp_path, text):
   found = read(tmp_path, text)
   assert (found.names, found.palette) == COLORED and found.void == ((9, 9, 9),) * ("Void" in text)
 
@@ -170,7 +170,7 @@ def test_another_long_file_is_told_at_once(tmp_path):
   )
 
 
-def test_what_labelme_ignores_has_the_colour_that_it_draws(tmp_path):
+def test_what_labelme_ignores_has_the_color_that_it_draws(tmp_path):
   assert read(tmp_path, "__ignore__\n_background_\ncat\n").by_color() == {
     (0, 0, 0): 0,
     (128, 0, 0): 1,

@@ -77,7 +77,7 @@ def message(call):
   ],
 )
 def test_pictures_are_read_as_viewers_show_them(tmp_path, suffix, options, orientation):
-  stored = blocks()[..., :1].repeat(3, -1)  # grey, as lossy formats mix colours
+  stored = blocks()[..., :1].repeat(3, -1)  # grey, as lossy formats mix colors
   path = tmp_path / f"x.{suffix}"
   Image.fromarray(stored).save(path, exif=exif(orientation), **options)
   for how, wanted in (("apply", turned(stored, orientation)), ("ignore", stored)):
@@ -348,7 +348,7 @@ def png(rows, color_type, *, side=2, depth=16):
 
 
 def test_sixteen_bit_grey_with_alpha_is_no_mask_as_pillow_halves_it(tmp_path):
-  """A PNG of bit depth 16 and colour type 4, which Pillow reads as 8 bits: class 3 would be class
+  """A PNG of bit depth 16 and color type 4, which Pillow reads as 8 bits: class 3 would be class
   0.
   """
   row = b"\0" + struct.pack(">HH", 3, 65535) * 2

@@ -383,7 +383,7 @@ def test_cutmix_seg_cuts_a_window_and_repeats_its_edges():
   np.testing.assert_allclose(got.window, [0, 2 / 6, 1, 2 / 6], rtol=1e-6)
 
 
-def test_cutmix_seg_padding_blends_with_the_mean_colour():
+def test_cutmix_seg_padding_blends_with_the_mean_color():
   even = tf.fill([4, 4, 3], tf.constant(153, tf.uint8))  # 0.6
   draws = geometry.Draws(tf.constant(False), tf.constant(4 / 6, tf.float64), tf.constant((0, 0)))
   place = dict(draws=draws, crop_size=(4, 4), convention="cutmix_seg")

@@ -201,20 +201,19 @@ def test_tensorflow_brightness_is_drawn_as_a_summand():
 
 @pytest.mark.parametrize("convention", ["opencv", "tensorflow"])
 @pytest.mark.parametrize("channels", [1, 5])
-def test_images_of_other_channels_are_spared_what_means_colour(channels, convention):
+def test_images_of_other_channels_are_spared_what_means_color(channels, convention):
   planes = tf.constant(np.random.default_rng(2).random((5, 7, channels), np.float32))
-  colour = dict(
+  color = dict(
     brightness=1.0 if convention == "opencv" else 0.0, saturation=0.1, hue=0.3, grayscale=True
   )
   np.testing.assert_allclose(
-    photometry.strong_view(planes, draws(**colour), 2.0, convention), planes, atol=1e-6
+    photometry.strong_view(planes, draws(**color), 2.0, convention), planes, atol=1e-6
   )
   mean = planes.numpy().mean(axis=(0, 1))
-  contrast = photometry.strong_view(planes, draws(**colour | {"contrast": 0.5}), 2.0, convention)
+  contrast = photometry.strong_view(planes, draws(**color | {"contrast": 0.5}), 2.0, convention)
   np.testing.assert_allclose(contrast, 0.5 * planes + 0.5 * mean, atol=1e-6)
   assert (
-    photometry.strong_view(planes, draws(**colour, blur=True), 2.0, convention).shape
-    == planes.shape
+    photometry.strong_view(planes, draws(**color, blur=True), 2.0, convention).shape == planes.shape
   )
 
 
@@ -222,7 +221,7 @@ def test_hue_and_saturation_are_those_of_tensorflow_also_for_greys_and_ties():
   rgb = image((8, 9))
   rgb[0] = rgb[0, :, :1]  # greys
   rgb[1, :, 0] = rgb[1, :, 1]  # two channels alike
-  rgb[2], rgb[3] = np.round(rgb[2]), 0.0  # full colours, black
+  rgb[2], rgb[3] = np.round(rgb[2]), 0.0  # full colors, black
   for shift in (-0.5, -0.2, 0.0, 1 / 3, 0.5):
     np.testing.assert_allclose(
       photometry.adjust_hue(rgb, shift), tf.image.adjust_hue(rgb, shift), atol=2e-6

@@ -60,7 +60,7 @@ def test_folder_gives_rgb_and_mapped_indices(tmp_path):
   assert source.size(1) == (6, 8)
   assert source.image(1).shape == (6, 8, 3) and source.image(1).dtype == np.uint8
   assert source.label(1).dtype == np.uint8
-  assert source.label(1)[0, :5].tolist() == [0, 1, 2, 255, 0]  # the palette's colours play no part
+  assert source.label(1)[0, :5].tolist() == [0, 1, 2, 255, 0]  # the palette's colors play no part
 
 
 def test_list_file_and_ids_are_the_same(tmp_path):
@@ -228,7 +228,7 @@ def test_subset_renumbers_rows(tmp_path):
   )
 
 
-def test_masks_in_colours_become_the_classes_of_their_colours(tmp_path):
+def test_masks_in_colors_become_the_classes_of_their_colors(tmp_path):
   make_folder(tmp_path)
   colors = np.zeros((6, 8, 3), np.uint8)
   colors[0, :3] = (128, 0, 0), (0, 1, 255), (255, 255, 255)
@@ -238,7 +238,7 @@ def test_masks_in_colours_become_the_classes_of_their_colours(tmp_path):
   )
   source = open_folder(tmp_path, label_map=None, mask_colors=table.by_color())
   assert source.label(0)[0, :4].tolist() == [1, 2, 255, 0]
-  # of colour (248, 7, 7).
+  # of color (248, 7, 7).
   save_palette(tmp_path / "labels/train/b.png", np.full((6, 8), 7, np.uint8))
   text = message(lambda: source.label(1))
   assert "(248, 7, 7) on 48 pixels" in text and "labels/train/b.png" in text and "void" in text

@@ -38,7 +38,7 @@ def test_color_does_not_tell_the_class():
         means[index].append(scenes.image(row)[inside].mean(0))
   centers = np.stack([np.mean(colors, 0) for colors in means.values()])
   spread = np.mean([np.std(colors, 0) for colors in means.values()])
-  # Classes' mean colours lie together; within a class they vary far more.
+  # Classes' mean colors lie together; within a class they vary far more.
   assert np.abs(centers - centers.mean(0)).max() < spread
 
 

@@ -337,7 +337,7 @@ def test_a_list_s_own_mask_comes_before_the_pattern_s_and_the_training_list_s_im
     ({"eval_list": ""}, ["training images would be evaluated", "eval_list"]),
     ({"eval_list": "no.txt"}, ["no.txt"]),
     ({"label_map": "2:3"}, ["{2: 3}", "0..2"]),
-    ({"mask_colors": "True", "classes": "voc"}, ["masks/p00.png", "colours", "pixels"]),
+    ({"mask_colors": "True", "classes": "voc"}, ["masks/p00.png", "colors", "pixels"]),
     ({"channels": "1"}, ["images/p00.jpg", "3 channels", "config.data.channels"]),
     ({"image_pattern": "", "label_pattern": ""}, ["train_list"]),
   ],
@@ -359,7 +359,7 @@ def test_masks_of_0_and_255_for_two_classes_are_noticed(trees, tmp_path):
     lists(tmp_path, label_map=label_map)
 
 
-def test_normalisation_must_fit_the_channels(trees):
+def test_normalization_must_fit_the_channels(trees):
   config = load("folder", trees("folder"), **{"data.channels": "1"})
   with pytest.raises(
     checks.InputError,

@@ -135,7 +135,7 @@ def with_context(x):
   return jnp.sin(3 * x) + jnp.mean(x * weight, (1, 2), keepdims=True)
 
 
-def test_whole_images_are_normalised_and_padded_with_the_mean_colour(image):
+def test_whole_images_are_normalized_and_padded_with_the_mean_color(image):
   shown = []
   mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
   watch = lambda x: (jax.debug.callback(lambda value: shown.append(np.asarray(value)), x), x)[1]
@@ -496,7 +496,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 # Pictures
 
 
-def test_colours_and_overlay_by_hand():
+def test_colors_and_overlay_by_hand():
   ids = np.array([[0, 2, 255]], np.uint8)
   np.testing.assert_array_equal(
     pictures.colorize(ids, CLASSES), [[[255, 0, 0], [0, 0, 255], [224, 224, 224]]]
@@ -526,7 +526,7 @@ def test_overlays_tint_areas_outline_them_and_leave_the_background():
   )
 
 
-def test_indexed_pictures_hold_ids_and_show_colours(tmp_path):
+def test_indexed_pictures_hold_ids_and_show_colors(tmp_path):
   ids = np.array([[0, 2], [1, 1]], np.uint8)
   pictures.indexed(ids, CLASSES).save(tmp_path / "ids.png")
   with Image.open(tmp_path / "ids.png") as read:
@@ -684,7 +684,7 @@ def run(folder, *more, images="images", out="out"):
   )
 
 
-def test_predict_writes_ids_colours_and_overlays_with_sub_folders(folder, capsys):
+def test_predict_writes_ids_colors_and_overlays_with_sub_folders(folder, capsys):
   assert run(folder) == 0
   for name in ("a", "b", "deep/c"):
     image = read_image(folder / "images" / f"{name}.png")

@@ -31,7 +31,7 @@ def test_half_pixel_treats_pixels_as_areas():
 
 def test_half_pixel_does_not_antialias():
   got = resize.bilinear_half_pixel(jnp.arange(8.0).reshape(1, 1, 8, 1), (1, 2))
-  np.testing.assert_allclose(got.ravel(), [1.5, 5.5])  # two neighbours only, whatever the factor
+  np.testing.assert_allclose(got.ravel(), [1.5, 5.5])  # two neighbors only, whatever the factor
 
 
 def test_nearest_reads_the_pixel_left_of_or_at_the_position():

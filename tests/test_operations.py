@@ -43,7 +43,7 @@ def images():
     ),
   ],
 )
-def test_colour_operations_are_those_of_pil(name, amount, by_hand):
+def test_color_operations_are_those_of_pil(name, amount, by_hand):
   image = Image.fromarray(PIXELS)
   least, greatest, operation = operations.COLOR_OPERATIONS[name]
   assert least <= amount <= greatest
@@ -94,7 +94,7 @@ def test_augmenting_is_a_function_of_the_generator_and_adds_nothing_but_255_to_a
     sizes.add(label.shape)
     seen.add(image.tobytes())
     unchanged += label.tobytes() == LABEL.tobytes()
-  # Two colour operations leave a mask as it is: 1/3, and more.
+  # Two color operations leave a mask as it is: 1/3, and more.
   assert len(sizes) > 5 and len(seen) > 50 and 10 < unchanged < 50
 
 
@@ -138,7 +138,7 @@ def test_what_labeled_images_get_is_the_same_after_a_restart_and_leaves_the_unla
   assert np.any(batches[0]["labeled"]["image"] != plain[0]["labeled"]["image"])
   for batch, other in zip(batches, plain, strict=True):
     np.testing.assert_array_equal(batch["unlabeled"]["weak"], other["unlabeled"]["weak"])
-    if changes:  # colours alone: the masks stay, and padding is 0
+    if changes:  # colors alone: the masks stay, and padding is 0
       np.testing.assert_array_equal(batch["labeled"]["label"], other["labeled"]["label"])
       padding = ~batch["labeled"]["valid"]
       assert padding.any() and np.all(batch["labeled"]["image"][padding] == 0)

@@ -43,7 +43,7 @@ def test_agreement_of_maps_with_their_own_argmax_is_one():
   assert panels.agreement(values, values.argmax(-1)) == {"accuracy": 1.0}
 
 
-def test_images_are_shown_as_they_were_before_they_were_normalised():
+def test_images_are_shown_as_they_were_before_they_were_normalized():
   pixels = np.random.default_rng(1).integers(0, 256, (1, 300, 300, 3), dtype=np.uint8)
   mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
   sheet = panels.panel_sheet(
@@ -52,7 +52,7 @@ def test_images_are_shown_as_they_were_before_they_were_normalised():
   np.testing.assert_array_equal(cell(sheet, 0, 0, 300, notes=False), pixels[0])
 
 
-def test_sure_pixels_show_the_full_colour_and_unsure_ones_fade_in_squares():
+def test_sure_pixels_show_the_full_color_and_unsure_ones_fade_in_squares():
   # Scores above 1 are as sure as 1.
   values = one_hot([[[0, 1], [2, 2]]], [[[[1.0], [0.5]], [[0.0], [7.0]]]])
   image = np.zeros((1, 100, 100, 3), np.float32)

@@ -157,7 +157,7 @@ def test_a_head_of_another_code_is_left_fresh():
   assert {key.split("/")[1] for key in values} == {"backbone"} and "another one" in str(report)
 
 
-def test_grey_images_get_the_sum_over_colours(backbone):
+def test_grey_images_get_the_sum_over_colors(backbone):
   _, file = backbone
   shapes = shapes_of(stem="plain", in_channels=1)
   values, report = pretrained.fit(file, shapes, "deeplabv3plus")

@@ -346,7 +346,7 @@ def test_progress_tells_rate_and_time_left_without_the_first_images(monkeypatch)
 # Pictures
 
 
-def colours(path):
+def colors(path):
   with Image.open(path) as picture:
     return np.asarray(picture.convert("RGB"))
 
@@ -360,7 +360,7 @@ def test_confusion_shows_the_diagonal_dark_and_what_never_was_grey(tmp_path, cou
   matrix = np.diag(np.arange(1, count + 1) * 100)
   matrix[-1] = 0
   pictures.confusion_matrix(many_classes(count), "student", matrix, tmp_path / "c.png")
-  pixels = colours(tmp_path / "c.png").reshape(-1, 3)
+  pixels = colors(tmp_path / "c.png").reshape(-1, 3)
   dark, grey = (pixels == (8, 48, 107)).all(-1).sum(), (pixels == 217).all(-1).sum()
   # A share 1 / count of the cells each, without the text of one.
   assert grey > 0 and dark > 0 and abs(dark / grey / (count - 1) * count - 1) < 0.6
@@ -373,10 +373,10 @@ def test_iou_bars_grow_with_classes_and_draw_all_predictors(tmp_path):
   two = one | {"teacher": confusion.scores(matrix + 1)}
   for name, scores in {"one": one, "two": two}.items():
     pictures.iou_bars(many_classes(30), scores, tmp_path / f"{name}.png")
-  orange = lambda name: (colours(tmp_path / f"{name}.png") == (255, 127, 14)).all(-1).sum()
+  orange = lambda name: (colors(tmp_path / f"{name}.png") == (255, 127, 14)).all(-1).sum()
   assert orange("one") == 0 and orange("two") > 100
   pictures.iou_bars(many_classes(3), {"x": confusion.scores(np.eye(3))}, tmp_path / "few.png")
-  assert colours(tmp_path / "few.png").shape[0] < colours(tmp_path / "one.png").shape[0]
+  assert colors(tmp_path / "few.png").shape[0] < colors(tmp_path / "one.png").shape[0]
 
 
 def test_grey_and_deep_images_can_be_seen():

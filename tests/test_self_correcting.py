@@ -246,7 +246,7 @@ def test_options_that_cannot_work_are_told_together():
 
 
 def discs(count, seed):
-  """Noisy images of a disc of one colour, class 1, on a ground of another."""
+  """Noisy images of a disc of one color, class 1, on a ground of another."""
   rng = np.random.default_rng(seed)
   y, x = np.mgrid[:SIZE, :SIZE]
   images, labels, given = [], [], []

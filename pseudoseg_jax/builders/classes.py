@@ -33,7 +33,7 @@ def build_classes(data_config: configs.ConfigDict) -> Classes:
     problems.add("config.data.classes", got="nothing", allowed=allowed)
     problems.raise_if_any()
   else:
-    classes = classes_lib.read_classes(below(data_config.root, data_config.classes))
+    classes = classes_lib.read_classes(resolve_path(data_config.root, data_config.classes))
   check_several(classes, f"config.data.classes {data_config.get('classes', '')}")
   return with_background(classes, background)
 
@@ -70,6 +70,6 @@ def with_background(classes: Classes, background: str) -> Classes:
   )
 
 
-def below(root: str, path: str) -> pathlib.Path:
+def resolve_path(root: str, path: str) -> pathlib.Path:
   """A path that is absolute, or relative to the data's root; "~" is the user's home."""
   return pathlib.Path(os.path.expanduser(root)) / os.path.expanduser(path)

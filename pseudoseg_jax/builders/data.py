@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pseudoseg_jax import checks, config as configs
 from pseudoseg_jax.builders.classes import (
-  below,
   build_classes,
   check_in_files,
   check_several,
+  resolve_path,
   with_background,
 )
 from pseudoseg_jax.builders.folder import open_folder, split_file, split_in_words
@@ -156,19 +156,19 @@ def build_domains(config: configs.ConfigDict, given_data: Data | None = None) ->
   config.labeled_every and config.pseudo_labels are about the first one, whose images may be given.
   """
   opened = build_data(config.data) if given_data is None else given_data
-  first = _with_pseudo_labels(config, _every_labeled(config.get("labeled_every", 1), opened))
+  first = _with_pseudo_labels(config, _subsample_labeled(config.get("labeled_every", 1), opened))
   domains = [Domain("", config, first)]
   for name, options in sorted(config.get("other_data", {}).items()):
     own = config.copy_and_resolve_references()
     # One network sees all of them.
     own.data = {**options.to_dict(), "mean": config.data.mean, "std": config.data.std}
     own.seed = pipeline.stream_seed(config.seed, f"domain/{name}")
-    with told_of(name):
+    with errors_name_domain(name):
       domains.append(Domain(name, own, build_data(own.data)))
   return tuple(domains)
 
 
-def _every_labeled(every: int, data: Data) -> Data:
+def _subsample_labeled(every: int, data: Data) -> Data:
   """Only every n-th of the labeled images; the others are not used at all."""
   kept = data.labeled.ids[::every]
   if len(kept) == len(data.labeled):
@@ -189,7 +189,7 @@ def _with_pseudo_labels(config: configs.ConfigDict, data: Data) -> Data:
   options = config.get("pseudo_labels", {"folder": ""})
   if not options["folder"]:
     return data
-  folder = below(options["folder"], "")
+  folder = resolve_path(options["folder"], "")
   sources.check_labels_folder(folder, data.classes.names)
   ids = _pseudo_labeled_ids(config, data)
   pseudo_labeled = sources.PseudoLabels(data.unlabeled, folder, data.classes.names, ids)
@@ -201,7 +201,7 @@ def _with_pseudo_labels(config: configs.ConfigDict, data: Data) -> Data:
 def _pseudo_labeled_ids(config: configs.ConfigDict, data: Data) -> list[str]:
   """Those of the unlabeled images that the list of pseudo labels names."""
   options = config.pseudo_labels
-  path, pattern = below(options.folder, "list.txt"), None
+  path, pattern = resolve_path(options.folder, "list.txt"), None
   if options.list:
     path = _list_file(config.data, options.list)
     pattern = (
@@ -214,17 +214,17 @@ def _pseudo_labeled_ids(config: configs.ConfigDict, data: Data) -> list[str]:
     name: name for name in data.unlabeled.ids
   }
   labeled = {*data.labeled.ids}
-  ids, strangers = [], []
+  ids, unknown_ids = [], []
   for entry in listed:
     # Ids of a bare folder of images end like files, and read as paths.
     name = unlabeled.get(entry.image) or unlabeled.get(entry.id) or entry.id
     if name in unlabeled and name not in labeled:
       ids.append(name)
     elif name not in labeled:
-      strangers.append(name)
+      unknown_ids.append(name)
   problems = checks.Problems(f"cannot use pseudo labels {options.folder}")
-  if strangers:
-    got = f"{len(strangers)} of {len(listed)} images that are not among the training images: {splits.shorten(strangers)}"
+  if unknown_ids:
+    got = f"{len(unknown_ids)} of {len(listed)} images that are not among the training images: {splits.shorten(unknown_ids)}"
     remedy = f"one of them is '{data.unlabeled.ids[0]}'"
     problems.add(f"list {path}", got=got, allowed="unlabeled images of config.data", remedy=remedy)
   elif not ids:
@@ -239,12 +239,12 @@ def _pseudo_labeled_ids(config: configs.ConfigDict, data: Data) -> list[str]:
 
 def _list_file(data_config: configs.ConfigDict, path: str) -> pathlib.Path:
   """A list below the data's root, or anywhere."""
-  found = below(data_config.get("root", ""), path)
-  return found if found.is_file() else below("", path)
+  found = resolve_path(data_config.get("root", ""), path)
+  return found if found.is_file() else resolve_path("", path)
 
 
 @contextlib.contextmanager
-def told_of(name: str) -> Iterator[None]:
+def errors_name_domain(name: str) -> Iterator[None]:
   """Says of errors meanwhile which domain they are about."""
   try:
     yield

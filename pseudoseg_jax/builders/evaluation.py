@@ -8,7 +8,7 @@ import shlex
 import jax
 
 from pseudoseg_jax import checks, config as configs
-from pseudoseg_jax.builders.classes import below
+from pseudoseg_jax.builders.classes import resolve_path
 from pseudoseg_jax.builders.opened import Data, images_of, rows_unlabeled_alone
 from pseudoseg_jax.contract import Method
 from pseudoseg_jax.data import (
@@ -144,7 +144,9 @@ def _weak_labels(
   path = data_config.get(option)
   if path and not (kind == "image" and masks_known):
     read = {"image": tags.read_tags, "boxes": boxes.read_boxes}[kind]
-    return read(below(data_config.get("root", ""), path), source.ids, data.classes).__getitem__
+    return read(
+      resolve_path(data_config.get("root", ""), path), source.ids, data.classes
+    ).__getitem__
   if not masks_known:
     problems = checks.Problems(f"the {role} images cannot be predicted with weak labels")
     allowed = {

@@ -1,4 +1,4 @@
-"""Opens config.data of images and masks in folders: which files there are, and who learns from them."""
+"""Opens config.data of images and masks in folders: which files there are, and what each is for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pseudoseg_jax import checks, config as configs
-from pseudoseg_jax.builders.classes import below, build_classes
+from pseudoseg_jax.builders.classes import build_classes, resolve_path
 from pseudoseg_jax.builders.opened import Data
 from pseudoseg_jax.contract import IGNORE_LABEL
 from pseudoseg_jax.data import (
@@ -79,7 +79,7 @@ def unlabeled_masks(
   }
   try:
     return sources.FolderSource(
-      below(data_config.root, ""), stems, label_pattern=pattern, masks_only=True, **options
+      resolve_path(data_config.root, ""), stems, label_pattern=pattern, masks_only=True, **options
     )
   except checks.InputError as error:
     found = str(error).replace("label_pattern", "--masks").replace("\n", "\n  ")
@@ -98,7 +98,7 @@ class _Lists(NamedTuple):
 
 def open_folder(data_config: configs.ConfigDict, check: bool) -> Data:
   problems = checks.Problems("config.data cannot be used")
-  root = below(data_config.root, "")
+  root = resolve_path(data_config.root, "")
   if not data_config.root:
     problems.add(
       "config.data.root", got="nothing", remedy="say where the data lie: --config.data.root=DIR"
@@ -131,7 +131,7 @@ def open_folder(data_config: configs.ConfigDict, check: bool) -> Data:
   def unlabeled_source():
     if data_config.unlabeled_folder:
       return sources.image_folder(
-        below(root, data_config.unlabeled_folder), skipped=skipped, **options
+        resolve_path(root, data_config.unlabeled_folder), skipped=skipped, **options
       )
     return images(lists.unlabeled, image_pattern=patterns["image_pattern"], skipped=skipped)
 
@@ -220,16 +220,16 @@ def _lists(data_config: configs.ConfigDict, check: bool) -> _Lists:
   problems.raise_if_any()
 
   def read(path: str | pathlib.Path, patterns=patterns):
-    return sources.read_entries(below(data_config.root, ""), path, **patterns)
+    return sources.read_entries(resolve_path(data_config.root, ""), path, **patterns)
 
   left_out: list[LeftOut] = []
   evaluated = (
-    read(below(data_config.root, data_config.eval_list), eval_patterns)
+    read(resolve_path(data_config.root, data_config.eval_list), eval_patterns)
     if data_config.eval_list
     else _all(data_config, eval_patterns, left_out)
   )
   if data_config.train_list:
-    train = read(below(data_config.root, data_config.train_list))
+    train = read(resolve_path(data_config.root, data_config.train_list))
   else:
     evaluated_ids = {entry.id for entry in evaluated} if same_images else ()
     found = _all(data_config, patterns, left_out) if patterns["image_pattern"] else ()
@@ -248,14 +248,14 @@ def _lists(data_config: configs.ConfigDict, check: bool) -> _Lists:
   _check_known(labeled, by_id, data_config)
   rest = [entry for entry in train if entry.id not in labeled_ids]
   unlabeled = (
-    read(below(data_config.root, data_config.unlabeled_list))
+    read(resolve_path(data_config.root, data_config.unlabeled_list))
     if data_config.unlabeled_list
     else rest
   )
   if data_config.unlabeled_folder:
-    listing.image_files(below(data_config.root, data_config.unlabeled_folder), left_out)
+    listing.image_files(resolve_path(data_config.root, data_config.unlabeled_folder), left_out)
   named = {
-    below(data_config.root, path)
+    resolve_path(data_config.root, path)
     for entry in (*labeled, *unlabeled, *evaluated)
     for path in (entry.image, entry.mask)
     if path
@@ -281,16 +281,16 @@ def _check_known(
   """Labeled images are training images; only where no list names those, a path may lead
   elsewhere.
   """
-  strangers = [
+  unknown_ids = [
     entry.id
     for entry in labeled
     if entry.id not in by_id and (data_config.train_list or entry.image is None)
   ]
-  if strangers and by_id:
+  if unknown_ids and by_id:
     problems = checks.Problems("config.data cannot be used")
     problems.add(
       f"config.data.split {data_config.split}",
-      got=f"{len(strangers)} of {len(labeled)} images that are no training images: {splits.shorten(strangers)}",
+      got=f"{len(unknown_ids)} of {len(labeled)} images that are no training images: {splits.shorten(unknown_ids)}",
       allowed=f"those of {data_config.train_list}"
       if data_config.train_list
       else f"files that fit {data_config.image_pattern}",
@@ -301,12 +301,12 @@ def _check_known(
 
 def _all(data_config: configs.ConfigDict, patterns: dict, left_out: list[LeftOut]) -> list[Entry]:
   """Every image that fits a pattern; `left_out` gains what lies among them and does not."""
-  pattern, root = patterns["image_pattern"], below(data_config.root, "")
+  pattern, root = patterns["image_pattern"], resolve_path(data_config.root, "")
   others = [other for role in _patterns(data_config) for other in role.values() if other]
   if data_config.unlabeled_folder and splits.is_part(
     data_config.split
   ):  # a list may name images of that folder
-    others.append(str(below(root, data_config.unlabeled_folder) / "{id}"))
+    others.append(str(resolve_path(root, data_config.unlabeled_folder) / "{id}"))
   found = listing.fitting(root, pattern, others)
   left_out += found.left_out
   if not found.ids:
@@ -384,8 +384,8 @@ def _check_some(
 
 def split_file(data_config: configs.ConfigDict) -> pathlib.Path:
   candidates = (
-    below(data_config.root, data_config.split),
-    below("", data_config.split),
+    resolve_path(data_config.root, data_config.split),
+    resolve_path("", data_config.split),
     splits.published(data_config.split),
   )
   found = next((path for path in candidates if path is not None and path.is_file()), None)
@@ -394,7 +394,7 @@ def split_file(data_config: configs.ConfigDict) -> pathlib.Path:
     allowed = "'1_k' such as '1_8' (a random eighth), 'every_k', 'full', a list file, or a published list: 'voc2012/cps/1_8', ..."
     known = [
       *splits.published_names(),
-      *(path.name for path in below(data_config.root, "").glob("*.txt")),
+      *(path.name for path in resolve_path(data_config.root, "").glob("*.txt")),
     ]
     problems.add(
       "config.data.split",

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from pseudoseg_jax import checks, config as configs
-from pseudoseg_jax.builders.classes import below
-from pseudoseg_jax.builders.data import told_of
+from pseudoseg_jax.builders.classes import resolve_path
+from pseudoseg_jax.builders.data import errors_name_domain
 from pseudoseg_jax.builders.method import check_criterion, class_weights_of
 from pseudoseg_jax.builders.opened import Data, Domain
 from pseudoseg_jax.contract import Method
@@ -54,7 +54,7 @@ def build_pipelines(domains: Sequence[Domain], method: Method) -> tuple[Pipeline
   _check_background(domains[0].config, domains[0].data.classes)
   specs = []
   for name, config, data in domains:
-    with told_of(name):
+    with errors_name_domain(name):
       specs.append(build_pipeline(config, data, method))
   return tuple(specs)
 
@@ -168,7 +168,9 @@ def _image_labels(data_config: configs.ConfigDict, data: Data) -> np.ndarray | N
   if not data_config.image_labels:
     return None
   return tags.read_tags(
-    below(data_config.get("root", ""), data_config.image_labels), data.unlabeled.ids, data.classes
+    resolve_path(data_config.get("root", ""), data_config.image_labels),
+    data.unlabeled.ids,
+    data.classes,
   )
 
 
@@ -182,7 +184,7 @@ def _boxes(data_config: configs.ConfigDict, data: Data, source: Source) -> np.nd
     return None
   return boxes.pad_boxes(
     boxes.read_boxes(
-      below(data_config.get("root", ""), data_config.boxes), source.ids, data.classes
+      resolve_path(data_config.get("root", ""), data_config.boxes), source.ids, data.classes
     )
   )
 

@@ -255,7 +255,7 @@ def _look(source: Source, row: int, role: str, with_masks: bool) -> _Seen:
 
 def _unusable_mask(path: str, reason: str) -> tuple[str, Item]:
   where, _, rest = reason.partition(": got ")
-  if where not in ("values", "colours"):
+  if where not in ("values", "colors"):
     return "unreadable_mask", Item(path, reason)
   return "unknown_value", Item(path, rest.partition("; allowed")[0])
 

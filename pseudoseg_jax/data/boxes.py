@@ -64,7 +64,7 @@ def boxes_of_masks(
 ) -> list[np.ndarray]:
   """Boxes read off masks, to simulate images that come with boxes only: f32 [M_i, 5] of each image.
 
-  A box around each connected region (4 neighbours) of a class; background
+  A box around each connected region (4 neighbors) of a class; background
   (`Classes.background_index`) has none. Objects that touch share one, and an object that is cut in
   two has two. Regions of less than `min_area_fraction` of the image are left out.
 

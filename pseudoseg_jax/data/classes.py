@@ -1,4 +1,4 @@
-"""Class names and colours of a data set."""
+"""Class names and colors of a data set."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ _BACKGROUND = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-  """Names and display colours, by class index; the ignore label is no class and has no entry.
+  """Names and display colors, by class index; the ignore label is no class and has no entry.
 
-  names: K different names, of characters that can be seen. palette: K colours (red, green, blue),
+  names: K different names, of characters that can be seen. palette: K colors (red, green, blue),
     each 0..255.
-  void: colours of pixels without a label, in masks that are drawn in colours.
+  void: colors of pixels without a label, in masks that are drawn in colors.
   background: whether class 0 is what is left beside things; None: names say what is, see
     `background_index`.
   """
@@ -70,7 +70,7 @@ class Classes:
     if len(self.names) != len(self.palette):
       problems.add(
         "palette",
-        got=f"{len(self.palette)} colours",
+        got=f"{len(self.palette)} colors",
         allowed=f"one for each of the {len(self.names)} names",
       )
     for index, name in enumerate(self.names):
@@ -98,21 +98,21 @@ class Classes:
     )
 
   def by_color(self) -> dict[Color, int]:
-    """Colour -> class index or IGNORE_LABEL; InputError where a colour stands for two of them."""
+    """Color -> class index or IGNORE_LABEL; InputError where a color stands for two of them."""
     labels = {color: IGNORE_LABEL for color in self.void} | {
       color: index for index, color in enumerate(self.palette)
     }
     if len(labels) < len(self.palette) + len(set(self.void)):
-      problems = checks.Problems("masks in colours cannot be read with these classes")
+      problems = checks.Problems("masks in colors cannot be read with these classes")
       colors = [*self.palette, *set(self.void)]
       for color in sorted({color for color in colors if colors.count(color) > 1}):
         names = [
           name for name, other in zip(self.names, self.palette, strict=True) if other == color
         ]
         problems.add(
-          f"colour {color}",
+          f"color {color}",
           got=", ".join(names + ["void"] * (color in self.void)),
-          allowed="one class a colour",
+          allowed="one class a color",
         )
       problems.raise_if_any()
     return labels
@@ -163,7 +163,7 @@ _HEADING = frozenset(
   "class classes classname label labels labelname category categories name names".split()
 )
 _IN_HEADING = _HEADING | frozenset(
-  "id idx index classid classindex labelid categoryid trainid pixel value r g b red green blue rgb color colour colorrgb".split()
+  "id idx index classid classindex labelid categoryid trainid pixel value r g b red green blue rgb color color colorrgb".split()
 )
 
 
@@ -215,12 +215,12 @@ _NO_NAME = re.compile(
   r"|.*\s[0-9]+\s+[0-9]+|[0-9]+\s+[0-9]+\s.*"
 )
 
-_Entry = tuple[int, int, str, Color]  # line number, index, name, colour
+_Entry = tuple[int, int, str, Color]  # line number, index, name, color
 
 
 def read_classes(path: str | pathlib.Path) -> Classes:
   """Reads a text file of `index name r g b` lines, or of class names alone, one a line, which get
-  VOC's colours.
+  VOC's colors.
 
   Other forms that tools write are known as well: `index name`, `name r g b` and `r g b name`;
   commas, semicolons or colons between; a first line of headings; CVAT's `name:r,g,b:parts:actions`;
@@ -228,7 +228,7 @@ def read_classes(path: str | pathlib.Path) -> Classes:
 
   `#` starts a comment at the beginning of a line or after a space; blank lines are skipped; indices
   count up from 0. An entry named `void` is left out: it is no class (a source maps its index, or in
-  coloured masks its colour, to the ignore label).
+  colored masks its color, to the ignore label).
 
   Raises:
     InputError: missing file, lines of another form, indices that are not 0, 1, 2, ..., names that
@@ -421,7 +421,7 @@ def read_label_map(text: str | Mapping) -> dict[int, int]:
 
 
 def voc_palette(num_colors: int = 256) -> np.ndarray:
-  """The PASCAL VOC colour map: the bits of an index, dealt in turn to red, green and blue from the
+  """The PASCAL VOC color map: the bits of an index, dealt in turn to red, green and blue from the
   highest bit down.
 
   Returns:
@@ -561,7 +561,7 @@ _COCO_NAMES = (
   "toothbrush",
 )
 
-# The 19 that are scored; names and colours of cityscapesScripts' helpers/labels.py.
+# The 19 that are scored; names and colors of cityscapesScripts' helpers/labels.py.
 CITYSCAPES = Classes(
   names=(
     "road",
@@ -616,7 +616,7 @@ CITYSCAPES_TRAIN_IDS = {stored: IGNORE_LABEL for stored in range(34)} | {
 }
 LABEL_MAPS = {"cityscapes": CITYSCAPES_TRAIN_IDS}
 
-# The 80 things in the order of their category ids, without the gaps; the colours are VOC's.
+# The 80 things in the order of their category ids, without the gaps; the colors are VOC's.
 COCO = Classes(
   _COCO_NAMES,
   tuple(tuple(color) for color in voc_palette(len(_COCO_NAMES)).tolist()),

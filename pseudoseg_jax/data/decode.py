@@ -229,7 +229,7 @@ def read_mask(path: str | os.PathLike, *, exif_orientation: str = "apply") -> np
   Of grey masks with alpha, the grey; alpha must be opaque.
 
   Raises:
-    InputError: a file that cannot be decoded, one of a lossy format, or one of colours or
+    InputError: a file that cannot be decoded, one of a lossy format, or one of colors or
       fractions.
   """
   path = pathlib.Path(path)
@@ -237,7 +237,7 @@ def read_mask(path: str | os.PathLike, *, exif_orientation: str = "apply") -> np
   mask = mask[..., 0] if mask.shape[2:] == (1,) else mask
   if mask.ndim != 2:
     problems = checks.Problems(f"cannot use mask {path}")
-    colors = "masks drawn in colours need mask_colors (config.data.mask_colors=True and a file of classes with colours)"
+    colors = "masks drawn in colors need mask_colors (config.data.mask_colors=True and a file of classes with colors)"
     equal = mask.shape[-1] == 3 and (mask == mask[..., :1]).all()
     problems.add(
       "pixels",
@@ -250,7 +250,7 @@ def read_mask(path: str | os.PathLike, *, exif_orientation: str = "apply") -> np
 
 
 def read_color_mask(path: str | os.PathLike, *, exif_orientation: str = "apply") -> np.ndarray:
-  """The colours of a mask file, uint8 [h, w, 3]; alpha is dropped.
+  """The colors of a mask file, uint8 [h, w, 3]; alpha is dropped.
 
   Raises:
     InputError: a file that cannot be decoded, one of a lossy format, or a .npy array of another
@@ -268,7 +268,7 @@ def read_color_mask(path: str | os.PathLike, *, exif_orientation: str = "apply")
     problems.add(
       "pixels",
       got=f"{mask.dtype} of shape {mask.shape}",
-      allowed="colours, integers 0..255 [h, w, 3]",
+      allowed="colors, integers 0..255 [h, w, 3]",
     )
     problems.raise_if_any()
   return mask.astype(np.uint8, copy=False)
@@ -590,7 +590,7 @@ def _channels_of(image: Image.Image, channels: int, max_value: float) -> np.ndar
 
 
 def numbers_of(image: Image.Image) -> np.ndarray:
-  """The numbers of a mask, [h, w]; [h, w, C] of one in colours. Unusable where they cannot be
+  """The numbers of a mask, [h, w]; [h, w, C] of one in colors. Unusable where they cannot be
   had.
   """
   is_halved = _high_bytes_only(image)
@@ -683,7 +683,7 @@ def _has_late_metadata(file: BinaryIO, tail: int = 2**16) -> bool:
 
 
 def _check_mask(opened: Image.Image | _Array) -> None:
-  """Raises Unusable for what holds no class indices and no colours, whatever its values."""
+  """Raises Unusable for what holds no class indices and no colors, whatever its values."""
   is_picture = isinstance(opened, Image.Image)
   if opened.mode == "F" if is_picture else opened.dtype.kind == "f":
     raise Unusable("floats", allowed="integers", remedy="store class indices, as integers")

@@ -30,8 +30,8 @@ class Convention(NamedTuple):
   padding: of small images, all "after" (below and on the right), or half before and half after, the
     odd pixel after ("around"), or with the image anywhere in the crop ("random").
   whole_levels: images of uint8 are rounded to whole levels, as an 8-bit resize does.
-  black: padding is black before normalisation and takes part in photometry; else it is the mean
-    colour, 0 after normalisation.
+  black: padding is black before normalization and takes part in photometry; else it is the mean
+    color, 0 after normalization.
   long_side: the longer side is an integer drawn uniformly, the other follows, rounded; else both
     are the size * scale, cut off.
   """
@@ -220,7 +220,7 @@ class Crop(NamedTuple):
   rgb: f32 [H, W, C] in [0, 1], 0 on padding. label: i32 [H, W] or None. valid: bool [H, W], False
     on padding.
   window: f32[4], as `window` says.
-  opacity: f32 [H, W], how much rgb is to hide the mean colour: 0 on padding, or 1 if it is to be
+  opacity: f32 [H, W], how much rgb is to hide the mean color: 0 on padding, or 1 if it is to be
     black; "cutmix_seg" has values in between along the padding's edges, and is valid above 1/2.
   """
 
@@ -292,7 +292,7 @@ def _cut_and_scale(image, label, draws, crop_size):
   )
   levels = crop_image(tf.where(inside[..., tf.newaxis], pixels, tf.zeros_like(pixels)), **place)
   opacity = levels[..., -1] / 255.0
-  # The padding's zeros are blended in; without their share, the rest has its own colour.
+  # The padding's zeros are blended in; without their share, the rest has its own color.
   rgb = tf.math.divide_no_nan(levels[..., :-1], levels[..., -1:])
   if label is not None:
     label = crop_label(

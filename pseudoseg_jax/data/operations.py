@@ -1,4 +1,4 @@
-"""Learning Pseudo Labels' augmentation: colour and geometric operations on a stored image and its
+"""Learning Pseudo Labels' augmentation: color and geometric operations on a stored image and its
 mask, before any crop.
 
 NumPy and PIL on one example. The ranges are those of the official code (Wang et al. 2022;
@@ -50,7 +50,7 @@ def augment(
   rng: np.random.Generator,
   border: tuple[int, int, int],
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Draws a in 0..num_operations, then applies a colour and num_operations - a geometric
+  """Draws a in 0..num_operations, then applies a color and num_operations - a geometric
   operations, each drawn anew.
 
   Args:

@@ -1,4 +1,4 @@
-"""Strong augmentation: colour jitter, greyscale, blur.
+"""Strong augmentation: color jitter, greyscale, blur.
 
 TensorFlow ops on one image [h, w, C] in [0, 1], every random draw an argument. Saturation, hue and
 greyscale mean something for RGB alone: images of other than three channels are spared them, and
@@ -27,10 +27,10 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's greyscale
 class Photometry:
   """How strong views are drawn; the defaults are those of UniMatch (Yang et al. 2023).
 
-  jitter_probability: of the four colour changes together, which come in random order.
+  jitter_probability: of the four color changes together, which come in random order.
   brightness, contrast, saturation: factors are uniform in 1 -+ this; with "tensorflow", brightness
     is a summand in -+ this.
-  hue: shifts are uniform in -+ this, as a fraction of the colour circle.
+  hue: shifts are uniform in -+ this, as a fraction of the color circle.
   grayscale_probability, blur_probability: of the two other changes, in this order after the jitter.
   blur_sigma_pixels: the Gaussian's standard deviation is uniform between these two.
   convention: of the jitter, a name in `geometry.CONVENTIONS`. "tensorflow" adds, stretches about
@@ -62,7 +62,7 @@ class Photometry:
       if not 0 <= getattr(self, name) <= 1:
         problems.add(name, got=getattr(self, name), allowed="0..1")
     if not 0 <= self.hue <= 0.5:
-      problems.add("hue", got=self.hue, allowed="0..0.5 (half the colour circle)")
+      problems.add("hue", got=self.hue, allowed="0..0.5 (half the color circle)")
     if (
       len(self.blur_sigma_pixels) != 2
       or not 0 < self.blur_sigma_pixels[0] <= self.blur_sigma_pixels[1]
@@ -141,7 +141,7 @@ def strong_view(
 def color_jitter(
   rgb: tf.Tensor, draws: Draws, convention: str = "opencv", valid: tf.Tensor | None = None
 ) -> tf.Tensor:
-  """The four colour changes in the order drawn, each result clipped to [0, 1].
+  """The four color changes in the order drawn, each result clipped to [0, 1].
 
   Args:
     rgb: f32 [h, w, C] in [0, 1].
@@ -238,7 +238,7 @@ def scale_saturation(rgb: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 @compiled
 def adjust_hue(rgb: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
-  """Turns the H of HSV by a fraction of the colour circle, as tf.image.adjust_hue: 1/3 turns red
+  """Turns the H of HSV by a fraction of the color circle, as tf.image.adjust_hue: 1/3 turns red
   into green.
   """
   red, green, blue = tf.unstack(rgb, axis=-1)
@@ -249,7 +249,7 @@ def adjust_hue(rgb: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
   hue = tf.where(value == green, (blue - red) * per_chroma + 2.0, (red - green) * per_chroma + 4.0)
   hue = tf.where(value == red, (green - blue) * per_chroma, hue) + 6.0 * shift
   hue -= 6.0 * tf.floor(hue / 6.0)
-  # How much of the chroma each channel has, around the circle: all within a sixth of its colour,
+  # How much of the chroma each channel has, around the circle: all within a sixth of its color,
   # none beyond two.
   shares = tf.abs(hue - 3.0) - 1.0, 2.0 - tf.abs(hue - 2.0), 2.0 - tf.abs(hue - 4.0)
   return tf.stack([least + chroma * tf.clip_by_value(share, 0.0, 1.0) for share in shares], axis=-1)

@@ -54,7 +54,7 @@ class Source(Protocol):
 class FolderSource:
   """Images and masks in folders, found by id or by the paths that a list gives.
 
-  Masks are read as stored indices, of which a palette is ignored, or by colour. Files are of PIL's
+  Masks are read as stored indices, of which a palette is ignored, or by color. Files are of PIL's
   formats or .npy arrays (never pickled), and named in any spelling that `listing.Files.find` knows:
   "a.jpg" may be a.JPG or a.jpeg.
 
@@ -67,7 +67,7 @@ class FolderSource:
     num_classes: K; without it no mask is ever touched.
     label_map: stored mask value -> class index or IGNORE_LABEL, e.g. {11: 255}; other values stay
       as they are.
-    mask_colors: (red, green, blue) -> class index or IGNORE_LABEL, for masks drawn in colours; see
+    mask_colors: (red, green, blue) -> class index or IGNORE_LABEL, for masks drawn in colors; see
       `Classes.by_color`.
     reduce_zero_label: stored 0 has no label, stored k is class k - 1 (ADE20K). label_map, where it
       names a value, comes first.
@@ -240,10 +240,10 @@ class FolderSource:
       ]
       problems = checks.Problems(f"cannot use mask {path}")
       problems.add(
-        "colours",
+        "colors",
         got=splits.shorten(shown, most=10),
-        allowed="the colours of the classes",
-        remedy="add them to the file of classes; a line `index void r g b` is a colour without a label",
+        allowed="the colors of the classes",
+        remedy="add them to the file of classes; a line `index void r g b` is a color without a label",
       )
       problems.raise_if_any()
     return labels[place]
@@ -273,7 +273,7 @@ class FolderSource:
       problems.add(
         "mask_colors",
         got="label_map or reduce_zero_label as well",
-        allowed="one of them: a colour names its class",
+        allowed="one of them: a color names its class",
       )
     if not 0 <= ignore_index < decode.STORED_VALUES:
       problems.add("ignore_index", got=ignore_index, allowed=f"0..{decode.STORED_VALUES - 1}")
@@ -736,7 +736,7 @@ def _label_table(
 
 
 def _color_table(mask_colors: Mapping[tuple[int, int, int], int]) -> tuple[np.ndarray, np.ndarray]:
-  """Sorted colour codes and the label of each."""
+  """Sorted color codes and the label of each."""
   entries = sorted((int(np.dot(color, _COLOR_CODE)), label) for color, label in mask_colors.items())
   codes, labels = zip(*entries, strict=True)
   return np.array(codes, np.int32), np.array(labels, np.uint8)

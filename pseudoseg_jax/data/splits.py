@@ -211,12 +211,12 @@ def complement(all_ids: Sequence[str], labeled_ids: Sequence[str]) -> tuple[str,
   Raises:
     InputError: labeled ids that are not among all ids (two lists that do not belong together).
   """
-  strangers = sorted(set(labeled_ids) - set(all_ids))
-  if strangers:
+  unknown_ids = sorted(set(labeled_ids) - set(all_ids))
+  if unknown_ids:
     problems = checks.Problems("the lists do not belong together")
     problems.add(
       "labeled ids",
-      got=f"{len(strangers)} of {len(labeled_ids)} that are not among all ids: {shorten(strangers)}",
+      got=f"{len(unknown_ids)} of {len(labeled_ids)} that are not among all ids: {shorten(unknown_ids)}",
       allowed="ids of the full list",
       remedy=f"an id of the full list looks like '{all_ids[0]}'"
       if all_ids

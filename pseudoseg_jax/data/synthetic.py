@@ -35,9 +35,9 @@ class SyntheticScenes:
   num_scenes is.
 
   A class is a shape together with a texture: two shapes, three textures, six classes, so that
-  neither decides alone. Colours say nothing: an object's two colours, the ground and the light are
+  neither decides alone. Colors say nothing: an object's two colors, the ground and the light are
   drawn afresh for each scene. Some objects are plain and belong to no class, and grounds may have
-  the textures as well. Objects hide each other; gradients, shadows, colour casts and sensor noise
+  the textures as well. Objects hide each other; gradients, shadows, color casts and sensor noise
   vary. A small network needs about a thousand labels to learn this; with a few dozen it learns them
   by heart.
 
@@ -97,7 +97,7 @@ def draw_scene(row: int, *, size: tuple[int, int], seed: int) -> tuple[np.ndarra
 
 
 def _colors(rng) -> np.ndarray:
-  """Two colours in [0, 1] that can be told apart, f32 [2, 3]."""
+  """Two colors in [0, 1] that can be told apart, f32 [2, 3]."""
   while True:
     colors = rng.random((2, 3), np.float32)
     if np.abs(colors[0] - colors[1]).sum() > 1.0:
@@ -116,7 +116,7 @@ def _smooth(rng, height: int, width: int, cells: int) -> np.ndarray:
 
 
 def _pattern(rng, kind: str, u: np.ndarray, v: np.ndarray, period: float) -> np.ndarray:
-  """Share of the second colour, f32 like u: bars along one axis, squares along both, or pixels at
+  """Share of the second color, f32 like u: bars along one axis, squares along both, or pixels at
   random.
   """
   phase = rng.random(2) * 6.28
@@ -183,7 +183,7 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _light(rng, image, y, x):
-  """Gain, gradient, shadow, colour cast and noise; levels 0..255."""
+  """Gain, gradient, shadow, color cast and noise; levels 0..255."""
   height, width = y.shape
   u, _ = _rotate(rng, y / height - 0.5, x / width - 0.5)
   light = rng.uniform(0.65, 1.15) + rng.uniform(0, 0.6) * u

@@ -44,7 +44,7 @@ def write(
   all.
 
   Features: "image", the files' own bytes; "label", PNG of indices (palettes, which TensorFlow would
-  decode to colours, are taken away), where there are masks; "id". All splits have masks, or none
+  decode to colors, are taken away), where there are masks; "id". All splits have masks, or none
   has. `tfds_source.TfdsSource` and `tfds.data_source` read it.
 
   Args:

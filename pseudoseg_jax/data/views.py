@@ -22,7 +22,7 @@ def labeled_view(
   photometry_draws: photometry_ops.Draws | None = None,
   convention: str = "opencv",
 ) -> dict[str, tf.Tensor]:
-  """The geometry and, where `photometry_draws` are given, one strong view's photometry; normalised.
+  """The geometry and, where `photometry_draws` are given, one strong view's photometry; normalized.
 
   Args:
     image: [h, w, C] of levels 0..255, uint8 or f32.
@@ -32,7 +32,7 @@ def labeled_view(
     convention: of the geometry, as `Geometry.convention`.
 
   Returns:
-    "image" f32 [H, W, C], normalised, padding as the convention says; "label" i32 [H, W],
+    "image" f32 [H, W, C], normalized, padding as the convention says; "label" i32 [H, W],
     IGNORE_LABEL on padding; "valid" bool [H, W]; "boxes" f32 [M, 5] of the view where some were
     given.
   """
@@ -61,8 +61,8 @@ def unlabeled_views(
 ) -> dict[str, tf.Tensor]:
   """A weak view and, of the same crop, one strong view for each of `photometry_draws`.
 
-  Strong views are made of the crop with padding in the mean colour, and are 0 on padding after
-  normalisation, as weak ones. Black padding ("pillow") is part of the image instead, in weak and
+  Strong views are made of the crop with padding in the mean color, and are 0 on padding after
+  normalization, as weak ones. Black padding ("pillow") is part of the image instead, in weak and
   strong views.
 
   Args:
@@ -113,7 +113,7 @@ def _filled(rgb, opacity, mean):
 
 @geometry_ops.compiled
 def normalized(rgb: tf.Tensor, opacity: tf.Tensor, mean: tuple, std: tuple) -> tf.Tensor:
-  """f32 [H, W, C] in [0, 1], normalised, over the mean colour, which is 0: `opacity`, f32 or bool
+  """f32 [H, W, C] in [0, 1], normalized, over the mean color, which is 0: `opacity`, f32 or bool
   [H, W], is the share of rgb.
   """
   return photometry_ops.normalize(rgb, mean, std) * tf.cast(opacity, tf.float32)[..., tf.newaxis]

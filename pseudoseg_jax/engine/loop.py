@@ -98,7 +98,7 @@ def state_shardings(method: Method, mesh: Mesh) -> State:
   )
 
 
-def _born(method: Method, key) -> State:
+def _initial_state(method: Method, key) -> State:
   """The initial state with strong dtypes: a weak one (`jnp.ones(3) * 1.0`) would compile the step
   twice.
   """
@@ -107,13 +107,15 @@ def _born(method: Method, key) -> State:
 
 def jit_init(method: Method, mesh: Mesh, seed: int) -> State:
   """The method's initial state, where the step wants it: a function of the seed alone."""
-  init = jax.jit(functools.partial(_born, method), out_shardings=state_shardings(method, mesh))
+  init = jax.jit(
+    functools.partial(_initial_state, method), out_shardings=state_shardings(method, mesh)
+  )
   return init(rng.stream(jax.random.key(seed), "init"))
 
 
 def abstract_state(method: Method, mesh: Mesh) -> State:
   """Shapes, dtypes and shardings of the method's state, without computing it."""
-  shapes = jax.eval_shape(functools.partial(_born, method), jax.random.key(0))
+  shapes = jax.eval_shape(functools.partial(_initial_state, method), jax.random.key(0))
 
   def placed(sharding, part):
     return jax.tree.map(

@@ -60,7 +60,7 @@ class Hinted:
   """A source whose images carry planes of weak labels after their own channels, made when an image
   is asked for.
 
-  To be normalised with mean 0 and std 1, so that a network sees 0..1, and 0 on padding.
+  To be normalized with mean 0 and std 1, so that a network sees 0..1, and 0 on padding.
 
   Args:
     source: the images.

@@ -50,7 +50,7 @@ class Protocol(NamedTuple):
   means.
 
   style:
-    "whole": the image as it is. "pad_to_crop": padded to window_pixels with the mean colour, right
+    "whole": the image as it is. "pad_to_crop": padded to window_pixels with the mean color, right
     and below (PseudoSeg); longer sides stay as they are. "center_crop": only the middle
     window_pixels of the image are shown and scored (UniMatch); shorter sides are padded likewise.
     "slide": overlapping windows, whose scores are summed.
@@ -59,7 +59,7 @@ class Protocol(NamedTuple):
   scales: factors the image is resized by; the scores are resized back and summed.
   flip: add the scores of the mirrored image.
   pad_multiple: canvases are multiples of this, so that few sizes compile. With "whole" and "cut"
-    the network sees the padding (the mean colour, right and below), which changes scores near these
+    the network sees the padding (the mean color, right and below), which changes scores near these
     borders; 1 shows it images as they are. Else it does not.
   edges: slide: the last window is shifted back inside ("shift": CPS, UniMatch V2), where images
     shorter than the window are padded around, or ends at the border ("cut": UniMatch).
@@ -319,7 +319,7 @@ def infer(
   """Class scores of raw images; to be jitted.
 
   Args:
-    predict: images f32[B', h, w, C], normalised -> logits [B', h, w, K]; rows must not depend on
+    predict: images f32[B', h, w, C], normalized -> logits [B', h, w, K]; rows must not depend on
       each other.
     images: uint8 or float32 [B, H, W, C], levels 0..255, each image at the top left of a canvas of
       `canvas_size`; what lies outside does not matter.
@@ -355,7 +355,7 @@ def infer(
 
 
 def _forward(predict, protocol):
-  """Normalised images -> what is summed: logits or probabilities, of the mirrored images too where
+  """Normalized images -> what is summed: logits or probabilities, of the mirrored images too where
   the protocol says so.
   """
 
@@ -508,7 +508,7 @@ def _slide(forward, normalize, images, sizes, protocol):
     shown = jnp.where(_inside(sizes, jnp.zeros_like(sizes), canvas), normalize(images), 0.0)
     offset = None
   else:
-    # An image that fits into one window is padded after normalisation (the mean colour), a larger
+    # An image that fits into one window is padded after normalization (the mean color), a larger
     # one before it (black).
     fits = jnp.all(sizes <= window, axis=-1)
     fill = jnp.where(fits[:, None], 0.0, normalize(jnp.zeros(channels)))[:, None, None]

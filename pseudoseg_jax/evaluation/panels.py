@@ -22,7 +22,7 @@ _KINDS = ("image", "classes", "heat")
 _MAX_ROWS = 8
 _MIN_WIDTH, _MAX_WIDTH, _MAX_CELL = 480, 1792, 300  # pixels
 _FRAME = (214, 216, 220)
-_UNSURE = np.array((236, 237, 240), np.float32)  # the colour of confidence 0
+_UNSURE = np.array((236, 237, 240), np.float32)  # the color of confidence 0
 _NOTE = (110, 114, 120)
 _HATCH = np.array(((250, 250, 251), (168, 172, 180)), np.uint8)  # ground and stripes
 
@@ -71,16 +71,16 @@ def panel_sheet(
 ) -> Image.Image:
   """A row for each image (8 at most) and a column for each panel, above a legend.
 
-  Class panels show the likeliest class; its colour fades to light grey as its probability falls.
+  Class panels show the likeliest class; its color fades to light grey as its probability falls.
   Their notes are that probability and the share of right pixels, over the kept pixels of the rows
   shown.
 
   Args:
     names, kinds: as in `contract.Panels`.
-    values: of each panel: "image" f32[B, H, W, C], normalised; "classes" f32[B, h, w, K]; "heat"
+    values: of each panel: "image" f32[B, H, W, C], normalized; "classes" f32[B, h, w, K]; "heat"
       f32[B, h, w] in 0..1. Small grids are enlarged without smoothing; what is not finite counts as
       0.
-    mean, std: by channel, those that the images were normalised with.
+    mean, std: by channel, those that the images were normalized with.
     truth: i32[B, H, W], shown in a last column.
     kept: bool[B, h, w], on any grid; where it is False (padding, CutOut, ...) the pseudo label, the
       last class panel, is hatched.

@@ -1,4 +1,4 @@
-"""Pictures for people: class colours, overlays, legends, contact sheets, curves, scores."""
+"""Pictures for people: class colors, overlays, legends, contact sheets, curves, scores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MARGIN, GAP = 16, 8  # pixels
 
 
 def color_table(classes: Classes) -> np.ndarray:
-  """uint8[256, 3]: the classes' colours by id; light grey for the ignore label, black for ids that
+  """uint8[256, 3]: the classes' colors by id; light grey for the ignore label, black for ids that
   are no class.
   """
   table = np.zeros((256, 3), np.uint8)
@@ -49,7 +49,7 @@ def overlay(
   image: np.ndarray, ids: np.ndarray, classes: Classes, opacity: float = 0.4
 ) -> np.ndarray:
   """The image [h, w, C] of levels 0..255, tinted by class, each area with an outline in its full
-  colour: uint8[h, w, 3].
+  color: uint8[h, w, 3].
 
   The photograph stays as it is where the background is, if the classes have one.
   """
@@ -79,7 +79,7 @@ def _edges(ids: np.ndarray, width: int) -> np.ndarray:
 
 def indexed(ids: np.ndarray, classes: Classes) -> Image.Image:
   """Class ids uint8[h, w] as an 8-bit palette image: its pixels are the ids, shown in the classes'
-  colours.
+  colors.
   """
   picture = Image.fromarray(np.ascontiguousarray(ids, np.uint8))
   picture.putpalette(color_table(classes).ravel().tolist())
@@ -93,7 +93,7 @@ def legend(
   with_ignored: bool = False,
   only: Sequence[int] | None = None,
 ) -> Image.Image:
-  """A strip of colour swatches with the names of the classes (or of `only` some, by index), wrapped
+  """A strip of color swatches with the names of the classes (or of `only` some, by index), wrapped
   at `width` pixels.
   """
   font = text_font(14)

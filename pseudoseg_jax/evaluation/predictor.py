@@ -25,8 +25,8 @@ class Predictor:
   """Segments images of any size; compiles once per canvas (see `inference`).
 
   Args:
-    predict: images f32[B, H, W, C], normalised -> logits f32[B, H, W, K].
-    classes: names and colours of the K classes.
+    predict: images f32[B, H, W, C], normalized -> logits f32[B, H, W, K].
+    classes: names and colors of the K classes.
     protocol: how an image is shown to the network; of "center_crop", which leaves the rest of an
       image out, the whole image.
     mean, std: of C channels in [0, 1].

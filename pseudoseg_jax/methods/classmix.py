@@ -12,7 +12,7 @@ from pseudoseg_jax import checks, nets, rng
 from pseudoseg_jax.contract import Method, Needs, Panels, Task
 from pseudoseg_jax.ops import color, gaussian, losses, mixing, schedules, targets
 
-# As the official code changes colours and blurs: all images of a batch, or none of them.
+# As the official code changes colors and blurs: all images of a batch, or none of them.
 _JITTER_PROBABILITY, _JITTER_STRENGTH = 0.8, 0.25
 _BLUR_PROBABILITY, _BLUR_SIGMA_PIXELS = 0.5, (0.15, 1.15)
 
@@ -85,7 +85,7 @@ def classmix(
     rampup_fraction: part of the training over which the weight rises by "ramp"; the official 10000
       of 40000 steps.
     color_jitter, blur: of the mixed images, as on Cityscapes: brightness, contrast, saturation and
-      hue, then a Gaussian of a deviation up to 1.15 pixels. Colour jitter is for RGB alone.
+      hue, then a Gaussian of a deviation up to 1.15 pixels. Color jitter is for RGB alone.
     decay: of the teacher, after 0, 1/2, 2/3, ...
   """
   problems = checks.Problems("classmix cannot be run with these options")
@@ -156,7 +156,7 @@ def classmix(
     )
 
   def perturbed(images, draws):
-    """Colour jitter and blur of mixed images, normalised before and after."""
+    """Color jitter and blur of mixed images, normalized before and after."""
     if color_jitter:
       mean, std = jnp.asarray(task.mean), jnp.asarray(task.std)
       jittered = color.color_jitter(images * std + mean, draws["jitter"], strength=_JITTER_STRENGTH)

@@ -1,4 +1,4 @@
-"""Cross pseudo supervision: two networks, born apart, teach each other their hard labels.
+"""Cross pseudo supervision: two networks, initialized independently, supervise each other.
 
 Chen et al., "Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision", CVPR 2021; facts
 from the official code.

@@ -1,5 +1,5 @@
-"""Cross probability consistency (CPC): two networks, born apart, agree on probabilities instead of
-hard labels.
+"""Cross probability consistency (CPC): two independently initialized networks agree on
+probabilities instead of hard labels.
 
 The comparison of Chen et al., "Semi-Supervised Semantic Segmentation with Cross Pseudo
 Supervision", CVPR 2021, whose code leaves it out: everything that the paper does not say is as in

@@ -2,7 +2,7 @@
 two, mixed alike.
 
 French et al., "Semi-supervised semantic segmentation needs strong, varied perturbations", BMVC
-2020, and French & Mackiewicz, "Colour augmentation for improved semi-supervised semantic
+2020, and French & Mackiewicz, "Color augmentation for improved semi-supervised semantic
 segmentation", 2021; facts from the official code.
 """
 
@@ -128,7 +128,7 @@ def cutmix_seg(
     decay: of the teacher, constant; parameters and batch-norm statistics alike.
     frozen_batch_norm: "none", or batch norm on the stored statistics of pretrained weights, in both
       networks: of the "backbone" (the official DeepLab v3+) or "all" (DeepLab v2, where scale and
-      bias do not learn either: a matter of the optimiser).
+      bias do not learn either: a matter of the optimizer).
   """
   problems = check_options(
     "cutmix_seg",

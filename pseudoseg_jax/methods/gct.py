@@ -112,8 +112,8 @@ def gct(
   def init(key):
     keys = jax.random.split(key, 3)
     pair = {role: nets.create(task, key) for role, key in zip(PAIR, keys, strict=False)}
-    born = pair | {"detector": nets.create_of(detector, keys[2], optimizers["detector"])}
-    return State(step=jnp.zeros([], jnp.int32), nets=born)
+    networks = pair | {"detector": nets.create_from_head(detector, keys[2], optimizers["detector"])}
+    return State(step=jnp.zeros([], jnp.int32), nets=networks)
 
   def draw(key, batch):
     return nets.dropout_keys(key, *PAIR)

@@ -127,7 +127,7 @@ def mean_teacher(
     """The teacher's logits, and the teacher after its passes."""
     if not from_the_student:
       return passes(teacher, labeled, unlabeled, draws["teacher"])
-    # Born again as the student, statistics apart.
+    # Initialized anew as the student, statistics apart.
     teacher = nets.ema(teacher, student, jnp.where(step == 0, 0.0, 1.0))
     (on_labeled_,), teacher = nets.forward(
       task.network, teacher, labeled, dropout=draws["teacher_labeled"]

@@ -149,7 +149,7 @@ def self_correcting(
   statistics and padding are choices: the sources are silent.
 
   Args:
-    correction: "none": q is the ancillary model's softmax. "linear": q minimises KL(q || p) + alpha
+    correction: "none": q is the ancillary model's softmax. "linear": q minimizes KL(q || p) + alpha
       KL(q || p_anc). "convolutional": a small network reads both logits; it learns from masks only.
       "em_fixed", a baseline without an ancillary model: q is the label of `em_fixed_label` from the
       primary model.
@@ -179,16 +179,16 @@ def self_correcting(
   optimizers = {"primary": task.optimizer, "correction": optim.adamw(rate)}
 
   def init(key):
-    born = {"primary": nets.create(task, rng.stream(key, "primary"))}
+    networks = {"primary": nets.create(task, rng.stream(key, "primary"))}
     if guided:
-      born["ancillary"] = nets.frozen(
+      networks["ancillary"] = nets.frozen(
         nets.create(task, rng.stream(key, "ancillary"), box_encoder=encoder)
       )
     if convolutional:
-      born["correction"] = nets.create_of(
+      networks["correction"] = nets.create_from_head(
         combine, rng.stream(key, "correction"), optimizers["correction"]
       )
-    return State(step=jnp.zeros([], jnp.int32), nets=born)
+    return State(step=jnp.zeros([], jnp.int32), nets=networks)
 
   def draw(key, batch):
     return nets.dropout_keys(key, "primary")

@@ -5,7 +5,7 @@ from pseudoseg_jax.contract import Method, Needs, Task
 
 
 def supervised(task: Task) -> Method:
-  """Minimises the task's criterion (cross entropy, or OHEM where the config says so) on labeled
+  """Minimizes the task's criterion (cross entropy, or OHEM where the config says so) on labeled
   images.
   """
 

@@ -14,7 +14,7 @@ from pseudoseg_jax.contract import Method, Needs, Panels, Task
 from pseudoseg_jax.methods import cutmix_seg
 from pseudoseg_jax.ops import losses, perturb
 
-# Root mean square of the trial step that finds the direction, in units of the normalised image. The
+# Root mean square of the trial step that finds the direction, in units of the normalized image. The
 # official step's length of 1e-9 H W is lost in float32 (2e-7 a value, on values near 1): the
 # direction would be half round-off.
 _TRIAL_STEP = 1e-3

@@ -17,8 +17,8 @@ _SLOPE = 0.2  # of the leaky ReLU
 
 
 class EvenConv(nn.Module):
-  """4x4 convolution with one pixel of padding and a bias, born as PyTorch's: all values uniform in
-  +-1/sqrt(fan_in).
+  """4x4 convolution with one pixel of padding and a bias, initialized as PyTorch's: all values
+  uniform in +-1/sqrt(fan_in).
   """
 
   features: int
@@ -57,7 +57,7 @@ class HalfBatchNorm(nn.Module):
 
 
 def least_side(stages: int) -> int:
-  """The shorter side, in pixels, of the smallest image whose every normalised map has two rows and
+  """The shorter side, in pixels, of the smallest image whose every normalized map has two rows and
   columns.
   """
   side = 2

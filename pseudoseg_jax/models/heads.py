@@ -44,7 +44,7 @@ def self_attention(
 
   Inputs of `apply`: features f32[B, h, w, channels], cam f32[B, h, w, K'] in 0..1, valid bool[B, h,
   w]; the caller stops their gradients. Output: logits f32[B, h, w, K], K = num_classes. The sum of
-  map and spread map, in 0..2, is mixed over classes by a linear layer and normalised by the batch's
+  map and spread map, in 0..2, is mixed over classes by a linear layer and normalized by the batch's
   own statistics (the official code has no other mode).
 
   Args:
@@ -155,8 +155,8 @@ def subpixel_decoder(channels: int, num_classes: int, *, doublings: int) -> Head
 
 
 def many(head: Head, counts: Mapping[str, int]) -> Head:
-  """Groups of copies of a head without statistics, each born apart: {"name": parameters with a
-  leading axis of counts["name"]}.
+  """Groups of independently initialized copies of a head without statistics: {"name": parameters
+  with a leading axis of counts["name"]}.
 
   `apply` is that of one copy, on its part of the parameters.
   """
@@ -182,7 +182,7 @@ def box_encoder(num_planes: int, channels: Sequence[int]) -> Head:
   [self-correcting networks]
 
   Inputs of `apply`: planes f32[B, H, W, num_planes] of 0 and 1, and the size (h, w) of each of the
-  maps, to which the planes are resized by nearest neighbour. Output: f32[B, h, w, C] in 0..1 for
+  maps, to which the planes are resized by nearest neighbor. Output: f32[B, h, w, C] in 0..1 for
   each, C one of `channels`.
   """
   scales = [f"scale{number}" for number in range(1, len(channels) + 1)]
@@ -224,7 +224,7 @@ def correction_net(num_classes: int, *, hidden: int = 128) -> Head:
 
 
 def flaw_detector(in_channels: int, *, width: int = 64, stages: int = 4) -> Head:
-  """GCT's flaw detector, a network of its own (nets.create_of); see `detector.FlawDetector`.
+  """GCT's flaw detector, a network of its own (nets.create_from_head); see `detector.FlawDetector`.
 
   Inputs of `apply`: images f32[B, H, W, C] and probabilities f32[B, H, W, K]. Output: flaw map
   f32[B, H, W].

@@ -1,7 +1,7 @@
 """HRNet for segmentation (HRNetV2: Sun et al. 2019, Wang et al. 2020): branches at strides 4 to 32
 side by side, fused often.
 
-Follows the official code. The ImageNet models of the same trunk upsample by nearest neighbour where
+Follows the official code. The ImageNet models of the same trunk upsample by nearest neighbor where
 this bilinearly does.
 """
 

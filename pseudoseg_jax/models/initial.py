@@ -27,7 +27,7 @@ def initial_values(key: Array, shapes: PyTree) -> PyTree:
   is 0. In modules whose name begins with "subpixel", which make four pixels of one, the four
   channels of a class start with one kernel (ICNR, Aitken et al. 2017).
 
-  All kernels are cut from one draw. A draw apiece, which is how Flax's initialisers work, takes XLA
+  All kernels are cut from one draw. A draw apiece, which is how Flax's initializers work, takes XLA
   over ten seconds to compile for a ResNet-50; this takes two.
 
   Args:

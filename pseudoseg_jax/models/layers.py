@@ -352,7 +352,7 @@ def normalize_batch(
   """Batch norm with the batch's own statistics, then leaky ReLU up to a ceiling: x [B / G, G, H, W,
   C] -> y, mean and variance f32 [G, C].
 
-  The gradient keeps nothing but x: the normalised map and the sign for the ReLU are cheaper to redo
+  The gradient keeps nothing but x: the normalized map and the sign for the ReLU are cheaper to redo
   than to store. `mean` and `variance` (over n, not n - 1) are for the running statistics and carry
   no gradient.
   """
@@ -398,7 +398,7 @@ class BatchNorm(nn.Module):
   statistics.
 
   Parameters `scale`, `bias` and statistics `mean`, `var` are f32 [C]. The running variance takes
-  the unbiased variance, n / (n - 1) times the one that normalises (Flax's own layer does not). All
+  the unbiased variance, n / (n - 1) times the one that normalizes (Flax's own layer does not). All
   is computed in float32, whatever the dtype of x.
 
   momentum: what the running statistics keep per batch; 0.9 is PyTorch's 0.1.
@@ -417,7 +417,7 @@ class BatchNorm(nn.Module):
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
     """x: [B, H, W, C] -> the same shape and dtype.
 
-    With train=True the batch's own statistics normalise and move the running ones. With groups=G
+    With train=True the batch's own statistics normalize and move the running ones. With groups=G
     the rows are G interleaved batches (row i belongs to batch i % G; interleaved, so that a batch
     axis split over devices stays where it is), each with statistics of its own, which move the
     running ones one after the other. B must be a multiple of G.

@@ -432,7 +432,7 @@ def put(state: State, values: Mapping[str, np.ndarray]) -> tuple[State, str]:
   """A fresh state with `values` in every network that has those leaves, each with arrays of its
   own; and what was done, in words.
 
-  Networks that are born with different heads (CPS's two) live by that difference: they get no head.
+  Networks that are initialized with different heads (CPS's two) live by that difference: they get no head.
   """
   trees = {role: flat(net.params, net.batch_stats) for role, net in state.nets.items()}
   fits = {

@@ -70,7 +70,7 @@ def make_network(
   if in_channels < 1:
     problems = checks.Problems("the network cannot be built")
     problems.add(
-      "in_channels", got=in_channels, allowed="1 or more: 1 grey, 3 colour, more for other sensors"
+      "in_channels", got=in_channels, allowed="1 or more: 1 grey, 3 color, more for other sensors"
     )
     problems.raise_if_any()
   backbone, *rest = factory(num_classes, **options)

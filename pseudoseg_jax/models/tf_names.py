@@ -109,7 +109,7 @@ def from_tf(
   """Our trees with the values of a TensorFlow checkpoint of the same network.
 
   Args:
-    variables: name -> array. The global step and the slots of optimisers are passed over.
+    variables: name -> array. The global step and the slots of optimizers are passed over.
     params, batch_stats: trees of a "deeplabv3plus_tf" network, with or without PseudoSeg's heads
       `classifier` and `attention`; only paths and shapes are read.
 

@@ -1,4 +1,4 @@
-"""Colour jitter of a batch of RGB images on the device: f32[B, H, W, 3] in [0, 1], before and
+"""Color jitter of a batch of RGB images on the device: f32[B, H, W, 3] in [0, 1], before and
 after.
 """
 
@@ -33,7 +33,7 @@ def color_jitter(rgb: jax.Array, draws: JitterDraws, *, strength: float = 0.25) 
 
   Args:
     strength: brightness is a summand in -+ this, contrast and saturation are factors in 1 -+ this,
-      hue turns by -+ this fraction of the colour circle.
+      hue turns by -+ this fraction of the color circle.
   """
   change = lambda uniform: strength * (2 * uniform - 1)
   changes = (
@@ -72,7 +72,7 @@ def scale_saturation(rgb: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def turn_hue(rgb: jax.Array, turn: jax.Array) -> jax.Array:
-  """Turns the H of HSV by turn [B], a fraction of the colour circle: 1/3 makes red green."""
+  """Turns the H of HSV by turn [B], a fraction of the color circle: 1/3 makes red green."""
   red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
   value, least = jnp.max(rgb, axis=-1), jnp.min(rgb, axis=-1)
   chroma = value - least

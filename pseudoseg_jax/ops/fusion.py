@@ -39,7 +39,7 @@ def sharpen(probabilities: Array, temperature: float) -> Array:
 
 
 def self_corrected(primary_logits: Array, ancillary_logits: Array, alpha: Array | float) -> Array:
-  """Logits of the q that minimises KL(q || p) + alpha KL(q || p_anc). [self-correcting networks,
+  """Logits of the q that minimizes KL(q || p) + alpha KL(q || p_anc). [self-correcting networks,
   linear self-correction]
 
   (l + alpha l_anc) / (1 + alpha): softmax of it is the weighted geometric mean of p = softmax(l)

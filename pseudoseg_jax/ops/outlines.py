@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-# The eight neighbours of a pixel, (row, column), counter-clockwise from the right; those across an
+# The eight neighbors of a pixel, (row, column), counter-clockwise from the right; those across an
 # edge are the even ones.
 _AROUND = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
 
@@ -62,18 +62,18 @@ def corners(mask: jax.Array) -> jax.Array:
   """
   height, width = mask.shape[1:]
 
-  def neighbours(array, beyond):
+  def neighbors(array, beyond):
     padded = jnp.pad(array, ((0, 0), (1, 1), (1, 1)), constant_values=beyond)
     return [
       padded[:, 1 + row : 1 + row + height, 1 + column : 1 + column + width]
       for row, column in _AROUND
     ]
 
-  free, open_ = neighbours(~mask, True), neighbours(outside(mask), True)
+  free, open_ = neighbors(~mask, True), neighbors(outside(mask), True)
   turns = jnp.zeros(mask.shape, jnp.int32)
-  # The outline passes a pixel once for each run of free neighbours, from the neighbour before the
+  # The outline passes a pixel once for each run of free neighbors, from the neighbor before the
   # run to the one after it; a run of one corner pixel is cut short, and over a run of three
-  # neighbours it goes straight on.
+  # neighbors it goes straight on.
   for i in range(8):
     begins = free[i] & ~free[i - 1] & open_[i]
     passes = True if i % 2 == 0 else free[(i + 1) % 8]

@@ -175,7 +175,7 @@ def test_flaw_detector(golden):
 
 
 def without_idle_biases(params):
-  """Biases before a normalisation have no gradient but round-off, which Adam makes steps of."""
+  """Biases before a normalization have no gradient but round-off, which Adam makes steps of."""
   return {
     name: {"kernel": part["kernel"]} if name.startswith("conv") else part
     for name, part in params.items()

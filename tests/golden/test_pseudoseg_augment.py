@@ -1,4 +1,4 @@
-"""PseudoSeg's scaling and colour jitter, recorded from its released code (TensorFlow)."""
+"""PseudoSeg's scaling and color jitter, recorded from its released code (TensorFlow)."""
 
 import numpy as np
 import pytest

@@ -28,7 +28,7 @@ def recorded_network(golden):
 
 
 class RecordedImages:
-  """The recorded images are normalised floats; mean 0 and std 1/255 show them to the network as
+  """The recorded images are normalized floats; mean 0 and std 1/255 show them to the network as
   they are.
   """
 

@@ -75,7 +75,7 @@ class UniMatchToy(nn.Module):
 
 
 def recording(optimizer: Optimizer) -> Optimizer:
-  """The same optimiser, whose state also keeps the gradient it was last given: opt_state[0]."""
+  """The same optimizer, whose state also keeps the gradient it was last given: opt_state[0]."""
   recorder = optax.GradientTransformation(
     init=lambda params: jax.tree.map(jnp.zeros_like, params),
     update=lambda gradient, state, params=None: (gradient, gradient),
