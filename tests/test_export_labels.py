@@ -19,6 +19,7 @@ from PIL import Image
 
 import pseudoseg_jax
 from pseudoseg_jax import build, checks, config as configs, export_labels, trained as opened
+from pseudoseg_jax.data import synthetic
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 
@@ -118,7 +119,7 @@ def test_labels_and_confidence_are_what_the_network_predicts(workdir, exported):
   with Image.open(exported / "labels" / f"{source.ids[0]}.png") as image:
     assert image.mode == "P"
     np.testing.assert_array_equal(
-      np.asarray(image.getpalette()).reshape(-1, 3)[:7], build.synthetic.CLASSES.palette
+      np.asarray(image.getpalette()).reshape(-1, 3)[:7], synthetic.CLASSES.palette
     )
 
 
@@ -140,7 +141,7 @@ def test_the_manifest_says_what_the_labels_are_from_and_what_is_in_them(workdir,
   assert [of["pixels"] for of in about["classes"].values()] == counts.tolist() and (
     counts > 0
   ).sum() > 2
-  assert list(about["classes"]) == list(build.synthetic.CLASSES.names)
+  assert list(about["classes"]) == list(synthetic.CLASSES.names)
   np.testing.assert_allclose(
     [of["share"] for of in about["classes"].values()], counts / counts.sum()
   )
