@@ -56,15 +56,15 @@ def pytest_xdist_make_scheduler(config, log):
   return ByFileOrCase(config, log)
 
 
-@pytest.fixture(autouse=True)
-def quick_to_compile(request):
+@pytest.hookimpl(tryfirst=True)  # before fixtures of any scope compile something
+def pytest_runtest_setup(item):
   """Steps that are few take less time than compiling them well. As users compile it: what a slow
   test learns in hundreds of steps, what is compared with recordings, what is marked `optimized`.
   """
   import jax
 
-  marked = any(map(request.node.get_closest_marker, ("slow", "optimized")))
-  quick = not marked and request.path.parent.name != "golden"
+  marked = any(map(item.get_closest_marker, ("slow", "optimized")))
+  quick = not marked and item.path.parent.name != "golden"
   if jax.config.read("jax_disable_most_optimizations") != quick:
     # What was compiled the other way would be taken for the same.
     jax.clear_caches()

@@ -23,6 +23,8 @@ from pseudoseg_jax.data import synthetic
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 
+# One device and eight write the same to the byte only when compiled so.
+pytestmark = pytest.mark.optimized
 QUICKSTART = {
   "total_steps": 4,
   "network.width": 4,
@@ -149,8 +151,6 @@ def test_the_manifest_says_what_the_labels_are_from_and_what_is_in_them(workdir,
   np.testing.assert_allclose(about["mean_confidence"], np.mean(confidences) / 255)
 
 
-# One device and eight say the same to the byte only when compiled so.
-@pytest.mark.optimized
 def test_one_device_writes_what_eight_write(workdir, exported, tmp_path, monkeypatch):
   one = meshes.make_mesh(jax.devices()[:1])
   monkeypatch.setattr(export_labels.meshes, "make_mesh", lambda devices=None: one)
