@@ -170,7 +170,6 @@ def refusals(
       messages.append(str(error))
 
   tried(lambda: build.check_run(config))
-  config = configs.mended(config)  # to see what else is refused
   domains = tried(lambda: build.build_domains(config)) or _unchecked(config, looked)
   if tried(lambda: settings.settle_from(config, domains[0].data)) and config.other_data:
     # Whose configs are copies.

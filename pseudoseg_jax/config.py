@@ -139,17 +139,27 @@ def declared(config: Mapping) -> dict[str, Option]:
   return known
 
 
-def problems_of(config: ConfigDict) -> list[str]:
-  """A line for each option whose value is none that is declared for it."""
-  return options_lib.problems_of(declared(config), all_options(config))
+def problems_of(config: ConfigDict, key: str = "") -> list[str]:
+  """A line for each option whose value is none that is declared for it: of an option, of a group,
+  or of all.
+  """
+  return options_lib.problems_of(declared(config), _of(config, key))
 
 
-def mended(config: ConfigDict) -> ConfigDict:
-  """A copy in which options that `problems_of` names are at their defaults."""
-  copy, known = config.copy_and_resolve_references(), declared(config)
-  keys = options_lib.wrong(known, all_options(config))
-  copy.update_from_flattened_dict({key: known[key].default for key in keys})
-  return copy
+def check(config: ConfigDict, key: str) -> None:
+  """Raises InputError where `problems_of` names any."""
+  problems = checks.Problems("the config cannot be run")
+  problems.extend(problems_of(config, key))
+  problems.raise_if_any()
+
+
+def _of(config: ConfigDict, key: str) -> dict[str, Any]:
+  """The option `key`, or those of the group `key`, or all."""
+  return {
+    name: value
+    for name, value in all_options(config).items()
+    if not key or f"{name}.".startswith(f"{key}.")
+  }
 
 
 def explain(config: ConfigDict, key: str = "") -> str:
@@ -158,13 +168,11 @@ def explain(config: ConfigDict, key: str = "") -> str:
   Raises:
     InputError: no such option.
   """
-  values = all_options(config)
-  chosen = {
-    name: value for name, value in values.items() if not key or f"{name}.".startswith(f"{key}.")
-  }
+  chosen = _of(config, key)
   if not chosen:
     problems = checks.Problems("nothing to explain")
-    problems.add("--explain", got=f"'{key}', no such option", remedy=_nearest_option(key, values))
+    remedy = _nearest_option(key, all_options(config))
+    problems.add("--explain", got=f"'{key}', no such option", remedy=remedy)
     problems.raise_if_any()
   return options_lib.explain(declared(config), chosen)
 

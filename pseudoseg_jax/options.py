@@ -64,9 +64,9 @@ def option(default: Any, about: str, **allowed: Any) -> Any:
   return dataclasses.field(default=default, metadata=metadata)
 
 
-def group(kind: type, about: str = "") -> Any:
+def group(kind: type) -> Any:
   """Declares a field that is a group of its own."""
-  return dataclasses.field(default_factory=kind, metadata={"about": about})
+  return dataclasses.field(default_factory=kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +175,14 @@ class Criterion:
   scope: str = option("image", "ohem: what min_kept is of.", one_of=("image", "batch"))
 
 
+_KIND = "What kind of data: 'folder', 'synthetic', 'tfds'."
+
+
 @dataclasses.dataclass(frozen=True)
-class Normalization:
+class AnyData:
+  """What data of every kind have."""
+
+  name: str = option("folder", _KIND)
   mean: tuple[float, ...] = option(
     (0.485, 0.456, 0.406), "Of each channel, where white is 1: what images are normalized with."
   )
@@ -184,34 +190,54 @@ class Normalization:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataName(Normalization):
-  name: str = option("folder", "What kind of data: 'folder', 'synthetic', 'tfds'.")
+class StoredData:
+  """What images and masks that lie somewhere have, in folders or in TFDS."""
 
-
-@dataclasses.dataclass(frozen=True)
-class FolderData:
-  """Images and masks in folders; patterns hold {id} and are relative to root, as are paths in
-  lists.
-  """
-
-  name: str = option("folder", "What kind of data: 'folder', 'synthetic', 'tfds'.")
+  name: str = option("", _KIND)
   root: str = option("", "The folder that patterns and lists are relative to.")
   classes: str = option(
     "",
     "A file below root of class names, one a line, or `index name r g b`; or 'voc', 'cityscapes', "
     "...",
   )
+  split: str = option(
+    "full",
+    "The labeled part: '1_8' (a random eighth), 'every_8', 'full', a list file, or a published "
+    "'voc2012/cps/1_8'.",
+  )
+  split_seed: int = option(0, "Of '1_8' and the like.")
+  label_map: str = option(
+    "",
+    'Stored mask value:class, "11:255,12:3", or "cityscapes" (of its labelIds); {"11": 255} in a '
+    "config file.",
+  )
+  background: str = option(
+    "auto",
+    "Whether class 0 is what is left beside things; 'auto': its name says so.",
+    one_of=("auto", "yes", "no"),
+  )
+  image_labels: str = option(
+    "", "Image-level labels of the unlabeled images: a CSV or JSON file, or a folder of VOC XML."
+  )
+  boxes: str = option(
+    "", "Boxes of labeled and unlabeled images: a folder of VOC XML, or a COCO JSON file."
+  )
+  eval_boxes: str = option("", "Likewise of the evaluated images; '' = made from their masks.")
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderData(StoredData):
+  """Images and masks in folders; patterns hold {id} and are relative to root, as are paths in
+  lists.
+  """
+
+  name: str = option("folder", _KIND)
   image_pattern: str = option(
     "", "Where the training images lie, 'images/{id}.jpg'; '' = the lists give the paths."
   )
   label_pattern: str = option("", "Where their masks lie, 'masks/{id}.png'.")
   channels: int = option(
     3, "Of images: 3 = RGB, made of any file; another number = files that have as many.", least=1
-  )
-  label_map: str = option(
-    "",
-    'Stored mask value:class, "11:255,12:3", or "cityscapes" (of its labelIds); {"11": 255} in a '
-    "config file.",
   )
   ignore_index: int = option(255, "Stored mask value of pixels without a label.")
   reduce_zero_label: bool = option(False, "Stored 0 is no label, stored k is class k - 1 (ADE20K).")
@@ -234,12 +260,6 @@ class FolderData:
     "What to train on: ids, or paths of images, or of images and masks, one a line; '' = every "
     "file that fits image_pattern and is not evaluated.",
   )
-  split: str = option(
-    "full",
-    "The labeled part: '1_8' (a random eighth), 'every_8', 'full', a list file, or a published "
-    "'voc2012/cps/1_8'.",
-  )
-  split_seed: int = option(0, "Of '1_8' and the like.")
   unlabeled_list: str = option(
     "", "The unlabeled images: a list file; '' = what the labeled part leaves over."
   )
@@ -247,71 +267,35 @@ class FolderData:
   eval_image_pattern: str = option("", "Where the evaluated images lie; '' = image_pattern.")
   eval_label_pattern: str = option("", "Where their masks lie; '' = label_pattern.")
   eval_list: str = option("", "What to evaluate; '' = every file that fits eval_image_pattern.")
-  background: str = option(
-    "auto",
-    "Whether class 0 is what is left beside things; 'auto': its name says so.",
-    one_of=("auto", "yes", "no"),
-  )
-  image_labels: str = option(
-    "", "Image-level labels of the unlabeled images: a CSV or JSON file, or a folder of VOC XML."
-  )
-  boxes: str = option(
-    "", "Boxes of labeled and unlabeled images: a folder of VOC XML, or a COCO JSON file."
-  )
-  eval_boxes: str = option("", "Likewise of the evaluated images; '' = made from their masks.")
 
 
 @dataclasses.dataclass(frozen=True)
-class TfdsData:
+class TfdsData(StoredData):
   """Images and masks in a TensorFlow Datasets data set."""
 
-  name: str = option("tfds", "What kind of data: 'folder', 'synthetic', 'tfds'.")
+  name: str = option("tfds", _KIND)
   dataset: str = option(
     "",
     "A name of the TFDS catalogue; or the folder of a dataset_info.json, also below root: "
     "'voc2012/1.0.0'.",
   )
   root: str = option("", "Where TFDS keeps data sets, may be gs://...; '' = where it always does.")
-  classes: str = option(
-    "",
-    "A file below root of class names, one a line, or `index name r g b`; or 'voc', 'cityscapes', "
-    "...",
-  )
   image_key: str = option("image", "Of an example's image.")
   label_key: str = option("label", "Of its mask.")
   id_key: str = option("id", "Of its id.")
   class_key: str = option(
     "", "Of a class of whole images: the label 1 then becomes 1 + that class."
   )
-  label_map: str = option("", 'Stored mask value:class, "11:255,12:3".')
-  background: str = option(
-    "auto",
-    "Whether class 0 is what is left beside things; 'auto': its name says so.",
-    one_of=("auto", "yes", "no"),
-  )
   train_split: str = option("train", "What to train on.")
-  split: str = option(
-    "full",
-    "The labeled part: '1_8' (a random eighth), 'every_8', 'full', a list file, or a published "
-    "'voc2012/cps/1_8'.",
-  )
-  split_seed: int = option(0, "Of '1_8' and the like.")
   unlabeled_split: str = option("", "'' = what the labeled part leaves over of train_split.")
   eval_split: str = option("val", "What to evaluate.")
-  image_labels: str = option(
-    "", "Image-level labels of the unlabeled images: a CSV or JSON file, or a folder of VOC XML."
-  )
-  boxes: str = option(
-    "", "Boxes of labeled and unlabeled images: a folder of VOC XML, or a COCO JSON file."
-  )
-  eval_boxes: str = option("", "Likewise of the evaluated images; '' = made from their masks.")
 
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticData:
   """Drawn scenes of which everything is known: to see the whole way without data."""
 
-  name: str = option("synthetic", "What kind of data: 'folder', 'synthetic', 'tfds'.")
+  name: str = option("synthetic", _KIND)
   num_scenes: int = option(800, "To train on.", least=2)
   num_labeled: int = option(64, "The first so many of them have masks.", least=1)
   num_eval_scenes: int = option(200, "Other scenes, to evaluate.", least=1)
@@ -460,7 +444,7 @@ class Run:
   optimizer: Optimizer = group(Optimizer)
   unlabeled_loss: UnlabeledLoss = group(UnlabeledLoss)
   criterion: Criterion = group(Criterion)
-  data: DataName = group(DataName)
+  data: AnyData = group(AnyData)
   other_data: dict[str, Any] = option(
     {},
     "Further domains by name, each with the options of a data config but mean and std, which are "
@@ -580,24 +564,18 @@ def _named(function: Callable, path: str) -> Callable | None:
   return None
 
 
-def wrong(options: Mapping[str, Option], values: Mapping[str, Any]) -> list[str]:
-  """The keys of the values that their options may not have."""
-  return [
-    key for key, value in values.items() if key in options and not options[key].allowed.holds(value)
-  ]
-
-
 def problems_of(options: Mapping[str, Option], values: Mapping[str, Any]) -> list[str]:
   """A line for each value that its option may not have."""
   problems = checks.Problems("")
-  for key in wrong(options, values):
-    value, allowed = values[key], options[key].allowed
-    problems.add(
-      f"config.{key}",
-      got=repr(value),
-      allowed=allowed.in_words(),
-      remedy=checks.nearest(str(value), allowed.one_of) if allowed.one_of else None,
-    )
+  for key, value in values.items():
+    allowed = options[key].allowed if key in options else Allowed()
+    if not allowed.holds(value):
+      problems.add(
+        f"config.{key}",
+        got=repr(value),
+        allowed=allowed.in_words(),
+        remedy=checks.nearest(str(value), allowed.one_of) if allowed.one_of else None,
+      )
   return problems.items
 
 

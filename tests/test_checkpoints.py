@@ -652,7 +652,7 @@ def test_a_save_that_fails_in_the_background_is_booked_under_its_own_step(
     "best": "step 4",
   }
   assert kept(tmp_path) == ["1", "3"] and kept(tmp_path, "best") == []
-  assert time.monotonic() - begun < 40
+  assert time.monotonic() - begun < 10
 
 
 @pytest.fixture
@@ -777,11 +777,11 @@ def test_a_process_ends_after_failed_saves(tmp_path):
     command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   )
   try:
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=60)
   finally:
     process.kill()
   assert process.returncode == 0, errors
-  assert time.time() - float(output) < 20  # after its last line
+  assert time.time() - float(output) < 5  # after its last line
   assert "Traceback" not in errors, errors
   assert "could not save the last checkpoint of step 2" in errors
   restored = Checkpoints(tmp_path / "background").restore(LIKE)

@@ -312,9 +312,9 @@ def test_predictions_of_chosen_rows_come_back_in_order_and_at_size(devices):
 def test_loading_overlaps_computing():
   source = FakeSource([(4, 4)] * 12)
   load = source.image
-  source.image = lambda row: (time.sleep(0.15), load(row))[1]
+  source.image = lambda row: (time.sleep(0.05), load(row))[1]
   slow = lambda state, x: (
-    jax.debug.callback(lambda: time.sleep(0.15), ordered=True),
+    jax.debug.callback(lambda: time.sleep(0.05), ordered=True),
     brightest(state, x),
   )[1]
   score = evaluator.make_evaluator(
@@ -323,7 +323,7 @@ def test_loading_overlaps_computing():
   score.predictions(0.0, [0])  # compiles
   start = time.perf_counter()
   score(0.0)
-  assert time.perf_counter() - start < 0.9 * 12 * (0.15 + 0.15)
+  assert time.perf_counter() - start < 0.9 * 12 * (0.05 + 0.05)
 
 
 def test_unusable_sources_are_refused_with_all_problems():

@@ -239,6 +239,7 @@ def test_sums_of_criteria():
     ({"criterion__class_weights": "inverted"}, "'inverse', 'effective'"),
     ({"criterion__class_weights": "1,1,1,2", "criterion__name": "dice"}, "cross_entropy\\+dice"),
     ({"criterion__name": "cross_entropy+lovasz"}, "config.criterion.name: got 'lovasz'"),
+    ({"criterion__focal_gamma": -1.0}, "focal_gamma"),
   ],
 )
 def test_what_cannot_be_meant_is_told(overrides, told):

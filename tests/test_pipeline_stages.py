@@ -264,11 +264,11 @@ def test_signals_reach_the_stage_which_saves_and_the_same_command_goes_on(number
   process = start(tmp_path)
   wait_for(workdir / "labels_third" / "step_1", process)
   second = start(tmp_path)
-  _, told = second.communicate(timeout=300)
+  _, told = second.communicate(timeout=60)
   # One pipeline at a time.
   assert second.returncode == 2 and f"process {process.pid}, its stage" in told
   process.send_signal(number)
-  output, told = process.communicate(timeout=300)
+  output, told = process.communicate(timeout=60)
   assert (
     process.returncode == 128 + number
     and "stopped by a signal" in output

@@ -155,7 +155,7 @@ def test_only_every_nth_labeled_image_is_used_and_the_others_are_not_unlabeled()
   assert spec.labeled.ids == tuple(scene_ids(0, 2, 4)) and len(data.unlabeled) == 14
   assert data.split.endswith("; labeled_every 2: 3 labeled") and data.pseudo_labeled is None
   assert "config.labeled_every: got 0" in message(
-    lambda: build.check_run(load("", labeled_every=0))
+    lambda: build.build_domains(load("", labeled_every=0))
   )
 
 

@@ -106,7 +106,7 @@ def test_compiled_code_that_ignores_signals_does_not_keep_a_command_alive(number
   # at once, not after the computation.
   assert any(f"{number.name}: leaving" in line for line in process.stderr)
   try:
-    assert process.wait(timeout=120) == code
+    assert process.wait(timeout=30) == code
   finally:
     process.kill()
 
@@ -129,7 +129,7 @@ def test_a_command_ends_its_process_whatever_threads_wait_for(ending, code, word
     command_line.leave({ending})
   """
   done = subprocess.run(
-    [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=300
+    [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
   )
   assert (done.returncode, done.stdout) == (code, "last words\n") and words in done.stderr
 
@@ -147,7 +147,7 @@ def test_an_interrupt_during_imports_is_no_traceback():
   """
   for arguments, code, words in ([], -signal.SIGINT, ""), (["past"], 130, "stopped"):
     command = [sys.executable, "-c", textwrap.dedent(program), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (
       done.returncode == code and "Traceback" not in done.stderr and done.stderr.strip() == words
     )

@@ -155,6 +155,7 @@ def build_domains(config: configs.ConfigDict, given_data: Data | None = None) ->
 
   config.labeled_every and config.pseudo_labels are about the first one, whose images may be given.
   """
+  configs.check(config, "labeled_every")
   opened = build_data(config.data) if given_data is None else given_data
   first = _with_pseudo_labels(config, _subsample_labeled(config.get("labeled_every", 1), opened))
   domains = [Domain("", config, first)]

@@ -22,6 +22,7 @@ log = logging.getLogger("pseudoseg_jax")
 
 
 def build_network(config: configs.ConfigDict, num_classes: int) -> Network:
+  configs.check(config, "network")
   options = {
     name: value for name, value in config.network.items() if name not in ("name", "pretrained")
   }
@@ -85,6 +86,7 @@ def _normalization_of_weights(config: configs.ConfigDict) -> imagenet.Normalizat
 
 
 def build_optimizer(config: configs.ConfigDict) -> Optimizer:
+  configs.check(config, "optimizer")
   options = config.optimizer
   learning_rate = functools.partial(
     schedules.poly,
@@ -121,6 +123,7 @@ def build_criterion(config: configs.ConfigDict, num_classes: int) -> Callable:
   """(logits, label) -> the supervised loss; a sum where config.criterion.name is one,
   "cross_entropy+dice".
   """
+  configs.check(config, "criterion")
   options, names = config.criterion, config.criterion.name.split("+")
   weights = class_weights_of(config, num_classes)
   known = {
@@ -196,6 +199,7 @@ def class_weights_of(config: configs.ConfigDict, num_classes: int) -> tuple[floa
 
 def _unlabeled_weight(config: configs.ConfigDict) -> Callable:
   """step -> the factor of config.unlabeled_loss."""
+  configs.check(config, "unlabeled_loss")
   options = config.unlabeled_loss
   length_steps = options.rampup_fraction * config.total_steps
   return lambda step: (
