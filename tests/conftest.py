@@ -11,8 +11,8 @@ import pytest
 _FLAGS = "--xla_force_host_platform_device_count=8"
 # Older ones abort at a flag that they do not know.
 if int(metadata.version("jaxlib").split(".")[1]) >= 8:
-  # On a busy machine a device may wait long for the others, and on one that was suspended it seems
-  # to have waited all that time; XLA aborts the process after 40 s of that unless told otherwise.
+  # On a busy machine a device may wait long for the others; XLA aborts the process after 40 s of
+  # that unless told otherwise. A day: two runs aborted at less, perhaps of this, which is not shown.
   _FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=86400"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
 # Threads of XLA's pools. With one a core (or one a device) those that wait for other devices can
