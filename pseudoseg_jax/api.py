@@ -85,7 +85,7 @@ class _Scoring:
     self.workdir, self.records = workdir, records
     self._evaluator, *self._other_evaluators = _evaluators(domains, method, mesh)
     self._panels = None
-    if method.panels is not None and config.evaluation.pictures:
+    if method.show is not None and config.evaluation.pictures:
       self._panels = _PanelScoring(config, data, method, specs, mesh)
     self._results_path = workdir / "results.json"
     self.results = self._read_results()
@@ -250,7 +250,6 @@ class _PanelScoring:
   """
 
   def __init__(self, config, data: build.Data, method: Method, specs, mesh):
-    self._names, self._kinds, compute = method.panels
     self._classes, self._normalization = (
       data.classes,
       {"mean": config.data.mean, "std": config.data.std},
@@ -259,18 +258,15 @@ class _PanelScoring:
     self._truth = self._batch["unlabeled"].pop("truth", None)
 
     def shown(state, batch):
-      return compute(
-        state, batch, method.draw(rng.stream(jax.random.key(config.seed), "panels"), batch)
-      )
+      draws = method.draw(rng.stream(jax.random.key(config.seed), "panels"), batch)
+      return method.show(state, batch, draws)
 
     self._shown = jax.jit(shown, out_shardings=meshes.replicated(mesh))
 
   def __call__(self, state: State) -> tuple[Image.Image, dict[str, float]]:
-    values, kept = jax.device_get(self._shown(state, self._batch))
+    shown, kept = jax.device_get(self._shown(state, self._batch))
     sheet = panels.panel_sheet(
-      self._names,
-      self._kinds,
-      values,
+      shown,
       self._classes,
       truth=self._truth,
       kept=kept,
@@ -278,9 +274,11 @@ class _PanelScoring:
     )
     shares = {}
     if self._truth is not None:
-      for name, kind, value in zip(self._names, self._kinds, values, strict=True):
-        agreed = panels.agreement(value, self._truth, kept) if kind == "classes" else {}
-        shares |= {f"{name.replace(' ', '_')}_{key}": share for key, share in agreed.items()}
+      for panel in shown:
+        if panel.kind == "classes":
+          agreed = panels.agreement(panel.values, self._truth, kept)
+          name = panel.name.replace(" ", "_")
+          shares |= {f"{name}_{key}": share for key, share in agreed.items()}
     return sheet, shares
 
 
@@ -759,9 +757,7 @@ def load(
   name = predictor or next(iter(method.predictors))
   check_plain(method, name)
   predict = method.predictors[name]
-  classes = [trained.classes, *trained.other_classes.values()][
-    method.predictor_domains.get(name, 0)
-  ]
+  classes = [trained.classes, *trained.other_classes.values()][predict.domain]
   as_trained = {
     "exif_orientation": config.data.get("exif_orientation", "apply"),
     "max_value": config.data.get("max_value", 0.0),

@@ -8,7 +8,8 @@ the state, and knows no method by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,6 +72,10 @@ class Needs(NamedTuple):
 class NetState(train_state.TrainState):
   """A Flax TrainState that also carries batch-norm statistics. A teacher is one that no gradient
   moves.
+
+  tx: the transformation that `opt_state` was made by. `nets.descend` moves a network by the
+    optimizer that it is given, and sees to it that the state is of that kind.
+  step: how often the network was descended. No clock: nothing reads it.
   """
 
   batch_stats: PyTree = None
@@ -91,10 +96,14 @@ class State:
   nets: dict[str, NetState]
   memory: dict[str, PyTree] = struct.field(default_factory=dict)
 
+  def with_nets(self, **nets: NetState) -> State:
+    """The state with these networks in the place of those of their roles."""
+    return dataclasses.replace(self, nets=self.nets | nets)
+
 
 class Optimizer(NamedTuple):
   """A descent rule with its learning rate outside, so that the clock is `State.step` and nothing
-  else.
+  else. Wherever one is taken, a plain optax.GradientTransformation is taken too.
 
   transform: gradients -> descent direction at learning rate 1 (weight decay, momentum); sign: the
     parameters move by minus it.
@@ -176,22 +185,37 @@ class Task(NamedTuple):
 
 
 Metrics = dict[str, Array]
-Predictor = Callable[[State, Array], Array]
 
 
-class Panels(NamedTuple):
-  """What a method shows of a batch, for people who want to see why it works.
+class Predictor(NamedTuple):
+  """Who predicts, what it predicts, and what it is shown.
 
-  names, kinds: of the panels in their order; a kind is "image" (f32[B,H,W,3], normalized),
-    "classes" (f32[B,h,w,K], probabilities or scores from 0 on, on any grid) or "heat" (f32[B,h,w]
-    in 0..1). The last "classes" panel is the pseudo label.
-  compute: (state, batch, draws) -> (one array a name, kept bool[B,h,w]: where the pseudo label is
-    learnt from).
+  logits: (state, images f32[B,H,W,C]) -> f32[B,H,W,K].
+  domain: number of the domain whose classes it predicts; 0 is the first.
+  weak_label: "boxes" or "image", the weak labels that it is shown beside the image, as K more
+    channels of `images`: 1 inside the boxes of a class, or everywhere if the class is in the image,
+    else 0 (and 0 on padding). None where it is shown the image alone.
   """
 
-  names: tuple[str, ...]
-  kinds: tuple[str, ...]
-  compute: Callable[[State, Batch, PyTree], tuple[tuple[Array, ...], Array]]
+  logits: Callable[[State, Array], Array]
+  domain: int = 0
+  weak_label: str | None = None
+
+  def __call__(self, state: State, images: Array) -> Array:
+    return self.logits(state, images)
+
+
+@struct.dataclass
+class Panel:
+  """One picture of a batch, for people who want to see why a method works.
+
+  kind: "image" (f32[B,H,W,C], normalized), "classes" (f32[B,h,w,K], probabilities or scores from 0
+    on, on any grid) or "heat" (f32[B,h,w] in 0..1).
+  """
+
+  name: str = struct.field(pytree_node=False)
+  kind: str = struct.field(pytree_node=False)
+  values: Array
 
 
 class Method(NamedTuple):
@@ -199,18 +223,14 @@ class Method(NamedTuple):
 
   init: key -> State.
   draw: (key, batch) -> draws, every random number of one step (None where a step has none).
-  update: (state, batch, draws) -> (state, metrics); pure arithmetic. `metrics` are scalars; those
-    named `loss*` are loss terms.
-  predictors: name -> (state, images f32[B,H,W,3]) -> logits f32[B,H,W,K]; the first is the
-    headline.
-  panels: pictures of what the unlabeled images teach, or None.
-  predictor_domains: predictor -> number of the domain whose classes it predicts; 0, the first,
-    where it is not named.
+  update: (state, batch, draws) -> (state, metrics); pure arithmetic. The step counter moves by one
+    (`nets.descend` does it). `metrics` are scalars; those named `loss*` are loss terms.
+  predictors: by name; the first is the headline.
+  show: (state, batch, draws) -> (panels, kept bool[B,h,w]): what the unlabeled images of a batch
+    teach, in the order in which it is shown. The last panel of kind "classes" is the pseudo label,
+    and `kept` is where it is learnt from. None for a method that learns from labels alone.
   split_memory: entries of `State.memory` that are split over the devices along their leading axis;
     all else is on every device.
-  predictor_hints: predictor -> "boxes" or "image", the weak labels that it is shown beside the
-    image, as K more channels of `images`: 1 inside the boxes of a class, or everywhere if the class
-    is in the image, else 0 (and 0 on padding).
   given_nets: networks that an earlier run made; training starts from theirs (config.nets_from).
   """
 
@@ -219,10 +239,8 @@ class Method(NamedTuple):
   draw: Callable[[Array, Batch], PyTree]
   update: Callable[[State, Batch, PyTree], tuple[State, Metrics]]
   predictors: Mapping[str, Predictor]
-  panels: Panels | None = None
-  predictor_domains: Mapping[str, int] = {}
+  show: Callable[[State, Batch, PyTree], tuple[Sequence[Panel], Array]] | None = None
   split_memory: tuple[str, ...] = ()
-  predictor_hints: Mapping[str, str] = {}
   given_nets: tuple[str, ...] = ()
 
   def step(self, state: State, batch: Batch, key: Array) -> tuple[State, Metrics]:

@@ -155,7 +155,7 @@ def export_labels(
     config.pseudo_labels.folder = ""
   name = predictor or next(iter(method.predictors))
   checks.check_name("predictor", name, method.predictors)
-  number = method.predictor_domains.get(name, 0)
+  number = method.predictors[name].domain
   _, config, data = build.build_domains(config)[number]
   learnt = [trained.classes, *trained.other_classes.values()][number]
   problems = checks.Problems("cannot export labels of these data")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,8 @@ from pseudoseg_jax.contract import (
   NetState,
   Network,
   Optimizer,
-  Panels,
+  Panel,
+  Predictor,
   PyTree,
   State,
   Task,
@@ -33,19 +36,30 @@ def create(task: Task, key: Array, **heads: Head) -> NetState:
   return _initialized(task.network.apply, params, batch_stats, task.optimizer)
 
 
-def create_from_head(head: Head, key: Array, optimizer: Optimizer) -> NetState:
+def create_from_head(
+  head: Head, key: Array, optimizer: Optimizer | optax.GradientTransformation
+) -> NetState:
   """A head as a network of its own, with an optimizer of its own."""
   return _initialized(head.apply, *head.init(key), optimizer)
 
 
 def _initialized(
-  apply: Callable, params: PyTree, batch_stats: PyTree, optimizer: Optimizer
+  apply: Callable,
+  params: PyTree,
+  batch_stats: PyTree,
+  optimizer: Optimizer | optax.GradientTransformation,
 ) -> NetState:
   net = NetState.create(
-    apply_fn=apply, params=params, batch_stats=batch_stats, tx=optimizer.transform
+    apply_fn=apply, params=params, batch_stats=batch_stats, tx=_transformation(optimizer)
   )
   # a Python int would make the second step retrace.
   return net.replace(step=jnp.zeros([], jnp.int32))
+
+
+def _transformation(
+  optimizer: Optimizer | optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  return optimizer.transform if isinstance(optimizer, Optimizer) else optimizer
 
 
 # No gradient moves a teacher. Made once: TrainState compares its transformation by identity.
@@ -117,6 +131,31 @@ def forward(
   return _each(network.apply, net, batches, dropout)
 
 
+def forward_with(network: Network, frozen_batch_norm: str) -> Callable:
+  """`forward` of a network, but with batch norms on stored statistics, which then do not move.
+
+  Args:
+    frozen_batch_norm: of the "backbone", of "all", or "none". Freezing "all" leaves out dropout as
+      well: the pass is one of inference, with gradients.
+  """
+
+  def backbone_frozen(net, *batches, dropout):
+    maps = [infer_maps(network, net, images) for images in batches]
+    scores, net = decode(network, net, *maps, dropout=dropout)
+    return tuple(
+      network.upsample(part, images.shape[1:3])
+      for part, images in zip(scores, batches, strict=True)
+    ), net
+
+  def all_frozen(net, *batches, dropout):
+    return tuple(infer(network, net, images) for images in batches), net
+
+  def live(net, *batches, dropout):
+    return forward(network, net, *batches, dropout=dropout)
+
+  return {"none": live, "backbone": backbone_frozen, "all": all_frozen}[frozen_batch_norm]
+
+
 def dropout_keys(key: Array, *passes: str) -> dict[str, Array]:
   """A random key for the dropout of each named pass of a step."""
   return {name: rng.stream(key, f"dropout/{name}") for name in passes}
@@ -185,55 +224,80 @@ def infer_maps(network: Network, net: NetState, images: Array) -> tuple[Array, .
   return network.encode(net.params, net.batch_stats, images, train=False)[0]
 
 
-def predictors(network: Network, *roles: str) -> dict[str, Callable[[State, Array], Array]]:
+def predictors(network: Network, *roles: str) -> dict[str, Predictor]:
   """One predictor per role in `State.nets`; the first is the headline."""
 
-  def predictor(role: str) -> Callable[[State, Array], Array]:
-    return lambda state, images: infer(network, state.nets[role], images)
+  def predictor(role: str) -> Predictor:
+    return Predictor(lambda state, images: infer(network, state.nets[role], images))
 
   return {role: predictor(role) for role in roles}
 
 
-def prediction_panels(network: Network, *roles: str) -> Panels:
-  """The weak view, and what each network says of it; the last is the pseudo label."""
+def show_predictions(network: Network, *roles: str) -> Callable:
+  """`Method.show`: the weak view, and each network's prediction on it; the last is the pseudo
+  label.
+  """
 
   def show(state, batch, draws):
     weak = batch["unlabeled"]["weak"]
-    said = (jax.nn.softmax(infer(network, state.nets[role], weak)) for role in roles)
-    return (weak, *said), batch["unlabeled"]["valid"]
+    predictions = [
+      Panel(role, "classes", jax.nn.softmax(infer(network, state.nets[role], weak)))
+      for role in roles
+    ]
+    return [Panel("weak view", "image", weak), *predictions], batch["unlabeled"]["valid"]
 
-  return Panels(("weak view", *roles), ("image", *["classes"] * len(roles)), show)
+  return show
 
 
-Objective = Callable[[dict[str, NetState]], tuple[Array, tuple[dict[str, NetState], Metrics]]]
+class Outcome(NamedTuple):
+  """What an objective comes to at the networks' parameters.
+
+  losses: terms by name, f32[] each. The step descends their sum, `loss`; each is told as
+    `loss_NAME`.
+  nets: the networks with their running statistics moved.
+  metrics: further scalars that are told.
+  memory: what `State.memory` is after the step; None leaves it.
+  """
+
+  losses: Mapping[str, Array]
+  nets: Mapping[str, NetState]
+  metrics: Metrics = {}
+  memory: dict[str, PyTree] | None = None
 
 
 def descend(
-  optimizer: Optimizer | Mapping[str, Optimizer],
-  nets: dict[str, NetState],
-  step: Array,
-  objective: Objective,
-) -> tuple[dict[str, NetState], Metrics]:
-  """One optimizer step of every net in `nets` on one objective.
+  optimizer: Optimizer | optax.GradientTransformation | Mapping[str, Any],
+  state: State,
+  objective: Callable[[dict[str, NetState]], Outcome],
+  *,
+  learning: Collection[str] | None = None,
+) -> tuple[State, Metrics]:
+  """Takes the one step of a method: sums the losses, descends, moves the clock.
 
   Args:
-    optimizer: of all nets, or one for each by its name.
-    step: i32[], the clock that the learning rate follows.
-    objective: nets -> (loss f32[], (nets with moved statistics, metrics)); differentiated by the
-      parameters of all nets.
+    optimizer: of all networks that learn, or one for each by its role.
+    state: the learning rates follow its step.
+    objective: networks that learn -> Outcome; differentiated by the parameters of all of them.
+    learning: roles of the networks that learn. Without it those that `optimizer` names, or all.
 
   Returns:
-    The nets after the step, and the metrics with `learning_rate` added, that of the first net.
-  """
+    The state with the step counter one on, the networks that learn after their step, and what the
+    outcome remembers; and the metrics: the losses, their sum, the outcome's own, and the
+    `learning_rate` of the first network (not of a plain optax transformation, which keeps its own).
 
+  Raises:
+    ValueError: a network was made with another optimizer than the one given here, whose state is
+      not to be mixed with it.
+  """
+  if learning is None:
+    learning = state.nets if not isinstance(optimizer, Mapping) else optimizer
+  nets = {role: state.nets[role] for role in learning if role in state.nets}
   optimizers = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(nets, optimizer)
-  params = {name: net.params for name, net in nets.items()}
-  rates = {
-    name: optim.by_path(optimizers[name].multiplier, net.params) for name, net in nets.items()
-  }
-  # What has a rate of 0 is not differentiated: no backward pass runs through a part that is frozen
-  # as a whole.
-  learning = jax.tree.map(lambda rate, value: value if rate else None, rates, params)
+  params = {role: net.params for role, net in nets.items()}
+  factors = {role: _factors(optimizers[role], net.params) for role, net in nets.items()}
+  # What has a factor of 0 is not differentiated: no backward pass runs through a part that is
+  # frozen as a whole.
+  live = jax.tree.map(lambda factor, value: value if factor else None, factors, params)
 
   def whole(part: PyTree, default: Callable[[Array], Array]) -> PyTree:
     return jax.tree.map(
@@ -243,28 +307,66 @@ def descend(
       is_leaf=lambda value: value is None,
     )
 
-  def loss(learning: dict[str, PyTree]):
-    filled = whole(learning, lambda own: own)
-    return objective({name: net.replace(params=filled[name]) for name, net in nets.items()})
+  def loss(live: dict[str, PyTree]) -> tuple[Array, tuple[Array, Outcome]]:
+    filled = whole(live, lambda own: own)
+    outcome = objective({role: net.replace(params=filled[role]) for role, net in nets.items()})
+    total = jnp.asarray(sum(outcome.losses.values()))
+    return total, (total, outcome)
 
-  gradients, (moved, metrics) = jax.grad(loss, has_aux=True)(learning)
+  gradients, (total, outcome) = jax.grad(loss, has_aux=True)(live)
   gradients = whole(gradients, jnp.zeros_like)
 
-  def stepped(name: str, net: NetState) -> NetState:
-    direction, opt_state = net.tx.update(gradients[name], net.opt_state, net.params)
-    learning_rate = optimizers[name].learning_rate(step)
+  stepped = {
+    role: _stepped(optimizers[role], net, gradients[role], factors[role], state.step, role).replace(
+      batch_stats=outcome.nets[role].batch_stats
+    )
+    for role, net in nets.items()
+  }
+  metrics = {"loss": total} | {f"loss_{name}": term for name, term in outcome.losses.items()}
+  first = optimizers[next(iter(nets))]
+  if isinstance(first, Optimizer):
+    metrics["learning_rate"] = first.learning_rate(state.step)
+  memory = state.memory if outcome.memory is None else outcome.memory
+  after = State(step=state.step + 1, nets=state.nets | stepped, memory=memory)
+  return after, metrics | outcome.metrics
+
+
+def _factors(optimizer: Optimizer | optax.GradientTransformation, params: PyTree) -> PyTree:
+  """By parameter, the factor on the learning rate; 0 where it is frozen."""
+  if isinstance(optimizer, Optimizer):
+    return optim.by_path(optimizer.multiplier, params)
+  return jax.tree.map(lambda _: 1.0, params)
+
+
+def _stepped(
+  optimizer: Optimizer | optax.GradientTransformation,
+  net: NetState,
+  gradients: PyTree,
+  factors: PyTree,
+  step: Array,
+  role: str,
+) -> NetState:
+  transformation = _transformation(optimizer)
+  shapes = functools.partial(jax.tree.map, lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)))
+  own, kept = jax.eval_shape(transformation.init, net.params), net.opt_state
+  if jax.tree.structure(own) != jax.tree.structure(kept) or shapes(own) != shapes(kept):
+    raise ValueError(
+      f"network '{role}' was made with another optimizer than the one that shall move it: give "
+      "both nets.create, or create_from_head, and nets.descend the same one; a network that is "
+      "frozen does not learn"
+    )
+  direction, opt_state = transformation.update(gradients, net.opt_state, net.params)
+  if isinstance(optimizer, Optimizer):
+    learning_rate = optimizer.learning_rate(step)
     params = jax.tree.map(
-      lambda value, way, rate: value - learning_rate * rate * way,
+      lambda value, way, factor: value - learning_rate * factor * way,
       net.params,
       direction,
-      rates[name],
+      factors,
     )
-    return net.replace(
-      step=net.step + 1, params=params, opt_state=opt_state, batch_stats=moved[name].batch_stats
-    )
-
-  after = {name: stepped(name, net) for name, net in nets.items()}
-  return after, metrics | {"learning_rate": optimizers[next(iter(nets))].learning_rate(step)}
+  else:
+    params = optax.apply_updates(net.params, direction)
+  return net.replace(step=net.step + 1, params=params, opt_state=opt_state)
 
 
 def ema(

@@ -15,45 +15,69 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from pseudoseg_jax import checks
 
 
 class Allowed(NamedTuple):
-  """Which values an option may have; None, or (), where nothing says so.
+  """Which values an option may have, or each element of a tuple; None, or (), where nothing says
+  so.
 
-  one_of: words. least, most: bounds of a number, included. above: likewise, excluded.
+  one_of: words or numbers. least, most: bounds of a number, included. above, below: likewise,
+  excluded.
+  ordered: of a tuple: no element is smaller than the one before it.
   may_be_open: -1 too, which leaves the value to what `settings.choose` knows.
   """
 
-  one_of: tuple[str, ...] = ()
+  one_of: tuple[Any, ...] = ()
   least: float | None = None
   above: float | None = None
   most: float | None = None
+  below: float | None = None
+  ordered: bool = False
   may_be_open: bool = False
 
   def holds(self, value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+      return all(map(self.holds, value)) and not (self.ordered and list(value) != sorted(value))
+    if hasattr(value, "aval"):  # traced by JAX: not known yet
+      return True
     if self.one_of:
       return value in self.one_of
     if self.may_be_open and value == -1:
       return True
-    return not (
-      (self.least is not None and not value >= self.least)
-      or (self.above is not None and not value > self.above)
-      or (self.most is not None and not value <= self.most)
-    )
+    try:
+      return not (
+        (self.least is not None and not value >= self.least)
+        or (self.above is not None and not value > self.above)
+        or (self.most is not None and not value <= self.most)
+        or (self.below is not None and not value < self.below)
+      )
+    except TypeError:  # no number at all
+      return False
 
   def in_words(self) -> str:
     """The values in words, "0..1"; "" where any will do."""
     if self.one_of:
-      return checks.choices(self.one_of)
-    lower = f"above {self.above:g}" if self.above is not None else ""
-    if self.most is not None:
-      bounds = f"{lower}, up to {self.most:g}" if lower else f"{self.least:g}..{self.most:g}"
-    else:
-      bounds = lower or (f"{self.least:g} or more" if self.least is not None else "")
-    return bounds
+      return checks.choices(map(str, self.one_of))
+    if self.ordered:
+      return f"{self._replace(ordered=False).in_words()}, the smaller first"
+    if self.least is not None and self.most is not None:
+      return f"{self.least:g}..{self.most:g}"
+    bounds = {"least": "{:g} or more", "above": "above {:g}", "most": "up to {:g}"}
+    bounds |= {"below": "below {:g}"}
+    values = ((words, getattr(self, name)) for name, words in bounds.items())
+    return ", ".join(words.format(value) for words, value in values if value is not None)
+
+
+# Kinds of numbers, for the signatures of factories.
+Share = Annotated[float, Allowed(least=0, most=1)]
+Positive = Annotated[float, Allowed(above=0)]
+NotNegative = Annotated[float, Allowed(least=0)]
+Count = Annotated[int, Allowed(least=1)]
+ShareRange = Annotated[tuple[float, float], Allowed(least=0, most=1, ordered=True)]
+GridSize = Annotated[tuple[int, int], Allowed(least=1)]  # rows, columns
 
 
 def option(default: Any, about: str, **allowed: Any) -> Any:
@@ -522,12 +546,59 @@ def defaults_of(factory: Callable) -> dict[str, Any]:
 
 
 def of_factory(factory: Callable, prefix: str = "") -> dict[str, Option]:
-  """The options of a method's or a network's factory, with what its docstring says of them."""
-  about = _arguments(factory)
+  """The options of a method's or a network's factory, with what its signature allows and its
+  docstring says of them.
+  """
+  about, allowed = _arguments(factory), _allowed(factory)
   return {
-    prefix + name: Option(default, about.get(name, ""))
+    prefix + name: Option(default, about.get(name, ""), allowed.get(name, Allowed()))
     for name, default in defaults_of(factory).items()
   }
+
+
+@functools.cache
+def _allowed(factory: Callable) -> dict[str, Allowed]:
+  """What the annotations of a factory allow: Literal, and Annotated with `Allowed`."""
+  try:
+    hints = get_type_hints(factory, include_extras=True)
+  except (NameError, TypeError):  # of another package, whose names stand for type checkers alone
+    return {}
+  found = {}
+  for name, hint in hints.items():
+    if get_origin(hint) is Literal:
+      found[name] = Allowed(one_of=get_args(hint))
+    elif get_origin(hint) is Annotated:
+      found[name] = next(
+        (rule for rule in get_args(hint)[1:] if isinstance(rule, Allowed)), Allowed()
+      )
+  return found
+
+
+Rules = Callable[..., None]  # (problems, task, **options): adds what several options break together
+
+
+def checked(factory: Callable | None = None, *, rules: Rules | None = None) -> Callable:
+  """Decorates a method's factory, as `@checked` or `@checked(rules=...)`: options that its signature
+  does not allow, or that break its rules, are refused all at once, before it begins.
+
+  Rules are given every option, those that are refused by themselves at their default.
+  """
+  if factory is None:
+    return functools.partial(checked, rules=rules)
+
+  @functools.wraps(factory)
+  def with_checked_options(task: Any, **options: Any) -> Any:
+    problems, known = checks.Problems(f"{factory.__name__} cannot be run with these options"), {}
+    for name, declared in of_factory(factory).items():
+      wrong = problems_of({name: declared}, {name: options.get(name, declared.default)}, prefix="")
+      problems.extend(wrong)
+      known[name] = declared.default if wrong else options.get(name, declared.default)
+    if rules is not None:
+      rules(problems, task, **known)
+    problems.raise_if_any()
+    return factory(task, **options)
+
+  return with_checked_options
 
 
 def _arguments(function: Callable | None) -> dict[str, str]:
@@ -553,10 +624,14 @@ def _arguments(function: Callable | None) -> dict[str, str]:
 
 
 def _named(function: Callable, path: str) -> Callable | None:
-  """The function that a docstring calls `path`; None where it cannot be told."""
+  """The function that a docstring calls `path`: of its module, of what that imports, or of a module
+  beside it; None where it cannot be told.
+  """
+  names, package = path.split("."), function.__module__.rpartition(".")[0]
+  beside = sys.modules.get(f"{package}.{names[0]}")
   at = sys.modules[function.__module__]
-  for names in (path.split("."), path.split(".")[-1:]):  # by its module, or imported from it
-    found = functools.reduce(lambda at, name: getattr(at, name, None), names, at)
+  for start, way in ((at, names), (at, names[-1:]), (beside, names[1:] or names)):
+    found = functools.reduce(lambda at, name: getattr(at, name, None), way, start)
     if inspect.ismodule(found):  # of a method, whose factory has its name
       found = getattr(found, names[-1], None)
     if found is not None:
@@ -564,17 +639,21 @@ def _named(function: Callable, path: str) -> Callable | None:
   return None
 
 
-def problems_of(options: Mapping[str, Option], values: Mapping[str, Any]) -> list[str]:
-  """A line for each value that its option may not have."""
+def problems_of(
+  options: Mapping[str, Option], values: Mapping[str, Any], *, prefix: str = "config."
+) -> list[str]:
+  """A line for each value that its option may not have; `prefix` stands before their names."""
   problems = checks.Problems("")
   for key, value in values.items():
     allowed = options[key].allowed if key in options else Allowed()
     if not allowed.holds(value):
       problems.add(
-        f"config.{key}",
+        f"{prefix}{key}",
         got=repr(value),
         allowed=allowed.in_words(),
-        remedy=checks.nearest(str(value), allowed.one_of) if allowed.one_of else None,
+        remedy=checks.nearest(value, allowed.one_of)
+        if allowed.one_of and isinstance(value, str)
+        else None,
       )
   return problems.items
 

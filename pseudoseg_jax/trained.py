@@ -122,9 +122,7 @@ def weights_of(trained: Trained, predictor: str) -> dict[str, np.ndarray]:
   """The leaves of one network that predicts the first domain's classes, without what its method
   added to it.
   """
-  first_domain = [
-    name for name in trained.method.predictors if not trained.method.predictor_domains.get(name)
-  ]
+  first_domain = [name for name, predict in trained.method.predictors.items() if not predict.domain]
   checks.check_name(
     "predictor", predictor, [name for name in first_domain if name in trained.state.nets]
   )
@@ -190,11 +188,11 @@ def check_plain(method: Method, predictor: str) -> None:
   enough for.
   """
   of = predictor.removesuffix(hints.IMAGE_LABELS)
-  kind = method.predictor_hints.get(of, "image" if of != predictor else None)
   checks.check_name("predictor", of, method.predictors)
+  kind = method.predictors[of].weak_label or ("image" if of != predictor else None)
   if kind:
     problems = checks.Problems(f"predictor '{predictor}' needs more than an image")
-    plain = [name for name in method.predictors if name not in method.predictor_hints]
+    plain = [name for name, predict in method.predictors.items() if not predict.weak_label]
     what = {"boxes": "boxes", "image": "image-level labels"}[kind]
     problems.add(
       "predictor",

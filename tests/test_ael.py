@@ -90,12 +90,12 @@ def test_another_image_is_never_the_same_and_has_the_class_where_one_has():
   holds = jnp.array([[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]], bool)
 
   def chosen(*options):
-    drawn = jax.vmap(lambda priority: ael.another(priority, *options))(priority)
+    drawn = jax.vmap(lambda priority: ael.choose_partner(priority, *options))(priority)
     return [sorted(set(column.tolist())) for column in np.asarray(drawn).T]
 
   assert chosen(holds) == [[3], [0, 2, 3], [0, 1, 3], [2]]
   assert chosen() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
-  assert ael.another(priority[0, :1, :1]).tolist() == [0]
+  assert ael.choose_partner(priority[0, :1, :1]).tolist() == [0]
 
 
 def test_only_drawn_classes_of_images_that_are_pasted_come_through():
@@ -193,8 +193,8 @@ def test_with_no_confident_pixel_the_teacher_teaches_nothing():
 def test_the_pseudo_label_shown_is_the_first_image_s_and_inside_the_box_it_is_not_kept():
   method, batch = make_method(min_confidence=0.0), make_batch()
   state = method.init(jax.random.key(0))
-  shown, kept = jax.jit(method.panels.compute)(state, batch, method.draw(jax.random.key(1), batch))
-  weak, second, box, mixed, label = shown
+  panels, kept = jax.jit(method.show)(state, batch, method.draw(jax.random.key(1), batch))
+  weak, second, box, mixed, label = (panel.values for panel in panels)
   inside = box > 0
   assert inside.any() and kept.any() and not (kept & inside).any()
   np.testing.assert_array_equal(mixed, np.where(inside[..., None], second, weak))

@@ -101,7 +101,8 @@ def test_every_domain_has_decoders_of_its_own_and_the_same_encoder():
     sum(map(float, terms)), rel=1e-6
   )
   images = jnp.zeros((2, SIZE, SIZE, 3))
-  assert method.predictor_domains == {"main": 0, "main_1": 1}
+  domains = {name: predict.domain for name, predict in method.predictors.items()}
+  assert domains == {"main": 0, "main_1": 1}
   assert [predict(after, images).shape[-1] for predict in method.predictors.values()] == [K, 7]
 
 

@@ -54,9 +54,8 @@ def test_an_image_is_pasted_on_the_next_and_the_last_on_the_first():
 def test_what_the_student_sees_is_pasted_where_its_label_is():
   method = make_method()
   state, batch = method.init(jax.random.key(0)), make_batch()
-  (weak, teacher, here, mixed), _ = jax.jit(method.panels.compute)(
-    state, batch, method.draw(jax.random.key(1), batch)
-  )
+  panels, _ = jax.jit(method.show)(state, batch, method.draw(jax.random.key(1), batch))
+  weak, teacher, here, mixed = (panel.values for panel in panels)
   here = here.astype(bool)
   np.testing.assert_array_equal(mixed, jnp.where(here[..., None], weak, jnp.roll(weak, -1, axis=0)))
   for image, label in zip(here, jnp.argmax(teacher, axis=-1), strict=True):
@@ -89,18 +88,16 @@ def test_cow_masks_hold_about_half_of_the_image_in_blobs():
 def test_jitter_and_blur_change_the_mixed_image_of_some_batches_and_no_label(options):
   method, plain = make_method(**options), make_method()
   state, batch = method.init(jax.random.key(0)), make_batch()
-  compute = jax.jit(method.panels.compute)
+  show = jax.jit(method.show)
   draws = method.draw(jax.random.key(1), batch)
   chance = "jitters" if "color_jitter" in options else "blurs"
-  off, on = (
-    compute(state, batch, draws | {chance: jnp.float32(value)})[0] for value in (0.99, 0.0)
-  )
-  want = jax.jit(plain.panels.compute)(state, batch, draws)[0]
+  off, on = (show(state, batch, draws | {chance: jnp.float32(value)})[0] for value in (0.99, 0.0))
+  want = jax.jit(plain.show)(state, batch, draws)[0]
   for got in (off, on):
-    np.testing.assert_array_equal(got[1], want[1])
-    np.testing.assert_array_equal(got[2], want[2])
-  np.testing.assert_array_equal(off[3], want[3])
-  assert np.abs(on[3] - want[3]).mean() > 0.01
+    np.testing.assert_array_equal(got[1].values, want[1].values)
+    np.testing.assert_array_equal(got[2].values, want[2].values)
+  np.testing.assert_array_equal(off[3].values, want[3].values)
+  assert np.abs(on[3].values - want[3].values).mean() > 0.01
 
 
 @pytest.mark.slow
@@ -108,7 +105,7 @@ def test_jittered_images_stay_in_the_range_of_images():
   method = make_method(color_jitter=True)
   state, batch = method.init(jax.random.key(0)), make_batch()
   draws = method.draw(jax.random.key(1), batch) | {"jitters": jnp.float32(0.0)}
-  mixed = method.panels.compute(state, batch, draws)[0][3]
+  mixed = method.show(state, batch, draws)[0][3].values
   rgb = mixed * np.array(Task._field_defaults["std"]) + np.array(Task._field_defaults["mean"])
   assert -1e-5 < rgb.min() and rgb.max() < 1 + 1e-5
 

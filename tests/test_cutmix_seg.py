@@ -15,7 +15,7 @@ from pseudoseg_jax.contract import IGNORE_LABEL, Task
 from pseudoseg_jax.methods import cutmix_seg, ict, vat
 from pseudoseg_jax.models.layers import Conv, ConvBN
 from pseudoseg_jax.models.table import compose
-from pseudoseg_jax.ops import losses
+from pseudoseg_jax.ops import losses, targets
 
 K, SIZE, BATCH = 4, 33, 2
 FACTORIES = {"cutmix_seg": cutmix_seg.cutmix_seg, "ict": ict.ict, "vat": vat.vat}
@@ -68,7 +68,8 @@ def start(method):
 def test_in_the_box_is_the_second_image_outside_the_first():
   method = make_method(strong_views=1)
   state, batch, draws = start(method)
-  (first, second, mask, mixed, _), kept = method.panels.compute(state, batch, draws)
+  panels, kept = method.show(state, batch, draws)
+  first, second, mask, mixed, _ = (panel.values for panel in panels)
   box = mask > 0
   np.testing.assert_array_equal(first, batch["unlabeled"]["weak"])
   np.testing.assert_array_equal(second, batch["partner"]["weak"])
@@ -84,7 +85,8 @@ def test_cutout_keeps_the_box_and_zeroes_the_rest():
   method = make_method(mask="cutout", area_range=(0.3, 0.3))
   assert not method.needs.partner
   state, batch, draws = start(method)
-  (weak, mask, cut, _), kept = method.panels.compute(state, batch, draws)
+  panels, kept = method.show(state, batch, draws)
+  weak, mask, cut, _ = (panel.values for panel in panels)
   np.testing.assert_array_equal(cut, jnp.where(mask[..., None] > 0, weak, 0))
   np.testing.assert_array_equal(kept, (mask > 0) & batch["unlabeled"]["valid"])
   np.testing.assert_allclose(mask.mean((1, 2)), 0.3, atol=0.03)
@@ -94,7 +96,7 @@ def test_the_mean_is_over_all_pixels_and_the_confident_share_too():
   values = jnp.array([[[4.0, 2.0, 6.0, 100.0]]])
   sure = jnp.array([[[0.99, 0.5, 0.5, 0.98]]])
   valid = jnp.array([[[True, True, True, False]]])
-  loss = functools.partial(cutmix_seg.confident_mean, values, sure, valid, min_confidence=0.97)
+  loss = functools.partial(targets.confident_mean, values, sure, valid, min_confidence=0.97)
   assert loss() == (12 / 4 * 2 / 4, 2 / 4)
   assert loss(per="pixel") == (4 / 4, 2 / 4)
   assert loss(per="none") == (12 / 4, 1)
@@ -151,8 +153,8 @@ def test_frozen_batch_norm_keeps_its_statistics_and_learns_its_scale(frozen, mov
 def test_freezing_the_backbone_alone_leaves_the_head_its_batch_statistics():
   net = make_method().init(jax.random.key(0)).nets["student"]
   images = make_batch(make_method().needs)["labeled"]["image"]
-  (half,), _ = cutmix_seg.forward_with(NETWORK, "backbone")(net, images, dropout=None)
-  (got,), _ = cutmix_seg.forward_with(NETWORK, "all")(net, images, dropout=None)
+  (half,), _ = nets.forward_with(NETWORK, "backbone")(net, images, dropout=None)
+  (got,), _ = nets.forward_with(NETWORK, "all")(net, images, dropout=None)
   np.testing.assert_allclose(got, nets.infer(NETWORK, net, images), atol=1e-6)
   scores, _ = NETWORK.decode(
     net.params, net.batch_stats, nets.infer_maps(NETWORK, net, images), train=True
@@ -201,7 +203,8 @@ def test_the_adversarial_change_has_the_radius_and_hurts_more_than_noise():
   method = make_method("vat", radius=0.05)
   state, batch, draws = start(method)
   teacher = state.nets["teacher"]
-  (image, seen, _, target), _ = method.panels.compute(state, batch, draws)
+  panels, _ = method.show(state, batch, draws)
+  image, seen, _, target = (panel.values for panel in panels)
   length = jnp.sqrt(jnp.sum(jnp.square(seen - image), axis=(1, 2, 3)))
   np.testing.assert_allclose(length, vat.adaptive_radius(image, 0.05), rtol=1e-4)
   scaled = (

@@ -12,7 +12,7 @@ from PIL import Image
 
 import pseudoseg_jax
 from pseudoseg_jax import build, checks, config as configs, nets
-from pseudoseg_jax.contract import Head, Method, Needs, Panels, State
+from pseudoseg_jax.contract import Head, Method, Needs, Panel, Predictor, State
 from pseudoseg_jax.data import synthetic
 from pseudoseg_jax.methods.table import METHODS
 
@@ -60,35 +60,35 @@ def supervised_domains(task):
   def update(state, batch, draws):
     def objective(live):
       (first,), net = nets.forward(task.network, live["student"], batch["labeled"]["image"])
-      loss = task.criterion(first, batch["labeled"]["label"])
+      terms = {"supervised": task.criterion(first, batch["labeled"]["label"])}
       for number in numbers:
         labeled = batch[f"labeled_{number}"]
         (maps,), net = nets.encode(task.network, net, labeled["image"])
-        loss += task.criterion(logits(net, maps, number, labeled["image"]), labeled["label"])
-      return loss, ({"student": net}, {"loss": loss})
+        scores = logits(net, maps, number, labeled["image"])
+        terms[f"supervised_{number}"] = task.criterion(scores, labeled["label"])
+      return nets.Outcome(terms, {"student": net})
 
-    after, metrics = nets.descend(task.optimizer, state.nets, state.step, objective)
-    return state.replace(step=state.step + 1, nets=after), metrics
+    return nets.descend(task.optimizer, state, objective)
 
   def predictor(number):
     def predict(state, images):
       net = state.nets["student"]
       return logits(net, nets.infer_maps(task.network, net, images), number, images)
 
-    return predict
+    return Predictor(predict, domain=number)
 
-  def shown(state, batch, draws):
+  def show(state, batch, draws):
     predicted = nets.infer(task.network, state.nets["student"], batch["unlabeled"]["weak"])
-    return (batch["unlabeled_1"]["weak"], jax.nn.softmax(predicted)), batch["unlabeled"]["valid"]
+    panels = [
+      Panel("other image", "image", batch["unlabeled_1"]["weak"]),
+      Panel("prediction", "classes", jax.nn.softmax(predicted)),
+    ]
+    return panels, batch["unlabeled"]["valid"]
 
   predictors = nets.predictors(task.network, "student") | {
     f"student_{number}": predictor(number) for number in numbers
   }
-  panels = Panels(("other image", "prediction"), ("image", "classes"), shown)
-  domains = {f"student_{number}": number for number in numbers}
-  return Method(
-    Needs(strong_views=1, domains=True), init, draw, update, predictors, panels, domains
-  )
+  return Method(Needs(strong_views=1, domains=True), init, draw, update, predictors, show)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -19,6 +19,7 @@ from PIL import Image
 
 import pseudoseg_jax
 from pseudoseg_jax import build, checks, config as configs, export_labels, trained as opened
+from pseudoseg_jax.contract import Predictor
 from pseudoseg_jax.data import synthetic
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
@@ -361,7 +362,7 @@ def test_a_predictor_with_boxes_labels_data_sets_and_segments_no_bare_image(
       images[..., 3:].at[..., 0].set(0.5) + 0 * method.predictors["b"](state, images[..., :3])
     )
     return method._replace(
-      predictors=method.predictors | {"b": seen}, predictor_hints={"b": "boxes"}
+      predictors=method.predictors | {"b": Predictor(seen, weak_label="boxes")}
     )
 
   monkeypatch.setattr(build, "build_method", with_boxes)

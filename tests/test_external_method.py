@@ -39,17 +39,21 @@ def entropy(task, *, weight: float = 0.1) -> Method:
       supervised = task.criterion(labeled, batch["labeled"]["label"])
       prediction = jax.nn.softmax(unlabeled)
       certainty = -jnp.mean(jnp.sum(prediction * jax.nn.log_softmax(unlabeled), axis=-1))
-      loss = supervised + task.unlabeled_weight(state.step) * weight * certainty
-      return loss, ({"student": net}, {"loss": loss, "loss_supervised": supervised})
+      entropy_loss = task.unlabeled_weight(state.step) * weight * certainty
+      return nets.Outcome(
+        {"supervised": supervised, "entropy": entropy_loss}, {"student": net}
+      )
 
-    nets_after, metrics = nets.descend(
-      task.optimizer, {"student": state.nets["student"]}, state.step, objective
-    )
-    return state.replace(step=state.step + 1, nets=nets_after), metrics
+    return nets.descend(task.optimizer, state, objective)
 
-  predictors = nets.predictors(task.network, "student")
-  panels = nets.prediction_panels(task.network, "student")
-  return Method(Needs(), nets.init_student(task), draw, update, predictors, panels)
+  return Method(
+    Needs(),
+    nets.init_student(task),
+    draw,
+    update,
+    nets.predictors(task.network, "student"),
+    nets.show_predictions(task.network, "student"),
+  )
 
 
 def not_a_method(task, *, weight: float = 0.1):

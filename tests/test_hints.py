@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pseudoseg_jax import build, config as configs
-from pseudoseg_jax.contract import Method, Needs
+from pseudoseg_jax.contract import Method, Needs, Predictor
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.evaluation import evaluator, hints, inference
 from pseudoseg_jax.evaluation.inference import Protocol
@@ -93,8 +93,8 @@ def test_answers_are_kept_to_the_classes_in_the_image_whatever_the_protocol(name
   source, protocol = Images(), PROTOCOLS[name]
   hinted = hints.Hinted(source, 3, {"image": source.present.__getitem__})
   predictors = {
-    "plain": hinted.predictor(pointwise),
-    "masked": hinted.predictor(pointwise, masked=True),
+    "plain": hinted.predictor(Predictor(pointwise)),
+    "masked": hinted.predictor(Predictor(pointwise), masked=True),
   }
   for row, results in make(predictors, hinted, protocol, 3).stream(None, range(4)):
     plain, masked = (results[name][0] for name in ("plain", "masked"))
@@ -122,7 +122,8 @@ def test_a_predictor_sees_its_planes_where_they_belong(name):
   canvas = np.zeros((1, *inference.canvas_size((17, 23), protocol), 9), np.uint8)
   canvas[0, :17, :23] = hinted.image(1)
   for kind, first in {"boxes": 3, "image": 6}.items():
-    shown = functools.partial(hinted.predictor(lambda state, images: images[..., 3:], kind), None)
+    shows_planes = Predictor(lambda state, images: images[..., 3:], weak_label=kind)
+    shown = functools.partial(hinted.predictor(shows_planes), None)
     normalization = {"mean": (0.5,) * 3 + (0.0,) * 6, "std": (0.2,) * 3 + (1.0,) * 6}
     infer = functools.partial(inference.infer, shown, protocol=protocol, **normalization)
     scores, passes = jax.jit(infer)(canvas, jnp.array([[17, 23]]))
@@ -136,9 +137,8 @@ def test_a_predictor_sees_its_planes_where_they_belong(name):
 
 def test_padding_has_no_planes():
   hinted = hints.Hinted(Images(), 3, {"image": lambda row: np.ones(3)})
-  predictor = functools.partial(
-    hinted.predictor(lambda state, images: images[..., 3:], "image"), None
-  )
+  shows_planes = Predictor(lambda state, images: images[..., 3:], weak_label="image")
+  predictor = functools.partial(hinted.predictor(shows_planes), None)
   infer = functools.partial(
     inference.infer, predictor, protocol=Protocol(pad_multiple=32), mean=(0.5,) * 3 + (0.0,) * 3
   )
@@ -173,10 +173,8 @@ def make_method(num_classes):
     assert images.shape[-1] == 3 + num_classes
     return images[..., 3:].at[..., 0].set(0.5)
 
-  predictors, known = {"plain": plain, "boxed": boxed}, {"boxed": "boxes"}
-  return Method(
-    Needs(), init=None, draw=None, update=None, predictors=predictors, predictor_hints=known
-  )
+  predictors = {"plain": Predictor(plain), "boxed": Predictor(boxed, weak_label="boxes")}
+  return Method(Needs(), init=None, draw=None, update=None, predictors=predictors)
 
 
 def quickstart(**options):
@@ -208,6 +206,6 @@ def test_a_config_scores_with_and_without_image_labels_side_by_side():
 def test_without_weak_labels_the_evaluator_reads_the_images_as_they_are():
   config, data = quickstart()
   method = make_method(len(data.classes))
-  plain = method._replace(predictors={"plain": method.predictors["plain"]}, predictor_hints={})
+  plain = method._replace(predictors={"plain": method.predictors["plain"]})
   score = build.build_evaluator(config, data, plain, None)
   assert score.source is data.evaluated and score.names == ("plain",)

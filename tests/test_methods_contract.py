@@ -195,8 +195,8 @@ def test_a_step_keeps_the_state_and_compiles_once(case, four_steps):
     assert "loss" in metrics and "learning_rate" in metrics
     assert all(np.shape(value) == () and np.isfinite(value) for value in metrics.values())
   for name, predict in method.predictors.items():
-    num_classes = (K, *OTHER_CLASSES)[method.predictor_domains.get(name, 0)]
-    images = jnp.zeros([2, SIZE, SIZE, 3 + (K if name in method.predictor_hints else 0)])
+    num_classes = (K, *OTHER_CLASSES)[predict.domain]
+    images = jnp.zeros([2, SIZE, SIZE, 3 + (K if predict.weak_label else 0)])
     assert jax.eval_shape(predict, state, images).shape == (2, SIZE, SIZE, num_classes), name
 
 
@@ -230,19 +230,20 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(case, four_steps, 
 def test_panels_are_what_their_kinds_say(case):
   method = make_method(case)
   if not method.needs.unlabeled:
-    assert method.panels is None
+    assert method.show is None
     return
-  names, kinds, compute = method.panels
   batch = make_batch(0, method.needs)
   draws = jax.eval_shape(lambda: method.draw(jax.random.key(0), batch))
-  values, kept = jax.eval_shape(
-    compute, jax.eval_shape(method.init, jax.random.key(0)), batch, draws
+  panels, kept = jax.eval_shape(
+    method.show, jax.eval_shape(method.init, jax.random.key(0)), batch, draws
   )
-  assert len(names) == len(kinds) == len(values) and "classes" in kinds
+  assert "classes" in [panel.kind for panel in panels]
+  assert len({panel.name for panel in panels}) == len(panels)
   assert kept.shape[0] == BATCH and kept.dtype == bool
-  for name, kind, value in zip(names, kinds, values, strict=True):
-    last = {"image": (3,), "classes": (K,), "heat": ()}[kind]
-    assert value.ndim == 3 + len(last) and value.shape[0] == BATCH and value.shape[3:] == last, name
+  for panel in panels:
+    last = {"image": (3,), "classes": (K,), "heat": ()}[panel.kind]
+    shape = panel.values.shape
+    assert len(shape) == 3 + len(last) and shape[0] == BATCH and shape[3:] == last, panel.name
 
 
 class _Unlabeled:
@@ -479,9 +480,7 @@ def test_learns_on_the_synthetic_scenes(case):
   valid = labels != IGNORE_LABEL
   always_background = np.mean(labels[valid] == 0)
   for name, predict in method.predictors.items():
-    prediction = np.argmax(
-      predict(state, with_hints(normalized, scenes, method.predictor_hints.get(name))), -1
-    )
+    prediction = np.argmax(predict(state, with_hints(normalized, scenes, predict.weak_label)), -1)
     accuracy = np.mean((prediction == labels)[valid])
     found = {k for k in range(1, K) if np.mean(prediction[labels == k] == k) > 0.2}
     assert accuracy > always_background + 0.05, (name, accuracy, always_background)

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from pseudoseg_jax import nets, optim, rng
-from pseudoseg_jax.contract import Task
+from pseudoseg_jax.contract import Head, State, Task
 from pseudoseg_jax.models import heads
 from pseudoseg_jax.models.table import make_network
-from pseudoseg_jax.ops import losses, resize
+from pseudoseg_jax.ops import distances, losses, resize
 
 
 def make_task(**options):
@@ -139,3 +140,84 @@ def test_keys_of_streams_and_steps_differ_and_repeat():
   key = jax.random.key(0)
   assert rng.stream(key, "a") == rng.stream(key, "a") != rng.stream(key, "b")
   assert rng.step_key(0, 1) == rng.step_key(0, 1) != rng.step_key(0, 2) != rng.step_key(1, 2)
+
+
+def one_step(optimizer, *, made_by=None, learning=None):
+  """A state of two networks before and after a descent of both, by the loss sum(a) + 2 sum(b)."""
+  head = Head(lambda key: ({"kernel": jnp.ones(3), "bias": jnp.ones(2)}, {}), apply=None)
+  net = lambda: nets.create_from_head(head, jax.random.key(0), made_by or optimizer)
+  state = State(step=jnp.array(7), nets={"a": net(), "b": net()}, memory={"seen": jnp.zeros(2)})
+
+  def objective(live):
+    terms = {
+      role: weight * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(live[role].params))
+      for role, weight in (("a", 1.0), ("b", 2.0))
+      if role in live
+    }
+    return nets.Outcome(terms, live, {"told": jnp.array(5.0)}, {"seen": jnp.ones(2)})
+
+  return state, *nets.descend(optimizer, state, objective, learning=learning)
+
+
+def test_a_descent_sums_the_losses_moves_the_clock_and_keeps_what_is_remembered():
+  before, after, metrics = one_step(optim.sgd(lambda step: 0.1 * step, momentum=0.0))
+  assert after.step == 8 and after.nets["a"].step == 1
+  assert metrics["loss_a"] == 5 and metrics["loss_b"] == 10 and metrics["loss"] == 15
+  assert metrics["told"] == 5 and metrics["learning_rate"] == np.float32(0.7)
+  np.testing.assert_allclose(after.nets["a"].params["bias"], 1 - 0.7, rtol=1e-6)
+  np.testing.assert_allclose(after.nets["b"].params["bias"], 1 - 1.4, rtol=1e-6)
+  assert after.memory["seen"].tolist() == [1, 1] and before.memory["seen"].tolist() == [0, 0]
+
+
+def test_who_does_not_learn_stays():
+  optimizer = optim.sgd(lambda step: 0.1, momentum=0.0)
+  before, after, metrics = one_step(optimizer, learning=["b"])
+  assert after.nets["a"] is before.nets["a"] and "loss_a" not in metrics
+  assert one_step({"b": optimizer}, made_by=optimizer)[1].nets["a"].step == 0
+
+
+def test_a_plain_optax_transformation_descends_as_optax_says():
+  before, after, metrics = one_step(optax.adam(0.1))
+  rule = optax.adam(0.1)
+  params = before.nets["b"].params
+  updates, _ = rule.update(
+    jax.tree.map(lambda leaf: 2 * jnp.ones_like(leaf), params), rule.init(params)
+  )
+  expected = optax.apply_updates(params, updates)
+  jax.tree.map(np.testing.assert_array_equal, after.nets["b"].params, expected)
+  assert "learning_rate" not in metrics
+
+
+def test_a_network_of_another_optimizer_is_refused_and_so_is_a_frozen_one():
+  with pytest.raises(ValueError, match="network 'a' was made with another optimizer"):
+    one_step(optim.sgd(lambda step: 0.1), made_by=optim.adamw(lambda step: 0.1))
+  task = make_task()
+  state = nets.init_student_and_teacher(task)(jax.random.key(0))
+
+  def objective(live):
+    kernels = jax.tree.leaves(live["teacher"].params)
+    return nets.Outcome({"any": sum(jnp.sum(leaf) for leaf in kernels)}, live)
+
+  with pytest.raises(ValueError, match="'teacher' .* frozen does not learn"):
+    nets.descend(task.optimizer, state, objective, learning=["teacher"])
+
+
+@pytest.mark.parametrize("name", distances.DISTANCES)
+def test_distances_are_what_the_table_says(name):
+  rng = np.random.default_rng(0)
+  logits, target = rng.normal(size=(2, 4, 5, 3)).astype(np.float32)
+  p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (logits, target))
+  gap = np.abs(logits - target)
+  expected = {
+    "mse": np.mean((p - q) ** 2, -1),
+    "sse": np.sum((p - q) ** 2, -1),
+    "bce": -np.sum(q * np.log(p + 1e-6) + (1 - q) * np.log(1 - p + 1e-6), -1),
+    "kl": np.sum(q * np.log(q / p), -1),
+    "logit_mse": np.mean(gap**2, -1),
+    "logit_sse_by_root": np.sum(gap**2, -1) / np.sqrt(3),
+    "logit_huber_by_root": np.sum(np.where(gap < 1, gap**2 / 2, gap - 0.5), -1) / np.sqrt(3),
+  }
+  got = distances.per_pixel(name, logits, target)
+  np.testing.assert_allclose(got, expected[name], rtol=2e-5, atol=1e-6)
+  gradient = jax.grad(lambda target: distances.per_pixel(name, logits, target).sum())(target)
+  np.testing.assert_array_equal(gradient, 0)

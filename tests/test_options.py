@@ -7,11 +7,13 @@ import sys
 
 import pytest
 
-from pseudoseg_jax import build, checks, config as configs, main, options
+from pseudoseg_jax import build, checks, config as configs, main, optim, options
+from pseudoseg_jax.contract import Task
 from pseudoseg_jax.data import geometry
 from pseudoseg_jax.evaluation import inference
 from pseudoseg_jax.methods import table as methods_table
 from pseudoseg_jax.models import table as models_table
+from pseudoseg_jax.ops import losses
 from pseudoseg_jax.options import Allowed
 
 CONFIGS = sorted(  # pipelines.py has no config without an argument
@@ -78,7 +80,16 @@ def test_defaults_have_one_home():
 def outside(known):
   """Values beside what is allowed, just not in it, of the type that the option has."""
   allowed, kind = known.allowed, type(known.default)
-  if allowed.one_of:
+  if kind is tuple:
+    element = known._replace(default=known.default[0] if known.default else allowed.least)
+    element = element._replace(allowed=allowed._replace(ordered=False))
+    yield from (known.default[1:] + (value,) for value in outside(element))
+    if allowed.ordered:
+      yield (allowed.most, allowed.least)
+    return
+  if allowed.one_of and kind is int:
+    yield from (min(allowed.one_of) - 1, max(allowed.one_of) + 1)
+  elif allowed.one_of:
     yield from ("", allowed.one_of[0].upper() + "x")
   if allowed.least is not None:
     yield kind(allowed.least - 1)
@@ -86,6 +97,8 @@ def outside(known):
     yield from (kind(allowed.above), kind(allowed.above - 1))
   if allowed.most is not None:
     yield kind(allowed.most + 1)
+  if allowed.below is not None:
+    yield kind(allowed.below)
   if kind is float:
     yield float("nan")
 
@@ -106,6 +119,53 @@ def test_a_value_beside_what_is_allowed_is_an_error_that_names_the_option(key):
     with pytest.raises(checks.InputError) as error:
       build.check_run(config)
     assert f"config.{key}: got {value!r}; allowed: {known.allowed.in_words()}" in str(error.value)
+
+
+def make_task():
+  network = models_table.make_network("tiny", num_classes=3, width=4)
+  return Task(3, 10, network, optim.sgd(lambda step: 0.1), losses.cross_entropy_mean)
+
+
+@pytest.mark.parametrize("name", methods_table.METHODS)
+def test_a_method_refuses_what_its_signature_does_not_allow(name):
+  """From a config, and called from Python; each option alone, then all at once."""
+  factory, config = methods_table.METHODS[name], make_config(name)
+  bounded = {
+    key: known for key, known in options.of_factory(factory).items() if known.allowed != Allowed()
+  }
+  last = {}
+  for key, known in bounded.items():
+    for value in outside(known):
+      line = f"{key}: got {value!r}; allowed: {known.allowed.in_words()}"
+      with pytest.raises(checks.InputError) as error:
+        factory(make_task(), **{key: value})
+      assert line in str(error.value)
+      broken = make_config(name)
+      broken.method[key] = value
+      assert any(f"config.method.{line}" in problem for problem in configs.problems_of(broken))
+      last[key] = value
+  if last:
+    with pytest.raises(checks.InputError) as error:
+      factory(make_task(), **last)
+    assert all(f"  - {key}: got" in str(error.value) for key in last)
+  assert bounded or set(configs.all_options(config["method"])) <= {"name", "background"}
+
+
+def test_rules_of_several_options_are_told_with_the_rest():
+  def rules(problems, task, *, low, high, **_):
+    if low > high:
+      problems.add("low, high", got=(low, high), allowed="low <= high")
+
+  @options.checked(rules=rules)
+  def method(task, *, low: options.Share = 0.5, high: options.Share = 0.6, words: str = "a"):
+    return low
+
+  assert method(None, low=0.6) == 0.6
+  with pytest.raises(checks.InputError) as error:
+    method(None, low=0.7, high=2.0)
+  # The rule is asked of the default in the place of what is refused already.
+  assert "high: got 2.0; allowed: 0..1" in str(error.value)
+  assert "low, high: got (0.7, 0.6); allowed: low <= high" in str(error.value)
 
 
 def test_all_values_that_are_not_allowed_are_told_at_once():
@@ -133,6 +193,10 @@ def test_all_values_that_are_not_allowed_are_told_at_once():
     (Allowed(least=0, most=0.5), "0..0.5"),
     (Allowed(above=0, most=1), "above 0, up to 1"),
     (Allowed(one_of=("b", "a")), "a, b"),
+    (Allowed(one_of=(2, 1)), "1, 2"),
+    (Allowed(least=0, below=1), "0 or more, below 1"),
+    (Allowed(most=-1), "up to -1"),
+    (Allowed(least=0, most=1, ordered=True), "0..1, the smaller first"),
   ],
 )
 def test_allowed_values_in_words(allowed, words):

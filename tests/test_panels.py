@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from pseudoseg_jax.checks import InputError
+from pseudoseg_jax.contract import Panel
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.evaluation import panels, pictures
 
@@ -11,6 +12,10 @@ RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 def one_hot(ids, confidence=1.0):
   return np.eye(3, dtype=np.float32)[np.asarray(ids)] * np.float32(confidence)
+
+
+def of_kinds(kinds, values, names=None):
+  return [Panel(*each) for each in zip(names or kinds, kinds, values, strict=True)]
 
 
 def cell(sheet, row, column, size, notes=True):
@@ -47,7 +52,7 @@ def test_images_are_shown_as_they_were_before_they_were_normalized():
   pixels = np.random.default_rng(1).integers(0, 256, (1, 300, 300, 3), dtype=np.uint8)
   mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
   sheet = panels.panel_sheet(
-    ("image",), ("image",), ((pixels / 255 - mean) / std,), CLASSES, mean=mean, std=std
+    [Panel("image", "image", (pixels / 255 - mean) / std)], CLASSES, mean=mean, std=std
   )
   np.testing.assert_array_equal(cell(sheet, 0, 0, 300, notes=False), pixels[0])
 
@@ -57,7 +62,7 @@ def test_sure_pixels_show_the_full_color_and_unsure_ones_fade_in_squares():
   values = one_hot([[[0, 1], [2, 2]]], [[[[1.0], [0.5]], [[0.0], [7.0]]]])
   image = np.zeros((1, 100, 100, 3), np.float32)
   sheet = panels.panel_sheet(
-    ("image", "teacher"), ("image", "classes"), (image, values), CLASSES, **RAW
+    of_kinds(("image", "classes"), (image, values), ("image", "teacher")), CLASSES, **RAW
   )
   shown = cell(sheet, 0, 1, 300)
   gray = panels._UNSURE
@@ -86,7 +91,7 @@ def test_pixels_left_out_are_hatched_in_the_last_class_panel_alone():
   )
   kinds = ("image", "classes", "classes", "heat")
   sheet = panels.panel_sheet(
-    kinds, kinds, values, CLASSES, **RAW, truth=np.ones((1, 10, 10), int), kept=kept
+    of_kinds(kinds, values), CLASSES, **RAW, truth=np.ones((1, 10, 10), int), kept=kept
   )
   shown = cell(sheet, 0, 2, 300)
   assert (shown[150:] == (0, 255, 0)).all()
@@ -99,7 +104,7 @@ def test_pixels_left_out_are_hatched_in_the_last_class_panel_alone():
 
 def test_heat_grows_lighter_from_0_to_1():
   ramp = np.linspace(-0.2, 1.2, 300, dtype=np.float32)  # what leaves 0..1 is clipped
-  sheet = panels.panel_sheet(("heat",), ("heat",), (np.tile(ramp, (1, 300, 1)),), CLASSES, **RAW)
+  sheet = panels.panel_sheet([Panel("heat", "heat", np.tile(ramp, (1, 300, 1)))], CLASSES, **RAW)
   luma = cell(sheet, 0, 0, 300, notes=False)[150] @ (0.299, 0.587, 0.114)
   inside = (ramp > 0) & (ramp < 1)
   assert (np.diff(luma[inside][::8]) > 0).all()
@@ -123,9 +128,7 @@ def test_sheets_stay_below_1800_pixels_and_8_rows(count):
   )
   sheets = [
     panels.panel_sheet(
-      names,
-      ["classes"] * count,
-      [values[:rows]] * count,
+      of_kinds(["classes"] * count, [values[:rows]] * count, names),
       CLASSES,
       **RAW,
       truth=truth[:rows],
@@ -145,7 +148,7 @@ def test_what_is_not_finite_is_drawn_as_0():
   for number, bad in enumerate((np.nan, np.inf, -np.inf)):
     broken[number][0], zero[number][0] = bad, 0
   got, expected = (
-    panels.panel_sheet(kinds, kinds, value, CLASSES, **RAW) for value in (broken, zero)
+    panels.panel_sheet(of_kinds(kinds, value), CLASSES, **RAW) for value in (broken, zero)
   )
   np.testing.assert_array_equal(got, expected)
 
@@ -154,9 +157,7 @@ def test_panels_that_do_not_fit_are_refused_all_at_once():
   values = np.zeros((2, 8, 8, 3)), np.zeros((2, 4, 4, 5)), np.zeros((1, 4, 4)), np.zeros((2, 4, 4))
   with pytest.raises(InputError) as error:
     panels.panel_sheet(
-      ("image", "CAM", "doubt", "odd"),
-      ("image", "classes", "heat", "heta"),
-      values,
+      of_kinds(("image", "classes", "heat", "heta"), values, ("image", "CAM", "doubt", "odd")),
       CLASSES,
       **RAW,
       truth=np.zeros((8, 8)),
@@ -172,5 +173,5 @@ def test_panels_that_do_not_fit_are_refused_all_at_once():
     "[8, 8]",
   ):
     assert part in str(error.value)
-  with pytest.raises(InputError, match="1 names, 2 kinds, 2 arrays"):
-    panels.panel_sheet(("image",), ("image", "heat"), values[::2], CLASSES, **RAW)
+  with pytest.raises(InputError, match="at least one"):
+    panels.panel_sheet([], CLASSES, **RAW)

@@ -102,8 +102,8 @@ def test_pixels_in_the_cutout_box_teach_nothing():
   method = make_method(cutout_fraction=0.5)
   state, batch = method.init(jax.random.key(0)), make_batch()
   draws = method.draw(jax.random.key(1), batch) | {"cutout_centre": jnp.array([[16, 16], [0, 32]])}
-  shown, kept = method.panels.compute(state, batch, draws)
-  strong = shown[method.panels.names.index("strong view")]
+  panels, kept = method.show(state, batch, draws)
+  (strong,) = (panel.values for panel in panels if panel.name == "strong view")
   half = round(0.5 * SIZE / 2)
   np.testing.assert_array_equal(strong[0, 16 - half : 16 + half, 16 - half : 16 + half], 0)
   np.testing.assert_array_equal(
@@ -128,7 +128,7 @@ def test_options_that_cannot_work_are_told_together():
   with pytest.raises(checks.InputError) as error:
     make_method(source="decoder", attention_maps=(-1, -4), temperature=0.0, cutout_fraction=1.5)
   for part in (
-    "'fused' or 'attention'",
+    "attention, fused",
     "some of -1..-3",
     "temperature: got 0.0",
     "cutout_fraction: got 1.5",

@@ -295,13 +295,11 @@ def test_images_with_boxes_make_the_primary_model_better():
     """Of the discs of images that no run has seen; shown boxes where the method's predictor asks
     for them.
     """
-    ((name, predict),) = method.predictors.items()
+    (predict,) = method.predictors.values()
     planes = boxes.box_planes(held_boxes, (SIZE, SIZE), K)
     found = (
       np.argmax(
-        predict(
-          state, np.concatenate([held, planes], -1) if name in method.predictor_hints else held
-        ),
+        predict(state, np.concatenate([held, planes], -1) if predict.weak_label else held),
         -1,
       )
       == 1

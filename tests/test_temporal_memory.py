@@ -212,7 +212,8 @@ def test_nothing_is_learnt_from_a_first_visit_and_the_second_has_the_first_as_ta
 
   # The same crop again, by a network that has not moved: the target is what it says (to float16),
   # and no gradient is left.
-  (_, prediction, target), kept = method.panels.compute(second, batch, draws)
+  panels, kept = method.show(second, batch, draws)
+  _, prediction, target = (panel.values for panel in panels)
   np.testing.assert_allclose(target[0], prediction[0], rtol=0, atol=2e-3)
   assert np.all(kept[0]) and not np.any(kept[1])
   # The other way round it is a target, and something is learnt; padding is known nowhere.
@@ -244,7 +245,8 @@ def test_the_pi_model_learns_from_both_passes_alike(strong_views):
   state, update = method.init(jax.random.key(0)), jax.jit(method.update)
   batch = make_batch(0, strong_views)
   unlabeled, draws = batch["unlabeled"], method.draw(jax.random.key(1), batch)
-  (one, other, *_), _ = method.panels.compute(state, batch, draws)
+  panels, _ = method.show(state, batch, draws)
+  one, other = (panel.values for panel in panels[:2])
   strong = jnp.moveaxis(unlabeled["strong"], 1, 0)
   np.testing.assert_array_equal(
     (one, other), strong if strong_views == 2 else (unlabeled["weak"], strong[0])
@@ -270,9 +272,9 @@ def test_the_pi_model_learns_from_both_passes_alike(strong_views):
 
 
 def test_bad_options_are_told_together():
-  with pytest.raises(checks.InputError, match=r"(?s)strong_views: got 3.*rampup_fraction: got 2"):
+  with pytest.raises(checks.InputError, match=r"(?s)rampup_fraction: got 2.*strong_views: got 3"):
     pi_model.pi_model(make_task(), strong_views=3, rampup_fraction=2)
   with pytest.raises(
-    checks.InputError, match=r"(?s)strong_views: got 2.*decay: got 1.0.*grid: got \(64, 0\)"
+    checks.InputError, match=r"(?s)decay: got 1.0.*grid: got \(64, 0\).*strong_views: got 2"
   ):
     temporal_ensembling.temporal_ensembling(make_task(), strong_views=2, decay=1.0, grid=(64, 0))

@@ -56,22 +56,22 @@ def metrics_of(step, batch, **recorded):
 def test_the_mean_is_over_valid_pixels_sure_or_not():
   logits = jnp.log(jnp.array([[[[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.9, 0.1]]]]))
   valid = jnp.array([[[True, True, True, False]]])
-  taught = unimatch.opinion(logits, valid)
+  target = unimatch.pseudo_label(logits, valid)
   others = jnp.zeros_like(logits)  # cross entropy log 2 in each pixel
   np.testing.assert_allclose(
-    unimatch.agreement(others, taught, min_confidence=0.7), 2 / 3 * np.log(2), rtol=1e-6
+    unimatch.consistency(others, target, min_confidence=0.7), 2 / 3 * np.log(2), rtol=1e-6
   )
-  np.testing.assert_allclose(unimatch.kept_fraction(taught, min_confidence=0.7), 2 / 3, rtol=1e-6)
+  np.testing.assert_allclose(unimatch.kept_fraction(target, min_confidence=0.7), 2 / 3, rtol=1e-6)
   np.testing.assert_allclose(
-    unimatch.agreement(others, taught, min_confidence=0.0), np.log(2), rtol=1e-6
+    unimatch.consistency(others, target, min_confidence=0.0), np.log(2), rtol=1e-6
   )
 
 
 def test_a_batch_of_padding_teaches_nothing_and_stays_finite():
-  taught = unimatch.opinion(jnp.ones((1, 2, 2, 3)), jnp.zeros((1, 2, 2), bool))
-  value, gradient = jax.value_and_grad(lambda x: unimatch.agreement(x, taught, min_confidence=0.0))(
-    jnp.ones((1, 2, 2, 3))
-  )
+  target = unimatch.pseudo_label(jnp.ones((1, 2, 2, 3)), jnp.zeros((1, 2, 2), bool))
+  value, gradient = jax.value_and_grad(
+    lambda x: unimatch.consistency(x, target, min_confidence=0.0)
+  )(jnp.ones((1, 2, 2, 3)))
   assert value == 0 and not gradient.any()
 
 
@@ -86,7 +86,7 @@ def test_the_partner_teaches_inside_the_box_alone_with_its_own_confidence_and_pa
   box = jnp.array([[[[False, True, True, False]], [[True, True, False, True]]]])
   probability = jnp.array([[0.2, 0.8], [0.3, 0.7], [0.4, 0.6], [0.1, 0.9]])
   logits = jnp.log(jnp.stack([probability, probability]))[:, None]
-  got = unimatch.strong_agreement(logits, own, partner, box, min_confidence=0.95)
+  got = unimatch.strong_consistency(logits, own, partner, box, min_confidence=0.95)
   # View 1: pixel 0 says 0 and pixel 1 says 1; 2 and 3 are padding. View 2: pixel 0 is unsure, 1 and
   # 3 say 1, 2 says 0.
   views = -(np.log(0.2) + np.log(0.7)) / 2, -(np.log(0.7) + np.log(0.4) + np.log(0.9)) / 4

@@ -59,10 +59,10 @@ def build_evaluator(
   as NAME+image_labels, with their answers kept to the classes in the image.
   """
   names = []
-  for name in method.predictors:
-    if method.predictor_domains.get(name, 0) == number:
+  for name, predict in method.predictors.items():
+    if predict.domain == number:
       names.append(name)
-      if config.evaluation.get("image_labels") and name not in method.predictor_hints:
+      if config.evaluation.get("image_labels") and not predict.weak_label:
         names.append(name + hints.IMAGE_LABELS)
   flags = functools.partial(_protocol_flags, config)
   return _evaluator(
@@ -92,11 +92,9 @@ def _evaluator(config, data, method, mesh, names, role, **options) -> Evaluator:
   """Of predictors by name, with "+image_labels" or without, on the images of a role."""
   source, num_classes = images_of(data, role), len(data.classes)
   plain = {name: name.removesuffix(hints.IMAGE_LABELS) for name in names}
-  kinds = {
-    method.predictor_hints[name] for name in plain.values() if name in method.predictor_hints
-  }
-  kinds |= {"image"} if any(name != of for name, of in plain.items()) else set()
   predictors = {name: method.predictors[of] for name, of in plain.items()}
+  kinds = {predict.weak_label for predict in predictors.values()} - {None}
+  kinds |= {"image"} if any(name != of for name, of in plain.items()) else set()
   if kinds:
     source = hints.Hinted(
       source,
@@ -104,9 +102,7 @@ def _evaluator(config, data, method, mesh, names, role, **options) -> Evaluator:
       {kind: _weak_labels(config.data, data, role, kind) for kind in sorted(kinds)},
     )
     predictors = {
-      name: source.predictor(
-        predict, method.predictor_hints.get(plain[name]), masked=name != plain[name]
-      )
+      name: source.predictor(predict, masked=name != plain[name])
       for name, predict in predictors.items()
     }
   planes = len(kinds) * num_classes

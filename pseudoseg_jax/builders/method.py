@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 
 from pseudoseg_jax import checks, config as configs, optim
-from pseudoseg_jax.contract import Method, Network, Optimizer, Task
+from pseudoseg_jax.contract import Method, Network, Optimizer, Predictor, Task
 from pseudoseg_jax.data import (
   frequencies,
 )
@@ -240,4 +240,15 @@ def build_method(
     problems = checks.Problems(f"method '{config.method.name}' cannot be used")
     problems.add("its factory", got=f"a {type(method).__name__}", allowed="a contract.Method")
     problems.raise_if_any()
+  problems = checks.Problems(f"method '{config.method.name}' cannot be used")
+  for name, predict in method.predictors.items():
+    if not isinstance(predict, Predictor):
+      remedy = "contract.Predictor(function), or nets.predictors(network, ROLE)"
+      problems.add(
+        f"predictors['{name}']",
+        got=f"a {type(predict).__name__}",
+        allowed="a contract.Predictor",
+        remedy=remedy,
+      )
+  problems.raise_if_any()
   return method

@@ -85,24 +85,20 @@ class Hinted:
     ]
     return np.concatenate([image, *(plane.astype(image.dtype) for plane in planes)], axis=-1)
 
-  def predictor(
-    self, predict: Predictor, kind: str | None = None, *, masked: bool = False
-  ) -> Predictor:
-    """`predict`, for images of this source: it is shown the image alone, or with the planes of
-    `kind`.
+  def predictor(self, predict: Predictor, *, masked: bool = False) -> Predictor:
+    """`predict`, for images of this source: it is shown the image alone, or with the planes of its
+    weak label.
 
     masked: keep its answers to the classes in the image; wants hints of the kind "image".
     """
 
-    def shown(state, images):
-      image = images[..., : self._source.channels]
-      logits = predict(
-        state,
-        image if kind is None else jnp.concatenate([image, self._planes(images, kind)], axis=-1),
-      )
-      return mask_logits(logits, self._planes(images, "image")) if masked else logits
+    def logits(state, images):
+      image, kind = images[..., : self._source.channels], predict.weak_label
+      shown = image if not kind else jnp.concatenate([image, self._planes(images, kind)], axis=-1)
+      answer = predict(state, shown)
+      return mask_logits(answer, self._planes(images, "image")) if masked else answer
 
-    return shown
+    return predict._replace(logits=logits)
 
   def _planes(self, images: Array, kind: str) -> Array:
     first = self._source.channels + list(self._hints).index(kind) * self._num_classes

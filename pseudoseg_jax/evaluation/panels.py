@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pseudoseg_jax import checks
-from pseudoseg_jax.contract import IGNORE_LABEL
+from pseudoseg_jax.contract import IGNORE_LABEL, Panel
 from pseudoseg_jax.evaluation import pictures
 from pseudoseg_jax.ops import resize
 
@@ -59,9 +59,7 @@ def agreement(
 
 
 def panel_sheet(
-  names: Sequence[str],
-  kinds: Sequence[str],
-  values: Sequence[np.ndarray],
+  panels: Sequence[Panel],
   classes: Classes,
   *,
   mean: Sequence[float],
@@ -76,10 +74,8 @@ def panel_sheet(
   shown.
 
   Args:
-    names, kinds: as in `contract.Panels`.
-    values: of each panel: "image" f32[B, H, W, C], normalized; "classes" f32[B, h, w, K]; "heat"
-      f32[B, h, w] in 0..1. Small grids are enlarged without smoothing; what is not finite counts as
-      0.
+    panels: see `contract.Panel`. Small grids are enlarged without smoothing; what is not finite
+      counts as 0.
     mean, std: by channel, those that the images were normalized with.
     truth: i32[B, H, W], shown in a last column.
     kept: bool[B, h, w], on any grid; where it is False (padding, CutOut, ...) the pseudo label, the
@@ -91,7 +87,8 @@ def panel_sheet(
   Raises:
     InputError: the panels do not fit each other, or the classes.
   """
-  values = [np.asarray(value, np.float32) for value in values]
+  names, kinds = [panel.name for panel in panels], [panel.kind for panel in panels]
+  values = [np.asarray(panel.values, np.float32) for panel in panels]
   truth, kept = (None if maps is None else np.asarray(maps) for maps in (truth, kept))
   _check(names, kinds, values, len(mean), len(classes), {"truth": truth, "kept": kept})
   truth, kept = (None if maps is None else maps[:_MAX_ROWS] for maps in (truth, kept))
@@ -121,9 +118,8 @@ def panel_sheet(
 
 def _check(names, kinds, values, image_channels, num_classes, masks):
   problems = checks.Problems("panels cannot be drawn")
-  if not len(names) == len(kinds) == len(values) >= 1:
-    got = f"{len(names)} names, {len(kinds)} kinds, {len(values)} arrays"
-    problems.add("panels", got=got, allowed="as many of each, at least one")
+  if not names:
+    problems.add("panels", got="none", allowed="at least one")
     problems.raise_if_any()
   rows = values[0].shape[0] if values[0].ndim else 0
   for name, kind, value in zip(names, kinds, values, strict=True):

@@ -1,4 +1,4 @@
-"""Adaptive equalization learning: what the student is unsure of is pasted, mixed in and learnt from
+"""Adaptive equalization learning: classes of low confidence are pasted, mixed in and learned from
 more often.
 
 Hu et al., "Semi-Supervised Semantic Segmentation via Adaptive Equalization Learning", NeurIPS 2021;
@@ -6,18 +6,19 @@ facts from the official code (hzhupku/SemiSeg-AEL), which is followed where the 
 otherwise.
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pseudoseg_jax import checks, nets, rng
-from pseudoseg_jax.contract import IGNORE_LABEL, Array, Method, Needs, Panels, State, Task
+from pseudoseg_jax import nets, rng
+from pseudoseg_jax.contract import IGNORE_LABEL, Array, Method, Needs, Panel, State, Task
 from pseudoseg_jax.models import heads
 from pseudoseg_jax.ops import balance, components, mixing, schedules, targets
+from pseudoseg_jax.options import Allowed, Count, NotNegative, Share, checked
 
 
-def another(priority, preferred=False):
+def choose_partner(priority, preferred=False):
   """For each image another one of the batch, among the preferred ones where there are any: i32[N].
 
   Args:
@@ -53,7 +54,7 @@ def choose_source(image, label, bank, draws, *, probability, candidates, power) 
   same for all images.
   """
   classes = drawn_classes(bank, draws["classes"], candidates, power=power)
-  rows = another(draws["source"])
+  rows = choose_partner(draws["source"])
   used = draws["used"] < probability
   chosen = jnp.any(classes[:, None] == jnp.arange(bank.size), axis=0)
   return Source(image[rows], jnp.where(used[:, None, None], label[rows], IGNORE_LABEL), chosen)
@@ -116,7 +117,7 @@ def choose_mix(label, bank, draws, *, region_area, presence_area) -> Mix:
   """
   classes = drawn_classes(bank, draws["classes"])
   holds = balance.presence(label, bank.size, presence_area)[:, classes].T
-  source = another(draws["source"], holds)
+  source = choose_partner(draws["source"], holds)
   region, by_class = region_boxes(label[source], classes, draws["region"], min_area=region_area)
   anywhere = mixing.box_masks(draws["box"], label.shape[1:], area_range=(0.5, 0.5))
   return Mix(
@@ -124,30 +125,40 @@ def choose_mix(label, bank, draws, *, region_area, presence_area) -> Mix:
   )
 
 
-def drop_unsure(label, confidence, min_confidence):
+def ignore_unconfident(label, confidence, min_confidence):
   """IGNORE_LABEL where the confidence is below the least that counts: i32[...], f32[...] ->
   i32[...].
   """
   return jnp.where(confidence < min_confidence, IGNORE_LABEL, label)
 
 
+def _rules(problems, task, *, paste_classes, **_):
+  if max(paste_classes, default=0) >= task.num_classes:
+    allowed = f"some of 0..{task.num_classes - 1}, or () for all"
+    problems.add("paste_classes", got=paste_classes, allowed=allowed)
+  if len(nets.map_channels(task.network)) < 2:
+    allowed = "a network whose backbone gives two maps or more"
+    problems.add("network", got="one map", allowed=allowed)
+
+
+@checked(rules=_rules)
 def ael(
   task: Task,
   *,
-  weight: float = 1.0,
+  weight: NotNegative = 1.0,
   on_labeled: bool = True,
-  min_confidence: float = 0.7,
-  gamma: float = 2.0,
-  beta: float = 1.0,
-  bank_momentum: float = 0.999,
-  paste_probability: float = 0.5,
-  paste_draws: int = 3,
-  paste_classes: tuple[int, ...] = (),
-  paste_power: float = 0.5,
-  region_area: float = 0.03,
-  presence_area: float = 0.03,
-  auxiliary_weight: float = 0.4,
-  decay: float = 0.99,
+  min_confidence: Share = 0.7,
+  gamma: NotNegative = 2.0,
+  beta: NotNegative = 1.0,
+  bank_momentum: Share = 0.999,
+  paste_probability: Share = 0.5,
+  paste_draws: Count = 3,
+  paste_classes: Annotated[tuple[int, ...], Allowed(least=0)] = (),
+  paste_power: NotNegative = 0.5,
+  region_area: Share = 0.03,
+  presence_area: Share = 0.03,
+  auxiliary_weight: NotNegative = 0.4,
+  decay: Share = 0.99,
 ) -> Method:
   """Student by gradient, teacher by average; a bank of class confidences steers pasting, mixing,
   sampling. [AEL, section 3]
@@ -176,7 +187,8 @@ def ael(
       all, see `balance.sampling_rate`.
     bank_momentum: what the bank keeps in a step.
     paste_probability: of pasting, image by image.
-    paste_draws: classes drawn for pasting in a step, with replacement; the paper has 3, the code on
+    paste_draws: classes drawn for pasting in a step, with replacement (paste_probability 0 pastes
+      none); the paper has 3, the code on
       VOC 1.
     paste_classes: classes that may be pasted; () for all. On Cityscapes all but road, sidewalk,
       building, vegetation, sky.
@@ -190,35 +202,6 @@ def ael(
   """
   network, num_classes = task.network, task.num_classes
   channels = nets.map_channels(network)
-  problems = checks.Problems("ael cannot be run with these options")
-  shares = {
-    "min_confidence": min_confidence,
-    "bank_momentum": bank_momentum,
-    "paste_probability": paste_probability,
-  }
-  shares |= {"region_area": region_area, "presence_area": presence_area, "decay": decay}
-  for name, value in shares.items():
-    if not 0 <= value <= 1:
-      problems.add(name, got=value, allowed="0..1")
-  for name, value in {"gamma": gamma, "beta": beta, "paste_power": paste_power}.items():
-    if not value >= 0:
-      problems.add(name, got=value, allowed="0 or more")
-  if paste_draws < 1:
-    problems.add(
-      "paste_draws",
-      got=paste_draws,
-      allowed="1 or more",
-      remedy="paste_probability=0 pastes nothing",
-    )
-  if not all(0 <= index < num_classes for index in paste_classes):
-    problems.add(
-      "paste_classes", got=paste_classes, allowed=f"some of 0..{num_classes - 1}, or () for all"
-    )
-  if len(channels) < 2:
-    problems.add(
-      "network", got="one map", allowed="a network whose backbone gives two maps or more"
-    )
-  problems.raise_if_any()
   auxiliary = heads.auxiliary(channels[-2], num_classes)
   pasting = {
     "probability": paste_probability,
@@ -270,13 +253,12 @@ def ael(
       name: targets.hard_label(one) for name, one in zip(images, logits, strict=True)
     }, teacher
 
-  def consistency(logits, label, confidence, rate, uniform):
-    """The loss of a batch against the teacher's opinion, and the pixels that are learnt from."""
-    label = drop_unsure(label, confidence, min_confidence)
+  def consistency(logits, pseudo_label, confidence, rate, uniform):
+    """The loss of a batch with the teacher's labels, and the pixels that are learned from."""
+    pseudo_label = ignore_unconfident(pseudo_label, confidence, min_confidence)
     kept = balance.sampled(jnp.argmax(logits, axis=-1), rate, uniform)
-    return weight * balance.reweighted_loss(logits, label, confidence, kept, gamma), kept & (
-      label != IGNORE_LABEL
-    )
+    loss = balance.reweighted_loss(logits, pseudo_label, confidence, kept, gamma)
+    return loss, kept & (pseudo_label != IGNORE_LABEL)
 
   def student_logits(net, labeled, mixed, dropout):
     """Logits of the labeled images, of the mixed ones and of the labeled ones by the second head;
@@ -297,47 +279,43 @@ def ael(
     image, label = copy_paste(
       image, label, choose_source(image, label, bank, draws["paste"], **pasting)
     )
-    seen = ({"labeled": image} if on_labeled else {}) | {"unlabeled": weak}
-    opinions, teacher = teach(state.nets["teacher"], seen, draws["dropout"]["teacher"])
-    mix = choose_mix(opinions["unlabeled"][0], bank, draws["mix"], **regions)
+    images = ({"labeled": image} if on_labeled else {}) | {"unlabeled": weak}
+    teachings, teacher = teach(state.nets["teacher"], images, draws["dropout"]["teacher"])
+    mix = choose_mix(teachings["unlabeled"][0], bank, draws["mix"], **regions)
     # The class of mixed logits is the mixed class, and likewise their confidence.
-    opinions["unlabeled"] = tuple(mix.mixed(one) for one in opinions["unlabeled"])
+    teachings["unlabeled"] = tuple(mix.mixed(one) for one in teachings["unlabeled"])
 
     def objective(live):
-      (labeled, unlabeled, second), net = student_logits(
+      (logits_labeled, logits_mixed, logits_second), net = student_logits(
         live["student"], image, mix.mixed(weak), draws["dropout"]
       )
-      supervised = task.criterion(labeled, label) + auxiliary_weight * task.criterion(second, label)
-      after = balance.moved_bank(bank, labeled, label, bank_momentum)
-      rate = balance.sampling_rate(after, beta)
+      supervised_loss = task.criterion(logits_labeled, label)
+      supervised_loss += auxiliary_weight * task.criterion(logits_second, label)
+      moved_bank = balance.moved_bank(bank, logits_labeled, label, bank_momentum)
+      rate = balance.sampling_rate(moved_bank, beta)
 
-      terms, kept, logits = (
-        {"loss_supervised": supervised},
-        {},
-        {"labeled": labeled, "unlabeled": unlabeled},
-      )
-      for name, opinion in opinions.items():
-        value, kept[name] = consistency(logits[name], *opinion, rate, draws["sample"][name])
-        terms[f"loss_{name}"] = task.unlabeled_weight(state.step) * value
-      loss = sum(terms.values())
-      told = {
-        "loss": loss,
+      logits, terms, kept = {"labeled": logits_labeled, "unlabeled": logits_mixed}, {}, {}
+      for name, teaching in teachings.items():
+        loss, kept[name] = consistency(logits[name], *teaching, rate, draws["sample"][name])
+        terms[name] = task.unlabeled_weight(state.step) * weight * loss
+      metrics = {
         "kept_fraction": jnp.mean(kept["unlabeled"]),
         "region_fraction": jnp.mean(mix.by_class),
+        "class_confidence_mean": jnp.mean(moved_bank),
+        "class_confidence_least": jnp.min(moved_bank),
       }
-      return loss, ({"student": net}, terms | told | {"bank": after})
+      return nets.Outcome(
+        {"supervised": supervised_loss} | terms,
+        {"student": net},
+        metrics,
+        {"confidence": moved_bank},
+      )
 
-    nets_after, metrics = nets.descend(
-      task.optimizer, {"student": state.nets["student"]}, state.step, objective
-    )
+    after, metrics = nets.descend(task.optimizer, state, objective, learning=["student"])
     teacher = nets.ema(
-      teacher, nets_after["student"], schedules.ema_decay(state.step, decay, "from_copy")
+      teacher, after.nets["student"], schedules.ema_decay(state.step, decay, "from_copy")
     )
-    bank = metrics.pop("bank")
-    metrics |= {"class_confidence_mean": jnp.mean(bank), "class_confidence_least": jnp.min(bank)}
-    return state.replace(
-      step=state.step + 1, nets=nets_after | {"teacher": teacher}, memory={"confidence": bank}
-    ), metrics
+    return after.with_nets(teacher=teacher), metrics
 
   def show(state, batch, draws):
     bank, weak = state.memory["confidence"], batch["unlabeled"]["weak"]
@@ -346,24 +324,22 @@ def ael(
     )
     label, confidence = targets.hard_label(logits)
     mix = choose_mix(label, bank, draws["mix"], **regions)
-    (student,), _ = nets.forward(
+    (logits_mixed,), _ = nets.forward(
       network, state.nets["student"], mix.mixed(weak), dropout=draws["dropout"]["student"]
     )
     rate = balance.sampling_rate(bank, beta)
     _, kept = consistency(
-      student, mix.mixed(label), mix.mixed(confidence), rate, draws["sample"]["unlabeled"]
+      logits_mixed, mix.mixed(label), mix.mixed(confidence), rate, draws["sample"]["unlabeled"]
     )
-    # The truth that a pseudo label is held against is the first image's: what is learnt inside the
+    panels = [
+      Panel("weak view", "image", weak),
+      Panel("second image", "image", weak[mix.source]),
+      Panel("region", "heat", mix.box.astype(weak.dtype)),
+      Panel("mixed", "image", mix.mixed(weak)),
+      Panel("pseudo label", "classes", jax.nn.softmax(logits)),
+    ]
+    # The truth that a pseudo label is held against is the first image's: what is learned inside the
     # box is the second's.
-    shown = (
-      weak,
-      weak[mix.source],
-      mix.box.astype(weak.dtype),
-      mix.mixed(weak),
-      jax.nn.softmax(logits),
-    )
-    return shown, kept & ~mix.box
+    return panels, kept & ~mix.box
 
-  names = ("weak view", "second image", "region", "mixed", "pseudo label")
-  panels = Panels(names, ("image", "image", "heat", "image", "classes"), show)
-  return Method(Needs(), init, draw, update, nets.predictors(network, "teacher", "student"), panels)
+  return Method(Needs(), init, draw, update, nets.predictors(network, "teacher", "student"), show)

@@ -1,5 +1,5 @@
-"""CCT: auxiliary decoders must say on perturbed features of unlabeled images what the main decoder
-says on the clean ones.
+"""CCT: auxiliary decoders learn to predict on perturbed features of unlabeled images what the main
+decoder predicts on the clean ones.
 
 Ouali, Hudelot & Tami, "Semi-Supervised Semantic Segmentation with Cross-Consistency Training", CVPR
 2020; facts from the official code (yassouali/CCT), which is followed where the paper says
@@ -9,16 +9,17 @@ otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from pseudoseg_jax import checks, nets, rng
-from pseudoseg_jax.contract import IGNORE_LABEL, Head, Method, Needs, Panels, State, Task
+from pseudoseg_jax.contract import IGNORE_LABEL, Head, Method, Needs, Panel, Predictor, State, Task
 from pseudoseg_jax.models import heads
 from pseudoseg_jax.ops import cam as cams, losses, perturb, resize, schedules
+from pseudoseg_jax.options import Allowed, NotNegative, Positive, Share, checked
 
 # Auxiliary decoders by the perturbation of their features, as many as the official configuration
 # has.
@@ -43,7 +44,7 @@ _DRAWN = {
 
 
 def consistency(distance: str, logits, target, *, min_confidence: float = 0.0):
-  """How far a decoder is from the target: f32[], a mean over pixels and, but for confident KL,
+  """Measures a decoder against the target: f32[], a mean over pixels and, but for confident KL,
   classes. [CCT, utils/losses.py]
 
   Args:
@@ -73,7 +74,7 @@ def pseudo_mask(
   foreground_score: float = 0.30,
   background_score: float = 0.05,
 ):
-  """What class activation maps are sure of; IGNORE_LABEL elsewhere. [CCT, pseudo_labels/, constants
+  """Labels the pixels where class activation maps are confident; IGNORE_LABEL elsewhere. [CCT, pseudo_labels/, constants
   of its two thresholds]
 
   The official masks come from a network of their own, before training, and a dense CRF refines each
@@ -302,9 +303,7 @@ class _Domain(NamedTuple):
     return cam, jnp.mean(optax.sigmoid_binary_cross_entropy(logits, present))
 
   def loss(self, net, labeled, unlabeled, draws, step):
-    """The domain's loss f32[], the net with its statistics moved, and metrics; the loss is the sum
-    of those named `loss*`.
-    """
+    """The domain's loss terms, the net with its statistics moved, and metrics."""
     settings, total_steps, label = self.settings, self.task.total_steps, labeled["label"]
     maps, net = nets.encode(self.task.network, net, labeled["image"], unlabeled["weak"])
     (on_labeled, on_unlabeled), net = self.main(net, *maps, dropout=draws["dropout_keys"]["main"])
@@ -319,15 +318,19 @@ class _Domain(NamedTuple):
       length_steps=settings.rampup_fraction * total_steps,
     )
 
-    terms = {
-      "loss_supervised": self.supervised(self.upsample(on_labeled, label.shape[1:]), label, step)
+    terms = {"supervised": self.supervised(self.upsample(on_labeled, label.shape[1:]), label, step)}
+    metrics = {
+      "kept_fraction": jnp.mean(
+        jnp.max(target, axis=-1) > settings.min_confidence, dtype=jnp.float32
+      ),
+      "foreground_fraction": jnp.mean(jnp.argmax(target, axis=-1) != 0, dtype=jnp.float32),
     }
     mask = None
     if settings.image_labels:
-      cam, classification = self.class_maps(net, features, unlabeled)
+      cam, classification_loss = self.class_maps(net, features, unlabeled)
       mask = pseudo_mask(cam, unlabeled["valid"], background=settings.background)
-      terms["loss_classification"] = settings.classification_weight * classification
-      terms["labeled_by_maps_fraction"] = jnp.mean(mask != IGNORE_LABEL, dtype=jnp.float32)
+      terms["classification"] = settings.classification_weight * classification_loss
+      metrics["labeled_by_maps_fraction"] = jnp.mean(mask != IGNORE_LABEL, dtype=jnp.float32)
 
     def read(logits):
       distance = consistency(
@@ -339,12 +342,8 @@ class _Domain(NamedTuple):
 
     weights = {"consistency": settings.weight, "weak": settings.weak_weight}
     for name, value in self.auxiliary(net, features, target, draws, read).items():
-      terms[f"loss_{name}"] = weights[name] * ramp * value
-    terms["kept_fraction"] = jnp.mean(
-      jnp.max(target, axis=-1) > settings.min_confidence, dtype=jnp.float32
-    )
-    terms["foreground_fraction"] = jnp.mean(jnp.argmax(target, axis=-1) != 0, dtype=jnp.float32)
-    return sum(value for name, value in terms.items() if name.startswith("loss")), net, terms
+      terms[name] = weights[name] * ramp * value
+    return terms, net, metrics
 
   def predict(self, net, images):
     if self.number == 0:
@@ -354,21 +353,29 @@ class _Domain(NamedTuple):
     return self.upsample(scores, images.shape[1:3])
 
   def show(self, net, unlabeled, draws):
-    """Panels by name, and where the target is learnt from."""
+    """Panels, and where the target is learned from."""
     weak = unlabeled["weak"]
     maps, net = nets.encode(self.task.network, net, weak)
     (scores,), net = self.main(net, *maps, dropout=draws["dropout_keys"]["main"])
     features, target = _features(maps[0]), jax.nn.softmax(self.upsample(scores, weak.shape[1:3]))
     prediction = predicted(target, objects="cutout" in self.counts)
-    shown = {"weak view": weak, "foreground": prediction.foreground.astype(jnp.float32)}
+    panels = [
+      Panel("weak view", "image", weak),
+      Panel("foreground", "heat", prediction.foreground.astype(jnp.float32)),
+    ]
     if "cutout" in self.counts:
       box = perturb.guided_cutout(prediction.objects, draws["cutout"][0], weak.shape[1:3])
-      shown["G-Cutout"] = box.astype(jnp.float32)
+      panels.append(Panel("G-Cutout", "heat", box.astype(jnp.float32)))
     if self.classifier:
       cam, _ = self.class_maps(net, features, unlabeled)
-      shown["CAM"] = cams.with_uncertain_background(cam) if self.settings.background else cam
-    shown["auxiliary decoders"] = self.auxiliary(net, features, target, draws, jax.nn.softmax)
-    return shown | {"main decoder": target}, jnp.max(target, axis=-1) > self.settings.min_confidence
+      cam = cams.with_uncertain_background(cam) if self.settings.background else cam
+      panels.append(Panel("CAM", "classes", cam))
+    by_auxiliary = self.auxiliary(net, features, target, draws, jax.nn.softmax)
+    panels += [
+      Panel("auxiliary decoders", "classes", by_auxiliary),
+      Panel("main decoder", "classes", target),
+    ]
+    return panels, jnp.max(target, axis=-1) > self.settings.min_confidence
 
 
 def _domain(task: Task, settings: _Settings, number: int, num_classes: int) -> _Domain:
@@ -383,41 +390,24 @@ def _domain(task: Task, settings: _Settings, number: int, num_classes: int) -> _
   return _Domain(task, settings, number, num_classes, channels, decoder, classifier)
 
 
-def _check(settings: _Settings) -> None:
-  problems = checks.Problems("CCT cannot be run with these options")
-  for kind, count in settings.decoders.items():
+def _rules(problems, task, *, decoders, distance, min_confidence, **_):
+  for kind, count in decoders.items():
     if kind not in DECODERS:
       problems.add(
         f"decoders.{kind}", allowed=checks.choices(DECODERS), remedy=checks.nearest(kind, DECODERS)
       )
     elif count < 0:
       problems.add(f"decoders.{kind}", got=count, allowed="0 or more")
-  if not any(settings.decoders.get(kind, 0) > 0 for kind in DECODERS):
+  if not any(decoders.get(kind, 0) > 0 for kind in DECODERS):
     problems.add("decoders", got="none", allowed="at least one auxiliary decoder")
-  if settings.distance not in ("mse", "kl", "js"):
-    problems.add("distance", got=repr(settings.distance), allowed="'mse', 'kl' or 'js'")
-  if settings.rampup not in schedules.RAMPUPS:
-    problems.add("rampup", got=repr(settings.rampup), allowed=checks.choices(schedules.RAMPUPS))
-  if not 0 <= settings.min_confidence < 1:
-    problems.add("min_confidence", got=settings.min_confidence, allowed="0 up to, but not, 1")
-  elif settings.min_confidence and settings.distance == "js":
+  if min_confidence and distance == "js":
     problems.add(
-      "min_confidence",
-      got=f"{settings.min_confidence} with distance 'js'",
-      allowed="0, or 'mse' or 'kl'",
+      "min_confidence", got=f"{min_confidence} with distance 'js'", allowed="0, or 'mse' or 'kl'"
     )
-  for name in ("rampup_start_fraction", "rampup_fraction"):
-    if not 0 <= getattr(settings, name) <= 1:
-      problems.add(name, got=getattr(settings, name), allowed="0..1")
-  for name in ("xi", "eps"):
-    if not getattr(settings, name) > 0:
-      problems.add(name, got=getattr(settings, name), allowed="above 0")
-  problems.raise_if_any()
 
 
 def _method(task: Task, settings: _Settings, needs: Needs) -> Method:
   """The sum of all domains' losses, on one network whose backbone they share."""
-  _check(settings)
   class_counts = [task.num_classes, *(task.other_classes if needs.domains else ())]
   domains = [
     _domain(task, settings, number, num_classes) for number, num_classes in enumerate(class_counts)
@@ -436,58 +426,48 @@ def _method(task: Task, settings: _Settings, needs: Needs) -> Method:
 
   def update(state, batch, draws):
     def objective(live):
-      net, terms = live["main"], {"loss": 0.0}
+      net, terms, metrics = live["main"], {}, {}
       for domain in domains:
-        labeled, unlabeled = (
-          batch[f"{stream}{domain.suffix}"] for stream in ("labeled", "unlabeled")
+        suffix = domain.suffix
+        labeled, unlabeled = batch[f"labeled{suffix}"], batch[f"unlabeled{suffix}"]
+        own_terms, net, own_metrics = domain.loss(
+          net, labeled, unlabeled, draws[f"unlabeled{suffix}"], state.step
         )
-        loss, net, own = domain.loss(
-          net, labeled, unlabeled, draws[f"unlabeled{domain.suffix}"], state.step
-        )
-        terms["loss"] += loss
-        terms |= {f"{name}{domain.suffix}": value for name, value in own.items()}
-      return terms["loss"], ({"main": net}, terms)
+        terms |= {f"{name}{suffix}": value for name, value in own_terms.items()}
+        metrics |= {f"{name}{suffix}": value for name, value in own_metrics.items()}
+      return nets.Outcome(terms, {"main": net}, metrics)
 
-    after, metrics = nets.descend(task.optimizer, state.nets, state.step, objective)
-    return state.replace(step=state.step + 1, nets=after), metrics
+    return nets.descend(task.optimizer, state, objective)
 
-  def compute(state, batch, draws):
-    shown, kept = domains[0].show(state.nets["main"], batch["unlabeled"], draws["unlabeled"])
-    return tuple(shown[name] for name in kinds), kept
-
-  kinds = {"weak view": "image", "foreground": "heat"} | (
-    {"G-Cutout": "heat"} if "cutout" in domains[0].counts else {}
-  )
-  kinds |= ({"CAM": "classes"} if settings.image_labels else {}) | {
-    "auxiliary decoders": "classes",
-    "main decoder": "classes",
-  }
+  def show(state, batch, draws):
+    return domains[0].show(state.nets["main"], batch["unlabeled"], draws["unlabeled"])
 
   def predictor(domain):
-    return lambda state, images: domain.predict(state.nets["main"], images)
+    return Predictor(
+      lambda state, images: domain.predict(state.nets["main"], images), domain=domain.number
+    )
 
   predictors = {f"main{domain.suffix}": predictor(domain) for domain in domains}
-  predictor_domains = {f"main{domain.suffix}": number for number, domain in enumerate(domains)}
-  panels = Panels(tuple(kinds), tuple(kinds.values()), compute)
-  return Method(needs, init, draw, update, predictors, panels, predictor_domains)
+  return Method(needs, init, draw, update, predictors, show)
 
 
+@checked(rules=_rules)
 def cct(
   task: Task,
   *,
-  weight: float = 30.0,
+  weight: NotNegative = 30.0,
   decoders: Mapping[str, int] = DECODERS,
-  distance: str = "mse",
-  min_confidence: float = 0.0,
-  rampup: str = "sigmoid",
-  rampup_start_fraction: float = 0.0,
-  rampup_fraction: float = 0.1,
+  distance: Literal["mse", "kl", "js"] = "mse",
+  min_confidence: Annotated[float, Allowed(least=0, below=1)] = 0.0,
+  rampup: Annotated[str, Allowed(one_of=tuple(schedules.RAMPUPS))] = "sigmoid",
+  rampup_start_fraction: Share = 0.0,
+  rampup_fraction: Share = 0.1,
   bootstrapped: bool = False,
-  xi: float = 0.1,
-  eps: float = 2.0,
+  xi: Positive = 0.1,
+  eps: Positive = 2.0,
   image_labels: bool = False,
-  weak_weight: float = 0.4,
-  classification_weight: float = 1.0,
+  weak_weight: NotNegative = 0.4,
+  classification_weight: NotNegative = 1.0,
   background: bool = True,
 ) -> Method:
   """A main decoder that learns from labels, auxiliary ones that learn from it, an encoder that
@@ -519,39 +499,40 @@ def cct(
     background: class 0 is what no class activation map claims; False where every class has a map.
   """
   settings = _Settings(
-    decoders,
-    weight,
-    distance,
-    min_confidence,
-    rampup,
-    rampup_start_fraction,
-    rampup_fraction,
-    bootstrapped,
-    xi,
-    eps,
-    image_labels,
-    weak_weight,
-    classification_weight,
-    background,
+    decoders=decoders,
+    weight=weight,
+    distance=distance,
+    min_confidence=min_confidence,
+    rampup=rampup,
+    rampup_start_fraction=rampup_start_fraction,
+    rampup_fraction=rampup_fraction,
+    bootstrapped=bootstrapped,
+    xi=xi,
+    eps=eps,
+    image_labels=image_labels,
+    weak_weight=weak_weight,
+    classification_weight=classification_weight,
+    background=background,
   )
   return _method(
     task, settings, Needs(weak_label="image" if image_labels else None, criterion=not bootstrapped)
   )
 
 
+@checked(rules=_rules)
 def cct_domains(
   task: Task,
   *,
-  weight: float = 30.0,
+  weight: NotNegative = 30.0,
   decoders: Mapping[str, int] = DECODERS,
-  distance: str = "mse",
-  min_confidence: float = 0.0,
-  rampup: str = "sigmoid",
-  rampup_start_fraction: float = 0.0,
-  rampup_fraction: float = 0.1,
+  distance: Literal["mse", "kl", "js"] = "mse",
+  min_confidence: Annotated[float, Allowed(least=0, below=1)] = 0.0,
+  rampup: Annotated[str, Allowed(one_of=tuple(schedules.RAMPUPS))] = "sigmoid",
+  rampup_start_fraction: Share = 0.0,
+  rampup_fraction: Share = 0.1,
   bootstrapped: bool = False,
-  xi: float = 0.1,
-  eps: float = 2.0,
+  xi: Positive = 0.1,
+  eps: Positive = 2.0,
 ) -> Method:
   """CCT on several data sets with classes of their own: one encoder for all, decoders for each.
   [CCT, 3.5]
@@ -565,15 +546,15 @@ def cct_domains(
     rampup, rampup_start_fraction, rampup_fraction: as in `cct`.
   """
   settings = _Settings(
-    decoders,
-    weight,
-    distance,
-    min_confidence,
-    rampup,
-    rampup_start_fraction,
-    rampup_fraction,
-    bootstrapped,
-    xi,
-    eps,
+    decoders=decoders,
+    weight=weight,
+    distance=distance,
+    min_confidence=min_confidence,
+    rampup=rampup,
+    rampup_start_fraction=rampup_start_fraction,
+    rampup_fraction=rampup_fraction,
+    bootstrapped=bootstrapped,
+    xi=xi,
+    eps=eps,
   )
   return _method(task, settings, Needs(domains=True, criterion=not bootstrapped))

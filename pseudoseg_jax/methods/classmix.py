@@ -5,12 +5,15 @@ Olsson et al., "ClassMix: Segmentation-Based Data Augmentation for Semi-Supervis
 2021; facts from the official code, which is followed where the paper says otherwise.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from pseudoseg_jax import checks, nets, rng
-from pseudoseg_jax.contract import Method, Needs, Panels, Task
-from pseudoseg_jax.ops import color, gaussian, losses, mixing, schedules, targets
+from pseudoseg_jax.contract import Method, Needs, Panel, Task
+from pseudoseg_jax.ops import color, distances, gaussian, losses, mixing, schedules, targets
+from pseudoseg_jax.options import NotNegative, Share, checked
 
 # As the official code changes colors and blurs: all images of a batch, or none of them.
 _JITTER_PROBABILITY, _JITTER_STRENGTH = 0.8, 0.25
@@ -28,15 +31,14 @@ def paste_on_next(mask, x):
 
 
 def consistency(loss, student_logits, mixed_logits):
-  """How far the student is from the mixed teacher, per pixel: [B, H, W, K] x [B, H, W, K] -> [B, H,
-  W].
+  """Measures the student against the mixed teacher, per pixel: [B, H, W, K] x [B, H, W, K] -> [B,
+  H, W].
 
-  loss: "cross_entropy" with the likeliest class, or "mse", the squared difference of probabilities,
-    mean over classes. The teacher's side gets no gradient.
+  loss: "cross_entropy" with the likeliest class, or "mse", see `distances`. The teacher's side gets
+    no gradient.
   """
   if loss == "mse":
-    teacher = jax.lax.stop_gradient(jax.nn.softmax(mixed_logits))
-    return losses.squared_distance(jax.nn.softmax(student_logits), teacher)
+    return distances.per_pixel("mse", student_logits, mixed_logits)
   return losses.cross_entropy(student_logits, targets.hard_label(mixed_logits)[0])
 
 
@@ -53,18 +55,29 @@ def pixel_weight(confidence, step, *, by, min_confidence, rampup_steps):
   return targets.confidence_weight(confidence, threshold=min_confidence, per=by)
 
 
+def _rules(problems, task, *, color_jitter, **_):
+  if color_jitter and task.network.in_channels != 3:
+    problems.add(
+      "color_jitter",
+      got=f"images of {task.network.in_channels} channels",
+      allowed="3, RGB",
+      remedy="switch it off",
+    )
+
+
+@checked(rules=_rules)
 def classmix(
   task: Task,
   *,
-  weight: float = 1.0,
-  mask: str = "class",
-  loss: str = "cross_entropy",
-  weight_by: str = "batch",
-  min_confidence: float = 0.968,
-  rampup_fraction: float = 0.25,
+  weight: NotNegative = 1.0,
+  mask: Literal["class", "cut", "cow"] = "class",
+  loss: Literal["cross_entropy", "mse"] = "cross_entropy",
+  weight_by: Literal["batch", "pixel", "ramp", "none"] = "batch",
+  min_confidence: Share = 0.968,
+  rampup_fraction: Share = 0.25,
   color_jitter: bool = False,
   blur: bool = False,
-  decay: float = 0.99,
+  decay: Share = 0.99,
 ) -> Method:
   """Student by gradient, teacher by average, both in training mode; the headline is the student.
   [ClassMix, trainSSL.py]
@@ -88,34 +101,6 @@ def classmix(
       hue, then a Gaussian of a deviation up to 1.15 pixels. Color jitter is for RGB alone.
     decay: of the teacher, after 0, 1/2, 2/3, ...
   """
-  problems = checks.Problems("classmix cannot be run with these options")
-  for name, value, allowed in (
-    ("mask", mask, ("class", "cut", "cow")),
-    ("loss", loss, ("cross_entropy", "mse")),
-    ("weight_by", weight_by, ("batch", "pixel", "ramp", "none")),
-  ):
-    if value not in allowed:
-      problems.add(
-        name,
-        got=repr(value),
-        allowed=checks.choices(allowed),
-        remedy=checks.nearest(str(value), allowed),
-      )
-  for name, share in (
-    ("min_confidence", min_confidence),
-    ("rampup_fraction", rampup_fraction),
-    ("decay", decay),
-  ):
-    if not 0 <= share <= 1:
-      problems.add(name, got=share, allowed="0..1")
-  if color_jitter and task.network.in_channels != 3:
-    problems.add(
-      "color_jitter",
-      got=f"images of {task.network.in_channels} channels",
-      allowed="3, RGB",
-      remedy="switch it off",
-    )
-  problems.raise_if_any()
 
   def draw(key, batch):
     num_images, *size, _ = batch["unlabeled"]["weak"].shape
@@ -170,14 +155,14 @@ def classmix(
     return images
 
   def teach(teacher, batch, draws):
-    """The teacher's logits, the mask, what the student will see and be told, and the teacher after
-    its pass.
+    """The teacher's logits, the mask, the mixed images, the mixed logits, and the teacher after its
+    pass.
     """
     weak = batch["unlabeled"]["weak"]
     (logits,), teacher = nets.forward(
       task.network, teacher, weak, dropout=draws["dropout"]["teacher"]
     )
-    # Padding is pasted, labeled and learnt like everything else, as in the official code.
+    # Padding is pasted, labeled and learned like everything else, as in the official code.
     here = pasted(logits, draws)
     mixed = perturbed(paste_on_next(here, weak), draws)
     # Each pixel is one image's or the other's, so that logits may be mixed in place of
@@ -185,60 +170,56 @@ def classmix(
     return logits, here, mixed, paste_on_next(here, logits), teacher
 
   def weigh(logits, step):
+    """The weight of each pixel f32[B, H, W], and the share of confident ones."""
     _, confidence = targets.hard_label(logits)
     rampup_steps = rampup_fraction * task.total_steps
-    by_pixel = pixel_weight(
+    weights = pixel_weight(
       confidence, step, by=weight_by, min_confidence=min_confidence, rampup_steps=rampup_steps
     )
-    return jnp.broadcast_to(by_pixel, confidence.shape), jnp.mean(confidence >= min_confidence)
+    return jnp.broadcast_to(weights, confidence.shape), jnp.mean(confidence >= min_confidence)
 
   def update(state, batch, draws):
     labeled, label = batch["labeled"]["image"], batch["labeled"]["label"]
     _, here, mixed, mixed_logits, teacher = teach(state.nets["teacher"], batch, draws)
-    by_pixel, confident_fraction = weigh(mixed_logits, state.step)
+    pixel_weights, confident_fraction = weigh(mixed_logits, state.step)
 
     def objective(live):
-      dropout = draws["dropout"]["student"]
-      (on_labeled, on_mixed), net = nets.forward(
-        task.network, live["student"], labeled, mixed, dropout=dropout
+      (logits_labeled, logits_mixed), net = nets.forward(
+        task.network, live["student"], labeled, mixed, dropout=draws["dropout"]["student"]
       )
-      supervised = task.criterion(on_labeled, label)
-      apart = by_pixel * consistency(loss, on_mixed, mixed_logits)
-      unsupervised = task.unlabeled_weight(state.step) * weight * jnp.mean(apart)  # over all pixels
+      supervised_loss = task.criterion(logits_labeled, label)
+      per_pixel = pixel_weights * consistency(loss, logits_mixed, mixed_logits)
+      # The mean is over all pixels.
+      unsupervised_loss = task.unlabeled_weight(state.step) * weight * jnp.mean(per_pixel)
+      return nets.Outcome(
+        {"supervised": supervised_loss, "unsupervised": unsupervised_loss},
+        {"student": net},
+        {"confident_fraction": confident_fraction, "pasted_fraction": jnp.mean(here)},
+      )
 
-      total = supervised + unsupervised
-      terms = {
-        "loss": total,
-        "loss_supervised": supervised,
-        "loss_unsupervised": unsupervised,
-        "confident_fraction": confident_fraction,
-        "pasted_fraction": jnp.mean(here),
-      }
-      return total, ({"student": net}, terms)
-
-    after, metrics = nets.descend(
-      task.optimizer, {"student": state.nets["student"]}, state.step, objective
-    )
+    after, metrics = nets.descend(task.optimizer, state, objective, learning=["student"])
     teacher = nets.ema(
-      teacher, after["student"], schedules.ema_decay(state.step, decay, "from_copy")
+      teacher, after.nets["student"], schedules.ema_decay(state.step, decay, "from_copy")
     )
-    return state.replace(step=state.step + 1, nets=after | {"teacher": teacher}), metrics
+    return after.with_nets(teacher=teacher), metrics
 
   def show(state, batch, draws):
     logits, here, mixed, _, _ = teach(state.nets["teacher"], batch, draws)
-    by_pixel, _ = weigh(logits, state.step)
-    return (
-      batch["unlabeled"]["weak"],
-      jax.nn.softmax(logits),
-      here.astype(logits.dtype),
-      mixed,
-    ), by_pixel > 0
+    pixel_weights, _ = weigh(logits, state.step)
+    # The pseudo label as it is before mixing: it is compared with the truth of the weak image.
+    panels = [
+      Panel("weak view", "image", batch["unlabeled"]["weak"]),
+      Panel("pseudo label", "classes", jax.nn.softmax(logits)),
+      Panel("pasted", "heat", here.astype(logits.dtype)),
+      Panel("mixed image", "image", mixed),
+    ]
+    return panels, pixel_weights > 0
 
-  # The pseudo label as it is before mixing: it is compared with the truth of the weak image.
-  panels = Panels(
-    ("weak view", "pseudo label", "pasted", "mixed image"),
-    ("image", "classes", "heat", "image"),
+  return Method(
+    Needs(),
+    nets.init_student_and_teacher(task),
+    draw,
+    update,
+    nets.predictors(task.network, "student", "teacher"),
     show,
   )
-  predictors = nets.predictors(task.network, "student", "teacher")
-  return Method(Needs(), nets.init_student_and_teacher(task), draw, update, predictors, panels)

@@ -8,35 +8,37 @@ import jax
 import jax.numpy as jnp
 
 from pseudoseg_jax import nets
-from pseudoseg_jax.contract import Method, Needs, Panels, Task
+from pseudoseg_jax.contract import Method, Needs, Panel, Task
 from pseudoseg_jax.ops import losses, mixing
+from pseudoseg_jax.options import Count, NotNegative, ShareRange, checked
 
 
 def cross_supervision(*views):
-  """L_cps: each network's cross entropy against the other's hard labels, one mean over the pixels
-  of all views.
+  """L_cps: each network's cross entropy with the other's pseudo label, one mean over the pixels of
+  all views.
 
   Args:
-    views: tuples (logits_a f32[B, H, W, K], logits_b, label_a i32[B, H, W], label_b); labels carry
-      no gradient and no void.
+    views: tuples (logits_a f32[B, H, W, K], logits_b, pseudo_label_a i32[B, H, W], pseudo_label_b);
+      pseudo labels carry no gradient and no void.
 
   Returns:
-    CE(a, label_b) + CE(b, label_a), f32[].
+    CE(a, pseudo_label_b) + CE(b, pseudo_label_a), f32[].
   """
   a_by_b = losses.joint_mean(
-    *(losses.cross_entropy(logits_a, label_b) for logits_a, _, _, label_b in views)
+    *(losses.cross_entropy(logits_a, pseudo_label_b) for logits_a, _, _, pseudo_label_b in views)
   )
   b_by_a = losses.joint_mean(
-    *(losses.cross_entropy(logits_b, label_a) for _, logits_b, label_a, _ in views)
+    *(losses.cross_entropy(logits_b, pseudo_label_a) for _, logits_b, pseudo_label_a, _ in views)
   )
   return a_by_b + b_by_a
 
 
-def _with_own_labels(logits_a, logits_b):
+def _with_pseudo_labels(logits_a, logits_b):
   return logits_a, logits_b, jnp.argmax(logits_a, axis=-1), jnp.argmax(logits_b, axis=-1)
 
 
-def cps(task: Task, *, weight: float = 1.5, on_labeled: bool = True) -> Method:
+@checked
+def cps(task: Task, *, weight: NotNegative = 1.5, on_labeled: bool = True) -> Method:
   """Each network learns the other's argmax on the same images; no threshold, no ramp-up. [CPS,
   section 3]
 
@@ -67,36 +69,36 @@ def cps(task: Task, *, weight: float = 1.5, on_labeled: bool = True) -> Method:
       supervised_a = task.criterion(labeled_a, label)
       supervised_b = task.criterion(labeled_b, label)
 
-      views = [_with_own_labels(unlabeled_a, unlabeled_b)]
+      views = [_with_pseudo_labels(unlabeled_a, unlabeled_b)]
       if on_labeled:
-        views.append(_with_own_labels(labeled_a, labeled_b))
+        views.append(_with_pseudo_labels(labeled_a, labeled_b))
       cross = task.unlabeled_weight(state.step) * weight * cross_supervision(*views)
 
-      loss = supervised_a + supervised_b + cross
-      terms = {
-        "loss": loss,
-        "loss_supervised_a": supervised_a,
-        "loss_supervised_b": supervised_b,
-        "loss_cross": cross,
-      }
-      return loss, ({"a": net_a, "b": net_b}, terms)
+      return nets.Outcome(
+        {"supervised_a": supervised_a, "supervised_b": supervised_b, "cross": cross},
+        {"a": net_a, "b": net_b},
+      )
 
-    after, metrics = nets.descend(task.optimizer, state.nets, state.step, objective)
-    return state.replace(step=state.step + 1, nets=after), metrics
+    return nets.descend(task.optimizer, state, objective)
 
-  panels = nets.prediction_panels(task.network, "a", "b")
   return Method(
-    Needs(), nets.init_two(task), draw, update, nets.predictors(task.network, "a", "b"), panels
+    Needs(),
+    nets.init_two(task),
+    draw,
+    update,
+    nets.predictors(task.network, "a", "b"),
+    nets.show_predictions(task.network, "a", "b"),
   )
 
 
+@checked
 def cps_cutmix(
   task: Task,
   *,
-  weight: float = 1.0,
+  weight: NotNegative = 1.0,
   on_labeled: bool = False,
-  boxes: int = 3,
-  area_range: tuple[float, float] = (0.25, 0.5),
+  boxes: Count = 3,
+  area_range: ShareRange = (0.25, 0.5),
 ) -> Method:
   """CPS on CutMix images: the labels of two unlabeled images are mixed with the boxes that mix the
   images. [CPS, section 4]
@@ -127,11 +129,11 @@ def cps_cutmix(
     mixed = mixing.mix(mask, first, second)
 
     def pseudo_label(net, dropout):
-      (on_first, on_second), net = nets.forward(task.network, net, first, second, dropout=dropout)
-      return jnp.argmax(mixing.mix(mask, on_first, on_second), axis=-1), net
+      logits, net = nets.forward(task.network, net, first, second, dropout=dropout)
+      return jnp.argmax(mixing.mix(mask, *logits), axis=-1), net
 
-    label_a, net_a = pseudo_label(state.nets["a"], draws["a_labels"])
-    label_b, net_b = pseudo_label(state.nets["b"], draws["b_labels"])
+    pseudo_label_a, net_a = pseudo_label(state.nets["a"], draws["a_labels"])
+    pseudo_label_b, net_b = pseudo_label(state.nets["b"], draws["b_labels"])
 
     def objective(live):
       (mixed_a, labeled_a), net_a = nets.forward(
@@ -143,41 +145,40 @@ def cps_cutmix(
       supervised_a = task.criterion(labeled_a, label)
       supervised_b = task.criterion(labeled_b, label)
 
-      views = [(mixed_a, mixed_b, label_a, label_b)]
+      views = [(mixed_a, mixed_b, pseudo_label_a, pseudo_label_b)]
       if on_labeled:
-        views.append(_with_own_labels(labeled_a, labeled_b))
+        views.append(_with_pseudo_labels(labeled_a, labeled_b))
       cross = task.unlabeled_weight(state.step) * weight * cross_supervision(*views)
 
-      loss = supervised_a + supervised_b + cross
-      terms = {
-        "loss": loss,
-        "loss_supervised_a": supervised_a,
-        "loss_supervised_b": supervised_b,
-        "loss_cross": cross,
-      }
-      return loss, ({"a": net_a, "b": net_b}, terms)
+      return nets.Outcome(
+        {"supervised_a": supervised_a, "supervised_b": supervised_b, "cross": cross},
+        {"a": net_a, "b": net_b},
+      )
 
-    after, metrics = nets.descend(task.optimizer, {"a": net_a, "b": net_b}, state.step, objective)
-    return state.replace(step=state.step + 1, nets=after), metrics
+    return nets.descend(task.optimizer, state.with_nets(a=net_a, b=net_b), objective)
 
   def show(state, batch, draws):
     first, second = batch["unlabeled"]["weak"], batch["partner"]["weak"]
-    said = (
+    mask, mixed = draws["mask"].astype(first.dtype), mixing.mix(draws["mask"], first, second)
+    # The pseudo label as it is before mixing: it is compared with the truth of the first image.
+    prediction_a, prediction_b = (
       jax.nn.softmax(nets.infer(task.network, state.nets[role], first)) for role in ("a", "b")
     )
-    mask = draws["mask"]
-    return (first, second, mask.astype(first.dtype), mixing.mix(mask, first, second), *said), batch[
-      "unlabeled"
-    ]["valid"]
+    panels = [
+      Panel("first image", "image", first),
+      Panel("second image", "image", second),
+      Panel("mask", "heat", mask),
+      Panel("mixed", "image", mixed),
+      Panel("a on the first", "classes", prediction_a),
+      Panel("b on the first", "classes", prediction_b),
+    ]
+    return panels, batch["unlabeled"]["valid"]
 
-  # The pseudo label as it is before mixing: it is compared with the truth of the first image.
-  names = ("first image", "second image", "mask", "mixed", "a on the first", "b on the first")
-  panels = Panels(names, ("image", "image", "heat", "image", "classes", "classes"), show)
   return Method(
     Needs(partner=True),
     nets.init_two(task),
     draw,
     update,
     nets.predictors(task.network, "a", "b"),
-    panels,
+    show,
   )

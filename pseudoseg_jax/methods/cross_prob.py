@@ -6,42 +6,35 @@ Supervision", CVPR 2021, whose code leaves it out: everything that the paper doe
 `cps`.
 """
 
-import jax
-import jax.numpy as jnp
+from typing import Annotated
 
-from pseudoseg_jax import checks, nets
+from pseudoseg_jax import nets
 from pseudoseg_jax.contract import Method, Needs, Task
-from pseudoseg_jax.ops import losses
+from pseudoseg_jax.ops import distances, losses
+from pseudoseg_jax.options import Allowed, NotNegative, checked
 
-
-def consistency(logits, other_logits, *, distance):
-  """How far a network's probabilities are from the other's, which get no gradient, per pixel: [...,
-  K] x [..., K] -> [...].
-
-  distance: "l2", the squared Euclidean distance, summed over classes (0..2); "kl", KL(other || own)
-    in nats. In the sum of both networks' terms the order within KL does not change the value.
-  """
-  other_logits = jax.lax.stop_gradient(other_logits)
-  if distance == "kl":
-    return losses.kl_divergence(logits, other_logits)
-  return jnp.sum(jnp.square(jax.nn.softmax(logits) - jax.nn.softmax(other_logits)), axis=-1)
+# "l2": the squared Euclidean distance, summed over classes (0..2). In the sum of both networks'
+# terms the order within KL does not change the value.
+DISTANCES = {"l2": "sse", "kl": "kl"}
 
 
 def cross_consistency(*views, distance):
   """L_cpc, f32[]: both networks' distances from each other, one mean over the pixels of all views,
   (logits_a, logits_b) each.
   """
-  a_from_b = losses.joint_mean(
-    *(consistency(logits_a, logits_b, distance=distance) for logits_a, logits_b in views)
-  )
-  b_from_a = losses.joint_mean(
-    *(consistency(logits_b, logits_a, distance=distance) for logits_a, logits_b in views)
-  )
+  name = DISTANCES[distance]
+  a_from_b = losses.joint_mean(*(distances.per_pixel(name, a, b) for a, b in views))
+  b_from_a = losses.joint_mean(*(distances.per_pixel(name, b, a) for a, b in views))
   return a_from_b + b_from_a
 
 
+@checked
 def cross_prob(
-  task: Task, *, weight: float = 1.5, distance: str = "l2", on_labeled: bool = True
+  task: Task,
+  *,
+  weight: NotNegative = 1.5,
+  distance: Annotated[str, Allowed(one_of=tuple(DISTANCES))] = "l2",
+  on_labeled: bool = True,
 ) -> Method:
   """Each network learns the other's probabilities on the same images. [CPS, comparison with cross
   probability consistency]
@@ -53,11 +46,10 @@ def cross_prob(
     weight: of the consistency. Neither it nor what the distance is divided by is stated anywhere;
       here classes are summed, pixels averaged, and the weight is that of CPS: 1.5 on VOC, 6 on
       Cityscapes.
-    distance: "l2" or "kl", see `consistency`.
+    distance: "l2" or "kl", see DISTANCES.
     on_labeled: whether labeled images enter the consistency too: one mean over the pixels of both,
       ignored ones included.
   """
-  checks.check_name("option distance", distance, ("l2", "kl"))
 
   def draw(key, batch):
     return nets.dropout_keys(key, "a", "b")
@@ -83,19 +75,18 @@ def cross_prob(
         task.unlabeled_weight(state.step) * weight * cross_consistency(*views, distance=distance)
       )
 
-      loss = supervised_a + supervised_b + cross
-      terms = {
-        "loss": loss,
-        "loss_supervised_a": supervised_a,
-        "loss_supervised_b": supervised_b,
-        "loss_cross": cross,
-      }
-      return loss, ({"a": net_a, "b": net_b}, terms)
+      return nets.Outcome(
+        {"supervised_a": supervised_a, "supervised_b": supervised_b, "cross": cross},
+        {"a": net_a, "b": net_b},
+      )
 
-    after, metrics = nets.descend(task.optimizer, state.nets, state.step, objective)
-    return state.replace(step=state.step + 1, nets=after), metrics
+    return nets.descend(task.optimizer, state, objective)
 
-  panels = nets.prediction_panels(task.network, "a", "b")
   return Method(
-    Needs(), nets.init_two(task), draw, update, nets.predictors(task.network, "a", "b"), panels
+    Needs(),
+    nets.init_two(task),
+    draw,
+    update,
+    nets.predictors(task.network, "a", "b"),
+    nets.show_predictions(task.network, "a", "b"),
   )

@@ -1,19 +1,21 @@
-"""Guided collaborative training: of two networks the one that a flaw detector finds less wrong
-teaches the other, pixel by pixel.
+"""Guided collaborative training: of two networks the one in which a flaw detector finds less
+flaws teaches the other, pixel by pixel.
 
 Ke et al., "Guided Collaborative Training for Pixel-wise Semi-Supervised Learning", ECCV 2020; facts
 from the official code (ZHKKKe/PixelSSL), which is followed where the paper says otherwise.
 """
 
 import functools
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pseudoseg_jax import checks, nets, optim
-from pseudoseg_jax.contract import Method, Needs, Panels, State, Task
+from pseudoseg_jax import nets, optim
+from pseudoseg_jax.contract import Array, Method, Needs, NetState, Panel, State, Task
 from pseudoseg_jax.models import heads
 from pseudoseg_jax.ops import flaws, losses, schedules
+from pseudoseg_jax.options import Allowed, Count, NotNegative, Positive, Share, checked
 
 PAIR = ("left", "right")
 
@@ -37,19 +39,30 @@ def consistency(probabilities, target):
   return jnp.mean(losses.squared_distance(probabilities, target))
 
 
+class Judgement(NamedTuple):
+  """Which of both models is right where, by their roles; no gradient but the detector's passes."""
+
+  probabilities: dict[str, Array]  # f32[B, H, W, K]
+  flaw_maps: dict[str, Array]  # f32[B, H, W], with the detector's gradient
+  handled_flaws: dict[str, Array]  # f32[B, H, W]
+  targets: dict[str, Array]  # f32[B, H, W, K]
+  both_bad: Array  # bool[B, H, W]
+
+
+@checked
 def gct(
   task: Task,
   *,
-  weight: float = 100.0,
-  flaw_correction_weight: float = 1.0,
-  detector_weight: float = 10.0,
-  threshold: float = 0.6,
-  rampup_fraction: float = 5 / 45,
-  dilations: int = 1,
-  detector_learning_rate: float = 1e-4,
-  detector_width: int = 64,
-  detector_stages: int = 4,
-  kernel_base_pixels: int = 0,
+  weight: NotNegative = 100.0,
+  flaw_correction_weight: NotNegative = 1.0,
+  detector_weight: NotNegative = 10.0,
+  threshold: Share = 0.6,
+  rampup_fraction: Share = 5 / 45,
+  dilations: Annotated[int, Allowed(least=0)] = 1,
+  detector_learning_rate: Positive = 1e-4,
+  detector_width: Annotated[int, Allowed(least=2)] = 64,
+  detector_stages: Count = 4,
+  kernel_base_pixels: Annotated[int, Allowed(least=0)] = 0,
   shared_batch_norm: bool = True,
   relu_straight_through_flaw: bool = True,
 ) -> Method:
@@ -84,21 +97,6 @@ def gct(
     relu_straight_through_flaw: the detector's own loss sees its negative flaws as 0, and its
       gradient does not.
   """
-  problems = checks.Problems("gct cannot be run with these options")
-  for name, value in (("threshold", threshold), ("rampup_fraction", rampup_fraction)):
-    if not 0 <= value <= 1:
-      problems.add(name, got=value, allowed="0..1")
-  for name, value, least in (
-    ("dilations", dilations, 0),
-    ("detector_width", detector_width, 2),
-    ("detector_stages", detector_stages, 1),
-    ("kernel_base_pixels", kernel_base_pixels, 0),
-  ):
-    if value < least:
-      problems.add(name, got=value, allowed=f"{least} or more")
-  if not detector_learning_rate > 0:
-    problems.add("detector_learning_rate", got=detector_learning_rate, allowed="above 0")
-  problems.raise_if_any()
   network = task.network
   detector = heads.flaw_detector(
     network.in_channels + task.num_classes, width=detector_width, stages=detector_stages
@@ -143,77 +141,74 @@ def gct(
     )
     return flaw_map, net.replace(batch_stats=batch_stats)
 
-  def judge(live, images, num_labeled, draws):
-    """Who is right where: of both models probabilities without gradient, flaw maps with the
-    detector's, handled ones, targets.
-    """
-    live, said, seen, handled = dict(live), {}, {}, {}
+  def judge(live, images, num_labeled, draws) -> tuple[Judgement, dict[str, NetState]]:
+    """Who is right where; and the networks with their statistics moved."""
+    live, probabilities, flaw_maps, handled = dict(live), {}, {}, {}
     for role in PAIR:
-      _, probabilities, live[role] = predict(live, role, images, num_labeled, draws)
-      said[role] = jax.lax.stop_gradient(probabilities)
-      seen[role], live["detector"] = detect(
-        live["detector"], live["detector"].params, images, said[role]
+      _, prediction, live[role] = predict(live, role, images, num_labeled, draws)
+      probabilities[role] = jax.lax.stop_gradient(prediction)
+      flaw_maps[role], live["detector"] = detect(
+        live["detector"], live["detector"].params, images, probabilities[role]
       )
-      handled[role], clipped = flaws.handle_flaws(seen[role], base_pixels=base_pixels(images))
+      handled[role], clipped = flaws.handle_flaws(flaw_maps[role], base_pixels=base_pixels(images))
       if relu_straight_through_flaw:
         # The official handler zeroes negatives in place, in the very map that the detector's loss
         # reads later; the gradient of that loss knows nothing of it. (On several GPUs only for the
         # images on the first.)
-        seen[role] += jax.lax.stop_gradient(clipped - seen[role])
+        flaw_maps[role] += jax.lax.stop_gradient(clipped - flaw_maps[role])
     *targets, both_bad = flaws.dynamic_consistency(
-      *said.values(), *handled.values(), threshold=threshold
+      *probabilities.values(), *handled.values(), threshold=threshold
     )
-    return said, seen, handled, dict(zip(PAIR, targets, strict=True)), both_bad, live
+    by_role = dict(zip(PAIR, targets, strict=True))
+    return Judgement(probabilities, flaw_maps, handled, by_role, both_bad), live
 
   def update(state, batch, draws):
     label, num_labeled = batch["labeled"]["label"], len(batch["labeled"]["image"])
     images = jnp.concatenate([batch["labeled"]["image"], batch["unlabeled"]["weak"]])
-    ramp = task.unlabeled_weight(state.step) * schedules.sigmoid_rampup(
+    unlabeled_weight = task.unlabeled_weight(state.step)
+    ramp = unlabeled_weight * schedules.sigmoid_rampup(
       state.step, rampup_fraction * task.total_steps
     )
 
     def objective(live):
-      said, seen, _, targets, both_bad, moved = judge(live, images, num_labeled, draws)
+      judgement, moved = judge(live, images, num_labeled, draws)
       terms = {}
       for role in PAIR:
         logits, probabilities, moved[role] = predict(moved, role, images, num_labeled, draws)
         judged_by = jax.lax.stop_gradient(live["detector"].params)
         flaw_map, moved["detector"] = detect(moved["detector"], judged_by, images, probabilities)
-        terms[f"loss_supervised_{role}"] = task.criterion(logits[:num_labeled], label)
-        correction = flaw_correction(flaw_map, both_bad)
-        terms[f"loss_flaw_correction_{role}"] = (
-          task.unlabeled_weight(state.step) * flaw_correction_weight * correction
-        )
-        terms[f"loss_consistency_{role}"] = (
-          ramp * weight * consistency(probabilities, targets[role])
-        )
+        correction = flaw_correction(flaw_map, judgement.both_bad)
+        distance = consistency(probabilities, judgement.targets[role])
+        terms[f"supervised_{role}"] = task.criterion(logits[:num_labeled], label)
+        terms[f"flaw_correction_{role}"] = unlabeled_weight * flaw_correction_weight * correction
+        terms[f"consistency_{role}"] = ramp * weight * distance
       for role in PAIR:
         target = flaws.flaw_target(
-          said[role][:num_labeled], label, base_pixels=base_pixels(images), dilations=dilations
+          judgement.probabilities[role][:num_labeled],
+          label,
+          base_pixels=base_pixels(images),
+          dilations=dilations,
         )
         # Halved, since the detector learns from the mean of both.
-        terms[f"loss_detector_{role}"] = (
-          detector_weight * detection(seen[role][:num_labeled], target) / 2
-        )
-      loss = sum(terms.values())
-      return loss, (
-        moved,
-        terms | {"loss": loss, "both_bad_fraction": jnp.mean(both_bad, dtype=loss.dtype)},
-      )
+        detector_loss = detection(judgement.flaw_maps[role][:num_labeled], target) / 2
+        terms[f"detector_{role}"] = detector_weight * detector_loss
+      both_bad_fraction = jnp.mean(judgement.both_bad, dtype=jnp.float32)
+      return nets.Outcome(terms, moved, {"both_bad_fraction": both_bad_fraction})
 
-    # In this order, whatever order the state came back in: the learning rate that is told is the
-    # first network's.
-    after, metrics = nets.descend(
-      optimizers, {role: state.nets[role] for role in optimizers}, state.step, objective
-    )
-    return state.replace(step=state.step + 1, nets=after), metrics
+    return nets.descend(optimizers, state, objective)
 
   def show(state, batch, draws):
     weak, valid = batch["unlabeled"]["weak"], batch["unlabeled"]["valid"]
-    said, _, handled, targets, both_bad, _ = judge(state.nets, weak, 0, draws)
-    heat = (jnp.clip(flaw_map, 0, 1) for flaw_map in handled.values())
-    return (weak, *said.values(), *heat, targets["left"]), valid & ~both_bad
+    judgement, _ = judge(state.nets, weak, 0, draws)
+    panels = [
+      Panel("weak view", "image", weak),
+      *(Panel(role, "classes", judgement.probabilities[role]) for role in PAIR),
+      *(
+        Panel(f"flaws of {role}", "heat", jnp.clip(judgement.handled_flaws[role], 0, 1))
+        for role in PAIR
+      ),
+      Panel("target of left", "classes", judgement.targets["left"]),
+    ]
+    return panels, valid & ~judgement.both_bad
 
-  names = ("weak view", *PAIR, "flaws of left", "flaws of right", "target of left")
-  panels = Panels(names, ("image", "classes", "classes", "heat", "heat", "classes"), show)
-  return Method(Needs(), init, draw, update, nets.predictors(network, *PAIR), panels)
+  return Method(Needs(), init, draw, update, nets.predictors(network, *PAIR), show)

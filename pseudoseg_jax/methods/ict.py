@@ -6,13 +6,15 @@ pixel, as the baseline of French et al., "Semi-supervised semantic segmentation 
 perturbations", BMVC 2020; facts from the latter's code.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from pseudoseg_jax import nets, rng
-from pseudoseg_jax.contract import Method, Needs, Panels, Task
-from pseudoseg_jax.methods import cutmix_seg
-from pseudoseg_jax.ops import losses
+from pseudoseg_jax.contract import Method, Needs, Panel, Task
+from pseudoseg_jax.ops import losses, targets
+from pseudoseg_jax.options import NotNegative, Positive, Share, checked
 
 
 def blend(share, first, second):
@@ -38,15 +40,16 @@ def consistency(student_logits, target):
   return target.shape[-1] * losses.squared_distance(jax.nn.softmax(student_logits), target)
 
 
+@checked
 def ict(
   task: Task,
   *,
-  beta: float = 0.1,
-  strong_views: int = 0,
-  weight: float = 1.0,
-  min_confidence: float = 0.97,
-  decay: float = 0.99,
-  frozen_batch_norm: str = "none",
+  beta: Positive = 0.1,
+  strong_views: Literal[0, 1] = 0,
+  weight: NotNegative = 1.0,
+  min_confidence: Share = 0.97,
+  decay: Share = 0.99,
+  frozen_batch_norm: Literal["none", "backbone", "all"] = "none",
 ) -> Method:
   """Mean Teacher on blended images. [French et al. 2020, section 4.2]
 
@@ -56,17 +59,7 @@ def ict(
       always multiplied by the share of confident pixels, since the official weight per pixel has an
       axis too many.
   """
-  problems = cutmix_seg.check_options(
-    "ict",
-    strong_views=strong_views,
-    frozen_batch_norm=frozen_batch_norm,
-    min_confidence=min_confidence,
-    decay=decay,
-  )
-  if not beta > 0:
-    problems.add("beta", got=beta, allowed="above 0")
-  problems.raise_if_any()
-  forward = cutmix_seg.forward_with(task.network, frozen_batch_norm)
+  forward = nets.forward_with(task.network, frozen_batch_norm)
 
   def draw(key, batch):
     share = jax.random.beta(
@@ -75,7 +68,7 @@ def ict(
     return {"share": share} | nets.dropout_keys(key, "teacher", "student")
 
   def teach(teacher, batch, draws):
-    """What the student sees, its target, the target's confidence and what is valid; and the teacher
+    """The student's image, its target, the target's confidence and what is valid; and the teacher
     after its passes.
     """
     share, first, second = draws["share"], batch["unlabeled"], batch["partner"]
@@ -83,53 +76,52 @@ def ict(
       images["strong"][:, 0] if strong_views else images["weak"] for images in (first, second)
     ]
     both, teacher = forward(teacher, first["weak"], second["weak"], dropout=draws["teacher"])
-    target, sure = blended_prediction(share, *both)
-    return (
-      blend(share, *views),
-      target,
-      sure,
-      blend(share, first["valid"], second["valid"]),
-    ), teacher
+    target, confidence = blended_prediction(share, *both)
+    valid = blend(share, first["valid"], second["valid"])
+    return (blend(share, *views), target, confidence, valid), teacher
 
   def update(state, batch, draws):
     labeled, label = batch["labeled"]["image"], batch["labeled"]["label"]
-    (seen, target, sure, valid), teacher = teach(state.nets["teacher"], batch, draws)
+    (blended, target, confidence, valid), teacher = teach(state.nets["teacher"], batch, draws)
 
     def objective(live):
-      (on_labeled, on_seen), student = forward(
-        live["student"], labeled, seen, dropout=draws["student"]
+      (logits_labeled, logits_blended), student = forward(
+        live["student"], labeled, blended, dropout=draws["student"]
       )
-      supervised = task.criterion(on_labeled, label)
-      apart = consistency(on_seen, target)
-      agreement, confident = cutmix_seg.confident_mean(
-        apart, sure, valid, min_confidence=min_confidence
+      supervised_loss = task.criterion(logits_labeled, label)
+      consistency_loss, confident = targets.confident_mean(
+        consistency(logits_blended, target), confidence, valid, min_confidence=min_confidence
       )
-      agreement = task.unlabeled_weight(state.step) * weight * agreement
-      loss = supervised + agreement
-      terms = {
-        "loss": loss,
-        "loss_supervised": supervised,
-        "loss_consistency": agreement,
-        "confident_fraction": confident,
-      }
-      return loss, ({"student": student}, terms)
+      consistency_loss = task.unlabeled_weight(state.step) * weight * consistency_loss
+      return nets.Outcome(
+        {"supervised": supervised_loss, "consistency": consistency_loss},
+        {"student": student},
+        {"confident_fraction": confident},
+      )
 
-    after, metrics = nets.descend(
-      task.optimizer, {"student": state.nets["student"]}, state.step, objective
-    )
-    teacher = nets.ema(teacher, after["student"], decay, statistics="average")
-    return state.replace(step=state.step + 1, nets=after | {"teacher": teacher}), metrics
+    after, metrics = nets.descend(task.optimizer, state, objective, learning=["student"])
+    teacher = nets.ema(teacher, after.nets["student"], decay, statistics="average")
+    return after.with_nets(teacher=teacher), metrics
 
   def show(state, batch, draws):
-    (seen, *_), _ = teach(state.nets["teacher"], batch, draws)
+    (blended, *_), _ = teach(state.nets["teacher"], batch, draws)
     first, second = batch["unlabeled"], batch["partner"]
-    (taught,), _ = forward(state.nets["teacher"], first["weak"], dropout=draws["teacher"])
-    return (first["weak"], second["weak"], seen, jax.nn.softmax(taught)), first["valid"]
+    # The teacher's prediction as it is before blending: it is compared with the truth of the first
+    # image.
+    (logits,), _ = forward(state.nets["teacher"], first["weak"], dropout=draws["teacher"])
+    panels = [
+      Panel("first image", "image", first["weak"]),
+      Panel("second image", "image", second["weak"]),
+      Panel("blend", "image", blended),
+      Panel("teacher on the first", "classes", jax.nn.softmax(logits)),
+    ]
+    return panels, first["valid"]
 
-  # The teacher's prediction as it is before blending: it is compared with the truth of the first
-  # image.
-  names = ("first image", "second image", "blend", "teacher on the first")
-  panels = Panels(names, ("image", "image", "image", "classes"), show)
-  needs = Needs(partner=True, strong_views=strong_views)
-  predictors = nets.predictors(task.network, "teacher", "student")
-  return Method(needs, nets.init_student_and_teacher(task), draw, update, predictors, panels)
+  return Method(
+    Needs(partner=True, strong_views=strong_views),
+    nets.init_student_and_teacher(task),
+    draw,
+    update,
+    nets.predictors(task.network, "teacher", "student"),
+    show,
+  )

@@ -6,17 +6,20 @@ Recognition 2022; facts from the official code (YudeWang/Learning-Pseudo-Label).
 another network learns from the labels of this one.
 """
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from pseudoseg_jax import checks, nets
-from pseudoseg_jax.contract import IGNORE_LABEL, Method, Needs, Panels, State, Task
+from pseudoseg_jax import nets
+from pseudoseg_jax.contract import IGNORE_LABEL, Method, Needs, Panel, State, Task
 from pseudoseg_jax.ops import class_aware, losses
+from pseudoseg_jax.options import Allowed, NotNegative, checked
 
 
 def pseudo_label(logits, image_label, label):
-  """What a network says among the classes of each image; of images that have labels, these instead.
+  """The likeliest of the classes of each image; of images that have labels, these instead.
 
   Args:
     logits: f32[B, H, W, K]; image_label: [B, K].
@@ -77,13 +80,23 @@ def sample_weight(iou, image_label, *, power=8.0, trust_unseen=True):
   return jnp.min(jnp.where(counts, iou, 1.0), axis=-1) ** power
 
 
+def _rules(problems, task, *, decay_pseudo_rate, **_):
+  rate = task.optimizer.learning_rate
+  if not decay_pseudo_rate and rate(0) == 0 < rate(1):
+    remedy = "set optimizer.warmup_steps=0, or method.decay_pseudo_rate=True"
+    problems.add(
+      "decay_pseudo_rate", got="False with a learning rate that rises from 0", remedy=remedy
+    )
+
+
+@checked(rules=_rules)
 def learn_pseudo(
   task: Task,
   *,
-  weight: float = 1.0,
-  classification_weight: float = 1.0,
-  score_power: float = 8.0,
-  score_momentum: float = 0.99,
+  weight: NotNegative = 1.0,
+  classification_weight: NotNegative = 1.0,
+  score_power: NotNegative = 8.0,
+  score_momentum: Annotated[float, Allowed(least=0, below=1)] = 0.99,
   trust_unseen: bool = True,
   decay_pseudo_rate: bool = False,
   background: bool = True,
@@ -116,22 +129,6 @@ def learn_pseudo(
   """
   network = task.network
   first_rate = lambda step: task.optimizer.learning_rate(0)
-  problems = checks.Problems("learn_pseudo cannot be run with these options")
-  if not 0 <= score_momentum < 1:
-    problems.add("score_momentum", got=score_momentum, allowed="0 up to, but not, 1")
-  for name, value in {
-    "weight": weight,
-    "classification_weight": classification_weight,
-    "score_power": score_power,
-  }.items():
-    if not value >= 0:
-      problems.add(name, got=value, allowed="0 or more")
-  if not decay_pseudo_rate and first_rate(0) == 0 < task.optimizer.learning_rate(1):
-    remedy = "set optimizer.warmup_steps=0, or method.decay_pseudo_rate=True"
-    problems.add(
-      "decay_pseudo_rate", got="False with a learning rate that rises from 0", remedy=remedy
-    )
-  problems.raise_if_any()
   pseudo_optimizer = (
     task.optimizer if decay_pseudo_rate else task.optimizer._replace(learning_rate=first_rate)
   )
@@ -181,57 +178,65 @@ def learn_pseudo(
     def objective(live):
       hybrid_labeled, hybrid_unlabeled, hybrid = run(live["hybrid"], batch, draws["hybrid"])
       pseudo_labeled, pseudo_unlabeled, pseudo = run(live["pseudo"], batch, draws["pseudo"])
-      by_hybrid = pseudo_label(hybrid_unlabeled, classes, known_label)
-      by_pseudo = pseudo_label(pseudo_unlabeled, classes, known_label)
+      label_by_hybrid = pseudo_label(hybrid_unlabeled, classes, known_label)
+      label_by_pseudo = pseudo_label(pseudo_unlabeled, classes, known_label)
       memory = evaluated(
         state.memory, label, class_aware.best_class(pseudo_labeled, labeled_classes), score_momentum
       )
-      trusted = trust(memory, classes)
+      weights = trust(memory, classes)
 
       per_class = (
         classification(hybrid_labeled, labeled_classes),
         classification(hybrid_unlabeled, classes),
       )
-      classified = classification_weight * losses.joint_mean(*per_class)
-      supervised = cross_entropy_mean(hybrid_labeled, labeled_classes, label)
-      taught = cross_entropy_mean(pseudo_unlabeled, classes, by_hybrid)
-      per_pixel = (
-        class_aware.cross_entropy(hybrid_unlabeled, classes, by_pseudo) * trusted[:, None, None]
-      )
+      classification_loss = classification_weight * losses.joint_mean(*per_class)
+      supervised_loss = cross_entropy_mean(hybrid_labeled, labeled_classes, label)
+      pseudo_loss = cross_entropy_mean(pseudo_unlabeled, classes, label_by_hybrid)
+      per_pixel = class_aware.cross_entropy(hybrid_unlabeled, classes, label_by_pseudo)
       # Over all pixels, ignored ones of labeled images among them.
-      progressive = task.unlabeled_weight(state.step) * weight * jnp.mean(per_pixel)
+      progressive_loss = jnp.mean(per_pixel * weights[:, None, None])
 
-      loss = supervised + taught + classified + progressive
-      terms = {
-        "loss": loss,
-        "loss_supervised": supervised,
-        "loss_pseudo": taught,
-        "loss_classification": classified,
-        "loss_progressive": progressive,
-        "sample_weight": jnp.mean(trusted),
+      # 1 is what a class never seen starts from.
+      iou, seen = running_iou(memory), memory["count_truth"] > 1
+      metrics = {
+        "sample_weight": jnp.mean(weights),
+        "running_iou": losses.mean_over(iou, seen),
+        "running_iou_least": jnp.min(jnp.where(seen, iou, 1.0)),
       }
-      return loss, ({"hybrid": hybrid, "pseudo": pseudo}, terms | {"memory": memory})
+      return nets.Outcome(
+        {
+          "supervised": supervised_loss,
+          "pseudo": pseudo_loss,
+          "classification": classification_loss,
+          "progressive": task.unlabeled_weight(state.step) * weight * progressive_loss,
+        },
+        {"hybrid": hybrid, "pseudo": pseudo},
+        metrics,
+        memory,
+      )
 
-    after, metrics = nets.descend(optimizers, state.nets, state.step, objective)
-    memory = metrics.pop("memory")
-    # 1 is what a class never seen starts from.
-    iou, seen = running_iou(memory), memory["count_truth"] > 1
-    metrics |= {
-      "running_iou": losses.mean_over(iou, seen),
-      "running_iou_least": jnp.min(jnp.where(seen, iou, 1.0)),
-    }
-    return State(state.step + 1, after, memory), metrics
+    return nets.descend(optimizers, state, objective)
 
   def show(state, batch, draws):
     classes = batch["unlabeled"]["image_label"]
     _, by_pseudo, _ = run(state.nets["pseudo"], batch, draws["pseudo"])
     _, by_hybrid, _ = run(state.nets["hybrid"], batch, draws["hybrid"])
     iou = running_iou(state.memory)[class_aware.best_class(by_pseudo, classes)]
-    trusted = jnp.broadcast_to(trust(state.memory, classes)[:, None, None], iou.shape)
-    pseudo, hybrid = (class_aware.softmax(logits, classes) for logits in (by_pseudo, by_hybrid))
-    return (batch["unlabeled"]["weak"], pseudo, iou, trusted, hybrid), batch["unlabeled"]["valid"]
+    weights = jnp.broadcast_to(trust(state.memory, classes)[:, None, None], iou.shape)
+    panels = [
+      Panel("weak view", "image", batch["unlabeled"]["weak"]),
+      Panel("pseudo", "classes", class_aware.softmax(by_pseudo, classes)),
+      Panel("IoU of its class", "heat", iou),
+      Panel("sample weight", "heat", weights),
+      Panel("hybrid", "classes", class_aware.softmax(by_hybrid, classes)),
+    ]
+    return panels, batch["unlabeled"]["valid"]
 
-  names = ("weak view", "pseudo", "IoU of its class", "sample weight", "hybrid")
-  panels = Panels(names, ("image", "classes", "heat", "heat", "classes"), show)
-  needs = Needs(weak_label="image", labeled_too=True, criterion=False)
-  return Method(needs, init, draw, update, nets.predictors(network, "hybrid", "pseudo"), panels)
+  return Method(
+    Needs(weak_label="image", labeled_too=True, criterion=False),
+    init,
+    draw,
+    update,
+    nets.predictors(network, "hybrid", "pseudo"),
+    show,
+  )

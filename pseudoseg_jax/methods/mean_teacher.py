@@ -5,12 +5,14 @@ in what the paper leaves open; every difference is an option here and CONVENTION
 sets.
 """
 
-import jax
+from typing import Annotated, Literal
+
 import jax.numpy as jnp
 
-from pseudoseg_jax import checks, nets
+from pseudoseg_jax import nets
 from pseudoseg_jax.contract import Method, Needs, Task
-from pseudoseg_jax.ops import losses, schedules
+from pseudoseg_jax.ops import distances, losses, schedules
+from pseudoseg_jax.options import Allowed, NotNegative, Share, checked
 
 # Options by published code. "torchsemiseg" made the Mean Teacher rows of the CPS paper; "official"
 # is CuriousAI/mean-teacher taken per pixel; "pixelssl" made those of PixelSSL, with a distance of
@@ -55,30 +57,24 @@ CONVENTIONS = {
 }
 
 
-def consistency(distance: str, student_logits, teacher_logits):
-  """Distance per pixel, [..., K] x [..., K] -> [...]; the teacher's side gets no gradient."""
-  teacher_logits = jax.lax.stop_gradient(teacher_logits)
-  if distance == "logit_mse":
-    return losses.squared_distance(student_logits, teacher_logits)
-  if distance == "softmax_kl":
-    return losses.kl_divergence(student_logits, teacher_logits)
-  return losses.squared_distance(jax.nn.softmax(student_logits), jax.nn.softmax(teacher_logits))
+DISTANCES = {"softmax_mse": "mse", "logit_mse": "logit_mse", "softmax_kl": "kl"}
 
 
+@checked
 def mean_teacher(
   task: Task,
   *,
-  distance: str = "softmax_mse",
-  weight: float = 100.0,
-  rampup_fraction: float = 0.0,
+  distance: Annotated[str, Allowed(one_of=tuple(DISTANCES))] = "softmax_mse",
+  weight: NotNegative = 100.0,
+  rampup_fraction: Share = 0.0,
   on_labeled: bool = True,
-  decay: float = 0.99,
-  decay_warmup: str = "none",
-  average_when: str = "between_passes",
-  statistics: str = "own",
+  decay: Share = 0.99,
+  decay_warmup: Literal["none", "from_half", "from_copy"] = "none",
+  average_when: Literal["after_descent", "between_passes"] = "between_passes",
+  statistics: Literal["own", "average"] = "own",
   shared_batch_norm: bool = False,
-  strong_views: int = 0,
-  headline: str = "student",
+  strong_views: Literal[0, 1] = 0,
+  headline: Literal["student", "teacher"] = "student",
 ) -> Method:
   """Student by gradient, teacher by average; both run in training mode. Defaults:
   CONVENTIONS["torchsemiseg"].
@@ -104,11 +100,6 @@ def mean_teacher(
       sees the weak one; 0 the same.
     headline: "student" or "teacher", which one is the method's answer; both are scored.
   """
-  checks.check_name("option distance", distance, ("softmax_mse", "logit_mse", "softmax_kl"))
-  checks.check_name("option decay_warmup", decay_warmup, ("none", "from_half", "from_copy"))
-  checks.check_name("option average_when", average_when, ("after_descent", "between_passes"))
-  checks.check_name("option statistics", statistics, ("own", "average"))
-  checks.check_name("option headline", headline, ("student", "teacher"))
   from_the_student = average_when == "between_passes"
 
   def draw(key, batch):
@@ -123,61 +114,64 @@ def mean_teacher(
     )
     return (joint[: len(labeled)], joint[len(labeled) :]), net
 
-  def teach(teacher, student, step, labeled, unlabeled, draws):
-    """The teacher's logits, and the teacher after its passes."""
+  def teacher_passes(teacher, student, step, labeled, unlabeled, draws):
+    """The teacher's logits on labeled and on unlabeled images, and the teacher after its passes."""
     if not from_the_student:
       return passes(teacher, labeled, unlabeled, draws["teacher"])
-    # Initialized anew as the student, statistics apart.
+    # Initialized anew as the student, but with statistics of its own.
     teacher = nets.ema(teacher, student, jnp.where(step == 0, 0.0, 1.0))
-    (on_labeled_,), teacher = nets.forward(
+    (logits_labeled,), teacher = nets.forward(
       task.network, teacher, labeled, dropout=draws["teacher_labeled"]
     )
     teacher = nets.ema(
       teacher, student, schedules.ema_decay(step, decay, decay_warmup), statistics=statistics
     )
-    (on_unlabeled,), teacher = nets.forward(
+    (logits_unlabeled,), teacher = nets.forward(
       task.network, teacher, unlabeled, dropout=draws["teacher"]
     )
-    return (on_labeled_, on_unlabeled), teacher
+    return (logits_labeled, logits_unlabeled), teacher
 
   def update(state, batch, draws):
     labeled, label = batch["labeled"]["image"], batch["labeled"]["label"]
     weak = batch["unlabeled"]["weak"]
-    seen = batch["unlabeled"]["strong"][:, 0] if strong_views else weak
-    student = state.nets["student"]
-    (teacher_labeled, teacher_unlabeled), teacher = teach(
-      state.nets["teacher"], student, state.step, labeled, weak, draws
+    student_view = batch["unlabeled"]["strong"][:, 0] if strong_views else weak
+    (teacher_labeled, teacher_unlabeled), teacher = teacher_passes(
+      state.nets["teacher"], state.nets["student"], state.step, labeled, weak, draws
     )
     ramp = task.unlabeled_weight(state.step) * schedules.sigmoid_rampup(
       state.step, rampup_fraction * task.total_steps
     )
 
     def objective(live):
-      (student_labeled, student_unlabeled), net = passes(
-        live["student"], labeled, seen, draws["student"]
+      (student_labeled, student_unlabeled), student = passes(
+        live["student"], labeled, student_view, draws["student"]
       )
-      supervised = task.criterion(student_labeled, label)
-      apart = [consistency(distance, student_unlabeled, teacher_unlabeled)]
+      supervised_loss = task.criterion(student_labeled, label)
+      pairs = [(student_unlabeled, teacher_unlabeled)]
       if on_labeled:
-        apart.append(consistency(distance, student_labeled, teacher_labeled))
-      agreement = ramp * weight * losses.joint_mean(*apart)
-      loss = supervised + agreement
-      return loss, (
-        {"student": net},
-        {"loss": loss, "loss_supervised": supervised, "loss_consistency": agreement},
+        pairs.append((student_labeled, teacher_labeled))
+      values = (distances.per_pixel(DISTANCES[distance], *pair) for pair in pairs)
+      consistency_loss = ramp * weight * losses.joint_mean(*values)
+      return nets.Outcome(
+        {"supervised": supervised_loss, "consistency": consistency_loss}, {"student": student}
       )
 
-    after, metrics = nets.descend(task.optimizer, {"student": student}, state.step, objective)
+    after, metrics = nets.descend(task.optimizer, state, objective, learning=["student"])
     if not from_the_student:
       teacher = nets.ema(
         teacher,
-        after["student"],
+        after.nets["student"],
         schedules.ema_decay(state.step, decay, decay_warmup),
         statistics=statistics,
       )
-    return state.replace(step=state.step + 1, nets=after | {"teacher": teacher}), metrics
+    return after.with_nets(teacher=teacher), metrics
 
   roles = ("student", "teacher") if headline == "student" else ("teacher", "student")
-  init, predictors = nets.init_student_and_teacher(task), nets.predictors(task.network, *roles)
-  panels = nets.prediction_panels(task.network, "student", "teacher")
-  return Method(Needs(strong_views=strong_views), init, draw, update, predictors, panels)
+  return Method(
+    Needs(strong_views=strong_views),
+    nets.init_student_and_teacher(task),
+    draw,
+    update,
+    nets.predictors(task.network, *roles),
+    nets.show_predictions(task.network, "student", "teacher"),
+  )

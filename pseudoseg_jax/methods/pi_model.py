@@ -5,16 +5,24 @@ code (smlaine2/tempens), which classifies whole images. Views of an image share 
 so that pixels correspond.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
-from pseudoseg_jax import checks, nets
-from pseudoseg_jax.contract import Method, Needs, Panels, Task
+from pseudoseg_jax import nets
+from pseudoseg_jax.contract import Method, Needs, Panel, Task
 from pseudoseg_jax.ops import losses, schedules
+from pseudoseg_jax.options import NotNegative, Share, checked
 
 
+@checked
 def pi_model(
-  task: Task, *, weight: float = 100 / 8, rampup_fraction: float = 80 / 300, strong_views: int = 2
+  task: Task,
+  *,
+  weight: NotNegative = 100 / 8,
+  rampup_fraction: Share = 80 / 300,
+  strong_views: Literal[1, 2] = 2,
 ) -> Method:
   """Squared difference of two stochastic passes, with a gradient through both. [Laine & Aila,
   section 2.1]
@@ -31,12 +39,6 @@ def pi_model(
     strong_views: 2 shows two independent photometric views of the unlabeled images, as the paper; 1
       the weak one and a photometric.
   """
-  problems = checks.Problems("pi_model cannot be run with these options")
-  if strong_views not in (1, 2):
-    problems.add("strong_views", got=strong_views, allowed="1 or 2")
-  if not 0 <= rampup_fraction <= 1:
-    problems.add("rampup_fraction", got=rampup_fraction, allowed="0..1")
-  problems.raise_if_any()
 
   def draw(key, batch):
     return nets.dropout_keys(key, "passes")
@@ -64,32 +66,41 @@ def pi_model(
     )
 
     def objective(live):
-      (first, second), net = passes(live["student"], batch, draws)
-      supervised = task.criterion(first[: len(label)], label)
-      distance = losses.squared_distance(jax.nn.softmax(first), jax.nn.softmax(second))
-      consistency = ramp * weight * losses.mean_over(distance, valid)
-      loss = supervised + consistency
-      same = (jnp.argmax(first, axis=-1) == jnp.argmax(second, axis=-1)).astype(loss.dtype)
-      terms = {
-        "loss": loss,
-        "loss_supervised": supervised,
-        "loss_consistency": consistency,
-        "agreement_fraction": losses.mean_over(same, valid),
-      }
-      return loss, ({"student": net}, terms)
+      (logits_first, logits_second), net = passes(live["student"], batch, draws)
+      supervised_loss = task.criterion(logits_first[: len(label)], label)
+      first, second = jax.nn.softmax(logits_first), jax.nn.softmax(logits_second)
+      distance = losses.squared_distance(first, second)
+      consistency_loss = ramp * weight * losses.mean_over(distance, valid)
 
-    after, metrics = nets.descend(task.optimizer, state.nets, state.step, objective)
-    return state.replace(step=state.step + 1, nets=after), metrics
+      same = jnp.argmax(first, axis=-1) == jnp.argmax(second, axis=-1)
+      return nets.Outcome(
+        {"supervised": supervised_loss, "consistency": consistency_loss},
+        {"student": net},
+        {"agreement_fraction": losses.mean_over(same.astype(first.dtype), valid)},
+      )
+
+    return nets.descend(task.optimizer, state, objective)
 
   def show(state, batch, draws):
     (first, second), _ = passes(state.nets["student"], batch, draws)
     first, second = (
       jax.nn.softmax(logits[len(batch["labeled"]["image"]) :]) for logits in (first, second)
     )
-    difference = jnp.sum(jnp.abs(first - second), axis=-1) / 2
-    return (*views(batch), first, difference, second), batch["unlabeled"]["valid"]
+    first_view, second_view = views(batch)
+    panels = [
+      Panel("first view", "image", first_view),
+      Panel("second view", "image", second_view),
+      Panel("first pass", "classes", first),
+      Panel("difference", "heat", jnp.sum(jnp.abs(first - second), axis=-1) / 2),
+      Panel("second pass", "classes", second),
+    ]
+    return panels, batch["unlabeled"]["valid"]
 
-  names = ("first view", "second view", "first pass", "difference", "second pass")
-  panels = Panels(names, ("image", "image", "classes", "heat", "classes"), show)
-  init, predictors = nets.init_student(task), nets.predictors(task.network, "student")
-  return Method(Needs(strong_views=strong_views), init, draw, update, predictors, panels)
+  return Method(
+    Needs(strong_views=strong_views),
+    nets.init_student(task),
+    draw,
+    update,
+    nets.predictors(task.network, "student"),
+    show,
+  )

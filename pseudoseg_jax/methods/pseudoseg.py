@@ -5,14 +5,17 @@ Zou et al., "PseudoSeg: Designing Pseudo Labels for Semantic Segmentation", ICLR
 the official code (googleinterns/wss), which is followed where the paper says otherwise.
 """
 
+from typing import Annotated, Literal, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from pseudoseg_jax import checks, nets, rng
-from pseudoseg_jax.contract import Method, Needs, Panels, Task
+from pseudoseg_jax import nets, rng
+from pseudoseg_jax.contract import Array, Method, Needs, Panel, Task
 from pseudoseg_jax.models import heads
 from pseudoseg_jax.ops import cam as cams, fusion, losses, mixing, resize
+from pseudoseg_jax.options import Allowed, Count, NotNegative, Positive, Share, checked
 
 
 def pseudo_label(
@@ -25,8 +28,7 @@ def pseudo_label(
   soft=True,
   min_confidence=0.0,
 ):
-  """What the strong view shall say, from two opinions on the weak one. [PseudoSeg, calibrated
-  fusion]
+  """Labels the strong view by two predictions on the weak one. [PseudoSeg, calibrated fusion]
 
   Args:
     decoder_logits, sgc_logits: f32[B, h, w, K].
@@ -41,30 +43,51 @@ def pseudo_label(
     The target f32[B, h, w, K], and kept, bool[B, h, w]; no gradient passes.
   """
   if source == "attention":
-    opinion = jax.nn.softmax(sgc_logits)
+    fused = jax.nn.softmax(sgc_logits)
   else:
-    opinion = fusion.calibrated_fusion(decoder_logits, sgc_logits, calibrate=calibrate)
-  opinion = jax.lax.stop_gradient(fusion.sharpen(opinion, temperature) if soft else opinion)
-  target = opinion if soft else jax.nn.one_hot(jnp.argmax(opinion, axis=-1), opinion.shape[-1])
-  return target, jnp.max(opinion, axis=-1) >= min_confidence
+    fused = fusion.calibrated_fusion(decoder_logits, sgc_logits, calibrate=calibrate)
+  fused = jax.lax.stop_gradient(fusion.sharpen(fused, temperature) if soft else fused)
+  target = fused if soft else jax.nn.one_hot(jnp.argmax(fused, axis=-1), fused.shape[-1])
+  return target, jnp.max(fused, axis=-1) >= min_confidence
 
 
+class Teaching(NamedTuple):
+  """The pseudo label on the decoder's grid, with all that it is made of."""
+
+  strong: Array  # f32[B, H, W, C], after CutOut
+  valid: Array  # bool[B, h, w]
+  decoder_logits: Array  # f32[B, h, w, K], of the weak view
+  cam: Array  # f32[B, h', w', K']
+  sgc_logits: Array  # f32[B, h, w, K]
+  target: Array  # f32[B, h, w, K]
+  kept: Array  # bool[B, h, w]
+
+
+def _rules(problems, task, *, attention_maps, **_):
+  count = len(nets.map_channels(task.network))
+  if not attention_maps or min(attention_maps) < -count:
+    problems.add(
+      "attention_maps", got=attention_maps, allowed=f"some of -1..-{count}, from the deepest map"
+    )
+
+
+@checked(rules=_rules)
 def pseudoseg(
   task: Task,
   *,
   image_labels: bool = False,
-  weight: float = 1.0,
-  attention_weight: float = 1.0,
-  classification_weight: float = 1.0,
-  source: str = "fused",
+  weight: NotNegative = 1.0,
+  attention_weight: NotNegative = 1.0,
+  classification_weight: NotNegative = 1.0,
+  source: Literal["fused", "attention"] = "fused",
   calibrate: bool = True,
-  temperature: float = 0.5,
+  temperature: Positive = 0.5,
   soft: bool = True,
-  min_confidence: float = 0.0,
-  attention_dim: int = 128,
-  attention_maps: tuple[int, ...] = (-1, -2),
+  min_confidence: Share = 0.0,
+  attention_dim: Count = 128,
+  attention_maps: Annotated[tuple[int, ...], Allowed(most=-1)] = (-1, -2),
   background: bool = True,
-  cutout_fraction: float = 100 / 513,
+  cutout_fraction: Share = 100 / 513,
 ) -> Method:
   """One stage, one network, no teacher, no ramp-up. [PseudoSeg, section 3]
 
@@ -94,21 +117,6 @@ def pseudoseg(
   """
   network, num_classes = task.network, task.num_classes
   channels = nets.map_channels(network)
-  problems = checks.Problems("pseudoseg cannot be run with these options")
-  if source not in ("fused", "attention"):
-    problems.add("source", got=repr(source), allowed="'fused' or 'attention'")
-  if not attention_maps or not all(-len(channels) <= index < 0 for index in attention_maps):
-    problems.add(
-      "attention_maps",
-      got=attention_maps,
-      allowed=f"some of -1..-{len(channels)}, from the deepest map",
-    )
-  if not temperature > 0:
-    problems.add("temperature", got=temperature, allowed="above 0")
-  for name, value in (("min_confidence", min_confidence), ("cutout_fraction", cutout_fraction)):
-    if not 0 <= value <= 1:
-      problems.add(name, got=value, allowed="0..1")
-  problems.raise_if_any()
   first = 1 if background else 0  # of the classes that have a map
   classifier = heads.image_classifier(channels[-1], num_classes - first)
   attention = heads.self_attention(
@@ -156,90 +164,90 @@ def pseudoseg(
     return cam, sgc, net.replace(batch_stats=net.batch_stats | {"attention": stats})
 
   def teach(net, batch, draws):
-    """The pseudo label on the decoder's grid with all that it is made of, and the net with its
-    statistics moved.
-    """
+    """The pseudo label with all that it is made of, and the net with its statistics moved."""
     weak, strong, valid = views(batch, draws)
     (maps,), moved = nets.encode(network, net, weak)
-    (decoder,), moved = nets.decode(network, moved, maps, dropout=draws["dropout"]["teacher"])
-    valid = resize.nearest(valid, decoder.shape[1:3])
+    (decoder_logits,), moved = nets.decode(
+      network, moved, maps, dropout=draws["dropout"]["teacher"]
+    )
+    size = decoder_logits.shape[1:3]
+    valid = resize.nearest(valid, size)
 
     maps = nets.infer_maps(network, net, weak)
     present = (
       batch["unlabeled"]["image_label"][:, first:] if image_labels else class_logits(net, maps) >= 0
     )
-    cam, sgc, moved = self_attention_cam(moved, maps, present, valid)
-    sgc = resize.bilinear_align_corners(sgc, decoder.shape[1:3])
+    cam, sgc_logits, moved = self_attention_cam(moved, maps, present, valid)
+    sgc_logits = resize.bilinear_align_corners(sgc_logits, size)
     target, kept = pseudo_label(
-      decoder,
-      sgc,
+      decoder_logits,
+      sgc_logits,
       source=source,
       calibrate=calibrate,
       temperature=temperature,
       soft=soft,
       min_confidence=min_confidence,
     )
-    return {
-      "strong": strong,
-      "valid": valid,
-      "decoder": decoder,
-      "cam": cam,
-      "sgc": sgc,
-      "target": target,
-      "kept": kept,
-    }, moved
+    return Teaching(strong, valid, decoder_logits, cam, sgc_logits, target, kept), moved
 
   def update(state, batch, draws):
     labeled, label = batch["labeled"]["image"], batch["labeled"]["label"]
-    taught, student = teach(state.nets["student"], batch, draws)
+    teaching, student = teach(state.nets["student"], batch, draws)
 
     def objective(live):
       net = live["student"]
-      (strong_maps, labeled_maps), net = nets.encode(network, net, taught["strong"], labeled)
-      (strong, decoder), net = nets.decode(
+      (strong_maps, labeled_maps), net = nets.encode(network, net, teaching.strong, labeled)
+      (logits_strong, logits_labeled), net = nets.decode(
         network, net, strong_maps, labeled_maps, dropout=draws["dropout"]["student"]
       )
       present = cams.image_labels(label, num_classes)[:, first:]
-      valid = resize.nearest(batch["labeled"]["valid"], decoder.shape[1:3])
-      _, sgc, net = self_attention_cam(net, labeled_maps, present, valid)
+      valid = resize.nearest(batch["labeled"]["valid"], logits_labeled.shape[1:3])
+      _, sgc_logits, net = self_attention_cam(net, labeled_maps, present, valid)
       classified_maps = labeled_maps
       if image_labels:
         (classified_maps,), net = nets.encode(network, net, batch["unlabeled"]["weak"])
         present = batch["unlabeled"]["image_label"][:, first:]
 
       full = lambda scores: network.upsample(scores, label.shape[1:])
-      supervised = task.criterion(full(decoder), label)
-      refined = attention_weight * losses.cross_entropy_mean(full(sgc), label)
-      per_class = optax.sigmoid_binary_cross_entropy(class_logits(net, classified_maps), present)
-      classified = classification_weight * jnp.mean(per_class)
-      per_pixel = losses.soft_cross_entropy(strong, taught["target"]) * taught["kept"]
-      consistency = (
-        task.unlabeled_weight(state.step) * weight * losses.mean_over(per_pixel, taught["valid"])
+      supervised_loss = task.criterion(full(logits_labeled), label)
+      attention_loss = losses.cross_entropy_mean(full(sgc_logits), label)
+      classification_loss = jnp.mean(
+        optax.sigmoid_binary_cross_entropy(class_logits(net, classified_maps), present)
+      )
+      per_pixel = losses.soft_cross_entropy(logits_strong, teaching.target) * teaching.kept
+      consistency_loss = losses.mean_over(per_pixel, teaching.valid)
+      kept_fraction = losses.mean_over(teaching.kept.astype(per_pixel.dtype), teaching.valid)
+      return nets.Outcome(
+        {
+          "supervised": supervised_loss,
+          "attention": attention_weight * attention_loss,
+          "classification": classification_weight * classification_loss,
+          "consistency": task.unlabeled_weight(state.step) * weight * consistency_loss,
+        },
+        {"student": net},
+        {"kept_fraction": kept_fraction},
       )
 
-      loss = supervised + refined + classified + consistency
-      terms = {
-        "loss": loss,
-        "loss_supervised": supervised,
-        "loss_attention": refined,
-        "loss_classification": classified,
-        "loss_consistency": consistency,
-        "kept_fraction": losses.mean_over(taught["kept"].astype(loss.dtype), taught["valid"]),
-      }
-      return loss, ({"student": net}, terms)
-
-    after, metrics = nets.descend(task.optimizer, {"student": student}, state.step, objective)
-    return state.replace(step=state.step + 1, nets=after), metrics
+    return nets.descend(task.optimizer, state.with_nets(student=student), objective)
 
   def show(state, batch, draws):
-    taught, _ = teach(state.nets["student"], batch, draws)
-    cam = cams.with_uncertain_background(taught["cam"]) if background else taught["cam"]
-    decoder, sgc = jax.nn.softmax(taught["decoder"]), jax.nn.softmax(taught["sgc"])
-    shown = batch["unlabeled"]["weak"], taught["strong"], decoder, cam, sgc, taught["target"]
-    return shown, taught["kept"] & taught["valid"]
+    teaching, _ = teach(state.nets["student"], batch, draws)
+    cam = cams.with_uncertain_background(teaching.cam) if background else teaching.cam
+    panels = [
+      Panel("weak view", "image", batch["unlabeled"]["weak"]),
+      Panel("strong view", "image", teaching.strong),
+      Panel("decoder", "classes", jax.nn.softmax(teaching.decoder_logits)),
+      Panel("CAM", "classes", cam),
+      Panel("SGC", "classes", jax.nn.softmax(teaching.sgc_logits)),
+      Panel("pseudo label", "classes", teaching.target),
+    ]
+    return panels, teaching.kept & teaching.valid
 
-  names = ("weak view", "strong view", "decoder", "CAM", "SGC", "pseudo label")
-  panels = Panels(names, ("image", "image", "classes", "classes", "classes", "classes"), show)
-  needs = Needs(strong_views=1, weak_label="image" if image_labels else None)
-  init = nets.init_student(task, classifier=classifier, attention=attention)
-  return Method(needs, init, draw, update, nets.predictors(network, "student"), panels)
+  return Method(
+    Needs(strong_views=1, weak_label="image" if image_labels else None),
+    nets.init_student(task, classifier=classifier, attention=attention),
+    draw,
+    update,
+    nets.predictors(network, "student"),
+    show,
+  )

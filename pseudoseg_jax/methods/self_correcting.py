@@ -1,5 +1,5 @@
 """Self-correcting networks: a network that is shown boxes labels the images that have only boxes,
-and is corrected on the way.
+and its labels are corrected while another learns from them.
 
 Ibrahim, Vahdat, Ranjbar & Macready, "Semi-Supervised Semantic Image Segmentation with
 Self-Correcting Networks", CVPR 2020. No code was published: facts from the paper's opening and its
@@ -7,16 +7,16 @@ author's slides, whose numbers stand below; choices where they are silent are na
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from pseudoseg_jax import checks, nets, optim, rng
-from pseudoseg_jax.contract import IGNORE_LABEL, Method, Needs, Panels, State, Task
+from pseudoseg_jax import nets, optim, rng
+from pseudoseg_jax.contract import IGNORE_LABEL, Method, Needs, Panel, Predictor, State, Task
 from pseudoseg_jax.models import heads
 from pseudoseg_jax.ops import boxes, fusion, losses, schedules
-
-CORRECTIONS = ("none", "linear", "convolutional", "em_fixed")
+from pseudoseg_jax.options import Count, NotNegative, Positive, checked
 
 
 def box_network(task: Task, *, background: bool):
@@ -60,6 +60,7 @@ def box_network(task: Task, *, background: bool):
   return encoder, run
 
 
+@checked
 def ancillary(task: Task, *, background: bool = True) -> Method:
   """The first stage: the ancillary model learns the masks of labeled images from image and boxes.
   [slides 15-17]
@@ -88,18 +89,21 @@ def ancillary(task: Task, *, background: bool = True) -> Method:
 
     def objective(live):
       logits, _, net = run(live["ancillary"], image, planes, train=True, dropout=draws["ancillary"])
-      loss = task.criterion(logits, label)
-      return loss, ({"ancillary": net}, {"loss": loss})
+      return nets.Outcome({"supervised": task.criterion(logits, label)}, {"ancillary": net})
 
-    after, metrics = nets.descend(task.optimizer, state.nets, state.step, objective)
-    return state.replace(step=state.step + 1, nets=after), metrics
+    return nets.descend(task.optimizer, state, objective)
 
-  def predict(state, images):
+  def logits(state, images):
     image, planes = jnp.split(images, [task.network.in_channels], axis=-1)
     return run(state.nets["ancillary"], image, planes, train=False)[0]
 
-  needs, hints = Needs(unlabeled=False, weak_label="boxes"), {"ancillary": "boxes"}
-  return Method(needs, init, draw, update, {"ancillary": predict}, predictor_hints=hints)
+  return Method(
+    Needs(unlabeled=False, weak_label="boxes"),
+    init,
+    draw,
+    update,
+    {"ancillary": Predictor(logits, weak_label="boxes")},
+  )
 
 
 def em_fixed_label(
@@ -123,18 +127,29 @@ def em_fixed_label(
   return jnp.where(jnp.any(possible, axis=-1), label, IGNORE_LABEL)
 
 
+def _rules(problems, task, *, correction, learn_weak, alpha_start, alpha_end, **_):
+  if not learn_weak and correction != "convolutional":
+    allowed = "True, except with correction 'convolutional'"
+    problems.add("learn_weak", got=False, allowed=allowed, remedy="or take method 'supervised'")
+  if alpha_end > alpha_start:
+    problems.add(
+      "alpha_start, alpha_end", got=(alpha_start, alpha_end), allowed="start >= end >= 0"
+    )
+
+
+@checked(rules=_rules)
 def self_correcting(
   task: Task,
   *,
-  correction: str = "linear",
+  correction: Literal["none", "linear", "convolutional", "em_fixed"] = "linear",
   learn_weak: bool = True,
-  weight: float = 1.0,
+  weight: NotNegative = 1.0,
   background: bool = True,
-  alpha_start: float = 30.0,
-  alpha_end: float = 0.5,
-  alpha_decay: float = 6.0,
-  hidden: int = 128,
-  correction_learning_rate: float = 1e-3,
+  alpha_start: NotNegative = 30.0,
+  alpha_end: NotNegative = 0.5,
+  alpha_decay: NotNegative = 6.0,
+  hidden: Count = 128,
+  correction_learning_rate: Positive = 1e-3,
   detach_primary: bool = True,
   foreground_bias: float = 5.0,
   background_bias: float = 3.0,
@@ -166,9 +181,6 @@ def self_correcting(
       suit a backbone.
     foreground_bias, background_bias: "em_fixed" only; those of Papandreou et al.
   """
-  _check(
-    correction, learn_weak, alpha_start, alpha_end, alpha_decay, hidden, correction_learning_rate
-  )
   network, num_classes = task.network, task.num_classes
   convolutional, guided = correction == "convolutional", correction != "em_fixed"
   encoder, run = box_network(task, background=background) if guided else (None, None)
@@ -196,11 +208,11 @@ def self_correcting(
   def planes_of(part, image):
     return boxes.box_planes(part["boxes"], image.shape[1:3], num_classes)
 
-  def opinion(state, image, planes):
+  def ancillary_logits_of(state, image, planes):
     """The ancillary model's logits and attention maps; none for EM-Fixed."""
     return run(state.nets["ancillary"], image, planes, train=False)[:2] if guided else (None, None)
 
-  def corrected(net, primary_logits, ancillary_logits):
+  def combined_logits(net, primary_logits, ancillary_logits):
     return combine.apply(net.params, net.batch_stats, primary_logits, ancillary_logits, train=True)[
       0
     ]
@@ -218,7 +230,7 @@ def self_correcting(
       case "linear":
         logits = fusion.self_corrected(primary_logits, ancillary_logits, alpha(state.step))
       case "convolutional":
-        logits = corrected(state.nets["correction"], primary_logits, ancillary_logits)
+        logits = combined_logits(state.nets["correction"], primary_logits, ancillary_logits)
       case "em_fixed":
         biases = dict(
           foreground_bias=foreground_bias, background_bias=background_bias, background=background
@@ -230,67 +242,66 @@ def self_correcting(
     labeled = batch["labeled"]
     images, label, count = labeled["image"], labeled["label"], len(labeled["image"])
     if convolutional:
-      on_labeled, _ = opinion(state, images, planes_of(labeled, images))
+      ancillary_labeled, _ = ancillary_logits_of(state, images, planes_of(labeled, images))
     if learn_weak:
       weak, valid = batch["unlabeled"]["weak"], batch["unlabeled"]["valid"]
       planes = planes_of(batch["unlabeled"], weak)
-      on_weak, _ = opinion(state, weak, planes)
+      ancillary_weak, _ = ancillary_logits_of(state, weak, planes)
       images = jnp.concatenate([images, weak])
 
     def objective(live):
       (logits,), primary = nets.forward(network, live["primary"], images, dropout=draws["primary"])
-      terms = {"loss_supervised": task.criterion(logits[:count], label)}
+      logits_labeled, logits_weak = logits[:count], logits[count:]
+      terms, metrics = {"supervised": task.criterion(logits_labeled, label)}, {}
       if learn_weak:
-        target = weak_target(state, logits[count:], on_weak, planes)
+        target = weak_target(state, logits_weak, ancillary_weak, planes)
         kept = valid & jnp.any(target > 0, axis=-1)
-        weak_loss = losses.mean_over(losses.soft_cross_entropy(logits[count:], target), kept)
-        terms["loss_weak"] = task.unlabeled_weight(state.step) * weight * weak_loss
+        weak_loss = losses.mean_over(losses.soft_cross_entropy(logits_weak, target), kept)
+        terms["weak"] = task.unlabeled_weight(state.step) * weight * weak_loss
+        if correction in ("linear", "convolutional"):
+          # Where the label is no longer the ancillary model's.
+          corrected = jnp.argmax(target, axis=-1) != jnp.argmax(ancillary_weak, axis=-1)
+          metrics["corrected_fraction"] = losses.mean_over(corrected.astype(logits.dtype), valid)
       if convolutional:
-        seen = jax.lax.stop_gradient(logits[:count]) if detach_primary else logits[:count]
-        terms["loss_correction"] = task.criterion(
-          corrected(live["correction"], seen, on_labeled), label
-        )
-      loss = sum(terms.values())
-      told = {"loss": loss} | terms
-      if learn_weak and correction in ("linear", "convolutional"):
-        # Where the label is no longer the ancillary model's.
-        other = jnp.argmax(target, axis=-1) != jnp.argmax(on_weak, axis=-1)
-        told["corrected_fraction"] = losses.mean_over(other.astype(loss.dtype), valid)
-      return loss, (live | {"primary": primary}, told)
+        read = jax.lax.stop_gradient(logits_labeled) if detach_primary else logits_labeled
+        combined = combined_logits(live["correction"], read, ancillary_labeled)
+        terms["correction"] = task.criterion(combined, label)
+      if correction == "linear":
+        metrics["alpha"] = alpha(state.step)
+      return nets.Outcome(terms, live | {"primary": primary}, metrics)
 
-    learning = {role: state.nets[role] for role in optimizers if role in state.nets}
-    after, metrics = nets.descend(optimizers, learning, state.step, objective)
-    if correction == "linear":
-      metrics["alpha"] = alpha(state.step)
-    return state.replace(step=state.step + 1, nets=state.nets | after), metrics
+    return nets.descend(optimizers, state, objective)
 
   def show(state, batch, draws):
     weak = batch["unlabeled"]["weak"]
     planes = planes_of(batch["unlabeled"], weak)
     primary_logits = nets.infer(network, state.nets["primary"], weak)
-    ancillary_logits, attention = opinion(state, weak, planes)
+    ancillary_logits, attention = ancillary_logits_of(state, weak, planes)
     target = weak_target(state, primary_logits, ancillary_logits, planes)
     covered = jnp.max(planes[..., int(background) :], axis=-1)
-    guide = (_contrast(attention[0]), jax.nn.softmax(ancillary_logits)) if guided else ()
-    shown = (weak, covered, *guide, jax.nn.softmax(primary_logits), target)
-    return shown, batch["unlabeled"]["valid"] & jnp.any(target > 0, axis=-1)
+    panels = [Panel("weak view", "image", weak), Panel("boxes", "heat", covered)]
+    if guided:
+      panels += [
+        Panel("box attention", "heat", _contrast(attention[0])),
+        Panel("ancillary", "classes", jax.nn.softmax(ancillary_logits)),
+      ]
+    panels += [
+      Panel("primary", "classes", jax.nn.softmax(primary_logits)),
+      Panel("pseudo label", "classes", target),
+    ]
+    return panels, batch["unlabeled"]["valid"] & jnp.any(target > 0, axis=-1)
 
-  guide = (("box attention", "heat"), ("ancillary", "classes")) if guided else ()
-  pictures = (
-    ("weak view", "image"),
-    ("boxes", "heat"),
-    *guide,
-    ("primary", "classes"),
-    ("pseudo label", "classes"),
-  )
-  names, kinds = zip(*pictures, strict=True)
-  panels = Panels(names, kinds, show) if learn_weak else None
   given = (("ancillary",) if guided else ()) + (
     ("primary", "correction") if convolutional and learn_weak else ()
   )
-  needs = Needs(unlabeled=learn_weak, weak_label="boxes")
   return Method(
-    needs, init, draw, update, nets.predictors(network, "primary"), panels, given_nets=given
+    Needs(unlabeled=learn_weak, weak_label="boxes"),
+    init,
+    draw,
+    update,
+    nets.predictors(network, "primary"),
+    show if learn_weak else None,
+    given_nets=given,
   )
 
 
@@ -300,28 +311,3 @@ def _contrast(attention):
   """
   distance = jnp.mean(jnp.abs(attention - jnp.mean(attention, axis=(1, 2), keepdims=True)), axis=-1)
   return distance / jnp.maximum(jnp.max(distance, axis=(1, 2), keepdims=True), 1e-6)
-
-
-def _check(
-  correction, learn_weak, alpha_start, alpha_end, alpha_decay, hidden, correction_learning_rate
-):
-  problems = checks.Problems("self_correcting cannot be run with these options")
-  if correction not in CORRECTIONS:
-    remedy = checks.nearest(correction, CORRECTIONS)
-    problems.add(
-      "correction", got=repr(correction), allowed=checks.choices(CORRECTIONS), remedy=remedy
-    )
-  if not learn_weak and correction != "convolutional":
-    allowed = "True, except with correction 'convolutional'"
-    problems.add("learn_weak", got=False, allowed=allowed, remedy="or take method 'supervised'")
-  if not 0 <= alpha_end <= alpha_start:
-    problems.add(
-      "alpha_start, alpha_end", got=(alpha_start, alpha_end), allowed="start >= end >= 0"
-    )
-  if alpha_decay < 0:
-    problems.add("alpha_decay", got=alpha_decay, allowed="0 or more")
-  if not correction_learning_rate > 0:
-    problems.add("correction_learning_rate", got=correction_learning_rate, allowed="above 0")
-  if hidden < 1:
-    problems.add("hidden", got=hidden, allowed="1 or more")
-  problems.raise_if_any()

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from pseudoseg_jax import nets
-from pseudoseg_jax.contract import Method, Needs, Panels, Task
+from pseudoseg_jax.contract import Method, Needs, Panel, Task
 from pseudoseg_jax.ops import losses, mixing
+from pseudoseg_jax.options import Count, NotNegative, ShareRange, checked
 
 
 def self_supervision(*logits):
@@ -24,9 +25,10 @@ def self_supervision(*logits):
   )
 
 
-def single_pseudo(task: Task, *, weight: float = 1.5, on_labeled: bool = True) -> Method:
-  """The network's argmax on an image supervises the same prediction, which makes it surer of what
-  it says. [CPS, ablations]
+@checked
+def single_pseudo(task: Task, *, weight: NotNegative = 1.5, on_labeled: bool = True) -> Method:
+  """The network's argmax on an image supervises the same prediction, which makes it more
+  confident. [CPS, ablations]
 
   Labeled and unlabeled images pass separately, each with batch statistics of their own, as in
   `cps`.
@@ -45,38 +47,34 @@ def single_pseudo(task: Task, *, weight: float = 1.5, on_labeled: bool = True) -
     labeled, label = batch["labeled"]["image"], batch["labeled"]["label"]
 
     def objective(live):
-      logits, net = nets.forward(
+      (logits_labeled, logits_unlabeled), net = nets.forward(
         task.network, live["student"], labeled, batch["unlabeled"]["weak"], dropout=draws["student"]
       )
-      on_labeled_, on_unlabeled = logits
-      supervised = task.criterion(on_labeled_, label)
-      pseudo = (
-        task.unlabeled_weight(state.step)
-        * weight
-        * self_supervision(*(logits if on_labeled else (on_unlabeled,)))
-      )
-      loss = supervised + pseudo
-      return loss, (
-        {"student": net},
-        {"loss": loss, "loss_supervised": supervised, "loss_pseudo": pseudo},
-      )
+      supervised_loss = task.criterion(logits_labeled, label)
+      learnt = (logits_labeled, logits_unlabeled) if on_labeled else (logits_unlabeled,)
+      pseudo_loss = task.unlabeled_weight(state.step) * weight * self_supervision(*learnt)
+      return nets.Outcome({"supervised": supervised_loss, "pseudo": pseudo_loss}, {"student": net})
 
-    after, metrics = nets.descend(task.optimizer, state.nets, state.step, objective)
-    return state.replace(step=state.step + 1, nets=after), metrics
+    return nets.descend(task.optimizer, state, objective)
 
-  panels = nets.prediction_panels(task.network, "student")
   return Method(
-    Needs(), nets.init_student(task), draw, update, nets.predictors(task.network, "student"), panels
+    Needs(),
+    nets.init_student(task),
+    draw,
+    update,
+    nets.predictors(task.network, "student"),
+    nets.show_predictions(task.network, "student"),
   )
 
 
+@checked
 def single_pseudo_cutmix(
   task: Task,
   *,
-  weight: float = 1.0,
+  weight: NotNegative = 1.0,
   on_labeled: bool = False,
-  boxes: int = 3,
-  area_range: tuple[float, float] = (0.25, 0.5),
+  boxes: Count = 3,
+  area_range: ShareRange = (0.25, 0.5),
 ) -> Method:
   """The hard labels of two unlabeled images, mixed as the images are, supervise the mixed image;
   `cps_cutmix` with one network.
@@ -97,59 +95,51 @@ def single_pseudo_cutmix(
     )
     return {"mask": mask} | nets.dropout_keys(key, "labels", "student")
 
-  def teach(net, batch, draws):
+  def mix_pair(net, batch, draws):
     """Mixed images f32[B, H, W, C], mixed logits of the originals f32[B, H, W, K], and the net with
     its statistics moved.
     """
-    first, second = batch["unlabeled"]["weak"], batch["partner"]["weak"]
-    (on_first, on_second), net = nets.forward(
-      task.network, net, first, second, dropout=draws["labels"]
-    )
-    return (
-      mixing.mix(draws["mask"], first, second),
-      mixing.mix(draws["mask"], on_first, on_second),
-      net,
-    )
+    mask, pair = draws["mask"], (batch["unlabeled"]["weak"], batch["partner"]["weak"])
+    logits, net = nets.forward(task.network, net, *pair, dropout=draws["labels"])
+    return mixing.mix(mask, *pair), mixing.mix(mask, *logits), net
 
   def update(state, batch, draws):
     labeled, label = batch["labeled"]["image"], batch["labeled"]["label"]
-    mixed, taught, student = teach(state.nets["student"], batch, draws)
-    pseudo_label = jnp.argmax(taught, axis=-1)
+    mixed, teacher_logits, student = mix_pair(state.nets["student"], batch, draws)
+    pseudo_label = jnp.argmax(teacher_logits, axis=-1)
 
     def objective(live):
-      (on_mixed, on_labeled_), net = nets.forward(
+      (logits_mixed, logits_labeled), net = nets.forward(
         task.network, live["student"], mixed, labeled, dropout=draws["student"]
       )
-      supervised = task.criterion(on_labeled_, label)
-      values = [losses.cross_entropy(on_mixed, pseudo_label)]
+      supervised_loss = task.criterion(logits_labeled, label)
+      values = [losses.cross_entropy(logits_mixed, pseudo_label)]
       if on_labeled:
-        values.append(losses.cross_entropy(on_labeled_, jnp.argmax(on_labeled_, axis=-1)))
-      pseudo = task.unlabeled_weight(state.step) * weight * losses.joint_mean(*values)
-      loss = supervised + pseudo
-      return loss, (
-        {"student": net},
-        {"loss": loss, "loss_supervised": supervised, "loss_pseudo": pseudo},
-      )
+        values.append(losses.cross_entropy(logits_labeled, jnp.argmax(logits_labeled, axis=-1)))
+      pseudo_loss = task.unlabeled_weight(state.step) * weight * losses.joint_mean(*values)
+      return nets.Outcome({"supervised": supervised_loss, "pseudo": pseudo_loss}, {"student": net})
 
-    after, metrics = nets.descend(task.optimizer, {"student": student}, state.step, objective)
-    return state.replace(step=state.step + 1, nets=after), metrics
+    return nets.descend(task.optimizer, state.with_nets(student=student), objective)
 
   def show(state, batch, draws):
-    mixed, _, _ = teach(state.nets["student"], batch, draws)
+    mixed, _, _ = mix_pair(state.nets["student"], batch, draws)
     first, second = batch["unlabeled"]["weak"], batch["partner"]["weak"]
-    said = jax.nn.softmax(nets.infer(task.network, state.nets["student"], first))
-    return (first, second, draws["mask"].astype(first.dtype), mixed, said), batch["unlabeled"][
-      "valid"
+    # The pseudo label as it is before mixing: it is compared with the truth of the first image.
+    prediction = jax.nn.softmax(nets.infer(task.network, state.nets["student"], first))
+    panels = [
+      Panel("first image", "image", first),
+      Panel("second image", "image", second),
+      Panel("mask", "heat", draws["mask"].astype(first.dtype)),
+      Panel("mixed", "image", mixed),
+      Panel("student on the first", "classes", prediction),
     ]
+    return panels, batch["unlabeled"]["valid"]
 
-  # The pseudo label as it is before mixing: it is compared with the truth of the first image.
-  names = ("first image", "second image", "mask", "mixed", "student on the first")
-  panels = Panels(names, ("image", "image", "heat", "image", "classes"), show)
   return Method(
     Needs(partner=True),
     nets.init_student(task),
     draw,
     update,
     nets.predictors(task.network, "student"),
-    panels,
+    show,
   )

@@ -19,11 +19,10 @@ def supervised(task: Task) -> Method:
       (logits,), student = nets.forward(
         task.network, live["student"], labeled["image"], dropout=draws["student"]
       )
-      loss = task.criterion(logits, labeled["label"])
-      return loss, ({"student": student}, {"loss": loss})
+      supervised_loss = task.criterion(logits, labeled["label"])
+      return nets.Outcome({"supervised": supervised_loss}, {"student": student})
 
-    after, metrics = nets.descend(task.optimizer, state.nets, state.step, objective)
-    return state.replace(step=state.step + 1, nets=after), metrics
+    return nets.descend(task.optimizer, state, objective)
 
   return Method(
     Needs(unlabeled=False),

@@ -6,22 +6,26 @@ code (smlaine2/tempens), which classifies whole images. For pixels, what was sai
 frame of the whole image (`ops.memory`) and read where it is needed.
 """
 
+from typing import Annotated, Literal
+
 import jax
 import jax.numpy as jnp
 
-from pseudoseg_jax import checks, nets
-from pseudoseg_jax.contract import Method, Needs, Panels, State, Task
+from pseudoseg_jax import nets
+from pseudoseg_jax.contract import Method, Needs, Panel, State, Task
 from pseudoseg_jax.ops import losses, memory, schedules
+from pseudoseg_jax.options import Allowed, GridSize, NotNegative, Share, checked
 
 
+@checked
 def temporal_ensembling(
   task: Task,
   *,
-  weight: float = 30 / 8,
-  rampup_fraction: float = 80 / 300,
-  decay: float = 0.6,
-  grid: tuple[int, int] = (64, 64),
-  strong_views: int = 1,
+  weight: NotNegative = 30 / 8,
+  rampup_fraction: Share = 80 / 300,
+  decay: Annotated[float, Allowed(least=0, below=1)] = 0.6,
+  grid: GridSize = (64, 64),
+  strong_views: Literal[0, 1] = 1,
   shared_batch_norm: bool = True,
 ) -> Method:
   """One pass; squared difference to the remembered predictions of earlier visits. [Laine & Aila,
@@ -42,7 +46,7 @@ def temporal_ensembling(
       3.75 for one eighth (CIFAR-10 and SVHN; 100 times on CIFAR-100).
     rampup_fraction: part of the training over which the weight rises as exp(-5 (1 - t)^2); the
       code's 80 of 300 epochs.
-    decay: of the remembered average, alpha in the paper.
+    decay: of the remembered average, alpha in the paper; 0 remembers the last visit alone.
     grid: rows and columns of cells over a whole image; the rows a multiple of the devices. Cells
       finer than the pixels of a view gain nothing, and lose the image's outermost half pixel.
     shared_batch_norm: labeled and unlabeled images pass as one batch, as in Mean Teacher's official
@@ -50,16 +54,6 @@ def temporal_ensembling(
     strong_views: 1 trains and remembers on a photometric view of the unlabeled images; 0 on the
       weak one.
   """
-  problems = checks.Problems("temporal_ensembling cannot be run with these options")
-  if strong_views not in (0, 1):
-    problems.add("strong_views", got=strong_views, allowed="0 or 1")
-  if not 0 <= decay < 1:
-    problems.add("decay", got=decay, allowed="0 to below 1; 0 remembers the last visit alone")
-  if not checks.is_size(grid):
-    problems.add("grid", got=grid, allowed="(rows, columns), each at least 1")
-  if not 0 <= rampup_fraction <= 1:
-    problems.add("rampup_fraction", got=rampup_fraction, allowed="0..1")
-  problems.raise_if_any()
 
   def init(key):
     predictions = memory.empty(task.num_unlabeled, task.num_classes, grid)
@@ -87,52 +81,65 @@ def temporal_ensembling(
   def recall(state, unlabeled):
     return memory.read(state.memory["predictions"], unlabeled["id"], task.num_classes)
 
-  def teach(remembered, unlabeled):
+  def remembered_target(remembered, unlabeled):
     """The remembered probabilities f32[B, H, W, K] on the crops, and known, bool[B, H, W]."""
     cells, seen = memory.unbiased(remembered)
     size = unlabeled["valid"].shape[1:]
     target, known = memory.cells_to_crop(cells, seen, unlabeled["flip"], unlabeled["window"], size)
     return target, known & unlabeled["valid"]
 
+  def remember(state, remembered, unlabeled, prediction):
+    """The memory after a visit of the images with these predictions f32[B, H, W, K]."""
+    cells, seen = memory.crop_to_cells(
+      jax.lax.stop_gradient(prediction),
+      unlabeled["valid"],
+      unlabeled["flip"],
+      unlabeled["window"],
+      grid,
+    )
+    remembered = memory.visited(remembered, unlabeled["id"], cells, seen, decay=decay)
+    return memory.write(state.memory["predictions"], unlabeled["id"], remembered)
+
   def update(state, batch, draws):
     label, unlabeled = batch["labeled"]["label"], batch["unlabeled"]
     remembered = recall(state, unlabeled)
-    target, known = teach(remembered, unlabeled)
+    target, known = remembered_target(remembered, unlabeled)
     ramp = task.unlabeled_weight(state.step) * schedules.sigmoid_rampup(
       state.step, rampup_fraction * task.total_steps
     )
 
     def objective(live):
-      labeled_logits, unlabeled_logits, net = run(live["student"], batch, draws)
-      supervised = task.criterion(labeled_logits, label)
-      prediction = jax.nn.softmax(unlabeled_logits)
+      logits_labeled, logits_unlabeled, net = run(live["student"], batch, draws)
+      supervised_loss = task.criterion(logits_labeled, label)
+      prediction = jax.nn.softmax(logits_unlabeled)
       distance = losses.squared_distance(prediction, target) * known
       # Pixels not known count as agreement.
-      consistency = ramp * weight * losses.mean_over(distance, unlabeled["valid"])
-      loss = supervised + consistency
-      terms = {
-        "loss": loss,
-        "loss_supervised": supervised,
-        "loss_consistency": consistency,
-        "known_fraction": losses.mean_over(known.astype(loss.dtype), unlabeled["valid"]),
-      }
-      return loss, ({"student": net}, terms | {"prediction": prediction})
+      consistency_loss = ramp * weight * losses.mean_over(distance, unlabeled["valid"])
+      return nets.Outcome(
+        {"supervised": supervised_loss, "consistency": consistency_loss},
+        {"student": net},
+        {"known_fraction": losses.mean_over(known.astype(prediction.dtype), unlabeled["valid"])},
+        {"predictions": remember(state, remembered, unlabeled, prediction)},
+      )
 
-    after, metrics = nets.descend(task.optimizer, state.nets, state.step, objective)
-    prediction = metrics.pop("prediction")
-    cells, seen = memory.crop_to_cells(
-      prediction, unlabeled["valid"], unlabeled["flip"], unlabeled["window"], grid
-    )
-    remembered = memory.visited(remembered, unlabeled["id"], cells, seen, decay=decay)
-    predictions = memory.write(state.memory["predictions"], unlabeled["id"], remembered)
-    return State(state.step + 1, after, {"predictions": predictions}), metrics
+    return nets.descend(task.optimizer, state, objective)
 
   def show(state, batch, draws):
     _, logits, _ = run(state.nets["student"], batch, draws)
-    target, known = teach(recall(state, batch["unlabeled"]), batch["unlabeled"])
-    return (view(batch["unlabeled"]), jax.nn.softmax(logits), target), known
+    target, known = remembered_target(recall(state, batch["unlabeled"]), batch["unlabeled"])
+    panels = [
+      Panel("view", "image", view(batch["unlabeled"])),
+      Panel("prediction", "classes", jax.nn.softmax(logits)),
+      Panel("remembered", "classes", target),
+    ]
+    return panels, known
 
-  panels = Panels(("view", "prediction", "remembered"), ("image", "classes", "classes"), show)
-  needs = Needs(strong_views=strong_views, ids=True)
-  predictors = nets.predictors(task.network, "student")
-  return Method(needs, init, draw, update, predictors, panels, split_memory=("predictions",))
+  return Method(
+    Needs(strong_views=strong_views, ids=True),
+    init,
+    draw,
+    update,
+    nets.predictors(task.network, "student"),
+    show,
+    split_memory=("predictions",),
+  )

@@ -1,70 +1,71 @@
-"""UniMatch and its FixMatch: what a network says of a weak view, where it is sure, supervises
-strong views of the same crop.
+"""UniMatch and its FixMatch: the confident prediction on a weak view supervises strong views of
+the same crop.
 
 Yang et al., "Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic Segmentation", CVPR
 2023; facts from the official code (LiheYoung/UniMatch, version 1).
 """
 
 import functools
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pseudoseg_jax import checks, nets, rng
-from pseudoseg_jax.contract import Method, Needs, Panels, Task
+from pseudoseg_jax import nets, rng
+from pseudoseg_jax.contract import Array, Method, Needs, Panel, Task
 from pseudoseg_jax.ops import losses, mixing, perturb, targets
+from pseudoseg_jax.options import Allowed, NotNegative, Share, checked
 
 
-def opinion(logits, valid):
-  """What is taught: (label i32[B, H, W], confidence f32[B, H, W], valid bool[B, H, W]), without
-  gradient.
+class PseudoLabel(NamedTuple):
+  """What the strong views learn: label i32[B, H, W], confidence f32[B, H, W], valid bool[B, H, W];
+  no gradient passes.
   """
-  return (*targets.hard_label(logits), valid)
+
+  label: Array
+  confidence: Array
+  valid: Array
 
 
-def agreement(logits, taught, *, min_confidence):
-  """Cross entropy with an opinion where it is at least `min_confidence` sure, f32[].
+def pseudo_label(logits, valid) -> PseudoLabel:
+  """The likeliest class of logits f32[B, H, W, K] and its probability."""
+  return PseudoLabel(*targets.hard_label(logits), valid)
 
-  The mean is over all valid pixels, sure or not, as in the official code.
+
+def consistency(logits, target: PseudoLabel, *, min_confidence):
+  """Cross entropy with the pseudo label where its confidence is at least `min_confidence`, f32[].
+
+  The mean is over all valid pixels, confident or not, as in the official code.
 
   Args:
-    logits: f32[B, H, W, K]; taught: see `opinion`.
+    logits: f32[B, H, W, K].
   """
-  label, confidence, valid = taught
-  kept = confidence >= min_confidence
-  return losses.mean_over(losses.cross_entropy(logits, label) * kept, valid)
+  kept = target.confidence >= min_confidence
+  return losses.mean_over(losses.cross_entropy(logits, target.label) * kept, target.valid)
 
 
-def kept_fraction(taught, *, min_confidence):
-  """Share of the valid pixels that are at least `min_confidence` sure, f32[]."""
-  _, confidence, valid = taught
-  return losses.mean_over((confidence >= min_confidence).astype(confidence.dtype), valid)
+def kept_fraction(target: PseudoLabel, *, min_confidence):
+  """Share of the valid pixels whose confidence is at least `min_confidence`, f32[]."""
+  kept = (target.confidence >= min_confidence).astype(target.confidence.dtype)
+  return losses.mean_over(kept, target.valid)
 
 
-def strong_agreement(logits, taught, partner_taught, box, *, min_confidence):
-  """Mean over the S strong views of `agreement` with two opinions, mixed as the images are, f32[].
+def strong_consistency(
+  logits, target: PseudoLabel, partner_target: PseudoLabel, box, *, min_confidence
+):
+  """Mean over the S strong views of `consistency` with two pseudo labels, mixed as the images are,
+  f32[].
 
   Args:
-    logits: f32[B * S, H, W, K], the views of an image in a row; box: bool[B, S, H, W], True where
-      the partner is seen.
+    logits: f32[B * S, H, W, K], the views of an image in a row.
+    box: bool[B, S, H, W], True where the partner is seen.
   """
   mixed = jax.tree.map(
-    lambda ours, theirs: mixing.mix(box, ours[:, None], theirs[:, None]), taught, partner_taught
+    lambda own, partner: mixing.mix(box, own[:, None], partner[:, None]), target, partner_target
   )
   by_view = logits.reshape(*box.shape, -1)
-  return jnp.mean(
-    jax.vmap(functools.partial(agreement, min_confidence=min_confidence), in_axes=1)(by_view, mixed)
-  )
-
-
-def _check(name, *, min_confidence, box_probability, drop_rate=0.0):
-  problems = checks.Problems(f"{name} cannot be run with these options")
-  for option, value in (("min_confidence", min_confidence), ("box_probability", box_probability)):
-    if not 0 <= value <= 1:
-      problems.add(option, got=value, allowed="0..1")
-  if not 0 <= drop_rate < 1:
-    problems.add("drop_rate", got=drop_rate, allowed="0 (all channels are kept) up to below 1")
-  problems.raise_if_any()
+  per_view = functools.partial(consistency, min_confidence=min_confidence)
+  return jnp.mean(jax.vmap(per_view, in_axes=1)(by_view, mixed))
 
 
 def _draw_boxes(key, batch, probability):
@@ -82,13 +83,14 @@ def _cutmix(batch, box):
   return mixed.reshape(-1, *mixed.shape[2:])
 
 
+@checked
 def unimatch(
   task: Task,
   *,
-  weight: float = 1.0,
-  min_confidence: float = 0.95,
-  drop_rate: float = 0.5,
-  box_probability: float = 0.5,
+  weight: NotNegative = 1.0,
+  min_confidence: Share = 0.95,
+  drop_rate: Annotated[float, Allowed(least=0, below=1)] = 0.5,
+  box_probability: Share = 0.5,
 ) -> Method:
   """Two strong views and a perturbation of features learn from one weak view; no teacher, no
   ramp-up. [UniMatch, sections 3.2, 3.3]
@@ -105,12 +107,9 @@ def unimatch(
     min_confidence: pixels below it teach nothing, yet count in the mean; 0.95 on VOC, 0 on
       Cityscapes.
     drop_rate: share of the channels of the backbone's maps that the perturbation drops, in each map
-      of its own.
+      of its own; 0 keeps all.
     box_probability: with which a strong view shows its partner in a box.
   """
-  _check(
-    "unimatch", min_confidence=min_confidence, drop_rate=drop_rate, box_probability=box_probability
-  )
   network = task.network
   channels = nets.map_channels(network)
 
@@ -144,67 +143,68 @@ def unimatch(
     return [network.upsample(part, weak.shape[1:3]) for part in parts], net
 
   def update(state, batch, draws):
-    partner, student, box = batch["partner"], state.nets["student"], draws["box"]
-    partner_taught = opinion(nets.infer(network, student, partner["weak"]), partner["valid"])
+    partner, box = batch["partner"], draws["box"]
+    partner_target = pseudo_label(
+      nets.infer(network, state.nets["student"], partner["weak"]), partner["valid"]
+    )
     strong = _cutmix(batch, box)
-
-    share = task.unlabeled_weight(state.step) * weight
+    unlabeled_weight = task.unlabeled_weight(state.step) * weight
 
     def objective(live):
-      (on_labeled, on_weak, on_perturbed), net = perturbed_pass(live["student"], batch, draws)
-      (on_strong,), net = nets.forward(network, net, strong, dropout=draws["dropout"]["strong"])
-      taught = opinion(on_weak, batch["unlabeled"]["valid"])
-
-      supervised = task.criterion(on_labeled, batch["labeled"]["label"]) / 2
-      by_views = (
-        share
-        / 4
-        * strong_agreement(on_strong, taught, partner_taught, box, min_confidence=min_confidence)
+      (logits_labeled, logits_weak, logits_perturbed), net = perturbed_pass(
+        live["student"], batch, draws
       )
-      by_features = share / 4 * agreement(on_perturbed, taught, min_confidence=min_confidence)
-      loss = supervised + by_views + by_features
-      terms = {
-        "loss": loss,
-        "loss_supervised": supervised,
-        "loss_strong": by_views,
-        "loss_features": by_features,
-        "kept_fraction": kept_fraction(taught, min_confidence=min_confidence),
-      }
-      return loss, ({"student": net}, terms)
+      (logits_strong,), net = nets.forward(network, net, strong, dropout=draws["dropout"]["strong"])
+      target = pseudo_label(logits_weak, batch["unlabeled"]["valid"])
 
-    after, metrics = nets.descend(task.optimizer, {"student": student}, state.step, objective)
-    return state.replace(step=state.step + 1, nets=after), metrics
+      supervised_loss = task.criterion(logits_labeled, batch["labeled"]["label"])
+      strong_loss = strong_consistency(
+        logits_strong, target, partner_target, box, min_confidence=min_confidence
+      )
+      features_loss = consistency(logits_perturbed, target, min_confidence=min_confidence)
+      return nets.Outcome(
+        {
+          "supervised": supervised_loss / 2,
+          "strong": unlabeled_weight / 4 * strong_loss,
+          "features": unlabeled_weight / 4 * features_loss,
+        },
+        {"student": net},
+        {"kept_fraction": kept_fraction(target, min_confidence=min_confidence)},
+      )
+
+    return nets.descend(task.optimizer, state, objective)
 
   def show(state, batch, draws):
-    (_, on_weak, on_perturbed), _ = perturbed_pass(state.nets["student"], batch, draws)
-    _, confidence, valid = opinion(on_weak, batch["unlabeled"]["valid"])
+    (_, logits_weak, logits_perturbed), _ = perturbed_pass(state.nets["student"], batch, draws)
+    target = pseudo_label(logits_weak, batch["unlabeled"]["valid"])
     views = _cutmix(batch, draws["box"]).reshape(batch["unlabeled"]["strong"].shape)
-    weak, by_features, label = (
-      batch["unlabeled"]["weak"],
-      jax.nn.softmax(on_perturbed),
-      jax.nn.softmax(on_weak),
-    )
-    return (weak, views[:, 0], views[:, 1], by_features, confidence, label), (
-      confidence >= min_confidence
-    ) & valid
+    panels = [
+      Panel("weak view", "image", batch["unlabeled"]["weak"]),
+      Panel("strong view 1", "image", views[:, 0]),
+      Panel("strong view 2", "image", views[:, 1]),
+      Panel("perturbed features", "classes", jax.nn.softmax(logits_perturbed)),
+      Panel("confidence", "heat", target.confidence),
+      Panel("pseudo label", "classes", jax.nn.softmax(logits_weak)),
+    ]
+    return panels, (target.confidence >= min_confidence) & target.valid
 
-  names = (
-    "weak view",
-    "strong view 1",
-    "strong view 2",
-    "perturbed features",
-    "confidence",
-    "pseudo label",
-  )
-  panels = Panels(names, ("image", "image", "image", "classes", "heat", "classes"), show)
-  needs = Needs(partner=True, strong_views=2)
   return Method(
-    needs, nets.init_student(task), draw, update, nets.predictors(network, "student"), panels
+    Needs(partner=True, strong_views=2),
+    nets.init_student(task),
+    draw,
+    update,
+    nets.predictors(network, "student"),
+    show,
   )
 
 
+@checked
 def fixmatch(
-  task: Task, *, weight: float = 1.0, min_confidence: float = 0.95, box_probability: float = 0.5
+  task: Task,
+  *,
+  weight: NotNegative = 1.0,
+  min_confidence: Share = 0.95,
+  box_probability: Share = 0.5,
 ) -> Method:
   """One strong view learns from the weak one; as `unimatch` in all else. [UniMatch, section 3.1;
   Sohn et al. 2020]
@@ -214,7 +214,6 @@ def fixmatch(
     min_confidence, box_probability: see `unimatch`; without boxes (0) this is FixMatch itself, one
       threshold for each pixel.
   """
-  _check("fixmatch", min_confidence=min_confidence, box_probability=box_probability)
   network = task.network
 
   def draw(key, batch):
@@ -230,52 +229,46 @@ def fixmatch(
     return jnp.split(joint, [len(labeled)]), net
 
   def update(state, batch, draws):
-    partner, student, box = batch["partner"], state.nets["student"], draws["box"]
-    partner_taught = opinion(nets.infer(network, student, partner["weak"]), partner["valid"])
+    partner, box = batch["partner"], draws["box"]
+    partner_target = pseudo_label(
+      nets.infer(network, state.nets["student"], partner["weak"]), partner["valid"]
+    )
     strong = _cutmix(batch, box)
-
-    share = task.unlabeled_weight(state.step) * weight
+    unlabeled_weight = task.unlabeled_weight(state.step) * weight
 
     def objective(live):
-      (on_labeled, on_weak), net = weak_pass(live["student"], batch, draws)
-      (on_strong,), net = nets.forward(network, net, strong, dropout=draws["dropout"]["strong"])
-      taught = opinion(on_weak, batch["unlabeled"]["valid"])
+      (logits_labeled, logits_weak), net = weak_pass(live["student"], batch, draws)
+      (logits_strong,), net = nets.forward(network, net, strong, dropout=draws["dropout"]["strong"])
+      target = pseudo_label(logits_weak, batch["unlabeled"]["valid"])
 
-      supervised = task.criterion(on_labeled, batch["labeled"]["label"]) / 2
-      by_view = (
-        share
-        / 2
-        * strong_agreement(on_strong, taught, partner_taught, box, min_confidence=min_confidence)
+      supervised_loss = task.criterion(logits_labeled, batch["labeled"]["label"])
+      strong_loss = strong_consistency(
+        logits_strong, target, partner_target, box, min_confidence=min_confidence
       )
-      loss = supervised + by_view
-      terms = {
-        "loss": loss,
-        "loss_supervised": supervised,
-        "loss_strong": by_view,
-        "kept_fraction": kept_fraction(taught, min_confidence=min_confidence),
-      }
-      return loss, ({"student": net}, terms)
+      return nets.Outcome(
+        {"supervised": supervised_loss / 2, "strong": unlabeled_weight / 2 * strong_loss},
+        {"student": net},
+        {"kept_fraction": kept_fraction(target, min_confidence=min_confidence)},
+      )
 
-    after, metrics = nets.descend(task.optimizer, {"student": student}, state.step, objective)
-    return state.replace(step=state.step + 1, nets=after), metrics
+    return nets.descend(task.optimizer, state, objective)
 
   def show(state, batch, draws):
-    (_, on_weak), _ = weak_pass(state.nets["student"], batch, draws)
-    _, confidence, valid = opinion(on_weak, batch["unlabeled"]["valid"])
-    shown = (
-      batch["unlabeled"]["weak"],
-      _cutmix(batch, draws["box"]),
-      confidence,
-      jax.nn.softmax(on_weak),
-    )
-    return shown, (confidence >= min_confidence) & valid
+    (_, logits_weak), _ = weak_pass(state.nets["student"], batch, draws)
+    target = pseudo_label(logits_weak, batch["unlabeled"]["valid"])
+    panels = [
+      Panel("weak view", "image", batch["unlabeled"]["weak"]),
+      Panel("strong view", "image", _cutmix(batch, draws["box"])),
+      Panel("confidence", "heat", target.confidence),
+      Panel("pseudo label", "classes", jax.nn.softmax(logits_weak)),
+    ]
+    return panels, (target.confidence >= min_confidence) & target.valid
 
-  panels = Panels(
-    ("weak view", "strong view", "confidence", "pseudo label"),
-    ("image", "image", "heat", "classes"),
-    show,
-  )
-  needs = Needs(partner=True, strong_views=1)
   return Method(
-    needs, nets.init_student(task), draw, update, nets.predictors(network, "student"), panels
+    Needs(partner=True, strong_views=1),
+    nets.init_student(task),
+    draw,
+    update,
+    nets.predictors(network, "student"),
+    show,
   )

@@ -6,13 +6,15 @@ al., "Semi-supervised semantic segmentation needs strong, varied perturbations",
 from the official code.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from pseudoseg_jax import nets, rng
-from pseudoseg_jax.contract import Method, Needs, Panels, Task
-from pseudoseg_jax.methods import cutmix_seg
-from pseudoseg_jax.ops import losses, perturb
+from pseudoseg_jax.contract import Method, Needs, Panel, Task
+from pseudoseg_jax.ops import losses, perturb, targets
+from pseudoseg_jax.options import NotNegative, Share, checked
 
 # Root mean square of the trial step that finds the direction, in units of the normalized image. The
 # official step's length of 1e-9 H W is lost in float32 (2e-7 a value, on values near 1): the
@@ -41,15 +43,16 @@ def adaptive_radius(images, factor=1.0):
   )
 
 
+@checked
 def vat(
   task: Task,
   *,
-  radius: float = 1.0,
-  strong_views: int = 0,
-  weight: float = 0.1,
-  min_confidence: float = 0.97,
-  decay: float = 0.99,
-  frozen_batch_norm: str = "none",
+  radius: NotNegative = 1.0,
+  strong_views: Literal[0, 1] = 0,
+  weight: NotNegative = 0.1,
+  min_confidence: Share = 0.97,
+  decay: Share = 0.99,
+  frozen_batch_norm: Literal["none", "backbone", "all"] = "none",
 ) -> Method:
   """Mean Teacher on adversarial images. [French et al. 2020, section 4.2]
 
@@ -62,18 +65,8 @@ def vat(
     strong_views, weight, min_confidence, decay, frozen_batch_norm: as in `cutmix_seg`; the term is
       always multiplied by the share of confident pixels, and `frozen_batch_norm` is of the student.
   """
-  problems = cutmix_seg.check_options(
-    "vat",
-    strong_views=strong_views,
-    frozen_batch_norm=frozen_batch_norm,
-    min_confidence=min_confidence,
-    decay=decay,
-  )
-  if radius < 0:
-    problems.add("radius", got=radius, allowed="0 or more")
-  problems.raise_if_any()
   network = task.network
-  forward = cutmix_seg.forward_with(network, frozen_batch_norm)
+  forward = nets.forward_with(network, frozen_batch_norm)
 
   def draw(key, batch):
     noise = jax.random.normal(rng.stream(key, "noise"), batch["unlabeled"]["weak"].shape)
@@ -84,65 +77,61 @@ def vat(
     one.
     """
     unlabeled, noise = batch["unlabeled"], draws["noise"]
-    taught = nets.infer(network, teacher, unlabeled["weak"])
+    teacher_logits = nets.infer(network, teacher, unlabeled["weak"])
     view = unlabeled["strong"][:, 0] if strong_views else unlabeled["weak"]
 
     def divergence(step):
-      return jnp.sum(losses.kl_divergence(nets.infer(network, teacher, view + step), taught))
+      logits = nets.infer(network, teacher, view + step)
+      return jnp.sum(losses.kl_divergence(logits, teacher_logits))
 
-    direction = perturb.adversarial_direction(
-      divergence, noise, xi=_TRIAL_STEP * noise[0].size ** 0.5
-    )
-    return view, view + adaptive_radius(view, radius)[:, None, None, None] * direction, taught
+    xi = _TRIAL_STEP * noise[0].size ** 0.5
+    direction = perturb.adversarial_direction(divergence, noise, xi=xi)
+    length = adaptive_radius(view, radius)[:, None, None, None]
+    return view, view + length * direction, teacher_logits
 
   def update(state, batch, draws):
     labeled, label = batch["labeled"]["image"], batch["labeled"]["label"]
-    _, seen, taught = teach(state.nets["teacher"], batch, draws)
-    sure, valid = jnp.max(jax.nn.softmax(taught), axis=-1), batch["unlabeled"]["valid"]
+    _, adversarial, teacher_logits = teach(state.nets["teacher"], batch, draws)
+    confidence = jnp.max(jax.nn.softmax(teacher_logits), axis=-1)
 
     def objective(live):
-      (on_labeled, on_seen), student = forward(
-        live["student"], labeled, seen, dropout=draws["student"]
+      (logits_labeled, logits_adversarial), student = forward(
+        live["student"], labeled, adversarial, dropout=draws["student"]
       )
-      supervised = task.criterion(on_labeled, label)
-      apart = losses.kl_divergence(on_seen, taught)
-      agreement, confident = cutmix_seg.confident_mean(
-        apart, sure, valid, min_confidence=min_confidence
+      supervised_loss = task.criterion(logits_labeled, label)
+      consistency_loss, confident = targets.confident_mean(
+        losses.kl_divergence(logits_adversarial, teacher_logits),
+        confidence,
+        batch["unlabeled"]["valid"],
+        min_confidence=min_confidence,
       )
-      agreement = task.unlabeled_weight(state.step) * weight * agreement
-      loss = supervised + agreement
-      terms = {
-        "loss": loss,
-        "loss_supervised": supervised,
-        "loss_consistency": agreement,
-        "confident_fraction": confident,
-      }
-      return loss, ({"student": student}, terms)
+      consistency_loss = task.unlabeled_weight(state.step) * weight * consistency_loss
+      return nets.Outcome(
+        {"supervised": supervised_loss, "consistency": consistency_loss},
+        {"student": student},
+        {"confident_fraction": confident},
+      )
 
-    after, metrics = nets.descend(
-      task.optimizer, {"student": state.nets["student"]}, state.step, objective
-    )
-    teacher = nets.ema(state.nets["teacher"], after["student"], decay, statistics="average")
-    return state.replace(step=state.step + 1, nets=after | {"teacher": teacher}), metrics
+    after, metrics = nets.descend(task.optimizer, state, objective, learning=["student"])
+    teacher = nets.ema(state.nets["teacher"], after.nets["student"], decay, statistics="average")
+    return after.with_nets(teacher=teacher), metrics
 
   def show(state, batch, draws):
-    view, seen, taught = teach(state.nets["teacher"], batch, draws)
-    on_seen = nets.infer(network, state.nets["student"], seen)
-    return (view, seen, jax.nn.softmax(on_seen), jax.nn.softmax(taught)), batch["unlabeled"][
-      "valid"
+    view, adversarial, teacher_logits = teach(state.nets["teacher"], batch, draws)
+    student_logits = nets.infer(network, state.nets["student"], adversarial)
+    panels = [
+      Panel("image", "image", view),
+      Panel("adversarial image", "image", adversarial),
+      Panel("student on it", "classes", jax.nn.softmax(student_logits)),
+      Panel("teacher", "classes", jax.nn.softmax(teacher_logits)),
     ]
+    return panels, batch["unlabeled"]["valid"]
 
-  panels = Panels(
-    ("image", "adversarial image", "student on it", "teacher"),
-    ("image", "image", "classes", "classes"),
-    show,
-  )
-  predictors = nets.predictors(network, "teacher", "student")
   return Method(
     Needs(strong_views=strong_views),
     nets.init_student_and_teacher(task),
     draw,
     update,
-    predictors,
-    panels,
+    nets.predictors(network, "teacher", "student"),
+    show,
   )

@@ -30,3 +30,29 @@ def confidence_weight(confidence: jax.Array, *, threshold: float, per: str = "ba
     return jnp.ones([])
   confident = (jax.lax.stop_gradient(confidence) >= threshold).astype(confidence.dtype)
   return confident if per == "pixel" else jnp.mean(confident)
+
+
+def confident_mean(
+  values: jax.Array,
+  confidence: jax.Array,
+  valid: jax.Array,
+  *,
+  min_confidence: float,
+  per: str = "batch",
+) -> tuple[jax.Array, jax.Array]:
+  """Averages over all pixels, those that are not valid as 0, each times its confidence weight.
+
+  The share of confident pixels takes padding in, and the mean divides by it too, as in the official
+  code of French et al. 2020.
+
+  Args:
+    values: f32[B, H, W].
+    confidence: f32[B, H, W], of the teacher.
+    valid: bool, or a share, [B, H, W].
+    min_confidence, per: see `confidence_weight`.
+
+  Returns:
+    The mean f32[], and the mean of the weight, f32[].
+  """
+  weight = confidence_weight(confidence, threshold=min_confidence, per=per)
+  return jnp.mean(values * valid * weight), jnp.mean(weight)

@@ -74,7 +74,8 @@ def test_pseudo_labels(golden):
     label, confidence = targets.hard_label(last(golden[f"teacher_logits_{part}"]))
     close(confidence, golden[f"conf_{part}"], 1e-6)
     np.testing.assert_array_equal(
-      ael.drop_unsure(label, confidence, number(golden["threshold"])), golden[f"label_{part}"]
+      ael.ignore_unconfident(label, confidence, number(golden["threshold"])),
+      golden[f"label_{part}"],
     )
 
 
@@ -252,7 +253,7 @@ def choose_as_recorded(monkeypatch):
   returns what passes by.
   """
   seen = {"pasted": [], "pseudo_label": [], "teacher": []}
-  copy_paste, drop_unsure = ael.copy_paste, ael.drop_unsure
+  copy_paste, ignore_unconfident = ael.copy_paste, ael.ignore_unconfident
 
   def note(name, value):
     jax.debug.callback(lambda value: seen[name].append(np.asarray(value)), value, ordered=True)
@@ -262,8 +263,8 @@ def choose_as_recorded(monkeypatch):
     note("pasted", label)
     return image, label
 
-  def noted_drop_unsure(*arguments):
-    label = drop_unsure(*arguments)
+  def noted_ignore_unconfident(*arguments):
+    label = ignore_unconfident(*arguments)
     note("pseudo_label", label)
     return label
 
@@ -272,7 +273,7 @@ def choose_as_recorded(monkeypatch):
     return draws
 
   monkeypatch.setattr(ael, "copy_paste", noted_copy_paste)
-  monkeypatch.setattr(ael, "drop_unsure", noted_drop_unsure)
+  monkeypatch.setattr(ael, "ignore_unconfident", noted_ignore_unconfident)
   monkeypatch.setattr(ael, "choose_source", lambda image, label, bank, draws, **options: draws)
   monkeypatch.setattr(ael, "choose_mix", choose_mix)
   return seen

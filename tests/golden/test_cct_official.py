@@ -348,7 +348,7 @@ def test_steps(golden):
     decoders={"context": 1, "object": 1, "feature_noise": 1},
   )
   state = put(method.init(jax.random.key(0)), *toy_tree(golden.under("init/")))
-  update, show = jax.jit(method.update), jax.jit(method.panels.compute)
+  update, show = jax.jit(method.update), jax.jit(method.show)
   logged = {"loss_supervised": "loss_sup", "loss_consistency": "loss_unsup", "loss": "loss"}
   for index in range(toy.num_steps(golden)):
     batch = {
@@ -363,7 +363,7 @@ def test_steps(golden):
       None
     ]
     shown, _ = show(state, batch, draws)
-    np.testing.assert_array_equal(jnp.argmax(shown[-1], -1), golden[f"argmax_unsup_{index}"])
+    np.testing.assert_array_equal(jnp.argmax(shown[-1].values, -1), golden[f"argmax_unsup_{index}"])
     state, metrics = update(state, batch, draws)
     for ours, theirs in logged.items():
       np.testing.assert_allclose(

@@ -164,11 +164,12 @@ def test_classmix_steps(golden):
     {"mask": uniforms(golden[f"chosen_classes_{index}"], hp["num_classes"])} for index in steps
   ]
 
-  compute = jax.jit(method.panels.compute)
+  show = jax.jit(method.show)
   before = state
   for index, (after, metrics) in enumerate(toy.run(method, state, batches, recorded)):
     draws = method.draw(jax.random.key(index), batches[index]) | recorded[index]
-    (_, teacher, pasted, _), _ = compute(before, batches[index], draws)
+    panels, _ = show(before, batches[index], draws)
+    _, teacher, pasted, _ = (panel.values for panel in panels)
     np.testing.assert_array_equal(pasted, golden[f"mix_mask_{index}"])
     mixed = classmix.paste_on_next(pasted.astype(bool), teacher)
     np.testing.assert_array_equal(jnp.argmax(mixed, axis=-1), golden[f"pseudo_label_{index}"])

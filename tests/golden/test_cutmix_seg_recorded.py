@@ -12,7 +12,7 @@ from pseudoseg_jax import nets, optim
 from pseudoseg_jax.contract import NetState, Task
 from pseudoseg_jax.methods import cutmix_seg, ict
 from pseudoseg_jax.models.table import as_network
-from pseudoseg_jax.ops import confusion, losses, mixing, schedules
+from pseudoseg_jax.ops import confusion, distances, losses, mixing, schedules, targets
 
 # What the official scripts call what `targets.confidence_weight` calls per.
 PER = {"avg": "batch", "perpixel": "pixel", "noconf": "none"}
@@ -83,8 +83,8 @@ def test_consistency(golden):
   sure = jnp.max(jax.nn.softmax(teacher), axis=-1)
 
   def loss(student, distance, mode):
-    values = cutmix_seg.consistency(distance, student, teacher)
-    return cutmix_seg.confident_mean(
+    values = distances.per_pixel(cutmix_seg.DISTANCES[distance], student, teacher)
+    return targets.confident_mean(
       values, sure, valid, min_confidence=number(golden["conf_thresh"]), per=PER[mode]
     )
 
@@ -118,7 +118,7 @@ def test_ict(golden):
   np.testing.assert_allclose(target, toy.nhwc(golden["teacher_prob_mixed"]), rtol=1e-5, atol=1e-7)
   values = ict.consistency(toy.nhwc(golden["student_logits"]), target)
   everywhere = jnp.ones(values.shape, bool)
-  value, fraction = cutmix_seg.confident_mean(
+  value, fraction = targets.confident_mean(
     values, sure, everywhere, min_confidence=number(golden["conf_thresh"])
   )
   np.testing.assert_allclose(value, golden["loss_var"], rtol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 from pseudoseg_jax import nets
 from pseudoseg_jax.contract import IGNORE_LABEL, NetState
 from pseudoseg_jax.methods import cps, mean_teacher
-from pseudoseg_jax.ops import losses, mixing, schedules
+from pseudoseg_jax.ops import distances, losses, mixing, schedules
 
 
 def last(array):
@@ -125,7 +125,7 @@ def test_cps_mean_teacher(golden):
   label, weight = labels(golden["labels"]), golden["unsup_weight"].item()
 
   def consistency(student):
-    return weight * jnp.mean(mean_teacher.consistency("softmax_mse", student, teacher))
+    return weight * jnp.mean(distances.per_pixel("mse", student, teacher))
 
   value, gradient = jax.value_and_grad(consistency)(student)
   close(value, golden["consistency_weighted"], 1e-6)
@@ -254,7 +254,7 @@ def test_consistency_losses(golden):
 
   def of_map(distance, reduce, start=0):
     return lambda student: reduce(
-      mean_teacher.consistency(distance, student[start:], teacher[start:])
+      distances.per_pixel(mean_teacher.DISTANCES[distance], student[start:], teacher[start:])
     )
 
   check(of_map("logit_mse", jnp.mean), student, "map_pixelssl_logit_mse_all")

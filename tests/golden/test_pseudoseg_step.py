@@ -128,7 +128,7 @@ def test_a_step(golden, monkeypatch):
   state.nets["student"] = student.replace(params=student.params | {"scores": scores})
   draws = method.draw(jax.random.key(1), batch)
   after, metrics = jax.jit(method.update)(state, batch, draws)
-  shown, kept = jax.jit(method.panels.compute)(state, batch, draws)
+  shown, kept = jax.jit(method.show)(state, batch, draws)
   jax.effects_barrier()
 
   named = golden.under("out_loss_named__")
@@ -152,7 +152,7 @@ def test_a_step(golden, monkeypatch):
   np.testing.assert_array_equal(seen[LABELED], golden["image_label_seg"] > 0)
   np.testing.assert_array_equal(kept, golden["out_valid_mask"][..., 0] > 0)
   if "out_pseudo_prob" in golden:
-    np.testing.assert_allclose(shown[-1], golden["out_pseudo_prob"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(shown[-1].values, golden["out_pseudo_prob"], rtol=0, atol=1e-6)
   unsharpened = options | {"temperature": 1.0, "soft": True}
   target, _ = pseudoseg.pseudo_label(
     jnp.asarray(golden["logits_weak"]), jnp.asarray(golden["logits_sgc"]), **unsharpened
