@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -347,9 +346,7 @@ def _stepped(
   role: str,
 ) -> NetState:
   transformation = _transformation(optimizer)
-  shapes = functools.partial(jax.tree.map, lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)))
-  own, kept = jax.eval_shape(transformation.init, net.params), net.opt_state
-  if jax.tree.structure(own) != jax.tree.structure(kept) or shapes(own) != shapes(kept):
+  if not _same_kind(jax.eval_shape(transformation.init, net.params), net.opt_state):
     raise ValueError(
       f"network '{role}' was made with another optimizer than the one that shall move it: give "
       "both nets.create, or create_from_head, and nets.descend the same one; a network that is "
@@ -367,6 +364,15 @@ def _stepped(
   else:
     params = optax.apply_updates(net.params, direction)
   return net.replace(step=net.step + 1, params=params, opt_state=opt_state)
+
+
+def _same_kind(a: PyTree, b: PyTree) -> bool:
+  """Whether two trees have the same structure, shapes and types."""
+  kinds = [
+    [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)] for tree in (a, b)
+  ]
+  structures: list[Any] = [jax.tree_util.tree_structure(tree) for tree in (a, b)]
+  return structures[0] == structures[1] and kinds[0] == kinds[1]
 
 
 def ema(
