@@ -13,48 +13,14 @@ import pseudoseg_jax
 from pseudoseg_jax import checks, config as configs
 from pseudoseg_jax.methods import table
 
-SOURCE = '''
-import jax
-import jax.numpy as jnp
-
-from pseudoseg_jax import nets
-from pseudoseg_jax.contract import Method, Needs
-
-
-def entropy(task, *, weight: float = 0.1) -> Method:
-  """Entropy minimization (Grandvalet & Bengio 2004)."""
-
-  def draw(key, batch):
-    return nets.dropout_keys(key, "student")
-
-  def update(state, batch, draws):
-    def objective(live):
-      (labeled, unlabeled), net = nets.forward(
-        task.network,
-        live["student"],
-        batch["labeled"]["image"],
-        batch["unlabeled"]["weak"],
-        dropout=draws["student"],
-      )
-      supervised = task.criterion(labeled, batch["labeled"]["label"])
-      prediction = jax.nn.softmax(unlabeled)
-      certainty = -jnp.mean(jnp.sum(prediction * jax.nn.log_softmax(unlabeled), axis=-1))
-      entropy_loss = task.unlabeled_weight(state.step) * weight * certainty
-      return nets.Outcome(
-        {"supervised": supervised, "entropy": entropy_loss}, {"student": net}
-      )
-
-    return nets.descend(task.optimizer, state, objective)
-
-  return Method(
-    Needs(),
-    nets.init_student(task),
-    draw,
-    update,
-    nets.predictors(task.network, "student"),
-    nets.show_predictions(task.network, "student"),
-  )
-
+ROOT = pathlib.Path(__file__).parents[1]
+# The method of the docs, and what is none.
+(EXAMPLE,) = re.findall(
+  r"^```python\n(.*?)^```", (ROOT / "docs/design.md").read_text(), flags=re.MULTILINE | re.DOTALL
+)
+SOURCE = (
+  EXAMPLE
+  + """
 
 def not_a_method(task, *, weight: float = 0.1):
   return weight
@@ -62,8 +28,8 @@ def not_a_method(task, *, weight: float = 0.1):
 
 def needs_more(task, width):
   return None
-'''
-ROOT = pathlib.Path(__file__).parents[1]
+"""
+)
 
 
 @pytest.fixture
@@ -91,7 +57,7 @@ def small(config):
 
 
 def test_it_trains_resumes_evaluates_exports(module, tmp_path, monkeypatch):
-  config = configs.load(f"quickstart:method={module}:entropy", {"method.weight": 0.2})
+  config = configs.load(f"quickstart:method={module}:yours", {"method.weight": 0.2})
   small(config).total_steps = 2
   pseudoseg_jax.train(config, tmp_path / "w")
   config.total_steps = 4
@@ -114,13 +80,13 @@ def test_it_trains_resumes_evaluates_exports(module, tmp_path, monkeypatch):
 def test_an_override_brings_the_options_of_its_factory(module):
   config = configs.load(
     "quickstart:method=pseudoseg",
-    {"method.weight": 0.5, "method.name": f"{module}:entropy", "total_steps": 7},
+    {"method.weight": 0.5, "method.name": f"{module}:yours", "total_steps": 7},
   )
-  assert config.method.to_dict() == {"name": f"{module}:entropy", "weight": 0.5}
+  assert config.method.to_dict() == {"name": f"{module}:yours", "weight": 0.5}
   assert config.total_steps == 7
-  configs.override(config, {"method.name": f"{module}:entropy"})
+  configs.override(config, {"method.name": f"{module}:yours"})
   assert config.method.weight == 0.5
-  made = configs.make_config(f"{module}:entropy", overrides={"method.weight": 3.0})
+  made = configs.make_config(f"{module}:yours", overrides={"method.weight": 3.0})
   assert made.method.weight == 3.0
 
 
@@ -136,14 +102,14 @@ def test_ours_are_chosen_by_the_argument_of_a_config():
 @pytest.mark.parametrize(
   "name, said",
   [
-    ("no_such_module:entropy", "no module named 'no_such_module'.*PYTHONPATH"),
-    ("their_methods:entropies", "no 'entropies'.*there are: entropy, not_a_method"),
+    ("no_such_module:yours", "no module named 'no_such_module'.*PYTHONPATH"),
+    ("their_methods:entropies", "no 'entropies'.*there are: not_a_method, yours"),
     ("their_methods:needs_more", "which is none; allowed: a function"),
     ("os:system", "which is none; allowed: a function"),
     ("os:getcwd", "which is none"),
     ("their_methods:", "no ''"),
-    (":entropy", "module"),
-    ("..:entropy", "module"),
+    (":yours", "module"),
+    ("..:yours", "module"),
     ("broken_method:f", "cannot be imported: AttributeError.*broken_method.py, line 3"),
     ("needs_another:f", "no_such_package"),
     ("cpss", "did you mean 'cps'"),
@@ -168,10 +134,10 @@ def test_the_contract_can_be_tested_on_it(module, tmp_path):
     "pytest",
     "tests/test_methods_contract.py",
     "-k",
-    "entropy",
+    "yours",
   ]
   tested = subprocess.run(
-    [*command, f"--method={module}:entropy", "-p", "no:cacheprovider"],
+    [*command, f"--method={module}:yours", "-p", "no:cacheprovider"],
     cwd=ROOT,
     env={**os.environ, "PYTHONPATH": f"{tmp_path / 'theirs'}:{ROOT}"},
     capture_output=True,

@@ -38,7 +38,7 @@ def cutmix_seg(
   weight: NotNegative = 1.0,
   min_confidence: Share = 0.97,
   confidence: Literal["batch", "pixel", "none"] = "batch",
-  rampup_fraction: Share = 0.0,
+  rampup_fraction: NotNegative = 0.0,
   decay: Share = 0.99,
   frozen_batch_norm: Literal["none", "backbone", "all"] = "none",
 ) -> Method:

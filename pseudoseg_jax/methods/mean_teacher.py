@@ -66,7 +66,7 @@ def mean_teacher(
   *,
   distance: Annotated[str, Allowed(one_of=tuple(DISTANCES))] = "softmax_mse",
   weight: NotNegative = 100.0,
-  rampup_fraction: Share = 0.0,
+  rampup_fraction: NotNegative = 0.0,
   on_labeled: bool = True,
   decay: Share = 0.99,
   decay_warmup: Literal["none", "from_half", "from_copy"] = "none",

@@ -227,7 +227,8 @@ def test_consistency_losses(golden):
     jnp.asarray(golden["vec_teacher_logits"]),
   )
   for distance in ("softmax_mse", "softmax_kl"):
-    per_item = functools.partial(mean_teacher.consistency, distance, teacher_logits=teacher)
+    name = mean_teacher.DISTANCES[distance]
+    per_item = functools.partial(distances.per_pixel, name, target_logits=teacher)
     check(
       lambda student: jnp.sum(per_item(student)),
       student,
