@@ -187,7 +187,8 @@ class Task(NamedTuple):
 Metrics = dict[str, Array]
 
 
-class Predictor(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Predictor:
   """Who predicts, what it predicts, and what it is shown.
 
   logits: (state, images f32[B,H,W,C]) -> f32[B,H,W,K].

@@ -8,6 +8,7 @@ class, or everywhere if the class is in the image, else 0.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -98,7 +99,7 @@ class Hinted:
       answer = predict(state, shown)
       return mask_logits(answer, self._planes(images, "image")) if masked else answer
 
-    return predict._replace(logits=logits)
+    return dataclasses.replace(predict, logits=logits)
 
   def _planes(self, images: Array, kind: str) -> Array:
     first = self._source.channels + list(self._hints).index(kind) * self._num_classes
