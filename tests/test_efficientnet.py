@@ -278,6 +278,7 @@ def test_random_weights_of_an_encoder_that_could_know_more_are_told_once(
 ):
   caplog.set_level(logging.INFO, "pseudoseg_jax")
   config = configs.make_config("supervised", data=configs.folder_data(), **options)
+  config = configs.frozen(config)
   data = build.Data(
     Classes(("a", "b"), ((0, 0, 0), (1, 1, 1))), None, None, None, truth_known=False, split="none"
   )
