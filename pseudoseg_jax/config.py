@@ -22,15 +22,7 @@ from ml_collections import config_flags
 from pseudoseg_jax import checks, options as options_lib
 from pseudoseg_jax.methods import mean_teacher, table as methods_table
 from pseudoseg_jax.models import imagenet, table as models_table
-from pseudoseg_jax.options import (
-  Allowed,
-  Config,
-  Option,
-  as_dict,
-  as_flag,
-  defaults_of,
-  is_open as is_open,
-)
+from pseudoseg_jax.options import Allowed, Config, Option, as_dict, as_flag, defaults_of
 
 ConfigDict = ml_collections.ConfigDict
 
@@ -157,24 +149,22 @@ def frozen(config: ConfigDict, problems: checks.Problems | None = None) -> Confi
   """
   noted = checks.Problems("the config cannot be run") if problems is None else problems
   values = config.to_dict()
-  data, others = values.get("data", {}), values.get("other_data", {})
-  own = [name for name in ("method", "network") if name in values]
-  chosen = {name: values.pop(name) for name in own}
-  first = _frozen_data(data, "config.data", noted)
+  method, network, data, others = (
+    values.pop(name, {}) for name in ("method", "network", "data", "other_data")
+  )
   if not isinstance(others, Mapping):
     noted.add("config.other_data", got=repr(others), allowed="a group of options")
     others = {}
   domains = {
     name: _frozen_data(of, f"config.other_data.{name}", noted) for name, of in others.items()
   }
-  run = options_lib.read(
-    options_lib.Run, values, "config", noted, data=first, other_data=options_lib.still(domains)
-  )
-  tree = Config(
-    **vars(run),
-    method=_frozen_method(chosen.get("method", {}), noted),
-    network=_frozen_network(chosen.get("network", {}), noted),
-  )
+  known = {
+    "data": _frozen_data(data, "config.data", noted),
+    "other_data": options_lib.still(domains),
+  }
+  run = options_lib.read(options_lib.Run, values, "config", noted, **known)
+  method, network = _frozen_method(method, noted), _frozen_network(network, noted)
+  tree = Config(**vars(run), method=method, network=network)
   if problems is None:
     noted.raise_if_any()
   return tree
@@ -189,26 +179,27 @@ def _frozen_data(values: Any, where: str, problems: checks.Problems) -> options_
 def _frozen_method(values: Mapping[str, Any], problems: checks.Problems) -> options_lib.Chosen:
   values = dict(values)
   name = values.pop("name", "supervised")
+  is_external = methods_table.is_external(name)
   try:
-    known = options_lib.of_factory(methods_table.find(name))
+    factory = methods_table.find(name)
   except checks.InputError:
-    if not methods_table.is_external(name):
+    if not is_external:
       raise
     # What it predicts may be used without its module, which alone knows its options.
     return options_lib.Chosen(name, options_lib.still(values))
-  if methods_table.is_external(name):  # what their values may be is its own business
+  known = options_lib.of_factory(factory)
+  if is_external:  # what their values may be is its own business
     known = {key: option._replace(default=None) for key, option in known.items()}
-    values = defaults_of(methods_table.find(name)) | values
-  return options_lib.Chosen(
-    name, options_lib.read_keywords(known, values, "config.method", problems)
-  )
+    values = defaults_of(factory) | values
+  own = options_lib.read_keywords(known, values, "config.method", problems)
+  return options_lib.Chosen(name, own)
 
 
 def _frozen_network(
   values: Mapping[str, Any], problems: checks.Problems
 ) -> options_lib.ChosenNetwork:
-  values = dict(values)
-  where, names = "config.network", Allowed(one_of=tuple(models_table.NETWORKS))
+  values, where = dict(values), "config.network"
+  names = Allowed(one_of=tuple(models_table.NETWORKS))
   asked = values.pop("name", "tiny")
   name = options_lib.usable(asked, Option("tiny", "", names), f"{where}.name", problems)
   of_any = options_lib.of_group(options_lib.AnyNetwork)

@@ -18,6 +18,7 @@ import numpy as np
 from pseudoseg_jax.build import Data
 from pseudoseg_jax.options import Config, Run, as_flag, is_open, of_group, replaced
 
+# Those that may be open.
 OPTIONS = tuple(key for key, option in of_group(Run).items() if option.allowed.may_be_open)
 _SAMPLED = 200  # images whose size is looked up
 

@@ -9,6 +9,7 @@ import pytest
 
 import pseudoseg_jax
 from pseudoseg_jax import api, build, config as configs, settings
+from pseudoseg_jax.options import is_open
 
 
 def draw_facts(seed):
@@ -36,7 +37,7 @@ def test_settings_fit_data_and_machine(seed):
     settings.OPTIONS
   )
   chosen = {choice.option: choice.value for choice in choices}
-  assert not any(configs.is_open(value) for value in chosen.values())
+  assert not any(is_open(value) for value in chosen.values())
   height, width = np.median(np.array(facts.sizes), axis=0).astype(int)
   crop, (least, greatest) = chosen["views.crop_size"][0], chosen["views.scales"]
   assert crop % 16 == 0 and 16 <= crop <= max(16, min(height, width))
