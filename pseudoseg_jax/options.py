@@ -742,7 +742,7 @@ def usable(value: Any, declared: Option, where: str, problems: checks.Problems) 
     words = allowed.one_of
     remedy = checks.nearest(str(value), words) if words else None
     problems.add(where, got=repr(value), allowed=allowed.in_words(), remedy=remedy)
-  elif isinstance(value, float) and not math.isfinite(value):
+  elif isinstance(value, numbers.Real) and not math.isfinite(value):
     problems.add(where, got=repr(value), allowed=f"a number, such as {default!r}")
   else:
     return still(value)

@@ -1,7 +1,6 @@
 """Between what users change, a ConfigDict, and what the code reads, a frozen `options.Config`."""
 
 import ast
-import copy
 import dataclasses
 import importlib.util
 import pathlib
@@ -10,11 +9,20 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from pseudoseg_jax import api, check_data, checks, config as configs, convert_weights, export_labels
+from pseudoseg_jax import (
+  api,
+  check_data,
+  checks,
+  config as configs,
+  convert_weights,
+  export_labels,
+  settings,
+)
 from pseudoseg_jax.methods import table as methods_table
 from pseudoseg_jax.models import table as models_table
-from pseudoseg_jax.options import Chosen, Config, FolderData, Run, is_open, replaced
+from pseudoseg_jax.options import Chosen, FolderData, is_open, replaced
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = [
@@ -98,6 +106,13 @@ def test_what_is_missing_has_its_default(seed):
       del at[name]
   assert configs.frozen(configs.ConfigDict(values)) == configs.frozen(full)
   assert configs.frozen(configs.ConfigDict({})).data == FolderData()
+
+
+def test_what_is_left_open_comes_through_open():
+  assert all(map(is_open, (-1, (), "auto"))) and not any(map(is_open, (0, (1,), "whole", "")))
+  config = configs.frozen(configs.make_config("cps"))
+  assert config.total_steps == -1 and config.views.scales == ()
+  assert set(settings.open_options(config)) == set(settings.OPTIONS)
 
 
 def test_other_values_of_some_options():
@@ -229,9 +244,6 @@ def get_config(argument):
   config.optimizer.name, config.evaluation.edges = "sdg", "cutt"
   return config
 """)
-  np.save(tmp_path / "x.npy", np.zeros(3))
-  from safetensors.numpy import save_file
-
   save_file({"a": np.zeros(3, np.float32)}, tmp_path / "in.safetensors")
   files = [f"{tmp_path}/in.safetensors", f"{tmp_path}/out"]
   assert convert_weights.main([*files, f"--config={tmp_path}/mine.py"]) == 2
@@ -303,12 +315,3 @@ def test_those_that_take_a_config_dict_read_nothing_of_it(name):
       assert not is_of_config(names) or "options" in names, f"line {node.lineno}"
     for target in node.targets if isinstance(node, ast.Assign) else ():
       assert not is_of_config(names_of(target)), f"line {node.lineno}"
-
-
-def test_what_may_be_open_has_a_default_that_is_not_or_a_value_that_is():
-  """An option that is declared to be left open can be: each is one of the forms that are."""
-  assert all(map(is_open, (-1, (), "auto"))) and not any(map(is_open, (0, (1,), "whole", "")))
-  open_config = configs.frozen(configs.make_config("cps"))
-  assert isinstance(open_config, Config) and isinstance(open_config, Run)
-  assert open_config.total_steps == -1 and open_config.views.scales == ()
-  assert copy.copy(open_config) == open_config
