@@ -22,6 +22,7 @@ import sys
 
 from pseudoseg_jax import build, checks, command_line, config as configs
 from pseudoseg_jax.data import boxes, decode, listing, sources, splits
+from pseudoseg_jax.options import AnyData
 
 
 def _parse(arguments):
@@ -42,7 +43,7 @@ def _parse(arguments):
   return command_line.parse_with_overrides(parser, arguments)
 
 
-def _masks(data: configs.ConfigDict, pattern: str) -> tuple[sources.Source, build.Data]:
+def _masks(data: AnyData, pattern: str) -> tuple[sources.Source, build.Data]:
   """The labeled images and after them those that are only unlabeled; of the latter the masks alone
   can be asked for.
   """
@@ -58,13 +59,13 @@ def _masks(data: configs.ConfigDict, pattern: str) -> tuple[sources.Source, buil
   ), opened
 
 
-def _boxes(data: configs.ConfigDict, pattern: str, instances: str):
+def _boxes(data: AnyData, pattern: str, instances: str):
   """The images, their classes and the boxes of each."""
   masks, opened = _masks(data, pattern)
   if not instances:
     return masks, opened.classes, boxes.boxes_of_masks(masks, opened.classes)
   problems = checks.Problems("cannot read boxes off masks")
-  root, files = pathlib.Path(data.get("root", "")).expanduser(), listing.Files()
+  root, files = pathlib.Path(data.root).expanduser(), listing.Files()
   wanted = [root / instances.replace("{id}", name) for name in masks.ids]
   absent = [path for path in wanted if path not in files]
   if absent:
@@ -74,7 +75,7 @@ def _boxes(data: configs.ConfigDict, pattern: str, instances: str):
     problems.raise_if_any()
   found = []
   for row, (path,) in enumerate(map(files.find, wanted)):
-    objects = decode.read_mask(path, exif_orientation=data.get("exif_orientation", "apply"))
+    objects = decode.read_mask(path, exif_orientation=data.exif_orientation)
     label = masks.label(row)
     if objects.shape == label.shape:
       found.append(boxes.boxes_of_instances(objects, label, opened.classes))
@@ -92,9 +93,8 @@ def main(arguments=None) -> int:
   known, overrides = _parse(arguments)
 
   def command():
-    masks, classes, found = _boxes(
-      configs.load(known.config, overrides).data, known.masks, known.instances
-    )
+    config = configs.frozen(configs.load(known.config, overrides))
+    masks, classes, found = _boxes(config.data, known.masks, known.instances)
     sizes = [masks.size(row) for row in range(len(masks))]
     boxes.write_boxes(known.out, masks.ids, sizes, found, classes)
     print(

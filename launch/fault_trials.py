@@ -112,11 +112,11 @@ def outcome(workdir: pathlib.Path) -> dict[str, Any]:
   import jax
   import numpy as np
 
-  from pseudoseg_jax import build, workdir as workdirs
+  from pseudoseg_jax import build, config as configs, workdir as workdirs
   from pseudoseg_jax.engine import loop, mesh as meshes
   from pseudoseg_jax.engine.checkpoints import Checkpoints
 
-  config = workdirs.saved_config(workdir)
+  config = configs.frozen(workdirs.saved_config(workdir))
   method = build.build_method(config, 7, config.data.num_scenes - config.data.num_labeled)
   like = loop.abstract_state(method._replace(split_memory=()), meshes.make_mesh(jax.devices()[:1]))
   checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)

@@ -16,13 +16,14 @@ import argparse
 import dataclasses
 import os
 import statistics
+import sys
 import time
 
 import tensorflow as tf
 
 # Before TensorFlow, whose options the package sets.
 from pseudoseg_jax import build, config as configs, settings
-from pseudoseg_jax.command_line import parse_with_overrides
+from pseudoseg_jax.command_line import parse_with_overrides, run
 from pseudoseg_jax.contract import Needs
 from pseudoseg_jax.data import geometry, photometry, pipeline, views
 
@@ -111,11 +112,15 @@ def _stages(spec: pipeline.PipelineSpec) -> list[tuple[str, float, float]]:
   ]
 
 
-def main(arguments=None) -> None:
+def main(arguments=None) -> int:
   known, overrides = _parse(arguments)
-  config = configs.load(known.config, overrides)
+  return run(lambda: _print_rates(known, overrides))
+
+
+def _print_rates(known: argparse.Namespace, overrides: dict[str, str]) -> None:
+  config = configs.frozen(configs.load(known.config, overrides))
   data = build.build_data(config.data)
-  settings.settle_from(config, data)
+  config, _ = settings.settle_from(config, data)
   spec = build.build_pipeline(
     config, data, build.build_method(config, len(data.classes), len(data.unlabeled))
   )
@@ -139,4 +144,4 @@ def main(arguments=None) -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

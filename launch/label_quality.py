@@ -21,17 +21,16 @@ from pseudoseg_jax.data import decode, sources, splits
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.evaluation import report
 from pseudoseg_jax.ops import confusion
+from pseudoseg_jax.options import AnyData, Config
 
 
-def _masks(
-  data: configs.ConfigDict, opened: build.Data, split: str, names: tuple[str, ...]
-) -> sources.Source:
+def _masks(data: AnyData, opened: build.Data, split: str, names: tuple[str, ...]) -> sources.Source:
   """The true masks, in the order of names."""
   source = build.images_of(opened, split)
   if source.has_labels:
     id_of = {splits.without_suffix(name): name for name in source.ids}
     return sources.Subset(source, [id_of.get(name, name) for name in names])
-  pattern = data.get("label_pattern")
+  pattern = data.label_pattern
   if not pattern:
     problems = checks.Problems("the labels cannot be scored")
     problems.add(
@@ -47,7 +46,7 @@ def _masks(
   )
 
 
-def score(labels: pathlib.Path, config: configs.ConfigDict) -> tuple[Classes, confusion.Scores]:
+def score(labels: pathlib.Path, config: Config) -> tuple[Classes, confusion.Scores]:
   """The classes, and the labels' scores."""
   opened = build.build_data(config.data)
   sources.check_labels_folder(labels, opened.classes.names)
@@ -65,7 +64,7 @@ def score(labels: pathlib.Path, config: configs.ConfigDict) -> tuple[Classes, co
   return opened.classes, confusion.scores(matrix)
 
 
-def table(labels: pathlib.Path, config: configs.ConfigDict) -> str:
+def table(labels: pathlib.Path, config: Config) -> str:
   """IoU by class, mIoU and pixel accuracy."""
   classes, scores = score(labels, config)
   return report.table(classes, {"labels": scores})
@@ -82,7 +81,11 @@ def main(arguments=None) -> int:
     "--config", required=True, help="config file, with its argument after a colon"
   )
   known, overrides = parse_with_overrides(parser, sys.argv[1:] if arguments is None else arguments)
-  return run(lambda: print(table(known.labels, configs.load(known.config, overrides))))
+
+  def command():
+    print(table(known.labels, configs.frozen(configs.load(known.config, overrides))))
+
+  return run(command)
 
 
 if __name__ == "__main__":

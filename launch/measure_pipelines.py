@@ -162,7 +162,7 @@ def _run(pipeline: str, data: Data, seed: int, workdir: pathlib.Path) -> Measure
     export = [sys.executable, "-m", "pseudoseg_jax.export_labels", f"--workdir={workdir}/ancillary"]
     subprocess.run([*export, f"--out={workdir / folders[0]}"], check=True)
   overrides = dict(option.removeprefix("--config.").split("=", 1) for option in data.options)
-  opened = configs.load(data.config, overrides)
+  opened = configs.frozen(configs.load(data.config, overrides))
   scores = {
     folder: 100 * label_quality.score(workdir / folder, opened)[1].miou for folder in folders
   }

@@ -171,6 +171,7 @@ def _training(folder, stage, earlier, everywhere, own) -> tuple[list[str], confi
     _refuse_conflicts(stage, parts, {**everywhere, **own})
     configs.override(config, parts)
     options |= parts
+  configs.frozen(config)  # hours before the stage would be refused
   return [
     f"--config={{configs}}/{stage.config}",
     f"--workdir={{{stage.name}}}",

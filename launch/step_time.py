@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 from typing import NamedTuple
 
@@ -23,9 +24,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax
 
 from pseudoseg_jax import build, config as configs, settings
-from pseudoseg_jax.command_line import parse_with_overrides
+from pseudoseg_jax.command_line import parse_with_overrides, run
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.methods.table import METHODS
+from pseudoseg_jax.options import BatchSizes, Config, replaced
 
 _ALL = [name for name in METHODS if name != "cct_domains"]  # which learns two data sets at once
 
@@ -57,7 +59,7 @@ class Measured(NamedTuple):
   mebibytes: float  # as XLA plans
 
 
-def _load(path: str, method: str, overrides: dict[str, str]) -> configs.ConfigDict:
+def _load(path: str, method: str, overrides: dict[str, str]) -> Config:
   name, *options = method.split("+")
   file, _, argument = path.partition(":")
   overrides = overrides | dict(option.split("=", 1) for option in options)
@@ -73,7 +75,7 @@ def _load(path: str, method: str, overrides: dict[str, str]) -> configs.ConfigDi
       "mean": config.data.mean,
       "std": config.data.std,
     }
-  return config
+  return configs.frozen(config)
 
 
 def measure(
@@ -82,13 +84,11 @@ def measure(
   """One method on a config (path, with its argument), `images` a step in all streams together."""
   config = _load(path, method, overrides)
   data = build.build_data(config.data)
-  settings.settle_from(config, data)
+  config, _ = settings.settle_from(config, data)
   method = build.build_method(config, len(data.classes), len(data.unlabeled))
   labeled = images // 2 if method.needs.unlabeled else images
-  config.batch_size_global = {
-    "labeled": labeled,
-    "unlabeled": (images - labeled) // (1 + method.needs.partner) or 1,
-  }
+  unlabeled = (images - labeled) // (1 + method.needs.partner) or 1
+  config = replaced(config, {"batch_size_global": BatchSizes(labeled, unlabeled)})
   mesh = meshes.make_mesh()
   batch = meshes.global_batch(
     mesh, next(build.batches(build.build_pipeline(config, data, method))(0))
@@ -108,8 +108,12 @@ def measure(
   return Measured(statistics.median(seconds), compile_seconds, memory)
 
 
-def main(arguments=None) -> None:
+def main(arguments=None) -> int:
   known, overrides = _parse(arguments)
+  return run(lambda: _print_table(known, overrides))
+
+
+def _print_table(known: argparse.Namespace, overrides: dict[str, str]) -> None:
   print(
     f"{known.config} {' '.join(f'{key}={value}' for key, value in overrides.items())}, {known.images} images a step"
   )
@@ -129,4 +133,4 @@ def main(arguments=None) -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

@@ -38,7 +38,7 @@ def main(arguments=None) -> int:
   known, overrides = _parse(arguments)
 
   def command():
-    data = configs.load(known.config, overrides).data
+    data = configs.frozen(configs.load(known.config, overrides)).data
     opened = build.build_data(data)
     ids = opened.unlabeled.ids
     masks = (

@@ -49,6 +49,7 @@ from pseudoseg_jax.evaluation.display import RunResults, ScoreTable
 from pseudoseg_jax.evaluation.evaluator import Evaluator
 from pseudoseg_jax.evaluation.predictor import Predictor
 from pseudoseg_jax.models import imagenet, pretrained
+from pseudoseg_jax.options import Config, replaced
 from pseudoseg_jax.trained import (
   check_plain,
   given_nets,
@@ -328,9 +329,6 @@ def train(
     config = configs.load(config)
   config = config.copy_and_resolve_references()
   configs.override(config, overrides or {})
-  if data is not None:
-    build.name_given(config, data)
-  build.take_normalization(config)
   workdir = pathlib.Path(os.path.expanduser(workdir))
   with contextlib.ExitStack() as resources:
     stop = resources.enter_context(StopRequest(owns_process=owns_process))
@@ -339,17 +337,19 @@ def train(
       with _together():
         if jax.process_index() == 0:
           resources.enter_context(workdirs.locked(workdir))
-      run = _agreed(config, workdir, data)
+        settled = _checked(config, data)
+      run = _agreed(settled, workdir, data)
       mesh = meshes.make_mesh()
       records = Records(workdir, draw_curves=pictures.curves)
       resources.callback(records.close)
     with _ending_told(records):
-      return _fit(config, source, overrides or {}, workdir, run, mesh, records, stop)
+      return _fit(source, overrides or {}, workdir, run, mesh, records, stop)
 
 
 class _Run(NamedTuple):
-  """What a run is made of, opened and checked."""
+  """What a run is made of, opened and checked; no option of its config is open."""
 
+  config: Config
   domains: tuple[build.Domain, ...]
   method: Method
   specs: tuple[PipelineSpec, ...]
@@ -374,7 +374,18 @@ def _together(compared: Mapping[str, str] | None = None):
     raise failure
 
 
-def _agreed(config: configs.ConfigDict, workdir: pathlib.Path, data: build.Data | None) -> _Run:
+def _checked(config: configs.ConfigDict, data: build.Data | None) -> Config:
+  """The config as the run reads it; all that can be said against it at once."""
+  problems = checks.Problems("the config cannot be run")
+  settled = configs.frozen(config, problems)
+  if data is not None:
+    settled = build.name_given(settled, data)
+  settled = build.take_normalization(settled)
+  build.check_run(settled, problems)
+  return settled
+
+
+def _agreed(config: Config, workdir: pathlib.Path, data: build.Data | None) -> _Run:
   """Opens everything, and makes the workdir this run's, unless another process cannot or would run
   something else.
   """
@@ -387,12 +398,13 @@ def _agreed(config: configs.ConfigDict, workdir: pathlib.Path, data: build.Data 
   with contextlib.ExitStack() as unless_agreed:
     with _together(compared):
       run = _opened(config, workdir, data)
+      config = run.config
       unless_agreed.callback(run.checkpoints.close)
       images = {
         name: workdirs.fingerprint(
           of_domain,
           (spec.unlabeled_image_labels, spec.labeled_boxes, spec.unlabeled_boxes),
-          "" if name else os.path.expanduser(config.get("pseudo_labels", {"folder": ""})["folder"]),
+          "" if name else os.path.expanduser(config.pseudo_labels.folder),
         )
         for (name, _, of_domain), spec in zip(run.domains, run.specs, strict=True)
       }
@@ -413,18 +425,17 @@ def _agreed(config: configs.ConfigDict, workdir: pathlib.Path, data: build.Data 
   return run
 
 
-def _opened(config: configs.ConfigDict, workdir: pathlib.Path, given: build.Data | None) -> _Run:
-  build.check_run(config)
+def _opened(config: Config, workdir: pathlib.Path, given: build.Data | None) -> _Run:
   domains = build.build_domains(config, given)
+  data, others = domains[0].data, [domain.data for domain in domains[1:]]
   begun = Checkpoints(workdir / "checkpoints", read_only=True).step() is not None
   if begun and settings.open_options(config):
-    settings.settle_as(config, workdirs.saved_config(workdir))
-  if chosen := settings.settle_from(config, domains[0].data):
+    config = settings.settle_as(config, configs.frozen(workdirs.saved_config(workdir)))
+  config, chosen = settings.settle_from(config, data)
+  if chosen:
     build.check_run(config)
-    if config.other_data:
-      domains = build.build_domains(config, given)  # further domains have a copy of the config
-  data, others = domains[0].data, [domain.data for domain in domains[1:]]
-  build.weigh_classes(config, data)
+  config = build.weigh_classes(config, data)
+  domains = build.with_config(domains, config)
   method = build.build_method(
     config, len(data.classes), len(data.unlabeled), [len(other.classes) for other in others]
   )
@@ -442,11 +453,10 @@ def _opened(config: configs.ConfigDict, workdir: pathlib.Path, given: build.Data
     return state
 
   checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.keep_last_checkpoints)
-  return _Run(domains, method, specs, checkpoints, prepare, chosen=chosen)
+  return _Run(config, domains, method, specs, checkpoints, prepare, chosen=chosen)
 
 
 def _fit(
-  config,
   source,
   overrides,
   workdir: pathlib.Path,
@@ -455,7 +465,8 @@ def _fit(
   records: Records,
   stop: StopRequest,
 ) -> RunResults:
-  domains, method, checkpoints = run.domains, run.method, run.checkpoints
+  config, domains, method = run.config, run.domains, run.method
+  checkpoints = run.checkpoints
   try:
     with stop.nothing_to_lose():
       _tell_start(config, domains, run.specs[0], mesh, workdir, fresh=checkpoints.step() is None)
@@ -551,7 +562,7 @@ def _tell_start(
     if path.startswith("params/")
   }
   backbone, multiplier = (
-    config.network.get("backbone", ""),
+    config.network.options.get("backbone", ""),
     build.build_optimizer(config).multiplier,
   )
   count, stay = (
@@ -618,7 +629,7 @@ def evaluate(
   problems = checks.Problems(f"cannot score {workdir} on these data")
   is_given = data is not None
   if is_given:
-    channels = config.data.get("channels", 3)
+    channels = config.data.channels
     if data.evaluated.channels != channels:
       problems.add(
         "channels of the images",
@@ -626,7 +637,7 @@ def evaluate(
         allowed=f"{channels}, as of the network",
       )
       problems.raise_if_any()
-    build.name_given(config, data)
+    config = build.name_given(config, data)
   domains = build.build_domains(config, data)
   for (name, _, data), classes in zip(
     domains, [trained.classes, *trained.other_classes.values()], strict=True
@@ -679,7 +690,7 @@ def evaluate(
   )
 
 
-def _about(config: configs.ConfigDict, source: dict[str, str], data: build.Data) -> dict[str, Any]:
+def _about(config: Config, source: dict[str, str], data: build.Data) -> dict[str, Any]:
   """What results.json says besides scores."""
   return {
     "config": source,
@@ -759,8 +770,8 @@ def load(
   predict = method.predictors[name]
   classes = [trained.classes, *trained.other_classes.values()][predict.domain]
   as_trained = {
-    "exif_orientation": config.data.get("exif_orientation", "apply"),
-    "max_value": config.data.get("max_value", 0.0),
+    "exif_orientation": config.data.exif_orientation,
+    "max_value": config.data.max_value,
   }
   return Predictor(
     lambda images: predict(state, images),
@@ -775,16 +786,15 @@ def load(
   )
 
 
-def _starting_weights(
-  config: configs.ConfigDict, classes: Classes
-) -> tuple[dict[str, np.ndarray], str]:
+def _starting_weights(config: Config, classes: Classes) -> tuple[dict[str, np.ndarray], str]:
   """What a run of this config starts from, as pretrained.put takes it, and its description; ({},
   "") for nothing.
   """
   source = os.path.expanduser(config.network.pretrained or config.init_from)
   if not source:
     frozen = (
-      config.method.get("frozen_batch_norm", "none") != "none" or config.optimizer.freeze_batch_norm
+      config.method.options.get("frozen_batch_norm", "none") != "none"
+      or config.optimizer.freeze_batch_norm
     )
     if frozen or config.network.freeze == "batch_norm":
       log.warning(
@@ -792,8 +802,9 @@ def _starting_weights(
       )
     return {}, ""
   if config.network.pretrained == "imagenet":
-    options = config.network
-    source = imagenet.source_of(options.name, options.get("backbone", ""), options.get("stem", ""))
+    options = config.network.options
+    backbone, stem = options.get("backbone", ""), options.get("stem", "")
+    source = imagenet.source_of(config.network.name, backbone, stem)
   if config.network.pretrained:
     tensors = pretrained.read(source)
   else:
@@ -869,7 +880,7 @@ def _summary(
   return "\n".join(lines)
 
 
-def _findings(results: report.Results, config: configs.ConfigDict) -> list[str]:
+def _findings(results: report.Results, config: Config) -> list[str]:
   """What the scores mean: the gain over a supervised run beside this one, and a network that has
   learnt next to nothing.
   """
@@ -897,13 +908,11 @@ def _findings(results: report.Results, config: configs.ConfigDict) -> list[str]:
   return lines
 
 
-def _baseline(
-  source: dict[str, str], config: configs.ConfigDict, flags: Mapping[str, Any]
-) -> str | None:
+def _baseline(source: dict[str, str], config: Config, flags: Mapping[str, Any]) -> str | None:
   """The supervised method in a run that is otherwise the same, as config file with argument; None
   where the file knows none.
   """
-  if not source["path"] or config.method.name == "supervised" or config.get("other_data"):
+  if not source["path"] or config.method.name == "supervised" or config.other_data:
     return None
   of_the_method = ("method", "convention", "image_labels")
   kept = [
@@ -914,12 +923,13 @@ def _baseline(
   for recipe in ([], [f"recipe={config.method.name}"]):
     path = f"{source['path']}:{','.join(['method=supervised', *kept, *recipe])}"
     try:
-      other = configs.load(path, flags)
+      other = configs.frozen(configs.load(path, flags))
     except checks.InputError:
       continue
-    settings.settle_as(other, config)
+    other = settings.settle_as(other, config)
     if other.criterion.class_weights in frequencies.WEIGHTS:  # computed by now
-      other.criterion.class_weights = config.criterion.class_weights
+      weights = config.criterion.class_weights
+      other = replaced(other, {"criterion.class_weights": weights})
     different = configs.differences(config, other)
     if all(line.startswith("method.") for line in different):
       return path

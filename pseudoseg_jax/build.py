@@ -9,8 +9,10 @@ from pseudoseg_jax.builders.classes import (
 from pseudoseg_jax.builders.data import (
   build_data as build_data,
   build_domains as build_domains,
+  config_of as config_of,
   make_data as make_data,
   name_given as name_given,
+  with_config as with_config,
 )
 from pseudoseg_jax.builders.evaluation import (
   build_evaluator as build_evaluator,

@@ -43,6 +43,7 @@ from pseudoseg_jax.data.sources import Source
 from pseudoseg_jax.engine import mesh as meshes
 from pseudoseg_jax.evaluation import pictures, report
 from pseudoseg_jax.evaluation.progress import Progress
+from pseudoseg_jax.options import AnyData, Config
 
 ROLES = ("labeled", "unlabeled", "evaluated")
 
@@ -94,11 +95,12 @@ def main(arguments=None) -> int:
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
   def command():
-    config = configs.load(known.config, overrides)
+    problems = checks.Problems("the config cannot be run")
+    config = configs.frozen(configs.load(known.config, overrides), problems)
     looked = [look(*opened) for opened in _opened(config)]
     findings = [finding for found in looked for finding in found.findings]
     findings += refusals(
-      config, looked, [finding for finding in findings if finding.severity == "error"]
+      config, problems, looked, [finding for finding in findings if finding.severity == "error"]
     )
     findings.sort(key=lambda finding: finding.severity != "error")
     for found in looked:
@@ -122,16 +124,16 @@ class Looked(NamedTuple):
   findings: list[Finding]
 
 
-def _opened(config: configs.ConfigDict) -> Iterator[tuple[str, configs.ConfigDict, build.Data]]:
+def _opened(config: Config) -> Iterator[tuple[str, AnyData, build.Data]]:
   """(name, options, data) of config.data and of each of config.other_data."""
-  for name, options in [("", config.data), *sorted(config.get("other_data", {}).items())]:
+  for name, options in [("", config.data), *sorted(config.other_data.items())]:
     try:
       yield name, options, build.build_data(options, check=False)
     except checks.InputError as error:
       raise checks.InputError(f"domain '{name}': {error}" if name else str(error)) from error
 
 
-def look(name: str, options: configs.ConfigDict, data: build.Data) -> Looked:
+def look(name: str, options: AnyData, data: build.Data) -> Looked:
   """Decodes everything."""
   sources = {role: getattr(data, role) for role in ROLES}
   progress = _progress(sum(map(len, sources.values())))
@@ -153,12 +155,17 @@ def look(name: str, options: configs.ConfigDict, data: build.Data) -> Looked:
 
 
 def refusals(
-  config: configs.ConfigDict, looked: Sequence[Looked], known: Sequence[Finding]
+  config: Config,
+  problems: checks.Problems,
+  looked: Sequence[Looked],
+  known: Sequence[Finding],
 ) -> list[Finding]:
   """What training says of the config and its data before its first step, besides what it says of
   the files of `known`.
 
   Starting weights are not looked at.
+
+  problems: of the config, that are known already.
   """
   messages = []
 
@@ -169,11 +176,11 @@ def refusals(
     except checks.InputError as error:
       messages.append(str(error))
 
-  tried(lambda: build.check_run(config))
+  tried(lambda: build.check_run(config, problems))
   domains = tried(lambda: build.build_domains(config)) or _unchecked(config, looked)
-  if tried(lambda: settings.settle_from(config, domains[0].data)) and config.other_data:
-    # Whose configs are copies.
-    domains = tried(lambda: build.build_domains(config)) or _unchecked(config, looked)
+  if settled := tried(lambda: settings.settle_from(config, domains[0].data)):
+    config, _ = settled
+    domains = build.with_config(domains, config)
   (data, *others), mesh = (domain.data for domain in domains), meshes.make_mesh()
   sizes = len(data.classes), len(data.unlabeled), [len(other.classes) for other in others]
   method = tried(lambda: build.build_method(config, *sizes))
@@ -196,19 +203,9 @@ def refusals(
   return [Finding("not_trainable", "config", tuple(items))] if items else []
 
 
-def _unchecked(config: configs.ConfigDict, looked: Sequence[Looked]) -> list[build.Domain]:
+def _unchecked(config: Config, looked: Sequence[Looked]) -> list[build.Domain]:
   """Domains of data that training refuses, to see what else it refuses."""
-  domains = []
-  for name, data, *_ in looked:
-    own = config.copy_and_resolve_references()
-    if name:
-      own.data = {
-        **config.other_data[name].to_dict(),
-        "mean": config.data.mean,
-        "std": config.data.std,
-      }
-    domains.append(build.Domain(name, own, data))
-  return domains
+  return [build.Domain(name, build.config_of(config, name), data) for name, data, *_ in looked]
 
 
 def _problems(message: str) -> list[Item]:

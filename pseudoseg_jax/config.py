@@ -1,8 +1,9 @@
 """Configs: every option of a run with its default, in one tree; a file in configs/ states what
 differs.
 
-`get_config("method=cps,split=1_8")` of such a file returns the tree; what is declared of its
-options stands in `options`.
+`get_config("method=cps,split=1_8")` of such a file returns the tree, a ConfigDict that users change;
+what is declared of its options stands in `options`. What they made of it the code does not read
+before `frozen` has made it an `options.Config`, which nobody changes.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import math
-import numbers
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from ml_collections import config_flags
 from pseudoseg_jax import checks, options as options_lib
 from pseudoseg_jax.methods import mean_teacher, table as methods_table
 from pseudoseg_jax.models import imagenet, table as models_table
-from pseudoseg_jax.options import Allowed, Option, as_flag, defaults_of
+from pseudoseg_jax.options import Allowed, Config, Option, as_dict, as_flag, defaults_of
 
 ConfigDict = ml_collections.ConfigDict
 
@@ -88,29 +87,26 @@ def base(method_config: ConfigDict) -> ConfigDict:
 
 def folder_data(**options) -> dict[str, Any]:
   """config.data of images and masks in folders, see `options.FolderData`."""
-  return options_lib.defaults(options_lib.FolderData) | options
-
-
-GIVEN = "given"  # config.data.name of images that were given from Python
+  return _data(options_lib.FolderData) | options
 
 
 def given_data(**options) -> dict[str, Any]:
-  """config.data of images that were given from Python: what is known of them beside the images."""
-  known = {
-    name: folder_data()[name]
-    for name in ("channels", "exif_orientation", "max_value", "image_labels", "boxes", "eval_boxes")
-  }
-  return {"name": GIVEN} | known | options
+  """config.data of images that were given from Python, see `options.GivenData`."""
+  return _data(options_lib.GivenData) | options
 
 
 def tfds_data(**options) -> dict[str, Any]:
   """config.data of a TensorFlow Datasets data set, see `options.TfdsData`."""
-  return options_lib.defaults(options_lib.TfdsData) | options
+  return _data(options_lib.TfdsData) | options
 
 
 def synthetic_data(**options) -> dict[str, Any]:
   """config.data of drawn scenes, see `options.SyntheticData`."""
-  return options_lib.defaults(options_lib.SyntheticData) | options
+  return _data(options_lib.SyntheticData) | options
+
+
+def _data(kind: type) -> dict[str, Any]:
+  return options_lib.own_options(options_lib.defaults(kind))
 
 
 def declared(config: Mapping) -> dict[str, Option]:
@@ -119,10 +115,9 @@ def declared(config: Mapping) -> dict[str, Option]:
   """
   known = options_lib.of_group(options_lib.Run)
   domains = {"data": config["data"]} | {
-    f"other_data.{name}": data for name, data in config.get("other_data", {}).items()
+    f"other_data.{name}": data for name, data in config["other_data"].items()
   }
   for prefix, data in domains.items():
-    # Of images that were given, options are as of those in files.
     known |= options_lib.of_group(
       options_lib.DATA.get(data["name"], options_lib.FolderData), f"{prefix}."
     )
@@ -139,18 +134,82 @@ def declared(config: Mapping) -> dict[str, Option]:
   return known
 
 
-def problems_of(config: ConfigDict, key: str = "") -> list[str]:
-  """A line for each option whose value is none that is declared for it: of an option, of a group,
-  or of all.
+def frozen(config: ConfigDict, problems: checks.Problems | None = None) -> Config:
+  """The config as the code reads it: the one boundary between what users change and what is run.
+
+  What is missing has the default that is declared for it: configs of older releases lack options.
+
+  Args:
+    problems: gains what is wrong, in the place of an InputError; the value in question is then the
+      default.
+
+  Raises:
+    InputError: options that there are not, values of another type, or none that is allowed; all at
+      once. A kind of data or a method that there is not, at once: nothing is known of its options.
   """
-  return options_lib.problems_of(declared(config), _of(config, key))
+  noted = checks.Problems("the config cannot be run") if problems is None else problems
+  values = config.to_dict()
+  method, network, data, others = (
+    values.pop(name, {}) for name in ("method", "network", "data", "other_data")
+  )
+  if not isinstance(others, Mapping):
+    noted.add("config.other_data", got=repr(others), allowed="a group of options")
+    others = {}
+  domains = {
+    name: _frozen_data(of, f"config.other_data.{name}", noted) for name, of in others.items()
+  }
+  known = {
+    "data": _frozen_data(data, "config.data", noted),
+    "other_data": options_lib.still(domains),
+  }
+  run = options_lib.read(options_lib.Run, values, "config", noted, **known)
+  method, network = _frozen_method(method, noted), _frozen_network(network, noted)
+  tree = Config(**vars(run), method=method, network=network)
+  if problems is None:
+    noted.raise_if_any()
+  return tree
 
 
-def check(config: ConfigDict, key: str) -> None:
-  """Raises InputError where `problems_of` names any."""
-  problems = checks.Problems("the config cannot be run")
-  problems.extend(problems_of(config, key))
-  problems.raise_if_any()
+def _frozen_data(values: Any, where: str, problems: checks.Problems) -> options_lib.AnyData:
+  name = values.get("name", "folder") if isinstance(values, Mapping) else "folder"
+  checks.check_name(f"{where}.name", name, options_lib.DATA)
+  return options_lib.read(options_lib.DATA[name], values, where, problems)
+
+
+def _frozen_method(values: Mapping[str, Any], problems: checks.Problems) -> options_lib.Chosen:
+  values = dict(values)
+  name = values.pop("name", "supervised")
+  is_external = methods_table.is_external(name)
+  try:
+    factory = methods_table.find(name)
+  except checks.InputError:
+    if not is_external:
+      raise
+    # What it predicts may be used without its module, which alone knows its options.
+    return options_lib.Chosen(name, options_lib.still(values))
+  known = options_lib.of_factory(factory)
+  if is_external:  # what their values may be is its own business
+    known = {key: option._replace(default=None) for key, option in known.items()}
+    values = defaults_of(factory) | values
+  own = options_lib.read_keywords(known, values, "config.method", problems)
+  return options_lib.Chosen(name, own)
+
+
+def _frozen_network(
+  values: Mapping[str, Any], problems: checks.Problems
+) -> options_lib.ChosenNetwork:
+  values, where = dict(values), "config.network"
+  names = Allowed(one_of=tuple(models_table.NETWORKS))
+  asked = values.pop("name", "tiny")
+  name = options_lib.usable(asked, Option("tiny", "", names), f"{where}.name", problems)
+  of_any = options_lib.of_group(options_lib.AnyNetwork)
+  shared = {key: values.pop(key) for key in of_any if key in values}
+  known = options_lib.of_factory(models_table.NETWORKS[name])
+  known = {key: option for key, option in known.items() if key not in of_any}
+  own = options_lib.read_keywords(known, values if name == asked else {}, where, problems)
+  return options_lib.read(
+    options_lib.ChosenNetwork, shared, where, problems, name=name, options=own
+  )
 
 
 def _of(config: ConfigDict, key: str) -> dict[str, Any]:
@@ -335,11 +394,6 @@ def load(path: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
   return config
 
 
-def is_open(value: Any) -> bool:
-  """Whether an option's value leaves it to `settings`: -1, () or "auto"."""
-  return value in (-1, (), "auto")
-
-
 def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
   """Sets dotted keys in place, {"optimizer.learning_rate": "0.1"}; text is read as the type of what
   stands there.
@@ -394,10 +448,7 @@ def _check_numbers(
   ml_collections reads what it is given.
   """
   values = all_options(config)[key]
-  if not all(
-    isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    for value in values
-  ):
+  if not options_lib.are_numbers(values):
     example = as_flag(before) or "1,2"
     problems.add(f"config.{key}", got=as_flag(values), allowed=f"numbers, such as {example}")
 
@@ -433,10 +484,10 @@ def _nearest_option(key: str, known: Mapping[str, Any]) -> str:
   return f"did you mean '{checks.closest(key, named)}'?" if named else checks.nearest(key, known)
 
 
-def all_options(config: Mapping, prefix: str = "") -> dict[str, Any]:
+def all_options(config: Mapping | Config, prefix: str = "") -> dict[str, Any]:
   """Every option by its dotted key: {"seed": 0, "method.name": "cps", ...}."""
   options = {}
-  for name, value in config.items():
+  for name, value in (as_dict(config) if isinstance(config, Config) else config).items():
     options |= (
       all_options(value, f"{prefix}{name}.")
       if isinstance(value, (dict, ConfigDict))
@@ -445,8 +496,9 @@ def all_options(config: Mapping, prefix: str = "") -> dict[str, Any]:
   return options
 
 
-def to_json(config: ConfigDict) -> str:
-  return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+def to_json(config: ConfigDict | Config) -> str:
+  values = as_dict(config) if isinstance(config, Config) else config.to_dict()
+  return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
 def from_json(text: str) -> ConfigDict:
@@ -469,50 +521,11 @@ def from_saved(content: Any) -> ConfigDict:
   if not isinstance(content, dict):
     raise TypeError(f"a {type(content).__name__}, not the options of a run")
   saved = from_json(json.dumps(content))
-  own = ("method.", "network.")  # each has options of its own, below
-  groups = {
-    key: value for key, value in all_options(base(saved.method)).items() if not key.startswith(own)
-  }
   config = completed(saved)
-  known = {
-    **groups,
-    **all_options(
-      {"data": {"folder": folder_data, "tfds": tfds_data}.get(config.data.name, dict)()}
-    ),
-  }
-  known |= all_options({"network": network(config.network.name)})
-  if not methods_table.is_external(config.method.name):
-    known |= all_options({"method": method(config.method.name)})
   problems = checks.Problems("options that no run has")
-  options = all_options(config)
-  for key, default in known.items():
-    if (
-      default is not None
-      and not key.startswith("other_data")
-      and not _fits(options.get(key), default)
-    ):
-      problems.add(
-        f"config.{key}",
-        got=repr(options.get(key)),
-        allowed=f"{type(default).__name__}, such as {default!r}",
-      )
-  problems.raise_if_any()
-  problems.extend(problems_of(config))
+  frozen(config, problems)
   problems.raise_if_any()
   return config
-
-
-def _fits(value: Any, default: Any) -> bool:
-  """Whether a value is of the kind that the default of its option is of."""
-  if isinstance(default, bool) or isinstance(value, bool):
-    return isinstance(value, bool) and isinstance(default, bool)
-  if isinstance(default, (int, float)):
-    return isinstance(value, (int, float)) and math.isfinite(value)
-  if isinstance(default, str) and isinstance(value, Mapping):
-    return True  # label_map may be given as a mapping
-  return isinstance(value, type(default)) or (
-    isinstance(default, Mapping) and isinstance(value, (Mapping, ConfigDict))
-  )
 
 
 def completed(saved: ConfigDict) -> ConfigDict:
@@ -547,7 +560,7 @@ def completed(saved: ConfigDict) -> ConfigDict:
   return saved
 
 
-def changes(ours: ConfigDict, theirs: ConfigDict) -> dict[str, tuple[Any, Any]]:
+def changes(ours: ConfigDict | Config, theirs: ConfigDict | Config) -> dict[str, tuple[Any, Any]]:
   """The options in which two configs differ, by dotted key: (ours, theirs), "absent" where one
   lacks it.
   """
@@ -559,7 +572,7 @@ def changes(ours: ConfigDict, theirs: ConfigDict) -> dict[str, tuple[Any, Any]]:
   return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
+def differences(ours: ConfigDict | Config, theirs: ConfigDict | Config) -> list[str]:
   """One line for each option in which two configs differ: "total_steps: 100 now, 200 there"."""
   return [
     f"{key}: {json.dumps(mine)} now, {json.dumps(other)} there"

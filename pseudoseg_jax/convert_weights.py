@@ -80,7 +80,7 @@ def _convert(known: argparse.Namespace) -> None:
   print(f"{known.source}: {len(tensors)} tensors, {_millions(tensors.values())}")
   if known.config:
     config = configs.load(known.config)
-    classes = build.build_classes(config.data)
+    classes = build.build_classes(configs.frozen(config).data)
     num_classes = len(classes)
   else:
     guessed, num_classes = pretrained.guess(tensors)
@@ -104,7 +104,8 @@ def _convert(known: argparse.Namespace) -> None:
     )
   )
 
-  network = build.build_network(config, num_classes)
+  frozen = configs.frozen(config)
+  network = build.build_network(frozen, num_classes)
   shapes = pretrained.shapes_of(*jax.eval_shape(network.init, jax.random.key(0)))
   values, report = pretrained.fit(
     tensors, shapes, config.network.name, where=known.source, among=known.among
@@ -128,7 +129,7 @@ def _convert(known: argparse.Namespace) -> None:
       "prefix": report.prefix,
     }
     trained.write_export(
-      known.out, values, config, classes, predictor="converted", provenance=provenance
+      known.out, values, frozen, classes, predictor="converted", provenance=provenance
     )
   print(
     f"wrote {known.out}: {len(values)} tensors, {_millions(values.values())}, in {time.perf_counter() - started:.1f} s"

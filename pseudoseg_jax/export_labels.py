@@ -28,6 +28,7 @@ from pseudoseg_jax.engine import mesh as meshes
 from pseudoseg_jax.evaluation import hints, inference, pictures, report
 from pseudoseg_jax.evaluation.evaluator import Evaluator
 from pseudoseg_jax.evaluation.progress import Progress
+from pseudoseg_jax.options import replaced
 from pseudoseg_jax.trained import is_exported, open_trained
 
 FORMAT = "pseudoseg_jax exported labels, version 1"
@@ -150,9 +151,8 @@ def export_labels(
     )
   trained = open_trained(workdir, mesh, checkpoint, overrides, step=step)
   config, method = trained.config, trained.method
-  if "pseudo_labels" in config:
-    # Those that the run itself learnt from are none of its data, and may be gone.
-    config.pseudo_labels.folder = ""
+  # Those that the run itself learnt from are none of its data, and may be gone.
+  config = replaced(config, {"pseudo_labels.folder": ""})
   name = predictor or next(iter(method.predictors))
   checks.check_name("predictor", name, method.predictors)
   number = method.predictors[name].domain

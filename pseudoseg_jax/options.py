@@ -1,9 +1,9 @@
 """Every option of a run in one tree: its default, what it is, and which values it may have.
 
-This is their one home: `base` in config.py makes the ConfigDict that users change of it, `problems_of`
-checks what became of it, `explain` prints it. Options of methods and networks have theirs in the
-signature and the docstring of the factory. Batch sizes are global, durations are in optimizer
-steps.
+This is their one home: `base` in config.py makes the ConfigDict that users change of it, `frozen`
+there checks what became of it and makes it a `Config`, which is what everything else reads;
+`explain` prints it. Options of methods and networks have theirs in the signature and the docstring
+of the factory. Batch sizes are global, durations are in optimizer steps.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
+import numbers
 import re
 import sys
 import textwrap
+import types
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -27,7 +30,7 @@ class Allowed(NamedTuple):
   one_of: words or numbers. least, most: bounds of a number, included. above, below: likewise,
   excluded.
   ordered: of a tuple: no element is smaller than the one before it.
-  may_be_open: -1 too, which leaves the value to what `settings.choose` knows.
+  may_be_open: also a value that leaves it to what `settings.choose` knows, see `is_open`.
   """
 
   one_of: tuple[Any, ...] = ()
@@ -39,23 +42,18 @@ class Allowed(NamedTuple):
   may_be_open: bool = False
 
   def holds(self, value: Any) -> bool:
+    if self.may_be_open and is_open(value):
+      return True
     if isinstance(value, (tuple, list)):
       return all(map(self.holds, value)) and not (self.ordered and list(value) != sorted(value))
-    if hasattr(value, "aval"):  # traced by JAX: not known yet
-      return True
     if self.one_of:
       return value in self.one_of
-    if self.may_be_open and value == -1:
-      return True
-    try:
-      return not (
-        (self.least is not None and not value >= self.least)
-        or (self.above is not None and not value > self.above)
-        or (self.most is not None and not value <= self.most)
-        or (self.below is not None and not value < self.below)
-      )
-    except TypeError:  # no number at all
-      return False
+    return not (
+      (self.least is not None and not value >= self.least)
+      or (self.above is not None and not value > self.above)
+      or (self.most is not None and not value <= self.most)
+      or (self.below is not None and not value < self.below)
+    )
 
   def in_words(self) -> str:
     """The values in words, "0..1"; "" where any will do."""
@@ -80,6 +78,11 @@ ShareRange = Annotated[tuple[float, float], Allowed(least=0, most=1, ordered=Tru
 GridSize = Annotated[tuple[int, int], Allowed(least=1)]  # rows, columns
 
 
+def is_open(value: Any) -> bool:
+  """Whether an option's value leaves it to `settings`: -1, () or "auto"."""
+  return value in (-1, (), "auto")
+
+
 def option(default: Any, about: str, **allowed: Any) -> Any:
   """Declares a field of a group: its default, a sentence or more, and the keywords of `Allowed`."""
   metadata = {"about": about, "allowed": Allowed(**allowed)}
@@ -95,8 +98,8 @@ def group(kind: type) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class BatchSizes:
-  labeled: int = option(8, "Labeled images of a step, over all devices.")
-  unlabeled: int = option(8, "Unlabeled images of a step, over all devices.")
+  labeled: int = option(8, "Labeled images of a step, over all devices.", may_be_open=True)
+  unlabeled: int = option(8, "Unlabeled images of a step, over all devices.", may_be_open=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,9 +215,15 @@ class AnyData:
   )
   std: tuple[float, ...] = option((0.229, 0.224, 0.225), "Likewise the standard deviation.")
 
+  # What data are like that have no such option. Without a type these are no options.
+  channels, max_value = 3, 0.0
+  background, exif_orientation = "auto", "apply"
+  root = classes = image_pattern = label_pattern = unlabeled_folder = ""
+  image_labels = boxes = eval_boxes = ""
+
 
 @dataclasses.dataclass(frozen=True)
-class StoredData:
+class StoredData(AnyData):
   """What images and masks that lie somewhere have, in folders or in TFDS."""
 
   name: str = option("", _KIND)
@@ -293,6 +302,25 @@ class FolderData(StoredData):
   eval_list: str = option("", "What to evaluate; '' = every file that fits eval_image_pattern.")
 
 
+def as_of(kind: type, name: str) -> Any:
+  """Declares a field as another kind of data has it."""
+  (field,) = (field for field in dataclasses.fields(kind) if field.name == name)
+  return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenData(AnyData):
+  """Images that were given from Python: what is known of them beside the images."""
+
+  name: str = option("given", _KIND)
+  channels: int = as_of(FolderData, "channels")
+  exif_orientation: str = as_of(FolderData, "exif_orientation")
+  max_value: float = as_of(FolderData, "max_value")
+  image_labels: str = as_of(FolderData, "image_labels")
+  boxes: str = as_of(FolderData, "boxes")
+  eval_boxes: str = as_of(FolderData, "eval_boxes")
+
+
 @dataclasses.dataclass(frozen=True)
 class TfdsData(StoredData):
   """Images and masks in a TensorFlow Datasets data set."""
@@ -316,7 +344,7 @@ class TfdsData(StoredData):
 
 
 @dataclasses.dataclass(frozen=True)
-class SyntheticData:
+class SyntheticData(AnyData):
   """Drawn scenes of which everything is known: to see the whole way without data."""
 
   name: str = option("synthetic", _KIND)
@@ -331,9 +359,13 @@ class SyntheticData:
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-  crop_size: tuple[int, ...] = option((64, 64), "Height and width of training views in pixels.")
+  crop_size: tuple[int, ...] = option(
+    (64, 64), "Height and width of training views in pixels.", may_be_open=True
+  )
   scales: tuple[float, ...] = option(
-    (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0), "Factors on an image's size, of which one is drawn."
+    (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0),
+    "Factors on an image's size, of which one is drawn.",
+    may_be_open=True,
   )
   continuous: bool = option(
     False,
@@ -391,9 +423,10 @@ class Evaluation:
     "How the network sees an image: 'whole', 'pad_to_crop', 'center_crop' or 'slide' (windows "
     "that overlap); 'auto' chooses.",
     one_of=("whole", "pad_to_crop", "center_crop", "slide", "auto"),
+    may_be_open=True,
   )
   window_pixels: tuple[int, ...] = option(
-    (512, 512), "Height and width of the window that slides, or of the crop."
+    (512, 512), "Height and width of the window that slides, or of the crop.", may_be_open=True
   )
   stride_fraction: float = option(
     2 / 3, "slide: of the window; larger ones leave gaps.", above=0, most=1
@@ -409,7 +442,9 @@ class Evaluation:
   summed: str = option(
     "logits", "What is summed of windows, scales and flips.", one_of=("logits", "probabilities")
   )
-  scales: tuple[float, ...] = option((1.0,), "Factors that an image is resized by.")
+  scales: tuple[float, ...] = option(
+    (1.0,), "Factors that an image is resized by.", may_be_open=True
+  )
   flip: bool = option(False, "The scores of the mirrored image are added.")
   multiple_pixels: int = option(
     1, "whole: images are resized to multiples of this, for networks of patches.", least=1
@@ -502,7 +537,81 @@ class AnyNetwork:
   )
 
 
-DATA = {"folder": FolderData, "tfds": TfdsData, "synthetic": SyntheticData}
+DATA: dict[str, type[AnyData]] = {
+  "folder": FolderData,
+  "tfds": TfdsData,
+  "synthetic": SyntheticData,
+  "given": GivenData,
+}
+
+
+# --- the tree that the code reads -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+  """A method: its name, and its options, the keywords of its factory."""
+
+  name: str
+  options: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenNetwork(AnyNetwork, Chosen):
+  """A network likewise, with what every network has."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Run):
+  """All options of a run, of which none is missing and each has a value that it may have.
+
+  data: of a class of DATA. other_data: likewise by name; their normalization is that of data.
+  """
+
+  method: Chosen
+  network: ChosenNetwork
+
+
+def replaced(tree: Any, values: Mapping[str, Any]) -> Any:
+  """A config, or a group of it, with other values of some options, by dotted key."""
+  for key, value in values.items():
+    name, dot, rest = key.partition(".")
+    if dot:
+      value = replaced(getattr(tree, name), {rest: value})
+    tree = dataclasses.replace(tree, **{name: value})
+  return tree
+
+
+def still(value: Any) -> Any:
+  """A value that nobody can change in place: tuples for lists, views of mappings."""
+  if isinstance(value, Mapping):
+    return types.MappingProxyType({key: still(item) for key, item in value.items()})
+  return tuple(map(still, value)) if isinstance(value, (tuple, list)) else value
+
+
+def as_dict(tree: Any) -> Any:
+  """A config, or a group of it, as nested dicts: what `frozen` made it of."""
+  if isinstance(tree, Config):
+    others = {name: own_options(as_dict(data)) for name, data in tree.other_data.items()}
+    return _fields(tree) | {"other_data": others}
+  if isinstance(tree, Chosen):
+    fields = _fields(tree)
+    return {"name": fields.pop("name"), **fields.pop("options"), **fields}
+  if dataclasses.is_dataclass(tree):
+    return _fields(tree)
+  return {key: as_dict(item) for key, item in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _fields(tree: Any) -> dict[str, Any]:
+  return {field.name: as_dict(getattr(tree, field.name)) for field in dataclasses.fields(tree)}
+
+
+def own_options(data: Mapping[str, Any]) -> dict[str, Any]:
+  """Of the options of data those that every domain has: all but the normalization."""
+  return {name: value for name, value in data.items() if name not in ("mean", "std")}
+
+
+# --- what is declared -----------------------------------------------------------------------------
 
 
 def defaults(kind: type) -> dict[str, Any]:
@@ -590,9 +699,7 @@ def checked(factory: Callable | None = None, *, rules: Rules | None = None) -> C
   def with_checked_options(task: Any, **options: Any) -> Any:
     problems, known = checks.Problems(f"{factory.__name__} cannot be run with these options"), {}
     for name, declared in of_factory(factory).items():
-      wrong = problems_of({name: declared}, {name: options.get(name, declared.default)}, prefix="")
-      problems.extend(wrong)
-      known[name] = declared.default if wrong else options.get(name, declared.default)
+      known[name] = usable(options.get(name, declared.default), declared, name, problems)
     if rules is not None:
       rules(problems, task, **known)
     problems.raise_if_any()
@@ -639,23 +746,100 @@ def _named(function: Callable, path: str) -> Callable | None:
   return None
 
 
-def problems_of(
-  options: Mapping[str, Option], values: Mapping[str, Any], *, prefix: str = "config."
-) -> list[str]:
-  """A line for each value that its option may not have; `prefix` stands before their names."""
-  problems = checks.Problems("")
-  for key, value in values.items():
-    allowed = options[key].allowed if key in options else Allowed()
-    if not allowed.holds(value):
-      problems.add(
-        f"{prefix}{key}",
-        got=repr(value),
-        allowed=allowed.in_words(),
-        remedy=checks.nearest(value, allowed.one_of)
-        if allowed.one_of and isinstance(value, str)
-        else None,
-      )
-  return problems.items
+def read(kind: type, values: Any, where: str, problems: checks.Problems, **known: Any) -> Any:
+  """Makes a group of what stands in a config for it; what is missing has its default, and so has
+  what cannot be used, which `problems` gains.
+
+  Args:
+    where: the group's dotted key, for the problems.
+    known: fields that are made already.
+  """
+  if not isinstance(values, Mapping):
+    problems.add(where, got=repr(values), allowed="a group of options")
+    values = {}
+  fields = {field.name: field for field in dataclasses.fields(kind)}
+  note_unknown(values, fields, where, problems)
+  for name, field in fields.items():
+    if name in known or name not in values:
+      continue
+    at = f"{where}.{name}"
+    inner = (
+      field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
+    if dataclasses.is_dataclass(inner):
+      known[name] = read(type(inner), values[name], at, problems)
+    else:
+      declared = Option(inner, field.metadata["about"], field.metadata["allowed"])
+      known[name] = usable(values[name], declared, at, problems)
+  return kind(**known)
+
+
+def read_keywords(
+  options: Mapping[str, Option], values: Mapping[str, Any], where: str, problems: checks.Problems
+) -> Mapping[str, Any]:
+  """Likewise of the options of a factory, see `of_factory`."""
+  note_unknown(values, options, where, problems)
+  return types.MappingProxyType(
+    {
+      name: usable(values.get(name, declared.default), declared, f"{where}.{name}", problems)
+      for name, declared in options.items()
+    }
+  )
+
+
+def note_unknown(
+  values: Mapping[str, Any], known: Mapping[str, Any], where: str, problems: checks.Problems
+) -> None:
+  """Notes what is no option of a group."""
+  for name in values:
+    if name not in known:
+      remedy = checks.nearest(name, known)
+      problems.add(f"{where}.{name}", got="no such option", remedy=remedy)
+
+
+def usable(value: Any, declared: Option, where: str, problems: checks.Problems) -> Any:
+  """A value as its option is declared; else the default, and `problems` gains why."""
+  default, allowed = declared.default, declared.allowed
+  if hasattr(value, "aval"):  # an array, maybe traced: not known yet
+    return value
+  if not _is_like(value, default):
+    wanted = f"{type(default).__name__}, such as {default!r}"
+    problems.add(where, got=repr(value), allowed=wanted)
+  elif isinstance(default, (tuple, list)) and are_numbers(default) and not are_numbers(value):
+    wanted = f"numbers, such as {as_flag(default) or '1,2'}"
+    problems.add(where, got=as_flag(value), allowed=wanted)
+  elif not allowed.holds(value):
+    words = [word for word in allowed.one_of if isinstance(word, str)]
+    remedy = checks.nearest(str(value), words) if words else None
+    problems.add(where, got=repr(value), allowed=allowed.in_words(), remedy=remedy)
+  elif isinstance(value, numbers.Real) and not math.isfinite(value):
+    problems.add(where, got=repr(value), allowed=f"a number, such as {default!r}")
+  else:
+    return still(value)
+  return still(default)
+
+
+def _is_like(value: Any, default: Any) -> bool:
+  """Whether a value is of the kind that the default of its option is of."""
+  if default is None:
+    return True
+  if isinstance(default, bool) or isinstance(value, bool):
+    return isinstance(value, bool) and isinstance(default, bool)
+  if isinstance(default, numbers.Real):
+    return isinstance(value, numbers.Real)
+  if isinstance(default, str):
+    return isinstance(value, (str, Mapping))  # label_map may be given as a mapping
+  if isinstance(default, (tuple, list)):
+    return isinstance(value, (tuple, list))
+  return isinstance(value, Mapping if isinstance(default, Mapping) else type(default))
+
+
+def are_numbers(values: Any) -> bool:
+  """Whether all of several values are finite numbers."""
+  return all(
+    isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    for value in values
+  )
 
 
 def explain(options: Mapping[str, Option], values: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ workdir's config.json as any other option; a resumed run takes it from there.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,23 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pseudoseg_jax import config as configs
 from pseudoseg_jax.build import Data
+from pseudoseg_jax.options import Config, Run, as_flag, is_open, of_group, replaced
 
 # Those that may be open.
-OPTIONS = (
-  "views.crop_size",
-  "views.scales",
-  "evaluation.scales",
-  "evaluation.style",
-  "evaluation.pad_multiple",
-  "evaluation.window_pixels",
-  "batch_size_global.labeled",
-  "batch_size_global.unlabeled",
-  "total_steps",
-  "eval_every_steps",
-  "checkpoint_every_steps",
-)
+OPTIONS = tuple(key for key, option in of_group(Run).items() if option.allowed.may_be_open)
 _SAMPLED = 200  # images whose size is looked up
 
 
@@ -136,10 +125,13 @@ def _rounded(scale: float) -> float:
   return float(f"{scale:.2g}")
 
 
-def open_options(config: configs.ConfigDict) -> list[str]:
+def open_options(config: Config) -> list[str]:
   """Those that `choose` has a value for and the config has none, by dotted key."""
-  options = configs.all_options(config)
-  return [option for option in OPTIONS if configs.is_open(options[option])]
+  return [option for option in OPTIONS if is_open(_value(config, option))]
+
+
+def _value(config: Config, option: str) -> Any:
+  return functools.reduce(getattr, option.split("."), config)
 
 
 def facts_of(data: Data) -> Facts:
@@ -159,43 +151,38 @@ def facts_of(data: Data) -> Facts:
   )
 
 
-def settle_from(config: configs.ConfigDict, data: Data) -> list[Choice]:
-  """Sets the open options of a config, in place, from the data of its first domain; those that were
-  set.
+def settle_from(config: Config, data: Data) -> tuple[Config, list[Choice]]:
+  """The config with its open options chosen from the data of its first domain, and those that were
+  chosen.
   """
-  return settle(config, facts_of(data)) if open_options(config) else []
+  return settle(config, facts_of(data)) if open_options(config) else (config, [])
 
 
-def settle(config: configs.ConfigDict, facts: Facts) -> list[Choice]:
-  """Sets the open options of a config, in place; those that were set."""
+def settle(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:
+  """The config with its open options chosen, and those that were."""
   wanted, crop = open_options(config), max(config.views.crop_size, default=0)
   chosen = [
     choice
     for choice in choose(facts, crop=crop, steps=max(config.total_steps, 0))
     if choice.option in wanted
   ]
-  config.update_from_flattened_dict({choice.option: choice.value for choice in chosen})
+  config = replaced(config, {choice.option: choice.value for choice in chosen})
   # Of the style that was not chosen, but may have been set.
   left = {
     "evaluation.window_pixels": config.views.crop_size,
     "evaluation.pad_multiple": 32 if config.evaluation.style == "whole" else 1,
   }
-  config.update_from_flattened_dict({option: left[option] for option in open_options(config)})
-  return chosen
+  return replaced(config, {option: left[option] for option in open_options(config)}), chosen
 
 
-def settle_as(config: configs.ConfigDict, saved: configs.ConfigDict) -> None:
-  """Sets the open options of a config, in place, as a run's saved config has them."""
-  options = configs.all_options(saved)
-  config.update_from_flattened_dict({option: options[option] for option in open_options(config)})
+def settle_as(config: Config, other: Config) -> Config:
+  """The config with its open options as another one has them."""
+  return replaced(config, {option: _value(other, option) for option in open_options(config)})
 
 
 def in_words(chosen: Sequence[Choice]) -> str:
   """A table of choices with their reasons."""
-  rows = [
-    (f"--config.{choice.option}={configs.as_flag(choice.value)}", choice.reason)
-    for choice in chosen
-  ]
+  rows = [(f"--config.{choice.option}={as_flag(choice.value)}", choice.reason) for choice in chosen]
   width = max((len(flag) for flag, _ in rows), default=0)
   return "\n".join(
     [

@@ -25,6 +25,7 @@ from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
 from pseudoseg_jax.evaluation import hints, report
 from pseudoseg_jax.models import checkpoint_files, pretrained
+from pseudoseg_jax.options import Config
 from pseudoseg_jax.workdir import saved_config
 
 log = logging.getLogger("pseudoseg_jax")
@@ -35,7 +36,7 @@ _WEIGHTS = "model.safetensors"  # an exported folder is known by it
 class Trained(NamedTuple):
   """What can be used: of the method the predictors, on this state."""
 
-  config: configs.ConfigDict
+  config: Config
   classes: Classes
   method: Method
   state: State
@@ -56,8 +57,9 @@ def open_trained(
   """
   if is_exported(folder):
     return _open_exported(folder, mesh, overrides)
-  config = saved_config(folder)
-  configs.override(config, overrides or {})
+  saved = saved_config(folder)
+  configs.override(saved, overrides or {})
+  config = configs.frozen(saved)
   classes, other_classes = workdirs.saved_classes(folder)
   method = build.build_method(
     config, len(classes), other_classes=list(map(len, other_classes.values()))
@@ -89,10 +91,11 @@ def _open_exported(folder: pathlib.Path, mesh, overrides: Mapping[str, Any] | No
       np.int32(step),
     )
 
-  config, classes, name, step = workdirs.read_json(
+  saved, classes, name, step = workdirs.read_json(
     folder / "config.json", remedy="export again", parse=parse
   )
-  configs.override(config, overrides or {})
+  configs.override(saved, overrides or {})
+  config = configs.frozen(saved)
   network = build.build_network(config, len(classes))
   weights = checkpoint_files.read(folder / _WEIGHTS)
   if {key: value.shape for key, value in weights.items()} != network_shapes(network):
@@ -339,7 +342,7 @@ def export(
 def write_export(
   out: str | pathlib.Path,
   weights: Mapping[str, np.ndarray],
-  config: configs.ConfigDict,
+  config: Config,
   classes: Classes,
   *,
   predictor: str,

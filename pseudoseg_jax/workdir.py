@@ -35,6 +35,7 @@ from pseudoseg_jax.data import splits
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.splits import Entry
 from pseudoseg_jax.evaluation import report
+from pseudoseg_jax.options import Config
 
 log = logging.getLogger("pseudoseg_jax")
 
@@ -202,7 +203,7 @@ def read_json(
 
 
 def saved_config(workdir: pathlib.Path) -> configs.ConfigDict:
-  """The config that a workdir was made with."""
+  """The config that a workdir was made with, to be changed before it is `frozen`."""
   path = workdir / "config.json"
   if not path.is_file():
     problems = checks.Problems("cannot use workdir")
@@ -319,7 +320,7 @@ Data = Mapping[str, Mapping[str, Any]]  # domain -> `fingerprint`
 
 def check_claim(
   workdir: pathlib.Path,
-  config: configs.ConfigDict,
+  config: Config,
   classes: Mapping[str, Classes],
   data: Data,
   *,
@@ -344,7 +345,7 @@ def check_claim(
 
 def claim(
   workdir: pathlib.Path,
-  config: configs.ConfigDict,
+  config: Config,
   classes: Mapping[str, Classes],
   data: Data,
   *,
@@ -441,7 +442,7 @@ _OF_THE_METHOD = (
 
 
 def supervised_beside(
-  workdir: pathlib.Path, config: configs.ConfigDict, results: Mapping[str, Any]
+  workdir: pathlib.Path, config: Config, results: Mapping[str, Any]
 ) -> dict[str, Any] | None:
   """What results.json says under "baseline", see `report`: of the finished supervised run that
   differs least; None for none.
@@ -498,7 +499,7 @@ def _is_number(value: Any) -> bool:
   return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _start_from(workdir: pathlib.Path, config: configs.ConfigDict) -> str:
+def _start_from(workdir: pathlib.Path, config: Config) -> str:
   """How to learn on from a run's network under other options, in words."""
   options = [
     f"--config.init_from={workdir}",

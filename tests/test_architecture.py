@@ -58,6 +58,10 @@ FORBIDDEN = {
     "ml_collections",
   },
   "evaluation": {"pseudoseg_jax.methods", "pseudoseg_jax.models", "ml_collections"},
+  # They are given options as they are, of a config that somebody else has read.
+  "builders": {"pseudoseg_jax.config", "ml_collections"},
+  "build": {"pseudoseg_jax.config", "ml_collections"},
+  "settings": {"pseudoseg_jax.config", "ml_collections"},
   "ops": {"tensorflow", "flax", "ml_collections"},
   "models": {"tensorflow", "ml_collections"},
   "nets": {"flax.linen", "tensorflow", "ml_collections"},

@@ -5,7 +5,7 @@ import pathlib
 import jax
 import pytest
 
-from pseudoseg_jax import api, build, checks, config as configs
+from pseudoseg_jax import api, build, checks, config as configs, options
 from pseudoseg_jax.data import splits
 from pseudoseg_jax.methods import mean_teacher
 from pseudoseg_jax.methods.table import METHODS
@@ -57,16 +57,14 @@ ARGUMENTS = [f"method={name}" for name in METHODS] + [
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_builds_every_method(name, argument):
   config = configs.load(f"configs/{name}:{argument}")
-  build.check_run(
-    configs.load(
-      f"configs/{name}:{argument}",
-      {"batch_size_global.labeled": 8, "batch_size_global.unlabeled": 8},
-    )
-  )
-  method = build.build_method(config, 21)
+  frozen = configs.frozen(config)
+  sizes = options.BatchSizes(labeled=8, unlabeled=8)
+  build.check_run(options.replaced(frozen, {"batch_size_global": sizes}))
+  method = build.build_method(frozen, 21)
   state = jax.eval_shape(method.init, jax.random.key(0))
   assert state.nets and method.predictors
   assert not configs.differences(config, configs.from_json(configs.to_json(config)))
+  assert configs.to_json(frozen) == configs.to_json(config)
 
 
 def test_the_published_voc_schedule():
@@ -128,10 +126,11 @@ def test_a_method_trains_on_cityscapes_as_its_code_does_and_on_request_as_cps(re
 
 
 def test_frozen_batch_norm_without_weights_is_told(caplog):
-  frozen = {"method.frozen_batch_norm": "all"}
-  api._starting_weights(configs.load("configs/quickstart.py:method=cutmix_seg"), 7)
+  config = configs.load("configs/quickstart.py:method=cutmix_seg")
+  api._starting_weights(configs.frozen(config), 7)
   assert "frozen" not in caplog.text
-  api._starting_weights(configs.load("configs/quickstart.py:method=cutmix_seg", frozen), 7)
+  configs.override(config, {"method.frozen_batch_norm": "all"})
+  api._starting_weights(configs.frozen(config), 7)
   assert "batch norm is frozen" in caplog.text
 
 
@@ -160,9 +159,8 @@ def test_the_published_lists_have_their_lengths(name, count):
 
 
 def test_heads_pspnets_pyramid_and_the_classifiers_biases_have_rates_of_their_own():
-  optimizer = build.build_optimizer(
-    configs.load("configs/voc.py:method=pseudoseg", {"optimizer.head_multiplier": 3.0})
-  )
+  config = configs.load("configs/voc.py:method=pseudoseg", {"optimizer.head_multiplier": 3.0})
+  optimizer = build.build_optimizer(configs.frozen(config))
   rates = {
     "classifier/bias": 6,
     "head/classifier/bias": 6,

@@ -377,7 +377,8 @@ def test_classes_survive_their_saved_form():
 
 
 def folder_config(root, **options):
-  return configs.load("configs/folder.py:method=supervised", {"data.root": str(root)} | options)
+  overrides = {"data.root": str(root)} | options
+  return configs.frozen(configs.load("configs/folder.py:method=supervised", overrides))
 
 
 @pytest.mark.parametrize(("word", "index"), [("auto", None), ("yes", 0), ("no", None)])

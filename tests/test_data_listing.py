@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pseudoseg_jax import build, checks, config as configs
+from pseudoseg_jax import build, checks
 from pseudoseg_jax.data import listing, sources
+from pseudoseg_jax.options import FolderData
 
 COMPOSED = "caf\u00e9"
 DECOMPOSED = unicodedata.normalize("NFD", COMPOSED)
@@ -52,9 +54,7 @@ def folder(root, **options):
     "split": "labeled.txt",
     "eval_list": "val.txt",
   }
-  return configs.ConfigDict(
-    configs.folder_data(root=str(root), classes="classes.txt", **{**given, **options})
-  )
+  return FolderData(root=str(root), classes="classes.txt", **{**given, **options})
 
 
 def lists(root, labeled, evaluated):
@@ -382,11 +382,10 @@ def test_a_root_in_the_home_folder_may_be_written_with_a_tilde(tmp_path, monkeyp
   (tmp_path / "data/classes.txt").write_text("ground\nthing\n")
   (tmp_path / "my_list.txt").write_text("a\n")
   config = folder(tmp_path / "data", split="~/my_list.txt", unlabeled_folder="~/more")
-  config.root = "~/data"
-  data = build.build_data(config)
+  data = build.build_data(dataclasses.replace(config, root="~/data"))
   assert data.labeled.ids == ("a",) and data.unlabeled.ids == ("u.jpg",)
-  config.root = "~/dat"
-  assert f"{tmp_path}/dat" in message(lambda: build.build_data(config))
+  elsewhere = dataclasses.replace(config, root="~/dat")
+  assert f"{tmp_path}/dat" in message(lambda: build.build_data(elsewhere))
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_a_class_0_that_no_entry_names_is_asked_for_and_either_answer_helps(tmp_
     config = configs.load(
       "configs/folder.py", {"data.root": str(tmp_path), "data.background": answer}
     )
-    got = tags.read_tags(path, IDS, build.build_classes(config.data))
+    got = tags.read_tags(path, IDS, build.build_classes(configs.frozen(config).data))
     np.testing.assert_array_equal(got, [[present, *row[1:]] for row in WANTED])
 
 

@@ -149,6 +149,7 @@ def twins(**names):
 
 
 def batches(config, start_step=0):
+  config = configs.frozen(config)
   domains = build.build_domains(config)
   method = build.build_method(config, 7, other_classes=[7] * (len(domains) - 1))
   return build.batches(*build.build_pipelines(domains, method))(start_step)
@@ -160,7 +161,8 @@ def assert_equal(first, second):
 
 
 def test_the_first_domain_s_batches_are_those_of_a_run_without_others():
-  alone = configs.load("configs/quickstart.py:method=mean_teacher,convention=official", SMALL)
+  path = "configs/quickstart.py:method=mean_teacher,convention=official"
+  alone = configs.frozen(configs.load(path, SMALL))
   data = build.build_data(alone.data)
   spec = build.build_pipeline(alone, data, build.build_method(alone, 7))
   for expected, batch, _ in zip(

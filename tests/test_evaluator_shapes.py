@@ -237,10 +237,11 @@ def test_the_way_to_fewer_sizes_can_be_followed(options):
   configs.override(config, {f"evaluation.{key}": value for key, value in options.items()})
 
   def made():
+    frozen = configs.frozen(config)
     return make(
       sizes,
-      build.build_protocol(config),
-      flags=functools.partial(evaluation._protocol_flags, config),
+      build.build_protocol(frozen),
+      flags=functools.partial(evaluation._protocol_flags, frozen),
     )
 
   many = made()
@@ -248,7 +249,7 @@ def test_the_way_to_fewer_sizes_can_be_followed(options):
   said = remark.partition("; ")[2].partition(" makes them ")
   assert remark.startswith(
     f"{len(many.batch_sizes)} image sizes"
-  ) and many.protocol == build.build_protocol(config)
+  ) and many.protocol == build.build_protocol(configs.frozen(config))
   flags = shlex.split(said[0])
   assert "--config.evaluation.pad_multiple=" in said[0] and "may change" in said[2]
   configs.override(config, dict(flag.removeprefix("--config.").split("=", 1) for flag in flags))

@@ -60,10 +60,11 @@ def trained(tmp_path_factory):
   """A workdir as training leaves it, at step 2, without the training."""
   workdir = tmp_path_factory.mktemp("trained")
   config = configs.load("configs/quickstart.py:method=cps", QUICKSTART)
-  classes = build.build_classes(config.data)
+  frozen = configs.frozen(config)
+  classes = build.build_classes(frozen.data)
   (workdir / "config.json").write_text(configs.to_json(config))
   (workdir / "classes.json").write_text(json.dumps(dataclasses.asdict(classes)))
-  state = noisy(loop.jit_init(build.build_method(config, len(classes)), meshes.make_mesh(), 0))
+  state = noisy(loop.jit_init(build.build_method(frozen, len(classes)), meshes.make_mesh(), 0))
   checkpoints = Checkpoints(workdir / "checkpoints")
   for series in ("last", "best"):
     checkpoints.save(state, series=series)
@@ -96,7 +97,7 @@ def started(argument, classes=None, **options):
   """A fresh state of a config, before and after what it starts from; classes: others than the
   config's.
   """
-  config = configs.load(f"configs/quickstart.py:{argument}", QUICKSTART | options)
+  config = configs.frozen(configs.load(f"configs/quickstart.py:{argument}", QUICKSTART | options))
   method = build.build_method(config, len(build.build_classes(config.data)))
   fresh = loop.jit_init(method, meshes.make_mesh(), 0)
   return fresh, api._started(
@@ -233,6 +234,7 @@ def test_predictors_that_are_named_as_networks_are_these_networks(name):
   """
   config = configs.load("configs/quickstart.py", QUICKSTART)
   config.method = configs.method(name)
+  config = configs.frozen(config)
   network, method = build.build_network(config, 3), build.build_method(config, 3)
   state = jax.eval_shape(method.init, jax.random.key(0))
   images = jax.ShapeDtypeStruct((1, 33, 33, 3), np.float32)
@@ -246,7 +248,7 @@ def test_predictors_that_are_named_as_networks_are_these_networks(name):
 
 
 def test_the_classifier_of_classes_in_another_order_is_not_taken(exported, caplog):
-  known = build.build_classes(configs.load("configs/quickstart.py").data)
+  known = build.build_classes(configs.frozen(configs.load("configs/quickstart.py")).data)
   swapped = dataclasses.replace(
     known, names=(known.names[0], known.names[2], known.names[1], *known.names[3:])
   )

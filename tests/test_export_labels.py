@@ -39,9 +39,9 @@ QUICKSTART = {
 
 def random_state(config, seed):
   """A state of networks that predict several classes, unlike fresh ones."""
-  state = loop.jit_init(
-    build.build_method(config, len(build.build_classes(config.data))), meshes.make_mesh(), seed
-  )
+  frozen = configs.frozen(config)
+  method = build.build_method(frozen, len(build.build_classes(frozen.data)))
+  state = loop.jit_init(method, meshes.make_mesh(), seed)
   rng = np.random.default_rng(seed)
 
   def moved(path, leaf):
@@ -62,7 +62,7 @@ def random_state(config, seed):
 
 def write_workdir(workdir, config, steps=(2, 4)):
   """A workdir as training leaves it, without the training."""
-  classes = build.build_classes(config.data)
+  classes = build.build_classes(configs.frozen(config).data)
   (workdir / "config.json").write_text(configs.to_json(config))
   (workdir / "classes.json").write_text(json.dumps(dataclasses.asdict(classes)))
   checkpoints = Checkpoints(workdir / "checkpoints")
@@ -103,7 +103,8 @@ def exported(workdir, tmp_path_factory):
 
 
 def scenes_of(workdir):
-  return build.build_data(configs.from_json((workdir / "config.json").read_text()).data)
+  config = configs.from_json((workdir / "config.json").read_text())
+  return build.build_data(configs.frozen(config).data)
 
 
 def test_labels_and_confidence_are_what_the_network_predicts(workdir, exported):

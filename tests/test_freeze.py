@@ -146,15 +146,16 @@ def test_only_pretrained_parts_are_frozen(name):
 def test_a_config_builds_it_and_refuses_a_frozen_encoder_that_knows_nothing(tmp_path):
   config = configs.make_config("supervised", network="tiny")
   config.network.freeze = "encoder"
-  assert build.build_optimizer(config).multiplier("backbone/stem/conv/kernel") == 0
+  optimizer = build.build_optimizer(configs.frozen(config))
+  assert optimizer.multiplier("backbone/stem/conv/kernel") == 0
   with pytest.raises(
     checks.InputError,
     match="config.network.freeze: got 'encoder' with random weights.*pretrained=imagenet",
   ):
-    build.check_run(config)
+    build.check_run(configs.frozen(config))
   config.network.freeze = "all"
   with pytest.raises(checks.InputError, match="network.freeze.*allowed: batch_norm, encoder, none"):
-    build.build_network(config, K)
+    configs.frozen(config)
 
 
 def test_saved_configs_without_the_option_are_read_with_its_default():

@@ -184,7 +184,7 @@ def quickstart(**options):
     "data.num_eval_scenes": 5,
     "data.size": "32,40",
   }
-  config = configs.load("configs/quickstart.py:method=supervised", sizes | options)
+  config = configs.frozen(configs.load("configs/quickstart.py:method=supervised", sizes | options))
   (domain,) = build.build_domains(config)
   return config, domain.data
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import pseudoseg_jax
-from pseudoseg_jax import api, config as configs, main as command_line, workdir as workdirs
+from pseudoseg_jax import api, config as configs, main as command_line, options, workdir as workdirs
 
 # Small enough for a few seconds; every batch divides by the eight simulated devices.
 SMALL = {
@@ -90,7 +90,7 @@ def test_the_gain_over_a_supervised_run_beside_it(trained, tmp_path):
   workdir = tmp_path / "cps"
   shutil.copytree(trained, workdir)
   config, results = (
-    workdirs.saved_config(workdir),
+    configs.frozen(workdirs.saved_config(workdir)),
     json.loads((workdir / "results.json").read_text()),
   )
   gain = lambda: workdirs.supervised_beside(workdir, config, results)
@@ -409,10 +409,12 @@ def test_the_headline_predictor_comes_first(tmp_path):
 def test_the_baseline_that_a_summary_names_differs_in_the_method_alone(argument, baseline):
   path = "configs/voc.py"
   config = configs.load(f"{path}:{argument}", {"data.root": "there"})
+  config = configs.frozen(config)
   got = api._baseline({"path": path, "argument": argument}, config, {"data.root": "there"})
   assert got == (baseline and f"{path}:{baseline}")
   flags = {"data.root": "there", "criterion.class_weights": "effective"}
-  config.criterion.class_weights = "0.5,2"  # what a run makes of it
+  # What a run makes of it.
+  config = options.replaced(config, {"criterion.class_weights": "0.5,2"})
   assert api._baseline({"path": path, "argument": argument}, config, flags) == got
 
 

@@ -232,7 +232,7 @@ def test_own_data_makes_a_folder_of_the_pets(tmp_path, monkeypatch):
     exec(cells["folder"], scope)
   assert opened == [("oxford_iiit_pet", "full")]
   data = build.build_data(
-    configs.load("configs/folder.py", {"data.root": str(tmp_path / "photos")}).data
+    configs.frozen(configs.load("configs/folder.py", {"data.root": str(tmp_path / "photos")})).data
   )
   assert [len(source) for source in (data.labeled, data.unlabeled, data.evaluated)] == [2, 2, 1]
   assert data.classes.names == ("background", "cat", "dog")

@@ -16,7 +16,7 @@ import types
 
 import pytest
 
-from pseudoseg_jax import build, checks
+from pseudoseg_jax import build, checks, config as configs
 
 ROOT = pathlib.Path(__file__).parents[1]
 PIPELINES = str(ROOT / "configs" / "pipelines.py")
@@ -389,7 +389,7 @@ def test_every_pipeline_loads_for_every_data_set(options, data):
   assert list(steps)[-1] not in read and read == set(steps) - {list(steps)[-1]}
   for step in steps.values():
     if step.kind == "train":
-      build.check_run(step.config)
+      build.check_run(configs.frozen(step.config))
       assert set(re.findall(r"{(\w+)}", " ".join(step.arguments))) == {
         "configs",
         step.name,

@@ -147,8 +147,8 @@ def test_both_forms_open_as_the_same_data_by_the_voc_config(tmp_path, voc_argume
   argument = f"method=supervised,recipe={recipe},split={tmp_path / 'labeled.txt'}"
   opened = [
     build.build_data(
-      configs.load(
-        f"configs/voc.py:{argument},form={form}", {"data.root": str(tmp_path / root)}
+      configs.frozen(
+        configs.load(f"configs/voc.py:{argument},form={form}", {"data.root": str(tmp_path / root)})
       ).data
     )
     for form, root in (("folder", "out"), ("tfds", "out/tfds"))

@@ -157,11 +157,11 @@ def test_a_stride_of_nothing_is_refused_with_a_way_on():
   config = configs.base(configs.method("supervised"))
   configs.override(config, {"evaluation.style": "slide", "evaluation.stride_rounding": "upp"})
   with pytest.raises(InputError, match="stride_rounding: got 'upp'.*did you mean 'up'"):
-    build.check_run(config)
+    configs.frozen(config)
   configs.override(
     config, {"evaluation.stride_rounding": "down", "evaluation.window_pixels": "(20, 21)"}
   )
-  assert "stride 13x14" in build.describe_protocol(config)
+  assert "stride 13x14" in build.describe_protocol(configs.frozen(config))
 
 
 def test_pad_to_crop_shows_short_sides_padded_and_longer_ones_as_they_are():
@@ -311,11 +311,12 @@ def test_every_preset_can_be_used_and_says_what_it_is():
 def test_a_preset_replaces_the_options_and_a_wrong_name_gets_the_nearest():
   config = configs.base(configs.method("supervised"))
   configs.override(config, {"evaluation.preset": "cps_voc", "evaluation.flip": "True"})
-  assert build.build_protocol(config) == PRESETS["cps_voc"]
-  assert build.describe_protocol(config).startswith("cps_voc: sliding windows of 512x512")
+  frozen = configs.frozen(config)
+  assert build.build_protocol(frozen) == PRESETS["cps_voc"]
+  assert build.describe_protocol(frozen).startswith("cps_voc: sliding windows of 512x512")
   config.evaluation.preset = "cps_vok"
   with pytest.raises(InputError, match="did you mean 'cps_voc'"):
-    build.check_run(config)
+    build.check_run(configs.frozen(config))
 
 
 def test_options_that_are_wrong_are_told_together():

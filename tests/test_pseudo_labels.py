@@ -50,6 +50,7 @@ def scene_ids(*rows):
 
 def opened(config):
   """The data, and what training batches are made of."""
+  config = configs.frozen(config)
   (domain,) = build.build_domains(config)
   return domain.data, build.build_pipeline(
     config, domain.data, build.build_method(config, len(NAMES))
@@ -121,7 +122,7 @@ def test_labels_of_no_class_are_told_when_they_are_read(tmp_path):
 def test_folders_that_cannot_be_used_are_refused_before_training(tmp_path, change, said):
   folder = write_labels(tmp_path / "exported", scene_ids(8, 9))
   change(folder)
-  assert said in message(lambda: build.build_domains(load(folder)))
+  assert said in message(lambda: build.build_domains(configs.frozen(load(folder))))
 
 
 def test_true_labels_win_and_labeled_images_can_be_repeated_to_be_half(tmp_path):
@@ -154,9 +155,7 @@ def test_only_every_nth_labeled_image_is_used_and_the_others_are_not_unlabeled()
   data, spec = opened(load("", labeled_every=2))
   assert spec.labeled.ids == tuple(scene_ids(0, 2, 4)) and len(data.unlabeled) == 14
   assert data.split.endswith("; labeled_every 2: 3 labeled") and data.pseudo_labeled is None
-  assert "config.labeled_every: got 0" in message(
-    lambda: build.build_domains(load("", labeled_every=0))
-  )
+  assert "config.labeled_every: got 0" in message(lambda: configs.frozen(load("", labeled_every=0)))
 
 
 def make_folder(root):

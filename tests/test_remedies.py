@@ -94,12 +94,14 @@ def open_data(tree, options, argument="method=supervised,network=tiny,crop=33"):
   configs.override(
     config, {"data.root": str(tree), "data.image_pattern": "images/{id}.png"} | options
   )
-  build.check_run(config)
+  problems = checks.Problems("the config cannot be run")
+  config = configs.frozen(config, problems)
+  build.check_run(config, problems)
   domains = build.build_domains(config)
   data = domains[0].data
-  settings.settle_from(config, data)
+  config, _ = settings.settle_from(config, data)
   method = build.build_method(config, len(data.classes), len(data.unlabeled))
-  build.build_pipelines(domains, method)
+  build.build_pipelines(build.with_config(domains, config), method)
   for source in (data.labeled, data.evaluated):
     for row in range(len(source)):
       source.image(row), source.label(row)

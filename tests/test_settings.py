@@ -9,6 +9,7 @@ import pytest
 
 import pseudoseg_jax
 from pseudoseg_jax import api, build, config as configs, settings
+from pseudoseg_jax.options import is_open
 
 
 def draw_facts(seed):
@@ -36,7 +37,7 @@ def test_settings_fit_data_and_machine(seed):
     settings.OPTIONS
   )
   chosen = {choice.option: choice.value for choice in choices}
-  assert not any(configs.is_open(value) for value in chosen.values())
+  assert not any(is_open(value) for value in chosen.values())
   height, width = np.median(np.array(facts.sizes), axis=0).astype(int)
   crop, (least, greatest) = chosen["views.crop_size"][0], chosen["views.scales"]
   assert crop % 16 == 0 and 16 <= crop <= max(16, min(height, width))
@@ -75,9 +76,9 @@ def test_what_is_set_stays_and_the_rest_is_chosen(seed):
     "supervised", network="tiny", overrides={key: _text(value) for key, value in own.items()}
   )
   before = configs.all_options(config)
-  chosen = settings.settle(config, facts)
-  after = configs.all_options(config)
-  assert {option: after[option] for option in own} == own and not settings.open_options(config)
+  settled, chosen = settings.settle(configs.frozen(config), facts)
+  after = configs.all_options(settled)
+  assert {option: after[option] for option in own} == own and not settings.open_options(settled)
   assert {key for key in after if after[key] != before[key]} <= set(settings.OPTIONS) - own.keys()
   assert not {choice.option for choice in chosen} & own.keys()
   assert after["eval_every_steps"] <= after["total_steps"] or "eval_every_steps" in own
@@ -99,7 +100,7 @@ def _text(value):
 
 def test_configs_without_open_options_are_left_alone():
   for path in ("quickstart.py", "voc.py", "camvid.py:method=cps"):
-    assert settings.open_options(configs.load(f"configs/{path}")) == []
+    assert settings.open_options(configs.frozen(configs.load(f"configs/{path}"))) == []
   given = configs.load("configs/folder.py:crop=33,steps=4")
   assert given.views.crop_size == (33, 33) and given.total_steps == 4
 
@@ -154,14 +155,15 @@ def test_what_is_set_wrongly_is_told_although_the_rest_is_open():
   config = configs.make_config(
     "supervised", network="tiny", overrides={"batch_size_global.labeled": -2, "total_steps": -5}
   )
+  problems = pseudoseg_jax.checks.Problems("the config cannot be run")
   with pytest.raises(
-    pseudoseg_jax.checks.InputError, match="labeled: got -2(.|\n)*total_steps: got -5"
+    pseudoseg_jax.checks.InputError, match="total_steps: got -5(.|\n)*labeled: got -2"
   ):
-    build.check_run(config)
+    build.check_run(configs.frozen(config, problems), problems)
 
 
 def test_the_supervised_run_to_compare_with_is_named_although_the_file_leaves_settings_open():
   source = {"path": "configs/folder.py", "argument": "method=fixmatch"}
-  config = configs.load("configs/folder.py:method=fixmatch")
-  settings.settle(config, draw_facts(0))
+  config = configs.frozen(configs.load("configs/folder.py:method=fixmatch"))
+  config, _ = settings.settle(config, draw_facts(0))
   assert api._baseline(source, config, {}) == "configs/folder.py:method=supervised"

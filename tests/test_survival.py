@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from pseudoseg_jax import build, trained
+from pseudoseg_jax import build, config as configs, trained
 from pseudoseg_jax.engine import mesh as meshes
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -81,7 +81,7 @@ def wait_for_checkpoint(process, workdir, step, seconds=300):
 
 
 def last_state(workdir):
-  config = trained.saved_config(workdir)
+  config = configs.frozen(trained.saved_config(workdir))
   method = build.build_method(config, 7)
   state = trained.restore(workdir, method, meshes.make_mesh(jax.devices()[:1]), "last")
   return {

@@ -305,6 +305,6 @@ def test_prepare_writes_the_same_examples_as_tfds(tmp_path, capsys):
   config = configs.load(
     "configs/cityscapes.py:split=full,form=tfds", {"data.root": str(tmp_path / "out/tfds")}
   )
-  data = build.build_data(config.data)
+  data = build.build_data(configs.frozen(config).data)
   # The label id 7 is the road, class 0.
   assert data.labeled.ids == val.ids and np.all(data.labeled.label(0) == 0)

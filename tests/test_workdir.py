@@ -31,7 +31,7 @@ def make_config(**overrides):
   config = configs.base(configs.method("mean_teacher"))
   config.data.update(configs.folder_data(root="/data", image_pattern="images/{id}.jpg"))
   configs.override(config, overrides)
-  return config
+  return configs.frozen(config)
 
 
 @pytest.fixture

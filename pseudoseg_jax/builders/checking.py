@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import jax
 
-from pseudoseg_jax import checks, config as configs
+from pseudoseg_jax import checks
 from pseudoseg_jax.builders.evaluation import build_protocol
+from pseudoseg_jax.options import Config, as_dict, is_open
 
 
-def check_run(config: configs.ConfigDict) -> None:
-  """What can be said of a config's numbers before anything is opened: all of it at once. Open
-  options are passed over.
+def check_run(config: Config, problems: checks.Problems | None = None) -> None:
+  """What can be said of a config before anything is opened, beside what its options may be: all of
+  it at once. Open options are passed over.
+
+  problems: those that are known already, to be told too.
   """
-  problems = checks.Problems("the config cannot be run")
+  problems = problems or checks.Problems("the config cannot be run")
   devices = jax.device_count()
-  for stream, size in config.batch_size_global.items():
-    if not configs.is_open(size) and (size < 1 or size % devices):
+  for stream, size in as_dict(config.batch_size_global).items():
+    if not is_open(size) and (size < 1 or size % devices):
       near = max(devices, round(size / devices) * devices)
       problems.add(
         f"config.batch_size_global.{stream}",
@@ -23,18 +26,21 @@ def check_run(config: configs.ConfigDict) -> None:
         allowed=f"a multiple of the {devices} devices" if devices > 1 else "1 or more",
         remedy=f"e.g. {near}",
       )
-  problems.extend(configs.problems_of(config))
-  channels = config.data.get("channels", 3)
-  for name, other in config.get("other_data", {}).items():
-    if other.get("channels", 3) != channels:
+  channels = config.data.channels
+  for name, other in config.other_data.items():
+    if other.channels != channels:
       problems.add(
         f"config.other_data.{name}.channels",
-        got=other.get("channels", 3),
+        got=other.channels,
         allowed=f"{channels}, as config.data has",
       )
   for name in ("mean", "std"):
     _check_normalization(
-      f"config.data.{name}", config.data[name], channels, problems, least_excluded=name == "std"
+      f"config.data.{name}",
+      getattr(config.data, name),
+      channels,
+      problems,
+      least_excluded=name == "std",
     )
   if config.network.pretrained and config.init_from:
     problems.add(
@@ -52,7 +58,7 @@ def check_run(config: configs.ConfigDict) -> None:
       allowed="an encoder that has learnt something",
       remedy=remedy,
     )
-  if config.criterion.class_weights and config.get("other_data"):
+  if config.criterion.class_weights and config.other_data:
     remedy = "--config.criterion.class_weights="
     problems.add(
       "config.criterion.class_weights",
@@ -62,7 +68,7 @@ def check_run(config: configs.ConfigDict) -> None:
     )
   problems.raise_if_any()
   if not any(
-    configs.is_open(config.evaluation[name])
+    is_open(getattr(config.evaluation, name))
     for name in ("style", "scales", "window_pixels", "pad_multiple")
   ):
     build_protocol(config)
@@ -81,9 +87,7 @@ def _check_normalization(
     )
     return
   allowed = "above 0, up to 1" if least_excluded else "0..1"
-  if not all(isinstance(value, (int, float)) for value in values):
-    problems.add(where, got=f"{tuple(values)}", allowed=f"{channels} numbers, {allowed}")
-  elif not all((0 < value if least_excluded else 0 <= value) and value <= 1 for value in values):
+  if not all((0 < value if least_excluded else 0 <= value) and value <= 1 for value in values):
     scaled = ",".join(f"{value / 255:.3f}" for value in values)
     remedy = (
       f"on the scale of levels 0..255? --{where}={scaled}"

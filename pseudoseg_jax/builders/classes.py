@@ -6,25 +6,24 @@ import dataclasses
 import os
 import pathlib
 
-from pseudoseg_jax import checks, config as configs
+from pseudoseg_jax import checks
 from pseudoseg_jax.data import (
   classes as classes_lib,
   synthetic,
 )
 from pseudoseg_jax.data.classes import Classes
+from pseudoseg_jax.options import AnyData, GivenData, SyntheticData
 
 
-def build_classes(data_config: configs.ConfigDict) -> Classes:
+def build_classes(data_config: AnyData) -> Classes:
   """The classes alone: what a trained network needs to be used without its data.
 
   Raises:
     InputError: no classes, or a single one, of which nothing can be learnt.
   """
-  background = data_config.get("background", "auto")
-  checks.check_name("config.data.background", background, ("auto", "yes", "no"))
   problems = checks.Problems("config.data cannot be used")
   check_in_files(data_config)
-  if data_config.name == "synthetic":
+  if isinstance(data_config, SyntheticData):
     classes = synthetic.CLASSES
   elif data_config.classes in classes_lib.BUILTIN:
     classes = classes_lib.BUILTIN[data_config.classes]
@@ -34,13 +33,13 @@ def build_classes(data_config: configs.ConfigDict) -> Classes:
     problems.raise_if_any()
   else:
     classes = classes_lib.read_classes(resolve_path(data_config.root, data_config.classes))
-  check_several(classes, f"config.data.classes {data_config.get('classes', '')}")
-  return with_background(classes, background)
+  check_several(classes, f"config.data.classes {data_config.classes}")
+  return with_background(classes, data_config.background)
 
 
-def check_in_files(data_config: configs.ConfigDict) -> None:
+def check_in_files(data_config: AnyData) -> None:
   problems = checks.Problems("the images of this run were given from Python, and are in no file")
-  if data_config.name == configs.GIVEN:
+  if isinstance(data_config, GivenData):
     problems.add(
       "data",
       got="nothing",

@@ -5,12 +5,13 @@ hands.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
-from pseudoseg_jax import checks, config as configs
+from pseudoseg_jax import checks
 from pseudoseg_jax.builders.classes import (
   build_classes,
   check_in_files,
@@ -33,22 +34,20 @@ from pseudoseg_jax.data import (
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.decode import ImageLike
 from pseudoseg_jax.data.given import GivenImages
+from pseudoseg_jax.options import AnyData, Config, FolderData, GivenData, SyntheticData, TfdsData
 
 
-def build_data(data_config: configs.ConfigDict, *, check: bool = True) -> Data:
+def build_data(data_config: AnyData, *, check: bool = True) -> Data:
   """Opens the sources; raises InputError with everything that can be known without decoding all
   images.
 
   check=False looks at no file of a folder, and lets roles share images: for `check_data`, which
   tells of all that.
   """
-  checks.check_name(
-    "config.data.name", data_config.name, ("folder", "synthetic", "tfds", configs.GIVEN)
-  )
   check_in_files(data_config)
-  if data_config.name == "folder":
+  if isinstance(data_config, FolderData):
     return open_folder(data_config, check)
-  return _synthetic(data_config) if data_config.name == "synthetic" else _tfds(data_config)
+  return _synthetic(data_config) if isinstance(data_config, SyntheticData) else _tfds(data_config)
 
 
 def make_data(
@@ -132,41 +131,48 @@ def make_data(
   return Data(classes=classes, truth_known=False, split=split, options=reading, **opened)
 
 
-def name_given(config: configs.ConfigDict, data: Data) -> None:
-  """Lets config.data say, in place, that the images are those that were given from Python; the
-  normalization stays.
-  """
+def name_given(config: Config, data: Data) -> Config:
+  """The config, whose data are those that were given from Python; the normalization stays."""
   channels = data.labeled.channels
+  normalization = {}
   for name, other in (("mean", 0.5), ("std", 0.25)):
-    if (
-      len(config.data[name]) != channels
-      and config.data[name] == configs.base(config.method).data[name]
-    ):
-      config.data[name] = (other,) * channels  # the default is of red, green and blue
-  normalization = {name: config.data[name] for name in ("mean", "std")}
-  config.data = configs.ConfigDict(
-    configs.given_data(**{"channels": channels, **data.options}) | normalization
-  )
+    value = getattr(config.data, name)
+    if len(value) != channels and value == getattr(AnyData(), name):
+      value = (other,) * channels  # the default is of red, green and blue
+    normalization[name] = value
+  given = GivenData(**{"channels": channels, **data.options, **normalization})
+  return dataclasses.replace(config, data=given)
 
 
-def build_domains(config: configs.ConfigDict, given_data: Data | None = None) -> tuple[Domain, ...]:
+def build_domains(config: Config, given_data: Data | None = None) -> tuple[Domain, ...]:
   """The data of config.data and of each of config.other_data, in the order of the domains' numbers;
   raises as `build_data`.
 
   config.labeled_every and config.pseudo_labels are about the first one, whose images may be given.
   """
-  configs.check(config, "labeled_every")
   opened = build_data(config.data) if given_data is None else given_data
-  first = _with_pseudo_labels(config, _subsample_labeled(config.get("labeled_every", 1), opened))
+  first = _with_pseudo_labels(config, _subsample_labeled(config.labeled_every, opened))
   domains = [Domain("", config, first)]
-  for name, options in sorted(config.get("other_data", {}).items()):
-    own = config.copy_and_resolve_references()
-    # One network sees all of them.
-    own.data = {**options.to_dict(), "mean": config.data.mean, "std": config.data.std}
-    own.seed = pipeline.stream_seed(config.seed, f"domain/{name}")
+  for name, options in sorted(config.other_data.items()):
     with errors_name_domain(name):
-      domains.append(Domain(name, own, build_data(own.data)))
+      domains.append(Domain(name, config_of(config, name), build_data(options)))
   return tuple(domains)
+
+
+def config_of(config: Config, name: str) -> Config:
+  """The config of a domain, see `Domain`."""
+  if not name:
+    return config
+  # One network sees all of them.
+  normalization = {"mean": config.data.mean, "std": config.data.std}
+  data = dataclasses.replace(config.other_data[name], **normalization)
+  seed = pipeline.stream_seed(config.seed, f"domain/{name}")
+  return dataclasses.replace(config, data=data, seed=seed)
+
+
+def with_config(domains: Sequence[Domain], config: Config) -> tuple[Domain, ...]:
+  """Opened domains, under a config some of whose options were chosen since."""
+  return tuple(domain._replace(config=config_of(config, domain.name)) for domain in domains)
 
 
 def _subsample_labeled(every: int, data: Data) -> Data:
@@ -185,12 +191,11 @@ def _subsample_labeled(every: int, data: Data) -> Data:
   )
 
 
-def _with_pseudo_labels(config: configs.ConfigDict, data: Data) -> Data:
+def _with_pseudo_labels(config: Config, data: Data) -> Data:
   """The data with config.pseudo_labels; images that are labeled keep their true labels."""
-  options = config.get("pseudo_labels", {"folder": ""})
-  if not options["folder"]:
+  if not config.pseudo_labels.folder:
     return data
-  folder = resolve_path(options["folder"], "")
+  folder = resolve_path(config.pseudo_labels.folder, "")
   sources.check_labels_folder(folder, data.classes.names)
   ids = _pseudo_labeled_ids(config, data)
   pseudo_labeled = sources.PseudoLabels(data.unlabeled, folder, data.classes.names, ids)
@@ -199,15 +204,13 @@ def _with_pseudo_labels(config: configs.ConfigDict, data: Data) -> Data:
   )
 
 
-def _pseudo_labeled_ids(config: configs.ConfigDict, data: Data) -> list[str]:
+def _pseudo_labeled_ids(config: Config, data: Data) -> list[str]:
   """Those of the unlabeled images that the list of pseudo labels names."""
   options = config.pseudo_labels
   path, pattern = resolve_path(options.folder, "list.txt"), None
   if options.list:
     path = _list_file(config.data, options.list)
-    pattern = (
-      None if config.data.get("unlabeled_folder") else config.data.get("image_pattern") or None
-    )
+    pattern = None if config.data.unlabeled_folder else config.data.image_pattern or None
   listed = [
     entry._replace(id=listing.normalized(entry.id)) for entry in splits.read_entries(path, pattern)
   ]
@@ -238,9 +241,9 @@ def _pseudo_labeled_ids(config: configs.ConfigDict, data: Data) -> list[str]:
   return ids
 
 
-def _list_file(data_config: configs.ConfigDict, path: str) -> pathlib.Path:
+def _list_file(data_config: AnyData, path: str) -> pathlib.Path:
   """A list below the data's root, or anywhere."""
-  found = resolve_path(data_config.get("root", ""), path)
+  found = resolve_path(data_config.root, path)
   return found if found.is_file() else resolve_path("", path)
 
 
@@ -257,7 +260,7 @@ def errors_name_domain(name: str) -> Iterator[None]:
     ) from error
 
 
-def _synthetic(data_config: configs.ConfigDict) -> Data:
+def _synthetic(data_config: SyntheticData) -> Data:
   scenes = synthetic.SyntheticScenes(
     data_config.num_scenes, tuple(data_config.size), seed=data_config.scenes_seed
   )
@@ -281,11 +284,11 @@ def _synthetic(data_config: configs.ConfigDict) -> Data:
   )
 
 
-def _tfds(data_config: configs.ConfigDict) -> Data:
+def _tfds(data_config: TfdsData) -> Data:
   from pseudoseg_jax.data.tfds_source import TfdsSource  # takes seconds to import, and few need it
 
   classes = build_classes(data_config)
-  keys = {name: data_config[name] or None for name in ("image_key", "id_key", "class_key")}
+  keys = {name: getattr(data_config, name) or None for name in ("image_key", "id_key", "class_key")}
   images = functools.partial(
     TfdsSource,
     os.path.expanduser(data_config.dataset),

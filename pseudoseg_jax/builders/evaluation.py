@@ -7,7 +7,7 @@ import shlex
 
 import jax
 
-from pseudoseg_jax import checks, config as configs
+from pseudoseg_jax import checks
 from pseudoseg_jax.builders.classes import resolve_path
 from pseudoseg_jax.builders.opened import Data, images_of, rows_unlabeled_alone
 from pseudoseg_jax.contract import Method
@@ -18,19 +18,20 @@ from pseudoseg_jax.data import (
 from pseudoseg_jax.evaluation import hints, inference
 from pseudoseg_jax.evaluation.evaluator import Evaluator, make_evaluator
 from pseudoseg_jax.evaluation.inference import Protocol
+from pseudoseg_jax.options import AnyData, Config
 
 
-def build_protocol(config: configs.ConfigDict) -> Protocol:
+def build_protocol(config: Config) -> Protocol:
   options = config.evaluation
   if options.preset:
     checks.check_name("config.evaluation.preset", options.preset, inference.PRESETS)
     return inference.PRESETS[options.preset]
-  protocol = Protocol(**{name: options[name] for name in inference.OPTIONS})
+  protocol = Protocol(**{name: getattr(options, name) for name in inference.OPTIONS})
   inference.check_protocol(protocol)
   return protocol
 
 
-def describe_protocol(config: configs.ConfigDict) -> str:
+def describe_protocol(config: Config) -> str:
   """The protocol in words, after its preset's name where it is one: "cps_voc: sliding windows of
   512x512, ...".
   """
@@ -38,20 +39,20 @@ def describe_protocol(config: configs.ConfigDict) -> str:
   return f"{preset}: " * bool(preset) + inference.describe(build_protocol(config))
 
 
-def _protocol_flags(config: configs.ConfigDict, protocol: Protocol) -> str:
+def _protocol_flags(config: Config, protocol: Protocol) -> str:
   """What a command line must say so that the config's protocol becomes this one."""
   options, said = config.evaluation, protocol._asdict()
   flags = ["--config.evaluation.preset="] * bool(options.preset)
   flags += [
     f"--config.evaluation.{name}={said[name]}"
     for name in inference.OPTIONS
-    if said[name] not in (options[name], None)
+    if said[name] not in (getattr(options, name), None)
   ]
   return " ".join(map(shlex.quote, flags))
 
 
 def build_evaluator(
-  config: configs.ConfigDict, data: Data, method: Method, mesh: jax.sharding.Mesh, number: int = 0
+  config: Config, data: Data, method: Method, mesh: jax.sharding.Mesh, number: int = 0
 ) -> Evaluator:
   """Of the predictors of domain `number`, on that domain's data.
 
@@ -62,7 +63,7 @@ def build_evaluator(
   for name, predict in method.predictors.items():
     if predict.domain == number:
       names.append(name)
-      if config.evaluation.get("image_labels") and not predict.weak_label:
+      if config.evaluation.image_labels and not predict.weak_label:
         names.append(name + hints.IMAGE_LABELS)
   flags = functools.partial(_protocol_flags, config)
   return _evaluator(
@@ -71,7 +72,7 @@ def build_evaluator(
 
 
 def build_labeler(
-  config: configs.ConfigDict,
+  config: Config,
   data: Data,
   method: Method,
   mesh: jax.sharding.Mesh,
@@ -118,9 +119,7 @@ def _evaluator(config, data, method, mesh, names, role, **options) -> Evaluator:
   )
 
 
-def _weak_labels(
-  data_config: configs.ConfigDict, data: Data, role: str, kind: str
-) -> hints.WeakLabel:
+def _weak_labels(data_config: AnyData, data: Data, role: str, kind: str) -> hints.WeakLabel:
   """The weak labels of the images of a role, by row: what the user's files say, else read off masks
   that are known.
 
@@ -137,12 +136,10 @@ def _weak_labels(
   option = {"image": "image_labels", "boxes": "eval_boxes" if role == "evaluated" else "boxes"}[
     kind
   ]
-  path = data_config.get(option)
+  path = getattr(data_config, option)
   if path and not (kind == "image" and masks_known):
     read = {"image": tags.read_tags, "boxes": boxes.read_boxes}[kind]
-    return read(
-      resolve_path(data_config.get("root", ""), path), source.ids, data.classes
-    ).__getitem__
+    return read(resolve_path(data_config.root, path), source.ids, data.classes).__getitem__
   if not masks_known:
     problems = checks.Problems(f"the {role} images cannot be predicted with weak labels")
     allowed = {

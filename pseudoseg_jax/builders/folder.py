@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pseudoseg_jax import checks, config as configs
+from pseudoseg_jax import checks
 from pseudoseg_jax.builders.classes import build_classes, resolve_path
 from pseudoseg_jax.builders.opened import Data
 from pseudoseg_jax.contract import IGNORE_LABEL
@@ -28,11 +28,12 @@ from pseudoseg_jax.data.listing import LeftOut
 from pseudoseg_jax.data.skipped import Skipped
 from pseudoseg_jax.data.sources import Source
 from pseudoseg_jax.data.splits import Entry
+from pseudoseg_jax.options import AnyData, FolderData, StoredData
 
 log = logging.getLogger("pseudoseg_jax")
 
 
-def mask_options(data_config: configs.ConfigDict, classes: Classes) -> dict:
+def mask_options(data_config: FolderData, classes: Classes) -> dict:
   """How masks are stored, as keywords of a source."""
   return {
     "num_classes": len(classes),
@@ -44,7 +45,7 @@ def mask_options(data_config: configs.ConfigDict, classes: Classes) -> dict:
 
 
 def unlabeled_masks(
-  data_config: configs.ConfigDict, classes: Classes, ids: Sequence[str], pattern: str = ""
+  data_config: AnyData, classes: Classes, ids: Sequence[str], pattern: str = ""
 ) -> Source:
   """Masks of unlabeled images, which nothing is learnt from: to make weak labels of them, or to
   score labels with.
@@ -57,7 +58,7 @@ def unlabeled_masks(
     InputError: masks that are absent or cannot be read; data that are no files.
   """
   problems = checks.Problems("the masks of the unlabeled images cannot be used")
-  if data_config.name != "folder":
+  if not isinstance(data_config, FolderData):
     problems.add(
       "config.data.name",
       got=repr(data_config.name),
@@ -74,7 +75,7 @@ def unlabeled_masks(
   stems = [splits.without_suffix(name) for name in ids] if data_config.unlabeled_folder else ids
   options = {
     "channels": data_config.channels,
-    "exif_orientation": data_config.get("exif_orientation", "apply"),
+    "exif_orientation": data_config.exif_orientation,
     **mask_options(data_config, classes),
   }
   try:
@@ -96,7 +97,7 @@ class _Lists(NamedTuple):
   left_out: Sequence[LeftOut]  # beside them, where no list says which images are meant
 
 
-def open_folder(data_config: configs.ConfigDict, check: bool) -> Data:
+def open_folder(data_config: FolderData, check: bool) -> Data:
   problems = checks.Problems("config.data cannot be used")
   root = resolve_path(data_config.root, "")
   if not data_config.root:
@@ -106,24 +107,25 @@ def open_folder(data_config: configs.ConfigDict, check: bool) -> Data:
   elif not root.is_dir():
     problems.add("config.data.root", got=repr(str(root)), allowed="an existing folder")
   for name in ("image_pattern", "eval_image_pattern"):
-    if data_config[name] and data_config[name].count("{id}") != 1:
+    pattern = getattr(data_config, name)
+    if pattern and pattern.count("{id}") != 1:
       problems.add(
         f"config.data.{name}",
-        got=repr(data_config[name]),
+        got=repr(pattern),
         allowed="a path with one {id} in it, e.g. 'images/{id}.jpg'",
       )
   problems.raise_if_any()
-  # Further domains of runs of older releases lack these options.
   options = {
     "channels": data_config.channels,
-    "exif_orientation": data_config.get("exif_orientation", "apply"),
+    "exif_orientation": data_config.exif_orientation,
+    "max_value": data_config.max_value,
+    "check": check,
   }
-  options |= {"max_value": data_config.get("max_value", 0.0), "check": check}
   decode.check_options(options["exif_orientation"], options["max_value"], "config.data.")
 
   classes = build_classes(data_config)
   lists = _lists(data_config, check)
-  skipped = Skipped() if data_config.get("skip_unreadable", False) else None
+  skipped = Skipped() if data_config.skip_unreadable else None
   images = functools.partial(sources.FolderSource, root, **options)
   with_masks = functools.partial(images, **mask_options(data_config, classes))
   patterns, eval_patterns = _patterns(data_config)
@@ -159,15 +161,17 @@ def open_folder(data_config: configs.ConfigDict, check: bool) -> Data:
   return Data(classes=classes, truth_known=False, split=split, skipped=skipped, **opened)
 
 
-def left_out(data_config: configs.ConfigDict) -> Sequence[LeftOut]:
+def left_out(data_config: AnyData) -> Sequence[LeftOut]:
   """What lies among the images of a folder and is not used: other formats, links that lead nowhere,
   unreadable folders.
   """
-  return _lists(data_config, check=False).left_out if data_config.name == "folder" else ()
+  if not isinstance(data_config, FolderData):
+    return ()
+  return _lists(data_config, check=False).left_out
 
 
 def split_in_words(
-  data_config: configs.ConfigDict, opened: Mapping[str, Source], num_left_out: int = 0
+  data_config: StoredData, opened: Mapping[str, Source], num_left_out: int = 0
 ) -> str:
   drawn = (
     f" (random, split_seed {data_config.split_seed})"
@@ -178,10 +182,10 @@ def split_in_words(
   return f"{data_config.split}{drawn}: {len(opened['labeled'])} labeled, {len(opened['unlabeled'])} unlabeled{not_used}"
 
 
-def _patterns(data_config: configs.ConfigDict) -> tuple[dict, dict]:
+def _patterns(data_config: FolderData) -> tuple[dict, dict]:
   """Of training and of evaluated images; None where lists give the paths."""
   image, label, eval_image, eval_label = (
-    os.path.expanduser(data_config[name]) or None
+    os.path.expanduser(getattr(data_config, name)) or None
     for name in ("image_pattern", "label_pattern", "eval_image_pattern", "eval_label_pattern")
   )
   return (
@@ -190,7 +194,7 @@ def _patterns(data_config: configs.ConfigDict) -> tuple[dict, dict]:
   )
 
 
-def _lists(data_config: configs.ConfigDict, check: bool) -> _Lists:
+def _lists(data_config: FolderData, check: bool) -> _Lists:
   """Reads and makes the lists; raises InputError where they do not fit together (check=False: lets
   roles overlap).
   """
@@ -276,7 +280,7 @@ def _with_paths(entry: Entry, trained: Entry) -> Entry:
 
 
 def _check_known(
-  labeled: Sequence[Entry], by_id: Mapping[str, Entry], data_config: configs.ConfigDict
+  labeled: Sequence[Entry], by_id: Mapping[str, Entry], data_config: FolderData
 ) -> None:
   """Labeled images are training images; only where no list names those, a path may lead
   elsewhere.
@@ -299,7 +303,7 @@ def _check_known(
     problems.raise_if_any()
 
 
-def _all(data_config: configs.ConfigDict, patterns: dict, left_out: list[LeftOut]) -> list[Entry]:
+def _all(data_config: FolderData, patterns: dict, left_out: list[LeftOut]) -> list[Entry]:
   """Every image that fits a pattern; `left_out` gains what lies among them and does not."""
   pattern, root = patterns["image_pattern"], resolve_path(data_config.root, "")
   others = [other for role in _patterns(data_config) for other in role.values() if other]
@@ -334,7 +338,7 @@ def _all(data_config: configs.ConfigDict, patterns: dict, left_out: list[LeftOut
 
 def _check_some(
   with_masks: Mapping[str, Source],
-  data_config: configs.ConfigDict,
+  data_config: FolderData,
   skipped: Skipped | None,
   most: int = 8,
 ) -> None:
@@ -382,7 +386,7 @@ def _check_some(
   problems.raise_if_any()
 
 
-def split_file(data_config: configs.ConfigDict) -> pathlib.Path:
+def split_file(data_config: StoredData) -> pathlib.Path:
   candidates = (
     resolve_path(data_config.root, data_config.split),
     resolve_path("", data_config.split),

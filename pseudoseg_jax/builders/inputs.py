@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from pseudoseg_jax import checks, config as configs
+from pseudoseg_jax import checks
 from pseudoseg_jax.builders.classes import resolve_path
 from pseudoseg_jax.builders.data import errors_name_domain
 from pseudoseg_jax.builders.method import check_criterion, class_weights_of
@@ -28,6 +28,7 @@ from pseudoseg_jax.data.geometry import Geometry
 from pseudoseg_jax.data.photometry import Photometry
 from pseudoseg_jax.data.pipeline import Feed, PipelineSpec
 from pseudoseg_jax.data.sources import Source
+from pseudoseg_jax.options import AnyData, Config, as_dict, replaced
 
 log = logging.getLogger("pseudoseg_jax")
 
@@ -59,9 +60,9 @@ def build_pipelines(domains: Sequence[Domain], method: Method) -> tuple[Pipeline
   return tuple(specs)
 
 
-def build_pipeline(config: configs.ConfigDict, data: Data, method: Method) -> PipelineSpec:
+def build_pipeline(config: Config, data: Data, method: Method) -> PipelineSpec:
   """What training batches are made of; raises InputError for whatever does not fit, together."""
-  view = config.views.to_dict()
+  view = as_dict(config.views)
   weak = {name: view.pop(name) for name in ("crop_size", "scales", "continuous", "flip")}
   of_labeled = {name: view.pop(name) for name in ("labeled_photometry", "labeled_operations")}
   geometry = Geometry(convention=view["convention"], **weak)
@@ -89,7 +90,7 @@ def build_pipeline(config: configs.ConfigDict, data: Data, method: Method) -> Pi
   )
 
 
-def _learnt_from(config: configs.ConfigDict, data: Data) -> Source:
+def _learnt_from(config: Config, data: Data) -> Source:
   """The labeled images, some of them several times, and, after them, those with pseudo labels."""
   if config.oversampling_threshold:
     factors = frequencies.repeat_factors(_class_pixels(data), config.oversampling_threshold)
@@ -112,18 +113,19 @@ def _class_pixels(data: Data) -> np.ndarray:
   )
 
 
-def weigh_classes(config: configs.ConfigDict, data: Data) -> None:
-  """Puts numbers, in place, where config.criterion.class_weights names a way to compute them: from
+def weigh_classes(config: Config, data: Data) -> Config:
+  """The config, with numbers where config.criterion.class_weights names a way to compute them: from
   the masks that are learnt from.
   """
   way = config.criterion.class_weights
   if way not in frequencies.WEIGHTS:
-    return
+    return config
   weights = frequencies.class_weights(_class_pixels(data), way)
-  config.criterion.class_weights = ",".join(f"{weight:.6g}" for weight in weights)
+  text = ",".join(f"{weight:.6g}" for weight in weights)
+  return replaced(config, {"criterion.class_weights": text})
 
 
-def tell_imbalance(config: configs.ConfigDict, data: Data, spec: PipelineSpec) -> None:
+def tell_imbalance(config: Config, data: Data, spec: PipelineSpec) -> None:
   """Says in the log what is done for rare classes."""
   weights = class_weights_of(config, len(data.classes))
   if weights:
@@ -146,9 +148,9 @@ def tell_imbalance(config: configs.ConfigDict, data: Data, spec: PipelineSpec) -
     )
 
 
-def _check_background(config: configs.ConfigDict, classes: Classes) -> None:
+def _check_background(config: Config, classes: Classes) -> None:
   """A method that takes class 0 for what is left beside things must be right in that."""
-  if config.method.get("background") is True and classes.background_index != 0:
+  if config.method.options.get("background") is True and classes.background_index != 0:
     problems = checks.Problems(f"method '{config.method.name}' does not fit the classes")
     problems.add(
       "config.method.background",
@@ -159,7 +161,7 @@ def _check_background(config: configs.ConfigDict, classes: Classes) -> None:
     problems.raise_if_any()
 
 
-def _image_labels(data_config: configs.ConfigDict, data: Data) -> np.ndarray | None:
+def _image_labels(data_config: AnyData, data: Data) -> np.ndarray | None:
   """f32[N, K] of the unlabeled images: what the user's file says; synthetic scenes know their
   own.
   """
@@ -168,13 +170,13 @@ def _image_labels(data_config: configs.ConfigDict, data: Data) -> np.ndarray | N
   if not data_config.image_labels:
     return None
   return tags.read_tags(
-    resolve_path(data_config.get("root", ""), data_config.image_labels),
+    resolve_path(data_config.root, data_config.image_labels),
     data.unlabeled.ids,
     data.classes,
   )
 
 
-def _boxes(data_config: configs.ConfigDict, data: Data, source: Source) -> np.ndarray | None:
+def _boxes(data_config: AnyData, data: Data, source: Source) -> np.ndarray | None:
   """f32[N, M, 5] of a source's images: what the user's file says; synthetic scenes know their
   own.
   """
@@ -183,9 +185,7 @@ def _boxes(data_config: configs.ConfigDict, data: Data, source: Source) -> np.nd
   if not data_config.boxes:
     return None
   return boxes.pad_boxes(
-    boxes.read_boxes(
-      resolve_path(data_config.get("root", ""), data_config.boxes), source.ids, data.classes
-    )
+    boxes.read_boxes(resolve_path(data_config.root, data_config.boxes), source.ids, data.classes)
   )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
-from pseudoseg_jax import checks, config as configs, optim
+from pseudoseg_jax import checks, optim
 from pseudoseg_jax.contract import Method, Network, Optimizer, Predictor, Task
 from pseudoseg_jax.data import (
   frequencies,
@@ -17,37 +17,38 @@ from pseudoseg_jax.data import (
 from pseudoseg_jax.methods import table as methods_table
 from pseudoseg_jax.models import imagenet, table as models_table
 from pseudoseg_jax.ops import losses, schedules
+from pseudoseg_jax.options import AnyData, Config, Criterion, replaced
 
 log = logging.getLogger("pseudoseg_jax")
 
 
-def build_network(config: configs.ConfigDict, num_classes: int) -> Network:
-  configs.check(config, "network")
-  options = {
-    name: value for name, value in config.network.items() if name not in ("name", "pretrained")
-  }
-  options["dtype"] = jnp.dtype(options["dtype"])
-  channels = config.data.get("channels", 3)
+def build_network(config: Config, num_classes: int) -> Network:
+  chosen = config.network
   return models_table.make_network(
-    config.network.name, num_classes=num_classes, in_channels=channels, **options
+    chosen.name,
+    num_classes=num_classes,
+    in_channels=config.data.channels,
+    freeze=chosen.freeze,
+    dtype=jnp.dtype(chosen.dtype),
+    **chosen.options,
   )
 
 
-def take_normalization(config: configs.ConfigDict) -> None:
-  """Lets config.data say, in place, how images were normalized for the weights of
+def take_normalization(config: Config) -> Config:
+  """The config, whose data say how images were normalized for the weights of
   network.pretrained=imagenet.
 
   The default of config.data is nobody's choice and makes way; another one stays, see
   `tell_normalization`.
   """
-  default = configs.base(config.method).data
-  if (wanted := _normalization_of_weights(config)) and _normalization(
-    config.data
-  ) == _normalization(default):
-    config.data.mean, config.data.std = wanted
+  wanted = _normalization_of_weights(config)
+  if not wanted or _normalization(config.data) != _normalization(AnyData()):
+    return config
+  mean, std = wanted
+  return replaced(config, {"data.mean": mean, "data.std": std})
 
 
-def tell_normalization(config: configs.ConfigDict) -> None:
+def tell_normalization(config: Config) -> None:
   """Says in the log how images are normalized where weights ask for it; warns where the config has
   another way.
   """
@@ -58,35 +59,36 @@ def tell_normalization(config: configs.ConfigDict) -> None:
   )
   if _normalization(config.data) == wanted:
     log.info(
-      "images are normalized as for the weights of %s: %s", config.network.backbone, in_words
+      "images are normalized as for the weights of %s: %s",
+      config.network.options["backbone"],
+      in_words,
     )
   else:
     log.warning(
       "config.data.mean=%s and config.data.std=%s are kept, but the weights of %s were trained with %s",
       *_normalization(config.data),
-      config.network.backbone,
+      config.network.options["backbone"],
       in_words,
     )
 
 
-def _normalization(data_config: configs.ConfigDict) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalization(data_config: AnyData) -> tuple[tuple[float, ...], tuple[float, ...]]:
   return tuple(data_config.mean), tuple(data_config.std)
 
 
-def _normalization_of_weights(config: configs.ConfigDict) -> imagenet.Normalization | None:
+def _normalization_of_weights(config: Config) -> imagenet.Normalization | None:
   """What network.pretrained=imagenet was trained with; None where nothing asks for it."""
-  backbone = config.network.get("backbone", "")
+  backbone = config.network.options.get("backbone", "")
   if (
     config.network.pretrained != "imagenet"
     or backbone not in imagenet.BACKBONES
-    or config.data.get("channels", 3) != 3
+    or config.data.channels != 3
   ):
     return None
   return imagenet.normalization_of(backbone)
 
 
-def build_optimizer(config: configs.ConfigDict) -> Optimizer:
-  configs.check(config, "optimizer")
+def build_optimizer(config: Config) -> Optimizer:
   options = config.optimizer
   learning_rate = functools.partial(
     schedules.poly,
@@ -119,11 +121,10 @@ def build_optimizer(config: configs.ConfigDict) -> Optimizer:
   return optim.freeze(optimizer, frozen) if frozen else optimizer
 
 
-def build_criterion(config: configs.ConfigDict, num_classes: int) -> Callable:
+def build_criterion(config: Config, num_classes: int) -> Callable:
   """(logits, label) -> the supervised loss; a sum where config.criterion.name is one,
   "cross_entropy+dice".
   """
-  configs.check(config, "criterion")
   options, names = config.criterion, config.criterion.name.split("+")
   weights = class_weights_of(config, num_classes)
   known = {
@@ -157,13 +158,13 @@ def build_criterion(config: configs.ConfigDict, num_classes: int) -> Callable:
   return lambda logits, label: sum(known[name](logits, label) for name in names)
 
 
-def check_criterion(config: configs.ConfigDict, method: Method) -> None:
+def check_criterion(config: Config, method: Method) -> None:
   """Raises InputError where a criterion is asked for that the method would not use."""
   if method.needs.criterion:
     return
   problems = checks.Problems(f"method '{config.method.name}' has a supervised loss of its own")
   for name in ("name", "class_weights"):
-    asked, default = config.criterion[name], configs.base(config.method).criterion[name]
+    asked, default = getattr(config.criterion, name), getattr(Criterion(), name)
     if asked not in (default, "ohem"):  # which recipes set for a data set, whatever the method
       problems.add(
         f"config.criterion.{name}",
@@ -174,7 +175,7 @@ def check_criterion(config: configs.ConfigDict, method: Method) -> None:
   problems.raise_if_any()
 
 
-def class_weights_of(config: configs.ConfigDict, num_classes: int) -> tuple[float, ...]:
+def class_weights_of(config: Config, num_classes: int) -> tuple[float, ...]:
   """Those that config.criterion.class_weights gives; () for none, and for those that
   `weigh_classes` has not computed yet.
   """
@@ -197,9 +198,8 @@ def class_weights_of(config: configs.ConfigDict, num_classes: int) -> tuple[floa
   return weights
 
 
-def _unlabeled_weight(config: configs.ConfigDict) -> Callable:
+def _unlabeled_weight(config: Config) -> Callable:
   """step -> the factor of config.unlabeled_loss."""
-  configs.check(config, "unlabeled_loss")
   options = config.unlabeled_loss
   length_steps = options.rampup_fraction * config.total_steps
   return lambda step: (
@@ -208,7 +208,7 @@ def _unlabeled_weight(config: configs.ConfigDict) -> Callable:
 
 
 def build_method(
-  config: configs.ConfigDict,
+  config: Config,
   num_classes: int,
   num_unlabeled: int = 0,
   other_classes: Sequence[int] = (),
@@ -219,10 +219,6 @@ def build_method(
   other_classes: the number of classes of each further domain.
   """
   factory = methods_table.find(config.method.name)
-  options = {name: value for name, value in config.method.items() if name != "name"}
-  known = configs.defaults_of(factory)
-  for name in options:
-    checks.check_name(f"option of method '{config.method.name}'", name, known)
   task = Task(
     num_classes=num_classes,
     total_steps=config.total_steps,
@@ -235,7 +231,7 @@ def build_method(
     std=tuple(config.data.std),
     unlabeled_weight=_unlabeled_weight(config),
   )
-  method = factory(task, **options)
+  method = factory(task, **config.method.options)
   if not isinstance(method, Method):
     problems = checks.Problems(f"method '{config.method.name}' cannot be used")
     problems.add("its factory", got=f"a {type(method).__name__}", allowed="a contract.Method")

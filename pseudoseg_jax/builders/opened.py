@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pseudoseg_jax import config as configs
 from pseudoseg_jax.data import (
   sources,
 )
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.data.skipped import Skipped
 from pseudoseg_jax.data.sources import Source
+from pseudoseg_jax.options import Config
 
 
 class Data(NamedTuple):
@@ -47,7 +47,7 @@ class Domain(NamedTuple):
   """
 
   name: str
-  config: configs.ConfigDict
+  config: Config
   data: Data
 
 
