@@ -4,7 +4,7 @@
   --config=configs/coco.py:method=pseudoseg,split=1_512,form=tfds --config.data.root=DIR/tfds    (after `prepare ... --format=tfds`)
 
 DIR holds train2017/, val2017/ (the images) and masks/ (NAME.png for the images of both: 0
-background, 1..80 the things in the order of their category ids without the gaps, 255 no opinion),
+background, 1..80 the things in the order of their category ids without the gaps, 255 ignored),
 as `prepare coco` makes them. For unlabeled images with image-level labels:
 --config.method.image_labels=True --config.data.image_labels=FILE (CSV or JSON of the classes in each image).
 

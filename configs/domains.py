@@ -1,4 +1,4 @@
-"""Two data sets with classes of their own, learnt by one network at once: for methods of several
+"""Two data sets with classes of their own, learned by one network at once: for methods of several
 domains.
 
   --config=configs/domains.py:first=camvid,second=quickstart --config.data.root=DIR

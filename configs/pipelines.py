@@ -133,8 +133,8 @@ def self_correcting(text):
     return (primary("primary", ""),)
   if correction == "convolutional":
     return (
-      # Half of the masks: on those it learnt from, its labels are too good for a correction to be
-      # learnt there.
+      # Half of the masks: on those it learned from, its labels are too good for a correction to be
+      # learned there.
       _train("ancillary", ancillary, {"labeled_every": "2"}),
       primary("correction", "ancillary={ancillary}", learn_weak="False"),
       primary("primary", "ancillary={ancillary},primary={correction},correction={correction}"),
@@ -148,7 +148,7 @@ def self_training(text):
   anew for the next; `rounds` students in all.
 
   teacher: the method of the first stage. select: 1 = the first student learns from the half of the
-  images whose labels changed least while the teacher learnt (ST++), 0 = from all (ST). ST++ is
+  images whose labels changed least while the teacher learned (ST++), 0 = from all (ST). ST++ is
   rounds=2,select=1, ST rounds=1,select=0.
 
   Otherwise than in the official code: labels are those of the last checkpoint, there of the best on

@@ -67,7 +67,7 @@ def get_config(argument=""):
   config.total_steps = 3000
   config.batch_size_global = {"labeled": chosen["batch"], "unlabeled": 8}
   # UniMatch halves the sum of its losses, so that the labeled images need twice the rate to be
-  # learnt from as by others.
+  # learned from as by others.
   config.optimizer.learning_rate = 0.2 if chosen["method"] in ("unimatch", "fixmatch") else 0.1
   config.views.crop_size = (64, 64)
   config.views.scales = (0.75, 1.0, 1.25)

@@ -5,9 +5,9 @@ labels and last stage are.
   python launch/measure_pipelines.py --workdir=W --camvid=DIR        CamVid too, with 1/8 of the masks and one seed
 
 Columns: minutes of wall time of each stage (of the first seed); mIoU in % of the labels that are
-learnt from, against the true masks, for self_correcting those of its ancillary network before any
+learned from, against the true masks, for self_correcting those of its ancillary network before any
 correction; mIoU of the last stage's headline predictor after its last step, on images that nothing
-was learnt from, mean and spread over the seeds, and what that is above the supervised
+was learned from, mean and spread over the seeds, and what that is above the supervised
 baseline: the same masks, network and steps as one training stage. Image-level labels and boxes are
 read off masks. Everything stays in WORKDIR, so the command can be stopped and repeated; the table
 is WORKDIR/pipelines.md.

@@ -342,7 +342,7 @@ def train(
       mesh = meshes.make_mesh()
       records = Records(workdir, draw_curves=pictures.curves)
       resources.callback(records.close)
-    with _ending_told(records):
+    with _ending_logged(records):
       return _fit(source, overrides or {}, workdir, run, mesh, records, stop)
 
 
@@ -484,7 +484,7 @@ def _fit(
       total_steps=config.total_steps,
       batches=build.batches(*run.specs),
       images_per_step=len(domains) * (sizes.labeled + (streams - 1) * sizes.unlabeled),
-      every=loop.Every(
+      intervals=loop.Intervals(
         config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps
       ),
       checkpoints=checkpoints,
@@ -569,13 +569,13 @@ def _tell_start(
     sum(parameters.values()),
     sum(size for path, size in parameters.items() if not multiplier(path)),
   )
-  told = f"; {stay:,} of them stay as they are" * bool(stay)
+  at_rest = f"; {stay:,} of them stay as they are" * bool(stay)
   log.info(
     "network %s%s: %s parameters%s",
     config.network.name,
     f" on {backbone}" * bool(backbone),
     f"{count:,}",
-    told,
+    at_rest,
   )
   build.tell_normalization(config)
   build.tell_imbalance(config, domains[0].data, spec)
@@ -590,7 +590,7 @@ def _tell_start(
 
 
 @contextlib.contextmanager
-def _ending_told(records: Records) -> Iterator[None]:
+def _ending_logged(records: Records) -> Iterator[None]:
   """Leaves in log.txt what ended a run."""
   try:
     yield
@@ -824,8 +824,8 @@ def _starting_weights(config: Config, classes: Classes) -> tuple[dict[str, np.nd
 def _started(state: State, values: Mapping[str, np.ndarray], described: str) -> State:
   if not values:
     return state
-  state, told = pretrained.put(state, values)
-  log.info("%s; %s", described, told)
+  state, into = pretrained.put(state, values)
+  log.info("%s; %s", described, into)
   return state
 
 
@@ -882,7 +882,7 @@ def _summary(
 
 def _findings(results: report.Results, config: Config) -> list[str]:
   """What the scores mean: the gain over a supervised run beside this one, and a network that has
-  learnt next to nothing.
+  learned next to nothing.
   """
   lines = []
   if baseline := results.get("baseline"):
@@ -893,15 +893,15 @@ def _findings(results: report.Results, config: Config) -> list[str]:
     lines.append(f"  {100 * baseline['gain']:+.2f} mIoU against supervised, {where}")
   name, score = next(iter(results["last"]["predictors"].items()))
   seen = [kind for kind, iou in score["iou"].items() if iou is not None]
-  said = score.get("predicted_classes", seen)  # which older releases did not write
-  if len(said) == 1 and len(seen) > 1:
+  predicted = score.get("predicted_classes", seen)  # which older releases did not write
+  if len(predicted) == 1 and len(seen) > 1:
     more = (
       "--config.early_stopping_patience=0"
       if results.get("ended_early")
       else f"--config.total_steps={2 * config.total_steps}"
     )
     lines.append(
-      f"  '{name}' SAYS '{said[0]}' OF EVERY PIXEL: it has learnt nothing yet. Where the loss falls, it needs more"
+      f"  '{name}' PREDICTS '{predicted[0]}' FOR EVERY PIXEL: it has learned nothing yet. Where the loss falls, it needs more"
       f" steps ({more}) or more weight on rare classes (--config.criterion.class_weights=effective);"
       f" where it does not, a smaller --config.optimizer.learning_rate={config.optimizer.learning_rate / 10:g}"
     )

@@ -251,7 +251,7 @@ def tables(audits: Mapping[str, Audit], classes: Classes) -> str:
         f"{100 * found.pixels[index] / max(found.pixels.sum(), 1):.2f}",
         str(found.images[index]),
       ]
-  rows.append(["no opinion, of all"])
+  rows.append(["ignored, of all"])
   for found in with_masks.values():
     rows[-1] += [f"{100 * _ignored_share(found):.2f}", ""]
   return f"\n{_aligned(roles, left=(0, 2))}\n\n{_aligned(rows, left=(0,))}\n"

@@ -521,14 +521,14 @@ def from_saved(content: Any) -> ConfigDict:
   if not isinstance(content, dict):
     raise TypeError(f"a {type(content).__name__}, not the options of a run")
   saved = from_json(json.dumps(content))
-  config = completed(saved)
+  config = fill_missing_defaults(saved)
   problems = checks.Problems("options that no run has")
   frozen(config, problems)
   problems.raise_if_any()
   return config
 
 
-def completed(saved: ConfigDict) -> ConfigDict:
+def fill_missing_defaults(saved: ConfigDict) -> ConfigDict:
   """A saved config with the options that were added since, at their defaults, which change
   nothing.
   """

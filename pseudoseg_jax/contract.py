@@ -17,7 +17,7 @@ import optax
 from flax import struct
 from flax.training import train_state
 
-IGNORE_LABEL = 255  # "no opinion": the pixel enters no loss and no score
+IGNORE_LABEL = 255  # the pixel enters no loss and no score
 
 Array = jax.Array
 PyTree = Any
@@ -165,7 +165,7 @@ class Task(NamedTuple):
   criterion: (logits f32[B,H,W,K], label i32[B,H,W]) -> f32[], the supervised loss (plain cross
     entropy, OHEM, ...).
   num_unlabeled: length of the list of unlabeled images, the range of batch["unlabeled"]["id"]; 0
-    where nothing will be learnt.
+    where nothing will be learned.
   other_classes: the number of classes of each further domain.
   mean, std: what images were normalized with, C numbers each on the scale 0..1.
   unlabeled_weight: step i32[] -> factor on the weight of whatever a method learns without pixel
@@ -229,7 +229,7 @@ class Method(NamedTuple):
   predictors: by name; the first is the headline.
   show: (state, batch, draws) -> (panels, kept bool[B,h,w]): what the unlabeled images of a batch
     teach, in the order in which it is shown. The last panel of kind "classes" is the pseudo label,
-    and `kept` is where it is learnt from. None for a method that learns from labels alone.
+    and `kept` is where it is learned from. None for a method that learns from labels alone.
   split_memory: entries of `State.memory` that are split over the devices along their leading axis;
     all else is on every device.
   given_nets: networks that an earlier run made; training starts from theirs (config.nets_from).

@@ -25,7 +25,7 @@ from pseudoseg_jax import build, checks, command_line, workdir as workdirs
 from pseudoseg_jax.contract import State
 from pseudoseg_jax.data import decode, sources, splits
 from pseudoseg_jax.engine import mesh as meshes
-from pseudoseg_jax.evaluation import hints, inference, pictures, report
+from pseudoseg_jax.evaluation import inference, pictures, report, weak_labels
 from pseudoseg_jax.evaluation.evaluator import Evaluator
 from pseudoseg_jax.evaluation.progress import Progress
 from pseudoseg_jax.options import replaced
@@ -151,24 +151,24 @@ def export_labels(
     )
   trained = open_trained(workdir, mesh, checkpoint, overrides, step=step)
   config, method = trained.config, trained.method
-  # Those that the run itself learnt from are none of its data, and may be gone.
+  # Those that the run itself learned from are none of its data, and may be gone.
   config = replaced(config, {"pseudo_labels.folder": ""})
   name = predictor or next(iter(method.predictors))
   checks.check_name("predictor", name, method.predictors)
   number = method.predictors[name].domain
   _, config, data = build.build_domains(config)[number]
-  learnt = [trained.classes, *trained.other_classes.values()][number]
+  learned = [trained.classes, *trained.other_classes.values()][number]
   problems = checks.Problems("cannot export labels of these data")
   problems.extend(
     workdirs.same_classes(
-      data.classes, learnt, where="config.data.classes", allowed="of the network"
+      data.classes, learned, where="config.data.classes", allowed="of the network"
     )
   )
   problems.raise_if_any()
   names = _file_names(build.images_of(data, split).ids)
   say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda line: None
   protocol = _protocol(config, build.images_of(data, split), say)
-  shown = name + hints.IMAGE_LABELS * image_labels
+  shown = name + weak_labels.IMAGE_LABELS * image_labels
   labeler = build.build_labeler(config, data, method, mesh, shown, split, protocol)
   origin = {
     "format": FORMAT,

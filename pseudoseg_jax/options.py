@@ -29,7 +29,8 @@ class Allowed(NamedTuple):
 
   one_of: words or numbers. least, most: bounds of a number, included. above, below: likewise,
   excluded.
-  ordered: of a tuple: no element is smaller than the one before it.
+  whole: no fractions. length: of a tuple, 0 for any. ordered: no element of a tuple is smaller than
+  the one before it.
   may_be_open: also a value that leaves it to what `settings.choose` knows, see `is_open`.
   """
 
@@ -38,6 +39,8 @@ class Allowed(NamedTuple):
   above: float | None = None
   most: float | None = None
   below: float | None = None
+  whole: bool = False
+  length: int = 0
   ordered: bool = False
   may_be_open: bool = False
 
@@ -45,9 +48,13 @@ class Allowed(NamedTuple):
     if self.may_be_open and is_open(value):
       return True
     if isinstance(value, (tuple, list)):
-      return all(map(self.holds, value)) and not (self.ordered and list(value) != sorted(value))
+      if not all(map(self.holds, value)) or (self.length and len(value) != self.length):
+        return False
+      return not self.ordered or list(value) == sorted(value)
     if self.one_of:
       return value in self.one_of
+    if self.whole and not isinstance(value, numbers.Integral):
+      return False
     return not (
       (self.least is not None and not value >= self.least)
       or (self.above is not None and not value > self.above)
@@ -59,8 +66,11 @@ class Allowed(NamedTuple):
     """The values in words, "0..1"; "" where any will do."""
     if self.one_of:
       return checks.choices(map(str, self.one_of))
-    if self.ordered:
-      return f"{self._replace(ordered=False).in_words()}, the smaller first"
+    if self.length or self.ordered or self.whole:
+      number = self._replace(length=0, ordered=False, whole=False).in_words()
+      count = f"{self.length} " if self.length else ""
+      kind = f"{count}{'whole ' * self.whole}number{'s' * (self.length != 1)}"
+      return ", ".join(filter(None, [kind, number, "the smaller first" * self.ordered]))
     if self.least is not None and self.most is not None:
       return f"{self.least:g}..{self.most:g}"
     bounds = {"least": "{:g} or more", "above": "above {:g}", "most": "up to {:g}"}
@@ -74,8 +84,8 @@ Share = Annotated[float, Allowed(least=0, most=1)]
 Positive = Annotated[float, Allowed(above=0)]
 NotNegative = Annotated[float, Allowed(least=0)]
 Count = Annotated[int, Allowed(least=1)]
-ShareRange = Annotated[tuple[float, float], Allowed(least=0, most=1, ordered=True)]
-GridSize = Annotated[tuple[int, int], Allowed(least=1)]  # rows, columns
+ShareRange = Annotated[tuple[float, float], Allowed(least=0, most=1, length=2, ordered=True)]
+GridSize = Annotated[tuple[int, int], Allowed(least=1, length=2, whole=True)]  # rows, columns
 
 
 def is_open(value: Any) -> bool:
@@ -106,12 +116,12 @@ class BatchSizes:
 class PseudoLabels:
   folder: str = option(
     "",
-    "Labels that a network made (export_labels), learnt from as if they were true ones; the folder "
+    "Labels that a network made (export_labels), learned from as if they were true ones; the folder "
     "that export_labels wrote, '' = none.",
   )
   list: str = option("", "A list file of those images that count; '' = all of the folder's.")
   repeat_labeled: bool = option(
-    False, "The labeled images as often as it takes to be half of those learnt from."
+    False, "The labeled images as often as it takes to be half of those learned from."
   )
 
 
@@ -718,15 +728,15 @@ def _arguments(function: Callable | None) -> dict[str, str]:
   for names, lines in re.findall(
     r"^  (\w[\w, ]*):((?:.*\n?)(?:^    .*\n?)*)", section[1] if section else "", re.MULTILINE
   ):
-    said = " ".join(lines.split())
-    same = re.match(r"(?:see|as in) `([\w.]+)`", said)
+    words = " ".join(lines.split())
+    same = re.match(r"(?:see|as in) `([\w.]+)`", words)
     there = _arguments(_named(function, same[1])) if same else {}
     for name in names.split(", "):
       if name in there:
-        more = said[same.end() :].lstrip(" .;,")
+        more = words[same.end() :].lstrip(" .;,")
         about[name] = f"{there[name]} {more[:1].upper()}{more[1:]}".strip()
       else:
-        about[name] = f"{names}: {said}" if "," in names else said
+        about[name] = f"{names}: {words}" if "," in names else words
   return about
 
 

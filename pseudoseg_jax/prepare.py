@@ -396,13 +396,13 @@ class _Progress:
 
   def __init__(self, name: str):
     self.name, self.files = name, 0
-    self.started = self.told = time.perf_counter()
+    self.started = self.reported = time.perf_counter()
 
   def one_more(self, done: float) -> None:
     self.files += 1
     now = time.perf_counter()
-    if now - self.told > _REPORT_SECONDS:
-      self.told, elapsed = now, now - self.started
+    if now - self.reported > _REPORT_SECONDS:
+      self.reported, elapsed = now, now - self.started
       left = elapsed * (1 - done) / max(done, 1e-3)
       rate = f"{self.files} files  {self.files / elapsed:.0f} files/s"
       print(

@@ -79,7 +79,7 @@ def choose(facts: Facts, *, crop: int = 0, steps: int = 0) -> list[Choice]:
   add(
     "evaluation.scales",
     (scale,),
-    "the size at which the network learnt to see them" if scale < 1 else "as they are",
+    "the size at which the network learned to see them" if scale < 1 else "as they are",
   )
   # Whole images, padded to few sizes; large ones in windows, for the memory of their scores.
   if scale * long <= 640:

@@ -23,7 +23,7 @@ from pseudoseg_jax.contract import Method, Needs, NetState, Network, PyTree, Sta
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
-from pseudoseg_jax.evaluation import hints, report
+from pseudoseg_jax.evaluation import report, weak_labels
 from pseudoseg_jax.models import checkpoint_files, pretrained
 from pseudoseg_jax.options import Config
 from pseudoseg_jax.workdir import saved_config
@@ -190,7 +190,7 @@ def check_plain(method: Method, predictor: str) -> None:
   """Raises InputError for what is no predictor of a method, or for one that an image alone is not
   enough for.
   """
-  of = predictor.removesuffix(hints.IMAGE_LABELS)
+  of = predictor.removesuffix(weak_labels.IMAGE_LABELS)
   checks.check_name("predictor", of, method.predictors)
   kind = method.predictors[of].weak_label or ("image" if of != predictor else None)
   if kind:
@@ -366,7 +366,7 @@ def write_export(
   if "root" in options["data"]:
     options["data"]["root"] = ""  # a place on this machine
   options["other_data"] = {}  # the network is one of the first domain
-  # What it was learnt from.
+  # What it was learned from.
   options["nets_from"] = options["pseudo_labels"]["folder"] = options["pseudo_labels"]["list"] = ""
   about = {
     "format": "pseudoseg_jax exported network, version 1",

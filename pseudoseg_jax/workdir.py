@@ -42,7 +42,7 @@ log = logging.getLogger("pseudoseg_jax")
 ROLES = ("labeled", "unlabeled", "evaluated", "pseudo_labeled")
 
 # What may differ when a run is resumed, by the patterns of fnmatch. Of options that are on no list,
-# another value makes another run: what was learnt so far would be the result of neither.
+# another value makes another run: what was learned so far would be the result of neither.
 _FREE = (
   "log_every_steps",
   "eval_every_steps",
@@ -256,7 +256,7 @@ def _text(value: Any) -> str:
 
 
 def same_classes(ours: Classes, theirs: Classes, *, where: str, allowed: str) -> list[str]:
-  """What is wrong with classes (`ours`) that must be those that a network learnt (`theirs`): none
+  """What is wrong with classes (`ours`) that must be those that a network learned (`theirs`): none
   or one text.
 
   By name and order: a network knows them by their number alone.
@@ -294,8 +294,8 @@ def fingerprint(
   for role in ROLES:
     source = getattr(data, role)
     if source is not None:
-      told = "\n".join([*source.ids, *getattr(source, "digests", ())])
-      digest = hashlib.sha256(told.encode(errors="surrogateescape")).hexdigest()
+      listed = "\n".join([*source.ids, *getattr(source, "digests", ())])
+      digest = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
       found[role] = {"images": len(source.ids), "sha256": digest}
   given = [np.ascontiguousarray(array) for array in arrays if array is not None]
   if given:
@@ -327,7 +327,7 @@ def check_claim(
   step: int | None,
 ) -> list[str]:
   """Sees whether the workdir can be that of this run. Only a checkpoint binds it: without one
-  nothing was learnt.
+  nothing was learned.
 
   Args:
     classes, data: of each domain by name, "" the first: the classes, and `fingerprint`.
@@ -374,7 +374,7 @@ def _check_resumable(workdir, config, classes, data, step) -> list[str]:
   problems = checks.Problems(
     f"workdir {workdir} belongs to another config, whose run is at step {step}"
   )
-  told = []
+  changed = []
   if (workdir / "config.json").is_file():  # else the user removed a damaged one
     for key, (ours, theirs) in configs.changes(config, saved_config(workdir)).items():
       line = f"{key}: {json.dumps(ours)} now, {json.dumps(theirs)} there"
@@ -382,7 +382,7 @@ def _check_resumable(workdir, config, classes, data, step) -> list[str]:
       if effect is None:
         problems.add(line)
       elif effect:
-        told.append(f"{line}; {effect}")
+        changed.append(f"{line}; {effect}")
   changed_options = bool(problems.items)
   if config.total_steps < step:
     remedy = f"give --config.total_steps={step} or more"
@@ -428,7 +428,7 @@ def _check_resumable(workdir, config, classes, data, step) -> list[str]:
       + (", or the options that this one was made with" if changed_options else "")
     )
   problems.raise_if_any()
-  return told
+  return changed
 
 
 # What is another method's business, or nobody's.

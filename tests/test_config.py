@@ -37,7 +37,7 @@ def test_a_config_of_an_older_release_is_completed_by_defaults(path):
   )
   old = configs.ConfigDict(without(configs.load(f"configs/{path}").to_dict(), added))
   assert configs.differences(new, old)
-  left = configs.differences(new, configs.completed(old))
+  left = configs.differences(new, configs.fill_missing_defaults(old))
   assert all(
     line.startswith(("optimizer.classifier_multiplier: 10", "data.eval_boxes")) for line in left
   ), left

@@ -186,7 +186,7 @@ def test_other_networks_and_data_and_methods_are_told_with_those_there_are():
 def test_a_method_of_another_package_knows_its_own_options(tmp_path, monkeypatch):
   config = make_config()
   config.method = configs.ConfigDict({"name": "gone_module:gone", "depth": 3})
-  frozen = configs.frozen(config)  # what was learnt by it can still be used
+  frozen = configs.frozen(config)  # what was learned by it can still be used
   assert frozen.method == Chosen("gone_module:gone", {"depth": 3})
   (tmp_path / "there_module.py").write_text("def there(task, *, depth=2, kind=(1, 'a')): pass")
   monkeypatch.syspath_prepend(tmp_path)

@@ -90,7 +90,7 @@ def test_ids_without_folders_are_completed_where_only_one_is_known():
     splits.Entry("unknown"),
   ]
   known = ["jena/jena_1", "ulm/ulm_1", "a/twice", "b/twice"]
-  assert [entry.id for entry in splits.completed(entries, known)] == [
+  assert [entry.id for entry in splits.complete_ids(entries, known)] == [
     "jena/jena_1",
     "ulm/ulm_1",
     "twice",

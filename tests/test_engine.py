@@ -87,7 +87,7 @@ class Run:
         total_steps=self.total_steps,
         batches=feed,
         images_per_step=8,
-        every=loop.Every(log_steps=2, eval_steps=4, checkpoint_steps=3),
+        intervals=loop.Intervals(log_steps=2, eval_steps=4, checkpoint_steps=3),
         checkpoints=checkpoints,
         records=records,
         evaluate=evaluate,

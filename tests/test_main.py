@@ -143,7 +143,7 @@ def test_a_network_that_says_one_class_of_every_pixel_is_told():
   }
   results = {"last": {"predictors": {"a": scores}}}
   (line,) = api._findings(results, config)
-  assert "'a' SAYS 'ground' OF EVERY PIXEL" in line
+  assert "'a' PREDICTS 'ground' FOR EVERY PIXEL" in line
   told = dict(re.findall(r"--config\.([\w.]+)=([\w.]+)", line))
   configs.override(config, told)
   assert config.total_steps == 40_000 and config.criterion.class_weights == "effective"

@@ -436,8 +436,8 @@ def test_every_method_traces_on_every_kind_of_network(case, name):
   assert metrics["loss"].shape == ()
 
 
-def with_hints(images, scenes, kind):
-  """Images as a predictor with hints of that kind sees them, `kind` None: as others do."""
+def with_weak_labels(images, scenes, kind):
+  """Images as a predictor with weak labels of that kind is shown them, `kind` None: as others do."""
   if kind is None:
     return images
   known = (
@@ -480,7 +480,9 @@ def test_learns_on_the_synthetic_scenes(case):
   valid = labels != IGNORE_LABEL
   always_background = np.mean(labels[valid] == 0)
   for name, predict in method.predictors.items():
-    prediction = np.argmax(predict(state, with_hints(normalized, scenes, predict.weak_label)), -1)
+    prediction = np.argmax(
+      predict(state, with_weak_labels(normalized, scenes, predict.weak_label)), -1
+    )
     accuracy = np.mean((prediction == labels)[valid])
     found = {k for k in range(1, K) if np.mean(prediction[labels == k] == k) > 0.2}
     assert accuracy > always_background + 0.05, (name, accuracy, always_background)

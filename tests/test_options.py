@@ -82,11 +82,15 @@ def outside(known):
   allowed, kind = known.allowed, type(known.default)
   if kind is tuple:
     element = known._replace(default=known.default[0] if known.default else allowed.least)
-    element = element._replace(allowed=allowed._replace(ordered=False))
+    element = element._replace(allowed=allowed._replace(ordered=False, length=0))
     numbers = (value for value in outside(element) if value == value)  # nan is told otherwise
     yield from (known.default[1:] + (value,) for value in numbers)
     if allowed.ordered:
       yield (allowed.most, allowed.least)
+    if allowed.length:
+      yield known.default[1:]
+    if allowed.whole:
+      yield (known.default[0] + 0.5, *known.default[1:])
     return
   if allowed.one_of and kind is int:
     yield from (min(allowed.one_of) - 1, max(allowed.one_of) + 1)
@@ -201,7 +205,8 @@ def test_all_values_that_are_not_allowed_are_told_at_once():
     (Allowed(one_of=(2, 1)), "1, 2"),
     (Allowed(least=0, below=1), "0 or more, below 1"),
     (Allowed(most=-1), "up to -1"),
-    (Allowed(least=0, most=1, ordered=True), "0..1, the smaller first"),
+    (Allowed(least=0, most=1, length=2, ordered=True), "2 numbers, 0..1, the smaller first"),
+    (Allowed(least=1, length=2, whole=True), "2 whole numbers, 1 or more"),
   ],
 )
 def test_allowed_values_in_words(allowed, words):

@@ -1,4 +1,4 @@
-"""Labels that a network made, learnt from as if they were true ones."""
+"""Labels that a network made, learned from as if they were true ones."""
 
 import itertools
 import json

@@ -216,7 +216,7 @@ def test_nothing_is_learnt_from_a_first_visit_and_the_second_has_the_first_as_ta
   _, prediction, target = (panel.values for panel in panels)
   np.testing.assert_allclose(target[0], prediction[0], rtol=0, atol=2e-3)
   assert np.all(kept[0]) and not np.any(kept[1])
-  # The other way round it is a target, and something is learnt; padding is known nowhere.
+  # The other way round it is a target, and something is learned; padding is known nowhere.
   mirrored = batch | {"unlabeled": batch["unlabeled"] | {"flip": jnp.array([True, True])}}
   third, metrics = update(second, mirrored, draws)
   assert metrics["loss_consistency"] > 0 and metrics["known_fraction"] == 1

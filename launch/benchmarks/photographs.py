@@ -42,7 +42,7 @@ NETWORK = {
   "freeze": "batch_norm",
 }
 LEARNING_RATE = 0.001
-# One rule for all methods: what is learnt without labels waits for a network that knows something.
+# One rule for all methods: what is learned without labels waits for a network that knows something.
 # Set by hand, not on val: the trials of short_runs.py are not made yet.
 RULE = {"factor": 1.0, "rampup_fraction": 0.25}
 # These halve the sum of both losses: at twice the rate a labeled photograph moves the network as

@@ -5,8 +5,8 @@ The runs are those of photographs.py (leeds_butterfly, 5 labeled photographs a c
 one seed). Three things are tried here:
 
 - of `supervised`: by which factors photographs are resized before they are cropped (a crop at twice
-  the size shows a wing, not a butterfly), the output stride, what of the encoder is learnt, and the
-  learning rate. These trials began with everything learnt at a rate of 0.01; a setting that names
+  the size shows a wing, not a butterfly), the output stride, what of the encoder is learned, and the
+  learning rate. These trials began with everything learned at a rate of 0.01; a setting that names
   neither has that. Other methods were tried in those that looked best;
 - of pseudoseg with image-level labels, in what was chosen: what holds it back;
 - of three methods together, in what was chosen: config.unlabeled_loss, over which share of the run

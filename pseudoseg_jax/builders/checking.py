@@ -55,7 +55,7 @@ def check_run(config: Config, problems: checks.Problems | None = None) -> None:
     problems.add(
       "config.network.freeze",
       got="'encoder' with random weights",
-      allowed="an encoder that has learnt something",
+      allowed="an encoder that has learned something",
       remedy=remedy,
     )
   if config.criterion.class_weights and config.other_data:
@@ -63,7 +63,7 @@ def check_run(config: Config, problems: checks.Problems | None = None) -> None:
     problems.add(
       "config.criterion.class_weights",
       got="weights of one data set",
-      allowed="none where several are learnt",
+      allowed="none where several are learned",
       remedy=remedy,
     )
   problems.raise_if_any()

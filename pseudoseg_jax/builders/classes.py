@@ -19,7 +19,7 @@ def build_classes(data_config: AnyData) -> Classes:
   """The classes alone: what a trained network needs to be used without its data.
 
   Raises:
-    InputError: no classes, or a single one, of which nothing can be learnt.
+    InputError: no classes, or a single one, of which nothing can be learned.
   """
   problems = checks.Problems("config.data cannot be used")
   check_in_files(data_config)

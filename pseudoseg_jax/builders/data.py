@@ -74,7 +74,7 @@ def make_data(
     masks: one for each image: a path, a PIL image or an array [h, w] of class indices, 255 = no
       label; None: the image is unlabeled.
     classes: names by class index, or Classes.
-    evaluated: images and masks that nothing is learnt from.
+    evaluated: images and masks that nothing is learned from.
     unlabeled: further images without masks.
     background: whether class 0 is what is left beside things, "yes" or "no"; "auto": its name says
       so.

@@ -15,7 +15,7 @@ from pseudoseg_jax.data import (
   boxes,
   tags,
 )
-from pseudoseg_jax.evaluation import hints, inference
+from pseudoseg_jax.evaluation import inference, weak_labels
 from pseudoseg_jax.evaluation.evaluator import Evaluator, make_evaluator
 from pseudoseg_jax.evaluation.inference import Protocol
 from pseudoseg_jax.options import AnyData, Config
@@ -41,12 +41,12 @@ def describe_protocol(config: Config) -> str:
 
 def _protocol_flags(config: Config, protocol: Protocol) -> str:
   """What a command line must say so that the config's protocol becomes this one."""
-  options, said = config.evaluation, protocol._asdict()
+  options, values = config.evaluation, protocol._asdict()
   flags = ["--config.evaluation.preset="] * bool(options.preset)
   flags += [
-    f"--config.evaluation.{name}={said[name]}"
+    f"--config.evaluation.{name}={values[name]}"
     for name in inference.OPTIONS
-    if said[name] not in (getattr(options, name), None)
+    if values[name] not in (getattr(options, name), None)
   ]
   return " ".join(map(shlex.quote, flags))
 
@@ -64,7 +64,7 @@ def build_evaluator(
     if predict.domain == number:
       names.append(name)
       if config.evaluation.image_labels and not predict.weak_label:
-        names.append(name + hints.IMAGE_LABELS)
+        names.append(name + weak_labels.IMAGE_LABELS)
   flags = functools.partial(_protocol_flags, config)
   return _evaluator(
     config, data, method, mesh, names, "evaluated", protocol=build_protocol(config), flags=flags
@@ -92,12 +92,12 @@ def build_labeler(
 def _evaluator(config, data, method, mesh, names, role, **options) -> Evaluator:
   """Of predictors by name, with "+image_labels" or without, on the images of a role."""
   source, num_classes = images_of(data, role), len(data.classes)
-  plain = {name: name.removesuffix(hints.IMAGE_LABELS) for name in names}
+  plain = {name: name.removesuffix(weak_labels.IMAGE_LABELS) for name in names}
   predictors = {name: method.predictors[of] for name, of in plain.items()}
   kinds = {predict.weak_label for predict in predictors.values()} - {None}
   kinds |= {"image"} if any(name != of for name, of in plain.items()) else set()
   if kinds:
-    source = hints.Hinted(
+    source = weak_labels.WithChannels(
       source,
       num_classes,
       {kind: _weak_labels(config.data, data, role, kind) for kind in sorted(kinds)},
@@ -119,7 +119,7 @@ def _evaluator(config, data, method, mesh, names, role, **options) -> Evaluator:
   )
 
 
-def _weak_labels(data_config: AnyData, data: Data, role: str, kind: str) -> hints.WeakLabel:
+def _weak_labels(data_config: AnyData, data: Data, role: str, kind: str) -> weak_labels.WeakLabel:
   """The weak labels of the images of a role, by row: what the user's files say, else read off masks
   that are known.
 
@@ -154,7 +154,7 @@ def _weak_labels(data_config: AnyData, data: Data, role: str, kind: str) -> hint
     )
     problems.raise_if_any()
   return (
-    hints.image_labels_of_masks(source, len(data.classes))
+    weak_labels.image_labels_of_masks(source, len(data.classes))
     if kind == "image"
-    else hints.boxes_of_masks(source, data.classes)
+    else weak_labels.boxes_of_masks(source, data.classes)
   )

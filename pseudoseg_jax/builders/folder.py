@@ -47,7 +47,7 @@ def mask_options(data_config: FolderData, classes: Classes) -> dict:
 def unlabeled_masks(
   data_config: AnyData, classes: Classes, ids: Sequence[str], pattern: str = ""
 ) -> Source:
-  """Masks of unlabeled images, which nothing is learnt from: to make weak labels of them, or to
+  """Masks of unlabeled images, which nothing is learned from: to make weak labels of them, or to
   score labels with.
 
   Args:
@@ -244,7 +244,7 @@ def _lists(data_config: FolderData, check: bool) -> _Lists:
       by_id[name] for name in splits.part(by_id, data_config.split, seed=data_config.split_seed)
     ]
   else:
-    labeled = splits.completed(read(split_file(data_config)), by_id)
+    labeled = splits.complete_ids(read(split_file(data_config)), by_id)
     labeled = [_with_paths(entry, by_id.get(entry.id, entry)) for entry in labeled]
   labeled_ids = {entry.id for entry in labeled}
   if same_images and check:

@@ -115,7 +115,7 @@ def _class_pixels(data: Data) -> np.ndarray:
 
 def weigh_classes(config: Config, data: Data) -> Config:
   """The config, with numbers where config.criterion.class_weights names a way to compute them: from
-  the masks that are learnt from.
+  the masks that are learned from.
   """
   way = config.criterion.class_weights
   if way not in frequencies.WEIGHTS:

@@ -16,12 +16,12 @@ from pseudoseg_jax.options import Config
 
 class Data(NamedTuple):
   """labeled: images with masks; unlabeled: images alone; evaluated: images with masks that nothing
-  is learnt from.
+  is learned from.
 
-  truth_known: the unlabeled images have masks that may be shown, never learnt from.
-  pseudo_labeled: images that are learnt from as the labeled ones are, with labels that a network
+  truth_known: the unlabeled images have masks that may be shown, never learned from.
+  pseudo_labeled: images that are learned from as the labeled ones are, with labels that a network
     made; or None.
-  skipped: the files that are learnt nothing from since they cannot be read, so far; None: such a
+  skipped: the files that are learned nothing from since they cannot be read, so far; None: such a
     file is an error.
   options: what config.data is to say of how images that were given from Python are read, see
     `name_given`.

@@ -1,4 +1,4 @@
-"""Looks at every image and mask of a data set before anything is learnt from them."""
+"""Looks at every image and mask of a data set before anything is learned from them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ERRORS = {
   ),
   "no_class_but_0": (
     "masks of 0 and 255 alone; none has more",
-    "255 is 'no opinion'; as class 1: config.data.label_map=255:1",
+    "255 is 'ignored'; as class 1: config.data.label_map=255:1",
   ),
   "labeled_in_evaluated": (
     "labeled images that are also evaluated",
@@ -58,15 +58,15 @@ WARNINGS = {
   ),
   "only_0_and_255": (
     "masks of 0 and 255 alone",
-    "255 is 'no opinion'; does it stand for a class here?",
+    "255 is 'ignored'; does it stand for a class here?",
   ),
   "only_ignored": (
     "masks of ignored pixels alone",
-    "nothing can be learnt from them, and nothing scored",
+    "nothing can be learned from them, and nothing scored",
   ),
   "unseen_class": (
     "classes of which no mask holds a pixel",
-    "they cannot be learnt from these images, or scored on them",
+    "they cannot be learned from these images, or scored on them",
   ),
   "duplicate": ("images that are there more than once", "keep one of each"),
   "unlabeled_in_evaluated": (
@@ -115,7 +115,7 @@ class Audit:
   usable: rows of which image and mask (where there are masks) can be used.
   sizes: (height, width) -> number of images.
   pixels, images: i64 [K], pixels of each class, and masks that hold it. ignored_pixels: those with
-    no opinion.
+    ignored.
   """
 
   has_masks: bool

@@ -566,8 +566,8 @@ def explained(error: Exception, path: pathlib.Path | None = None) -> Unusable:
       return Unusable(got, remedy=remedy)
   if isinstance(error, UnidentifiedImageError):
     return Unusable("no readable image: of none of the formats known")
-  said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-  return Unusable(f"no readable image ({said})")
+  reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+  return Unusable(f"no readable image ({reason})")
 
 
 # Pictures

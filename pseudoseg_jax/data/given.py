@@ -211,7 +211,7 @@ def _is_path(value: Any) -> bool:
 
 
 def check_apart(*, labeled: GivenImages, evaluated: GivenImages) -> None:
-  """Raises InputError for images that are learnt from and evaluated on."""
+  """Raises InputError for images that are learned from and evaluated on."""
 
   def named(source: GivenImages) -> dict[str, str]:
     return {
@@ -219,19 +219,19 @@ def check_apart(*, labeled: GivenImages, evaluated: GivenImages) -> None:
       for name, image in zip(source.ids, source.images, strict=True)
     }
 
-  learnt, scored = named(labeled), named(evaluated)
+  learned, scored = named(labeled), named(evaluated)
   both = [
-    f"{learnt[key]} = {scored[key]}" if learnt[key] != scored[key] else scored[key]
+    f"{learned[key]} = {scored[key]}" if learned[key] != scored[key] else scored[key]
     for key in scored
-    if key in learnt
+    if key in learned
   ]
   problems = checks.Problems("the data cannot be used")
   if both:
-    got = f"{len(both)} of {len(scored)} images that are learnt from: {splits.shorten(both)}"
+    got = f"{len(both)} of {len(scored)} images that are learned from: {splits.shorten(both)}"
     problems.add(
       "evaluated",
       got=got,
-      allowed="images that nothing is learnt from",
+      allowed="images that nothing is learned from",
       remedy="leave them out of one of the two",
     )
   problems.raise_if_any()

@@ -1,6 +1,6 @@
 """Masks of official releases as class indices in 8-bit PNG files: SBD, COCO.
 
-Pixels are indices, 255 = no opinion; the palette (VOC's colors) is only for the eye.
+Pixels are indices, 255 = ignored; the palette (VOC's colors) is only for the eye.
 """
 
 from __future__ import annotations

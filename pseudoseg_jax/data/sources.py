@@ -464,7 +464,7 @@ def read_entries(
     entry.image is None and not files.find(root / image_pattern.replace("{id}", entry.id))
     for entry in entries
   ):
-    entries = splits.completed(
+    entries = splits.complete_ids(
       entries, find_ids(root, image_pattern, [label_pattern] if label_pattern else [])
     )
   return tuple(entries)

@@ -120,7 +120,7 @@ def id_of(path: str, image_pattern: str | None = None) -> str:
   return (parts[-1] if elsewhere else stem).removeprefix(prefix)
 
 
-def completed(entries: Sequence[Entry], known_ids: Iterable[str]) -> tuple[Entry, ...]:
+def complete_ids(entries: Sequence[Entry], known_ids: Iterable[str]) -> tuple[Entry, ...]:
   """Entries with the folders that their ids lack: "jena_01" becomes "jena/jena_01" where only that
   one is known.
   """

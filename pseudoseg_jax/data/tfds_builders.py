@@ -66,7 +66,7 @@ def write(
     builder=tfds.core.DatasetIdentity(
       name=name, version=tfds.core.Version(VERSION), data_dir=str(partial), module_name=""
     ),
-    description=f"{name}: images and masks of class indices, 255 = no opinion.",
+    description=f"{name}: images and masks of class indices, 255 = ignored.",
     features=tfds.features.FeaturesDict(features),
   )
   writer = tfds.core.SequentialWriter(info, _EXAMPLES_PER_SHARD, file_format="array_record")

@@ -67,7 +67,7 @@ def unlabeled_views(
 
   Args:
     image: [h, w, C] of levels 0..255, uint8 or f32.
-    label: uint8 [h, w], what may be learnt of the image's mask; or None.
+    label: uint8 [h, w], what may be learned of the image's mask; or None.
     truth: uint8 [h, w], the image's own mask, for pictures; or None.
     boxes: f32 [M, 5] of the stored image, as `geometry.crop_boxes` says; or None.
     mean, std: C values each.

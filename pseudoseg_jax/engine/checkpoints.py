@@ -597,15 +597,15 @@ def _examine(leaves: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
   # All copies at once; each is kept with its array.
   jax.device_get([leaf for leaf in leaves.values() if _is_here(leaf)])
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    told = list(pool.map(_examine_rows, leaves, leaves.values()))
+    examined = list(pool.map(_examine_rows, leaves, leaves.values()))
   if jax.process_count() > 1:
-    flat = multihost_utils.process_allgather(np.concatenate(told)).max(axis=0)
-    told = np.split(flat, np.cumsum([len(rows) for rows in told])[:-1])
+    flat = multihost_utils.process_allgather(np.concatenate(examined)).max(axis=0)
+    examined = np.split(flat, np.cumsum([len(rows) for rows in examined])[:-1])
   digests = {
     name: zlib.crc32(rows[1:].astype("<u4").tobytes())
-    for name, rows in zip(leaves, told, strict=True)
+    for name, rows in zip(leaves, examined, strict=True)
   }
-  return digests, [name for name, rows in zip(leaves, told, strict=True) if rows[0]]
+  return digests, [name for name, rows in zip(leaves, examined, strict=True) if rows[0]]
 
 
 def _is_here(leaf: Any) -> bool:
@@ -626,14 +626,14 @@ def _examine_rows(name: str, leaf: Any) -> np.ndarray:
       [(shard.index[0].start or 0, np.asarray(shard.data)) for shard in leaf.addressable_shards],
       len(leaf),
     )
-  told = np.zeros(1 + rows, np.uint32)
+  examined = np.zeros(1 + rows, np.uint32)
   for start, part in parts:
     if jnp.issubdtype(part.dtype, jnp.floating) and not np.isfinite(part).all():
-      told[0] = 1
-    told[1 + start : 1 + start + len(part)] = [
+      examined[0] = 1
+    examined[1 + start : 1 + start + len(part)] = [
       zlib.crc32(np.ascontiguousarray(row).reshape(-1).view(np.uint8)) for row in part
     ]
-  return told
+  return examined
 
 
 def _seal(content: Any) -> int:

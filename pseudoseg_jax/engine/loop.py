@@ -41,8 +41,8 @@ class NonFiniteLoss(FloatingPointError):
     self.step, self.terms = step, terms
 
 
-class Every(NamedTuple):
-  """Rhythm of a run, in steps."""
+class Intervals(NamedTuple):
+  """How often a run logs, evaluates and saves, in steps."""
 
   log_steps: int
   eval_steps: int
@@ -197,7 +197,7 @@ def fit(
   total_steps: int,
   batches: Callable[[int], Iterator[Any]],
   images_per_step: int,
-  every: Every,
+  intervals: Intervals,
   checkpoints: Checkpoints,
   records: Records,
   evaluate: Callable[[State], Scored],
@@ -347,7 +347,7 @@ def fit(
 
     def outlasted(done: int) -> bool:
       """Whether patience has run out, for good: a run that is resumed there has ended too."""
-      if not patience or best is None or done - best["step"] < patience * every.eval_steps:
+      if not patience or best is None or done - best["step"] < patience * intervals.eval_steps:
         return False
       log.info(
         "ended at step %d of %d: nothing better than step %d in %d evaluations",
@@ -365,7 +365,7 @@ def fit(
       if (
         start
         and start != evaluated_step
-        and (start >= total_steps or start % every.eval_steps == 0)
+        and (start >= total_steps or start % intervals.eval_steps == 0)
       ):
         stopped_by = score(state)
         evaluated_step = None if stopped_by else start
@@ -393,13 +393,13 @@ def fit(
           # Not to read a value, only to let no more than two steps pile up: so that waiting for
           # input is told from computing.
           jax.block_until_ready(pending[-1 - _AHEAD])
-        if done > start + 1 and (done % every.log_steps == 0 or done == total_steps):
+        if done > start + 1 and (done % intervals.log_steps == 0 or done == total_steps):
           fetch(done)
           report(done)
 
         stopped_by = stop.name if done < total_steps and stop.requested(done) else None
-        evaluating = done % every.eval_steps == 0 or done == total_steps
-        if stopped_by or evaluating or done % every.checkpoint_steps == 0:
+        evaluating = done % intervals.eval_steps == 0 or done == total_steps
+        if stopped_by or evaluating or done % intervals.checkpoint_steps == 0:
           fetch(done)  # a state behind a non-finite loss is never saved
           save(state)
         if stopped_by:

@@ -166,7 +166,7 @@ def ael(
   The bank starts at random, as in the official code. Pasting and mixing follow the bank as it was
   before the step's labeled batch, sampling the one after it. All passes are in training mode:
   labeled, mixed and the teacher's unlabeled images have batch statistics of their own. Padding of
-  unlabeled images is learnt from like any pixel.
+  unlabeled images is learned from like any pixel.
 
   The official code looks other images up in the data set: a labeled image gets one of all labeled
   images, scaled by 0.1 to 2; an unlabeled one gets, freshly augmented, one of all unlabeled images
@@ -178,12 +178,12 @@ def ael(
 
   Args:
     weight: of the consistency terms.
-    on_labeled: labeled images, after pasting, are learnt from the teacher's labels too; in the
+    on_labeled: labeled images, after pasting, are learned from the teacher's labels too; in the
       code, not in the paper.
     min_confidence: pseudo labels below it are ignored; 0.7 on VOC, 0 (none) in the paper and on
       Cityscapes.
     gamma: pixels count by their confidence to this power; 0 lets all kept ones count alike.
-    beta: pixels of a class are learnt from the more often, the less sure the class is; 0 learns from
+    beta: pixels of a class are learned from the more often, the less sure the class is; 0 learns from
       all, see `balance.sampling_rate`.
     bank_momentum: what the bank keeps in a step.
     paste_probability: of pasting, image by image.

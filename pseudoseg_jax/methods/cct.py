@@ -216,7 +216,7 @@ class _Domain(NamedTuple):
   @property
   def heads(self) -> dict[str, Head]:
     """What the domain adds to the network's tree."""
-    parts = {f"auxiliary{self.suffix}": heads.many(self.decoder, self.counts)}
+    parts = {f"auxiliary{self.suffix}": heads.stack_heads(self.decoder, self.counts)}
     parts |= {f"head{self.suffix}": self.decoder} if self.number else {}
     return parts | ({"classifier": self.classifier} if self.classifier else {})
 

@@ -105,9 +105,9 @@ def learn_pseudo(
   be trusted, from "pseudo".
 
   All images come with image-level labels, background among them, and all cross entropies are among
-  the classes of their image. The unlabeled images are all images: those that have labels are learnt
+  the classes of their image. The unlabeled images are all images: those that have labels are learned
   from by these. Labeled and unlabeled images pass as one batch with common batch statistics. The
-  trust is the IoU of "pseudo" on the labeled images. Padding of unlabeled images is learnt from
+  trust is the IoU of "pseudo" on the labeled images. Padding of unlabeled images is learned from
   like any pixel, as in the official code. The task's criterion is not used.
 
   The official networks start with the same pretrained backbone; here all else is drawn for each on

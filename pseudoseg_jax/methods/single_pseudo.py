@@ -51,8 +51,8 @@ def single_pseudo(task: Task, *, weight: NotNegative = 1.5, on_labeled: bool = T
         task.network, live["student"], labeled, batch["unlabeled"]["weak"], dropout=draws["student"]
       )
       supervised_loss = task.criterion(logits_labeled, label)
-      learnt = (logits_labeled, logits_unlabeled) if on_labeled else (logits_unlabeled,)
-      pseudo_loss = task.unlabeled_weight(state.step) * weight * self_supervision(*learnt)
+      learned = (logits_labeled, logits_unlabeled) if on_labeled else (logits_unlabeled,)
+      pseudo_loss = task.unlabeled_weight(state.step) * weight * self_supervision(*learned)
       return nets.Outcome({"supervised": supervised_loss, "pseudo": pseudo_loss}, {"student": net})
 
     return nets.descend(task.optimizer, state, objective)

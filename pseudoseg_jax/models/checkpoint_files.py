@@ -91,10 +91,10 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         )
   # Whatever parsers meet in a damaged file, or one that was made to harm.
   except Exception as error:
-    told = error if isinstance(error, _Refused) else _Refused(f"{type(error).__name__}: {error}")
+    refusal = error if isinstance(error, _Refused) else _Refused(f"{type(error).__name__}: {error}")
     raise checks.InputError(
-      f"cannot read weights from {path}: {str(told)[:_MOST_ERROR_CHARACTERS]}\n"
-      f"  allowed: a .safetensors file, or what torch.save made of a state dict; remedy: {told.remedy}."
+      f"cannot read weights from {path}: {str(refusal)[:_MOST_ERROR_CHARACTERS]}\n"
+      f"  allowed: a .safetensors file, or what torch.save made of a state dict; remedy: {refusal.remedy}."
     ) from error
   if not tensors:
     raise checks.InputError(

@@ -154,7 +154,7 @@ def subpixel_decoder(channels: int, num_classes: int, *, doublings: int) -> Head
   return Head(init, apply)
 
 
-def many(head: Head, counts: Mapping[str, int]) -> Head:
+def stack_heads(head: Head, counts: Mapping[str, int]) -> Head:
   """Groups of independently initialized copies of a head without statistics: {"name": parameters
   with a leading axis of counts["name"]}.
 

@@ -121,10 +121,10 @@ def read(source: str) -> dict[str, np.ndarray]:
   try:
     path = huggingface_hub.hf_hub_download(f"{organisation}/{name}", file or "model.safetensors")
   except Exception as error:  # the hub's own errors, and those of whatever carries its requests
-    said = str(error).strip().partition("\n")[0]
+    message = str(error).strip().partition("\n")[0]
     problems.add(
       "hub",
-      got=f"{type(error).__name__}: {said}",
+      got=f"{type(error).__name__}: {message}",
       remedy="check the name and the connection, or give a local file",
     )
     problems.raise_if_any()
@@ -440,7 +440,7 @@ def put(state: State, values: Mapping[str, np.ndarray]) -> tuple[State, str]:
     for role, tree in trees.items()
     if all(key in tree and tree[key].shape == value.shape for key, value in values.items())
   }
-  told = f"into {', '.join(fits) or 'no network'}"
+  report = f"into {', '.join(fits) or 'no network'}"
   heads = {key for key in values if _part(key) == "head"}
   if any(
     not np.array_equal(first[key], second[key])
@@ -448,7 +448,7 @@ def put(state: State, values: Mapping[str, np.ndarray]) -> tuple[State, str]:
     for key in heads
   ):
     values = {key: value for key, value in values.items() if key not in heads}
-    told += ", the backbone alone: equal heads would make these networks equal for ever"
+    report += ", the backbone alone: equal heads would make these networks equal for ever"
 
   filled = dict(state.nets)
   for role, tree in fits.items():
@@ -462,7 +462,7 @@ def put(state: State, values: Mapping[str, np.ndarray]) -> tuple[State, str]:
     filled[role] = net.replace(
       params=taken("params", net.params), batch_stats=taken("batch_stats", net.batch_stats)
     )
-  return state.replace(nets=filled), told
+  return state.replace(nets=filled), report
 
 
 def _copies(values: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

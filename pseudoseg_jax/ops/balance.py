@@ -62,7 +62,7 @@ def presence(label: jax.Array, num_classes: int, min_area: float) -> jax.Array:
 
 
 def sampling_rate(bank: jax.Array, beta: float) -> jax.Array:
-  """The share of each class's pixels that is learnt from: f32[K] in 0..1, 1 for the least sure
+  """The share of each class's pixels that is learned from: f32[K] in 0..1, 1 for the least sure
   class. [AEL, section 3]
 
   beta: 0 learns from all pixels.

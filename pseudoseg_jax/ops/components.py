@@ -31,9 +31,9 @@ def connected(mask: jax.Array) -> jax.Array:
     flat = names.reshape(batch, -1)
     # The pixel that a name stands for learns of the greatest name that any pixel of that name
     # touches ...
-    told = jnp.where((flat >= 0) & (near > flat), flat, height * width)  # out of range: dropped
-    flat = jax.vmap(lambda names, told, near: names.at[told].max(near, mode="drop"))(
-      flat, told, near
+    pixel = jnp.where((flat >= 0) & (near > flat), flat, height * width)  # out of range: dropped
+    flat = jax.vmap(lambda names, pixel, near: names.at[pixel].max(near, mode="drop"))(
+      flat, pixel, near
     )
     # ... and every pixel takes over what the pixel that names it is called by now.
     for _ in range(2):

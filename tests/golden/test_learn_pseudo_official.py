@@ -13,7 +13,7 @@ from test_functions import close, labels, last
 
 from pseudoseg_jax import optim
 from pseudoseg_jax.contract import IGNORE_LABEL, Network, Task
-from pseudoseg_jax.evaluation import hints, inference
+from pseudoseg_jax.evaluation import inference, weak_labels
 from pseudoseg_jax.methods import learn_pseudo
 from pseudoseg_jax.models.table import as_network
 from pseudoseg_jax.ops import class_aware, losses, resize, schedules
@@ -233,7 +233,7 @@ def test_inference_with_image_labels(golden):
   mean = total / passes
   close(mean[0], np.moveaxis(golden["mean_logits"], 0, -1), 1e-5)
   np.testing.assert_array_equal(jnp.argmax(mean[0], -1), golden["argmax_without_image_labels"])
-  masked = hints.mask_logits(
+  masked = weak_labels.mask_logits(
     mean, jnp.broadcast_to(jnp.asarray(golden["category"], jnp.float32), mean.shape)
   )
   close(jax.nn.softmax(masked), last(golden["masked_softmax"]), 1e-5)

@@ -12,7 +12,7 @@ import pytest
 from pseudoseg_jax import build, config as configs
 from pseudoseg_jax.contract import Method, Needs, Predictor
 from pseudoseg_jax.data.classes import Classes
-from pseudoseg_jax.evaluation import evaluator, hints, inference
+from pseudoseg_jax.evaluation import evaluator, inference, weak_labels
 from pseudoseg_jax.evaluation.inference import Protocol
 from pseudoseg_jax.ops import boxes as box_ops
 
@@ -65,7 +65,7 @@ def make(predictors, source, protocol, planes):
 def test_an_absent_class_never_wins_and_an_image_without_any_named_class_keeps_its_logits():
   logits = jnp.asarray([[[[5.0, 1.0, 2.0]]], [[[5.0, 1.0, 2.0]]]])
   planes = jnp.asarray([[[[0.0, 1.0, 1.0]]], [[[0.0, 0.0, 0.0]]]])
-  got = hints.mask_logits(logits, planes)
+  got = weak_labels.mask_logits(logits, planes)
   np.testing.assert_allclose(
     jax.nn.softmax(got[0, 0, 0]), [0, 1 / (1 + np.e), np.e / (1 + np.e)], rtol=1e-5
   )
@@ -76,12 +76,13 @@ def test_an_absent_class_never_wins_and_an_image_without_any_named_class_keeps_i
 def test_a_class_that_lies_elsewhere_in_the_image_may_win_anywhere():
   planes = jnp.zeros((1, 2, 2, 2)).at[0, 1, 1, 0].set(1.0)
   assert (
-    jnp.argmax(hints.mask_logits(jnp.zeros((1, 2, 2, 2)).at[..., 1].set(9.0), planes), -1) == 0
+    jnp.argmax(weak_labels.mask_logits(jnp.zeros((1, 2, 2, 2)).at[..., 1].set(9.0), planes), -1)
+    == 0
   ).all()
 
 
 def test_planes_of_boxes_are_those_that_a_network_was_trained_on():
-  got = hints.planes_of("boxes", Images.boxes[0], (17, 23), 3)
+  got = weak_labels.planes_of("boxes", Images.boxes[0], (17, 23), 3)
   expected = box_ops.box_planes(jnp.asarray(Images.boxes[0])[None], (17, 23), 3)[0]
   np.testing.assert_array_equal(got, 255 * expected)
   assert expected.any((0, 1)).tolist() == [False, True, True]
@@ -91,12 +92,12 @@ def test_planes_of_boxes_are_those_that_a_network_was_trained_on():
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_answers_are_kept_to_the_classes_in_the_image_whatever_the_protocol(name):
   source, protocol = Images(), PROTOCOLS[name]
-  hinted = hints.Hinted(source, 3, {"image": source.present.__getitem__})
+  shown_source = weak_labels.WithChannels(source, 3, {"image": source.present.__getitem__})
   predictors = {
-    "plain": hinted.predictor(Predictor(pointwise)),
-    "masked": hinted.predictor(Predictor(pointwise), masked=True),
+    "plain": shown_source.predictor(Predictor(pointwise)),
+    "masked": shown_source.predictor(Predictor(pointwise), masked=True),
   }
-  for row, results in make(predictors, hinted, protocol, 3).stream(None, range(4)):
+  for row, results in make(predictors, shown_source, protocol, 3).stream(None, range(4)):
     plain, masked = (results[name][0] for name in ("plain", "masked"))
     known = plain < 255
     assert known.any() and (known == (masked < 255)).all()
@@ -115,15 +116,15 @@ def test_answers_are_kept_to_the_classes_in_the_image_whatever_the_protocol(name
 @pytest.mark.parametrize("name", sorted(set(PROTOCOLS) - {"center_crop"}))
 def test_a_predictor_sees_its_planes_where_they_belong(name):
   source = Images()
-  hinted = hints.Hinted(
+  shown_source = weak_labels.WithChannels(
     source, 3, {"boxes": source.boxes.__getitem__, "image": source.present.__getitem__}
   )
   protocol = PROTOCOLS[name]._replace(summed="logits")
   canvas = np.zeros((1, *inference.canvas_size((17, 23), protocol), 9), np.uint8)
-  canvas[0, :17, :23] = hinted.image(1)
+  canvas[0, :17, :23] = shown_source.image(1)
   for kind, first in {"boxes": 3, "image": 6}.items():
     shows_planes = Predictor(lambda state, images: images[..., 3:], weak_label=kind)
-    shown = functools.partial(hinted.predictor(shows_planes), None)
+    shown = functools.partial(shown_source.predictor(shows_planes), None)
     normalization = {"mean": (0.5,) * 3 + (0.0,) * 6, "std": (0.2,) * 3 + (1.0,) * 6}
     infer = functools.partial(inference.infer, shown, protocol=protocol, **normalization)
     scores, passes = jax.jit(infer)(canvas, jnp.array([[17, 23]]))
@@ -136,9 +137,9 @@ def test_a_predictor_sees_its_planes_where_they_belong(name):
 
 
 def test_padding_has_no_planes():
-  hinted = hints.Hinted(Images(), 3, {"image": lambda row: np.ones(3)})
+  shown_source = weak_labels.WithChannels(Images(), 3, {"image": lambda row: np.ones(3)})
   shows_planes = Predictor(lambda state, images: images[..., 3:], weak_label="image")
-  predictor = functools.partial(hinted.predictor(shows_planes), None)
+  predictor = functools.partial(shown_source.predictor(shows_planes), None)
   infer = functools.partial(
     inference.infer, predictor, protocol=Protocol(pad_multiple=32), mean=(0.5,) * 3 + (0.0,) * 3
   )

@@ -57,7 +57,7 @@ def planes_of(kind: str, label: np.ndarray, size: tuple[int, int], num_classes: 
   return planes
 
 
-class Hinted:
+class WithChannels:
   """A source whose images carry planes of weak labels after their own channels, made when an image
   is asked for.
 
@@ -66,14 +66,14 @@ class Hinted:
   Args:
     source: the images.
     num_classes: K.
-    hints: kind -> weak labels of the rows; each adds K channels, in their order.
+    weak_labels: kind -> weak labels of the rows; each adds K channels, in their order.
   """
 
-  def __init__(self, source: Source, num_classes: int, hints: Mapping[str, WeakLabel]):
+  def __init__(self, source: Source, num_classes: int, weak_labels: Mapping[str, WeakLabel]):
     self.ids, self.dtype, self.has_labels = source.ids, source.dtype, source.has_labels
-    self.channels = source.channels + len(hints) * num_classes
+    self.channels = source.channels + len(weak_labels) * num_classes
     self.size, self.label = source.size, source.label
-    self._source, self._num_classes, self._hints = source, num_classes, dict(hints)
+    self._source, self._num_classes, self._weak_labels = source, num_classes, dict(weak_labels)
 
   def __len__(self) -> int:
     return len(self.ids)
@@ -82,7 +82,7 @@ class Hinted:
     image = self._source.image(row)
     planes = [
       planes_of(kind, of_row(row), image.shape[:2], self._num_classes)
-      for kind, of_row in self._hints.items()
+      for kind, of_row in self._weak_labels.items()
     ]
     return np.concatenate([image, *(plane.astype(image.dtype) for plane in planes)], axis=-1)
 
@@ -90,7 +90,7 @@ class Hinted:
     """`predict`, for images of this source: it is shown the image alone, or with the planes of its
     weak label.
 
-    masked: keep its answers to the classes in the image; wants hints of the kind "image".
+    masked: keep its answers to the classes in the image; wants weak labels of the kind "image".
     """
 
     def logits(state, images):
@@ -102,7 +102,7 @@ class Hinted:
     return dataclasses.replace(predict, logits=logits)
 
   def _planes(self, images: Array, kind: str) -> Array:
-    first = self._source.channels + list(self._hints).index(kind) * self._num_classes
+    first = self._source.channels + list(self._weak_labels).index(kind) * self._num_classes
     return images[..., first : first + self._num_classes]
 
 
