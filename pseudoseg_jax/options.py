@@ -83,7 +83,7 @@ class Allowed(NamedTuple):
 Share = Annotated[float, Allowed(least=0, most=1)]
 Positive = Annotated[float, Allowed(above=0)]
 NotNegative = Annotated[float, Allowed(least=0)]
-Count = Annotated[int, Allowed(least=1)]
+Count = Annotated[int, Allowed(least=1, whole=True)]
 ShareRange = Annotated[tuple[float, float], Allowed(least=0, most=1, length=2, ordered=True)]
 GridSize = Annotated[tuple[int, int], Allowed(least=1, length=2, whole=True)]  # rows, columns
 

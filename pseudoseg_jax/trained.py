@@ -5,21 +5,18 @@ exported from one.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from pseudoseg_jax import build, checks, config as configs, nets, notebook, workdir as workdirs
-from pseudoseg_jax.contract import Method, Needs, NetState, Network, PyTree, State
+from pseudoseg_jax.contract import Method, Needs, NetState, Network, State
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.engine import loop, mesh as meshes
 from pseudoseg_jax.engine.checkpoints import Checkpoints
@@ -204,94 +201,6 @@ def check_plain(method: Method, predictor: str) -> None:
       remedy="python -m pseudoseg_jax.export_labels predicts the images of a data set with their weak labels",
     )
     problems.raise_if_any()
-
-
-def given_nets(named: str, method: Method, classes: Classes | None = None) -> dict[str, PyTree]:
-  """The networks of earlier runs that a run starts with: role -> {"params", "batch_stats"} of the
-  last checkpoint.
-
-  Args:
-    named: config.nets_from, "role=WORKDIR,role=WORKDIR".
-    classes: those that the networks must know, by name and order; None: not compared.
-
-  Raises:
-    InputError: roles that the method lacks, or wants and does not get, workdirs that hold no such
-      network; all at once.
-  """
-  if not (named or method.given_nets):
-    return {}
-  ours = jax.eval_shape(method.init, jax.random.key(0)).nets
-  folders = dict(part.partition("=")[::2] for part in filter(None, named.split(",")))
-  problems = checks.Problems("config.nets_from cannot be used")
-  for role in method.given_nets:
-    if not folders.get(role):
-      problems.add(
-        f"network '{role}'",
-        got="nothing",
-        remedy=f"say which run made it: --config.nets_from={role}=WORKDIR,...",
-      )
-  given = {}
-  for role, folder in folders.items():
-    if role not in ours:
-      problems.add(
-        f"network '{role}'",
-        got="none in this method",
-        allowed=checks.choices(ours),
-        remedy=checks.nearest(role, ours),
-      )
-      continue
-    try:
-      trained = open_trained(
-        pathlib.Path(os.path.expanduser(folder)), meshes.make_mesh(jax.devices()[:1]), "last"
-      )
-    except checks.InputError as error:
-      problems.add(f"network '{role}'", got=str(error).replace("\n", "\n  "))
-      continue
-    if classes is not None:
-      problems.extend(
-        workdirs.same_classes(
-          classes, trained.classes, where=f"network '{role}'", allowed=f"of {folder}"
-        )
-      )
-    theirs = trained.state.nets
-    if role not in theirs:
-      problems.add(
-        f"network '{role}'",
-        got=f"none in {folder}",
-        allowed=f"a run that has one; there are {', '.join(theirs)}",
-      )
-      continue
-    wanted, found = (
-      pretrained.shapes_of(nets[role].params, nets[role].batch_stats) for nets in (ours, theirs)
-    )
-    if wanted != found:
-      different = sorted(
-        key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)
-      )
-      got = f"another one in {folder}: {len(different)} arrays differ, such as {different[0]}"
-      problems.add(
-        f"network '{role}'",
-        got=got,
-        remedy="train both with the same config.network, method options and classes",
-      )
-    given[role] = jax.device_get(_values(theirs[role]))
-  problems.raise_if_any()
-  return given
-
-
-def put_nets(state: State, given: Mapping[str, PyTree]) -> State:
-  """A fresh state with the networks of `given_nets`, each with arrays of its own."""
-  nets = dict(state.nets)
-  for role, values in given.items():
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, _values(nets[role]))
-    # Copies, since the engine donates the state. On a CPU device_put makes none.
-    copied = jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=shardings)(values)
-    nets[role] = nets[role].replace(**copied)
-  return state.replace(nets=nets)
-
-
-def _values(net: NetState) -> PyTree:
-  return {"params": net.params, "batch_stats": net.batch_stats}
 
 
 @notebook.root_handlers_kept()

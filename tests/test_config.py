@@ -5,7 +5,7 @@ import pathlib
 import jax
 import pytest
 
-from pseudoseg_jax import api, build, checks, config as configs, options
+from pseudoseg_jax import api, build, checks, config as configs, options, starting
 from pseudoseg_jax.data import splits
 from pseudoseg_jax.methods import mean_teacher
 from pseudoseg_jax.methods.table import METHODS
@@ -127,10 +127,10 @@ def test_a_method_trains_on_cityscapes_as_its_code_does_and_on_request_as_cps(re
 
 def test_frozen_batch_norm_without_weights_is_told(caplog):
   config = configs.load("configs/quickstart.py:method=cutmix_seg")
-  api._starting_weights(configs.frozen(config), 7)
+  starting.starting_weights(configs.frozen(config), 7)
   assert "frozen" not in caplog.text
   configs.override(config, {"method.frozen_batch_norm": "all"})
-  api._starting_weights(configs.frozen(config), 7)
+  starting.starting_weights(configs.frozen(config), 7)
   assert "batch norm is frozen" in caplog.text
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pseudoseg_jax import api, build, checks, config as configs
+from pseudoseg_jax import build, checks, config as configs, starting
 from pseudoseg_jax.data.classes import Classes
 from pseudoseg_jax.engine import mesh as meshes
 from pseudoseg_jax.models import efficientnet, imagenet, layers, pretrained, table
@@ -282,7 +282,7 @@ def test_random_weights_of_an_encoder_that_could_know_more_are_told_once(
   data = build.Data(
     Classes(("a", "b"), ((0, 0, 0), (1, 1, 1))), None, None, None, truth_known=False, split="none"
   )
-  api._tell_start(
+  starting.log_start(
     config,
     [build.Domain("", config, data)],
     None,

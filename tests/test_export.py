@@ -12,13 +12,13 @@ from mutations import mutated
 
 import pseudoseg_jax
 from pseudoseg_jax import (
-  api,
   build,
   checks,
   config as configs,
   export_model,
   main as command_line,
   nets,
+  starting,
   trained as opened,
 )
 from pseudoseg_jax.engine import loop, mesh as meshes
@@ -100,8 +100,8 @@ def started(argument, classes=None, **options):
   config = configs.frozen(configs.load(f"configs/quickstart.py:{argument}", QUICKSTART | options))
   method = build.build_method(config, len(build.build_classes(config.data)))
   fresh = loop.jit_init(method, meshes.make_mesh(), 0)
-  return fresh, api._started(
-    fresh, *api._starting_weights(config, classes or build.build_classes(config.data))
+  return fresh, starting.put_weights(
+    fresh, *starting.starting_weights(config, classes or build.build_classes(config.data))
   )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pseudoseg_jax
-from pseudoseg_jax import api, build, checks, config as configs
+from pseudoseg_jax import build, checks, config as configs, scoring
 from pseudoseg_jax.builders.method import check_criterion
 from pseudoseg_jax.contract import IGNORE_LABEL
 from pseudoseg_jax.data import frequencies
@@ -323,10 +323,10 @@ def test_a_run_with_all_of_it_resumes_with_the_same_weights_and_ends_early(tmp_p
     config = "configs/quickstart.py:method=supervised,labels=6"
     return pseudoseg_jax.train(config, tmp_path / name, options | {"total_steps": steps} | changed)
 
-  evaluate = api._Scoring.__call__
+  evaluate = scoring.Scoring.__call__
   # Never better.
   monkeypatch.setattr(
-    api._Scoring, "__call__", lambda self, state: evaluate(self, state)._replace(score=0.5)
+    scoring.Scoring, "__call__", lambda self, state: evaluate(self, state)._replace(score=0.5)
   )
 
   # One run that is extended, rather than a second one to compare it with: that those agree is every

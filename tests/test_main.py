@@ -9,7 +9,13 @@ import pytest
 from PIL import Image
 
 import pseudoseg_jax
-from pseudoseg_jax import api, config as configs, main as command_line, options, workdir as workdirs
+from pseudoseg_jax import (
+  config as configs,
+  main as command_line,
+  options,
+  summary,
+  workdir as workdirs,
+)
 
 # Small enough for a few seconds; every batch divides by the eight simulated devices.
 SMALL = {
@@ -128,7 +134,7 @@ def test_the_gain_over_a_supervised_run_beside_it(trained, tmp_path):
     "gain": miou - 0.02,
     "differs": [],
   }
-  (line,) = api._findings(results | {"baseline": gain()}, config)
+  (line,) = summary.findings(results | {"baseline": gain()}, config)
   assert (
     line == f"  {100 * miou - 2:+.2f} mIoU against supervised, 2.00 in {tmp_path / 'supervised'}"
   )
@@ -142,19 +148,19 @@ def test_a_network_that_says_one_class_of_every_pixel_is_told():
     "predicted_classes": ["ground"],
   }
   results = {"last": {"predictors": {"a": scores}}}
-  (line,) = api._findings(results, config)
+  (line,) = summary.findings(results, config)
   assert "'a' PREDICTS 'ground' FOR EVERY PIXEL" in line
   told = dict(re.findall(r"--config\.([\w.]+)=([\w.]+)", line))
   configs.override(config, told)
   assert config.total_steps == 40_000 and config.criterion.class_weights == "effective"
-  (line,) = api._findings(results | {"ended_early": True}, config)
+  (line,) = summary.findings(results | {"ended_early": True}, config)
   # With more of them, it would end where it did.
   assert "steps (--config.early_stopping_patience=0)" in line
   for better in (
     {"predicted_classes": ["ground", "leaf"]},
     {"iou": {"ground": 0.3, "leaf": None, "wing": None}},
   ):
-    assert api._findings({"last": {"predictors": {"a": scores | better}}}, config) == []
+    assert summary.findings({"last": {"predictors": {"a": scores | better}}}, config) == []
 
 
 def test_the_same_command_again_trains_nothing_more(trained, capsys):
@@ -410,12 +416,14 @@ def test_the_baseline_that_a_summary_names_differs_in_the_method_alone(argument,
   path = "configs/voc.py"
   config = configs.load(f"{path}:{argument}", {"data.root": "there"})
   config = configs.frozen(config)
-  got = api._baseline({"path": path, "argument": argument}, config, {"data.root": "there"})
+  got = summary.baseline_command(
+    {"path": path, "argument": argument}, config, {"data.root": "there"}
+  )
   assert got == (baseline and f"{path}:{baseline}")
   flags = {"data.root": "there", "criterion.class_weights": "effective"}
   # What a run makes of it.
   config = options.replaced(config, {"criterion.class_weights": "0.5,2"})
-  assert api._baseline({"path": path, "argument": argument}, config, flags) == got
+  assert summary.baseline_command({"path": path, "argument": argument}, config, flags) == got
 
 
 def test_without_a_home_compiled_programs_are_kept_elsewhere(monkeypatch):

@@ -90,8 +90,10 @@ def outside(known):
     if allowed.length:
       yield known.default[1:]
     if allowed.whole:
-      yield (known.default[0] + 0.5, *known.default[1:])
+      yield tuple(0.5 + value for value in known.default or (1,))
     return
+  if allowed.whole:
+    yield known.default + 0.5
   if allowed.one_of and kind is int:
     yield from (min(allowed.one_of) - 1, max(allowed.one_of) + 1)
   elif allowed.one_of:
@@ -148,7 +150,7 @@ def test_a_method_refuses_what_its_signature_does_not_allow(name):
         factory(make_task(), **{key: value})
       assert line in str(error.value)
       broken = make_config(name)
-      broken.method[key] = value
+      broken.method = configs.ConfigDict(broken.method.to_dict() | {key: value})
       with pytest.raises(checks.InputError) as error:
         configs.frozen(broken)
       assert f"config.method.{line}" in str(error.value)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pseudoseg_jax
-from pseudoseg_jax import api, build, config as configs, settings
+from pseudoseg_jax import build, config as configs, settings, summary
 from pseudoseg_jax.options import is_open
 
 
@@ -166,4 +166,4 @@ def test_the_supervised_run_to_compare_with_is_named_although_the_file_leaves_se
   source = {"path": "configs/folder.py", "argument": "method=fixmatch"}
   config = configs.frozen(configs.load("configs/folder.py:method=fixmatch"))
   config, _ = settings.settle(config, draw_facts(0))
-  assert api._baseline(source, config, {}) == "configs/folder.py:method=supervised"
+  assert summary.baseline_command(source, config, {}) == "configs/folder.py:method=supervised"

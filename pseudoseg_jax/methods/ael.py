@@ -153,7 +153,7 @@ def ael(
   bank_momentum: Share = 0.999,
   paste_probability: Share = 0.5,
   paste_draws: Count = 3,
-  paste_classes: Annotated[tuple[int, ...], Allowed(least=0)] = (),
+  paste_classes: Annotated[tuple[int, ...], Allowed(least=0, whole=True)] = (),
   paste_power: NotNegative = 0.5,
   region_area: Share = 0.03,
   presence_area: Share = 0.03,

@@ -85,7 +85,7 @@ def pseudoseg(
   soft: bool = True,
   min_confidence: Share = 0.0,
   attention_dim: Count = 128,
-  attention_maps: Annotated[tuple[int, ...], Allowed(most=-1)] = (-1, -2),
+  attention_maps: Annotated[tuple[int, ...], Allowed(most=-1, whole=True)] = (-1, -2),
   background: bool = True,
   cutout_fraction: Share = 100 / 513,
 ) -> Method:
