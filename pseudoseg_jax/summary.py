@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pseudoseg_jax import (
+  build,
   checks,
   config as configs,
   settings,
@@ -114,7 +115,7 @@ def baseline_command(
   for recipe in ([], [f"recipe={config.method.name}"]):
     path = f"{source['path']}:{','.join(['method=supervised', *kept, *recipe])}"
     try:
-      other = configs.frozen(configs.load(path, flags))
+      other = build.take_normalization(configs.frozen(configs.load(path, flags)))
     except checks.InputError:
       continue
     other = settings.settle_as(other, config)

@@ -165,5 +165,6 @@ def test_what_is_set_wrongly_is_told_although_the_rest_is_open():
 def test_the_supervised_run_to_compare_with_is_named_although_the_file_leaves_settings_open():
   source = {"path": "configs/folder.py", "argument": "method=fixmatch"}
   config = configs.frozen(configs.load("configs/folder.py:method=fixmatch"))
-  config, _ = settings.settle(config, draw_facts(0))
+  # As a run reads it: pretrained weights bring their normalization.
+  config, _ = settings.settle(build.take_normalization(config), draw_facts(0))
   assert summary.baseline_command(source, config, {}) == "configs/folder.py:method=supervised"
