@@ -1,5 +1,6 @@
-"""Semi- and weakly-supervised semantic segmentation in JAX/Flax: train, evaluate, load, export;
-make_config, make_data.
+"""Semi- and weakly-supervised semantic segmentation in JAX/Flax.
+
+Train, evaluate, load and export networks; make_config and make_data.
 """
 
 import importlib

@@ -1,4 +1,6 @@
-"""Train, evaluate, load and export from Python, as from the command line; what the commands call.
+"""Training, evaluation, loading and export from Python.
+
+They work as from the command line, whose commands call these functions.
 
 >>> import pseudoseg_jax
 >>> result = pseudoseg_jax.train("configs/quickstart.py", workdir="/tmp/quickstart")
@@ -60,8 +62,9 @@ def train(
   data: build.Data | None = None,
   owns_process: bool = False,
 ) -> RunResults:
-  """Trains (or goes on training) in `workdir` and returns its results: the content of results.json,
-  `finished` and `stopped_by`.
+  """Trains (or goes on training) in `workdir` and returns its results.
+
+  The results are the content of results.json, `finished` and `stopped_by`.
 
   SIGTERM and Ctrl-C (in a notebook: interrupting the cell) save and leave; the same call resumes.
   Where nothing is lost by it, at set-up or while compiling, they leave at once, by
@@ -72,7 +75,7 @@ def train(
       "configs/camvid.py:method=cps". A file that is not there is sought among those that are
       installed with the package.
     overrides: dotted options, {"data.root": "/data/camvid"}.
-    data: of `make_data`, in the place of what config.data says.
+    data: the result of `make_data`, in the place of the data that config.data describes.
     owns_process: a signal may end the process itself where Python does not get to act on it; for
       commands.
 
@@ -107,7 +110,10 @@ def train(
 
 
 class _Run(NamedTuple):
-  """What a run is made of, opened and checked; no option of its config is open."""
+  """The parts of a run, opened and checked.
+
+  No option of its config is open.
+  """
 
   config: Config
   domains: tuple[build.Domain, ...]
@@ -121,8 +127,9 @@ class _Run(NamedTuple):
 
 @contextlib.contextmanager
 def _together(compared: Mapping[str, str] | None = None):
-  """What every process must get through, and with the same values in `compared` (filled meanwhile),
-  or none goes on.
+  """Makes every process get through the body, or none of them go on.
+
+  They must also get through it with the same values in `compared`, which is filled meanwhile.
   """
   failure = None
   try:
@@ -135,7 +142,10 @@ def _together(compared: Mapping[str, str] | None = None):
 
 
 def _checked(config: configs.ConfigDict, data: build.Data | None) -> Config:
-  """The config as the run reads it; all that can be said against it at once."""
+  """Returns the config as the run reads it, after its checks.
+
+  Everything that is wrong with it is reported at once.
+  """
   problems = checks.Problems("the config cannot be run")
   settled = configs.frozen(config, problems)
   if data is not None:
@@ -146,8 +156,9 @@ def _checked(config: configs.ConfigDict, data: build.Data | None) -> Config:
 
 
 def _agreed(config: Config, workdir: pathlib.Path, data: build.Data | None) -> _Run:
-  """Opens everything, and makes the workdir this run's, unless another process cannot or would run
-  something else.
+  """Opens everything, and makes the workdir this run's.
+
+  This fails if another process cannot do so or would run something else.
   """
   compared = {
     "config": configs.to_json(config),
@@ -277,7 +288,10 @@ def _fit(
 
 
 def _list_skipped(domains: Sequence[build.Domain], workdir: pathlib.Path) -> None:
-  """Leaves in skipped.json which files this process could not read, and did without."""
+  """Lists in skipped.json the files that this process could not read.
+
+  The run did without them.
+  """
   reasons = {
     path: reason
     for domain in domains
@@ -292,7 +306,7 @@ def _list_skipped(domains: Sequence[build.Domain], workdir: pathlib.Path) -> Non
 
 @contextlib.contextmanager
 def _ending_logged(records: Records) -> Iterator[None]:
-  """Leaves in log.txt what ended a run."""
+  """Logs in log.txt what ended a run."""
   try:
     yield
   except (checks.InputError, OSError, FloatingPointError) as error:
@@ -314,15 +328,15 @@ def evaluate(
   overrides: Mapping[str, Any] | None = None,
   data: build.Data | None = None,
 ) -> ScoreTable:
-  """Scores a trained workdir (or an exported folder) again, {predictor: Scores}, and prints
-  protocol, progress and table.
+  """Scores a trained workdir (or an exported folder) again.
 
-  Every predictor is scored on the data of its own domain.
+  Returns {predictor: Scores}, and prints protocol, progress and table. Every predictor is scored on
+  the data of its own domain.
 
   A workdir keeps results.json, scores.csv and pictures below evaluations/PROTOCOL/CHECKPOINT; those
   of training stay as they are. `overrides` may change evaluation or data.root; the latter is needed
-  with an exported folder, which knows no place. `data`, of `make_data`, are scored in the place of
-  those that the config says; their scores are returned, and not written.
+  with an exported folder, which records no place. `data`, the result of `make_data`, are scored in
+  the place of those that the config describes; their scores are returned, and not written.
   """
   mesh, workdir = meshes.make_mesh(), pathlib.Path(os.path.expanduser(workdir))
   trained = open_trained(workdir, mesh, checkpoint, overrides)
@@ -393,7 +407,10 @@ def evaluate(
 
 @contextlib.contextmanager
 def _on_console():
-  """Process 0's log appears on the console meanwhile; training has a log of its own."""
+  """Shows the log of process 0 on the console meanwhile.
+
+  Training has a log of its own.
+  """
   handler = notebook.console(transient=True) if jax.process_index() == 0 else logging.NullHandler()
   before = log.level, log.propagate
   log.addHandler(handler)
@@ -416,11 +433,12 @@ def load(
   checkpoint: str = "best",
   overrides: Mapping[str, Any] | None = None,
 ) -> Predictor:
-  """A trained workdir (or an exported folder) as a predictor: any image in, class ids out. It needs
-  no data set.
+  """Opens a trained workdir (or an exported folder) as a predictor.
+
+  The predictor takes any image and returns class ids. It needs no data set.
 
   Args:
-    predictor: one of the method's predictors ("student", "teacher", "a", ...), which also says the
+    predictor: one of the method's predictors ("student", "teacher", "a", ...), which also sets the
       domain whose classes come out; default the method's headline. Those that want boxes or
       image-level labels beside the image are refused.
     checkpoint: "best" or "last"; an exported folder has but one. Where a run was stopped before it

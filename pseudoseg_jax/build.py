@@ -1,4 +1,7 @@
-"""Makes of a config what a run consists of: its data, its method, its batches, its evaluation."""
+"""The parts of a run, made from its config.
+
+They are its data, its method, its batches and its evaluation.
+"""
 
 from pseudoseg_jax.builders.checking import (
   check_run as check_run,

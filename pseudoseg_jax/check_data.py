@@ -114,8 +114,9 @@ def main(arguments=None) -> int:
 
 
 class Looked(NamedTuple):
-  """What the data of a domain are. name: that of config.other_data; "" of config.data. audits: by
-  role.
+  """The data of a domain, and what was found in them.
+
+  name: that of config.other_data; "" of config.data. audits: by role.
   """
 
   name: str
@@ -125,7 +126,10 @@ class Looked(NamedTuple):
 
 
 def _opened(config: Config) -> Iterator[tuple[str, AnyData, build.Data]]:
-  """(name, options, data) of config.data and of each of config.other_data."""
+  """Yields (name, options, data) of every domain.
+
+  These are config.data and each of config.other_data.
+  """
   for name, options in [("", config.data), *sorted(config.other_data.items())]:
     try:
       yield name, options, build.build_data(options, check=False)
@@ -134,7 +138,10 @@ def _opened(config: Config) -> Iterator[tuple[str, AnyData, build.Data]]:
 
 
 def look(name: str, options: AnyData, data: build.Data) -> Looked:
-  """Decodes everything."""
+  """Decodes the images and masks of a domain and collects the findings.
+
+  Masks of unlabeled images are not opened.
+  """
   sources = {role: getattr(data, role) for role in ROLES}
   progress = _progress(sum(map(len, sources.values())))
   audits = {
@@ -160,12 +167,13 @@ def refusals(
   looked: Sequence[Looked],
   known: Sequence[Finding],
 ) -> list[Finding]:
-  """What training says of the config and its data before its first step, besides what it says of
-  the files of `known`.
+  """Lists what training would refuse before its first step.
 
+  These are refusals of the config and its data, besides those that concern the files of `known`.
   Starting weights are not looked at.
 
-  problems: of the config, that are known already.
+  Args:
+    problems: those of the config that are known already.
   """
   messages = []
 
@@ -204,12 +212,15 @@ def refusals(
 
 
 def _unchecked(config: Config, looked: Sequence[Looked]) -> list[build.Domain]:
-  """Domains of data that training refuses, to see what else it refuses."""
+  """Builds domains of data that training refuses.
+
+  They serve to find what else it refuses.
+  """
   return [build.Domain(name, build.config_of(config, name), data) for name, data, *_ in looked]
 
 
 def _problems(message: str) -> list[Item]:
-  """The problems of an InputError one by one, each with the headline above it."""
+  """Splits an InputError into its problems, each with the headline above it."""
   headline, items = "", []
   for line in message.splitlines():
     line = line.strip().removeprefix("- ")
@@ -222,7 +233,7 @@ def _problems(message: str) -> list[Item]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Warnings of building are among the findings."""
+  """Silences the warnings of building, which are among the findings."""
   log = logging.getLogger("pseudoseg_jax")
   before = log.level
   log.setLevel(logging.ERROR)
@@ -233,7 +244,10 @@ def _quiet() -> Iterator[None]:
 
 
 def tables(audits: Mapping[str, Audit], classes: Classes) -> str:
-  """The roles' images and sizes, and under them how often each class occurs."""
+  """Formats the roles' images and sizes, and how often each class occurs.
+
+  The table of classes is below that of the roles.
+  """
   roles = [
     ["", "images", "height x width"],
     *([role, str(len(found.paths)), _sizes(found)] for role, found in audits.items()),
@@ -258,7 +272,10 @@ def tables(audits: Mapping[str, Audit], classes: Classes) -> str:
 
 
 def findings_text(findings: Sequence[Finding], most: int) -> str:
-  """Every finding with at most `most` of its items, and a last line that counts them."""
+  """Formats every finding with at most `most` of its items.
+
+  A last line counts the findings.
+  """
   lines = []
   for finding in findings:
     what, remedy = audit.KINDS[finding.kind]
@@ -276,7 +293,7 @@ def findings_text(findings: Sequence[Finding], most: int) -> str:
 def write(
   out: pathlib.Path, config: str, looked: Sequence[Looked], findings: Sequence[Finding]
 ) -> None:
-  """Writes report.json and the pictures, and says where they are."""
+  """Writes report.json and the pictures, and prints their paths."""
   content = {"config": config} | as_json(looked, findings)
   report.write_atomically(
     out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n"
@@ -295,7 +312,7 @@ def write(
 
 
 def as_json(looked: Sequence[Looked], findings: Sequence[Finding]) -> dict[str, Any]:
-  """What report.json holds, but for config."""
+  """Returns the content of report.json, except for config."""
   first, *others = (_domain_json(found) for found in looked)
   return first | {
     "errors": sum(finding.severity == "error" for finding in findings),
@@ -343,7 +360,7 @@ def _role_json(found: Audit, classes: Classes) -> dict[str, Any]:
 
 
 def examples(source: Source, found: Audit, classes: Classes) -> Image.Image:
-  """A picture of a few images of a role, drawn by lot, with their masks."""
+  """Draws a few random images of a role with their masks."""
   rows = np.random.default_rng(0).permutation(found.usable)[:_EXAMPLES].tolist()
   return pictures.contact_sheet(
     [source.image(row) for row in rows], [source.label(row) for row in rows], {}, classes
@@ -351,7 +368,10 @@ def examples(source: Source, found: Audit, classes: Classes) -> Image.Image:
 
 
 def class_picture(audits: Mapping[str, Audit], classes: Classes, path: pathlib.Path) -> None:
-  """Draws each class's share of the pixels, and of the images that hold it, by role."""
+  """Draws each class's share of the pixels and of the images, by role.
+
+  The share of the images is that of the images that hold the class.
+  """
   # Not pyplot: it keeps every figure alive and may look for a display.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
@@ -412,7 +432,7 @@ def _sizes(found: Audit) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
-  """Columns of equal width, those in `left` aligned to the left."""
+  """Formats columns of equal width, those in `left` aligned to the left."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   align = [str.ljust if number in left else str.rjust for number in range(len(widths))]
   lines = (
@@ -423,7 +443,10 @@ def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
 
 
 def _progress(total: int) -> Progress:
-  """On stderr: a bar in a terminal, else a line now and then."""
+  """Makes a progress display on stderr.
+
+  It is a bar in a terminal, else a line now and then.
+  """
   if not sys.stderr.isatty():
     return Progress(total, functools.partial(print, file=sys.stderr, flush=True))
 

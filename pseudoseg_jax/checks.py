@@ -1,4 +1,7 @@
-"""Clear errors: where, got, allowed, remedy; gathered, so that all problems are told at once."""
+"""Clear errors: where, got, allowed, remedy.
+
+Errors are gathered, so that all problems are reported at once.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-  """The user's input (config, files, command line) cannot be used as it is; the message says what
-  to change.
+  """An error in the user's input (config, files, command line).
+
+  The input cannot be used as it is; the message states what to change.
   """
 
 
 class Problems:
-  """Gathers problems, then raises one InputError that lists them all.
+  """A collection of problems, raised as one InputError that lists them all.
 
   >>> problems = Problems("config does not fit the machine")
   >>> problems.add("batch_size_global.labeled", got=6, allowed="a multiple of the 4 devices", remedy="use 4 or 8")
@@ -50,8 +54,9 @@ class Problems:
 
 
 def printable(text: str) -> str:
-  """A text whose parts come from files, with whatever a terminal would take for a command written
-  out: "\\x1b[31m".
+  r"""Writes out whatever a terminal would take for a command.
+
+  A text whose parts come from files then shows such a command as "\x1b[31m".
   """
   return "".join(
     character
@@ -66,18 +71,21 @@ def choices(allowed: Iterable[str]) -> str:
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-  """A remedy for an unknown name: the nearest known one, if any is near."""
+  """Makes a remedy for an unknown name: the nearest known one, if near."""
   near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
   return f"did you mean '{near[0]}'?" if near else "no known name is near"
 
 
 def closest(name: str, allowed: Iterable[str]) -> str:
-  """The known name that is nearest, however far; of one at least."""
+  """Finds the known name that is nearest, however far.
+
+  There must be at least one known name.
+  """
   return difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.0)[0]
 
 
 def is_size(pixels: object) -> bool:
-  """Whether it is a height and a width: two whole numbers, at least 1."""
+  """Tells whether it is a height and a width: two whole numbers, at least 1."""
   sides = tuple(pixels) if isinstance(pixels, Iterable) and not isinstance(pixels, str) else ()
   return len(sides) == 2 and all(
     isinstance(side, numbers.Integral) and not isinstance(side, bool) and side >= 1

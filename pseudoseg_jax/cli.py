@@ -1,4 +1,7 @@
-"""`pseudoseg COMMAND ...`: every command of the package under one name; each is a module too."""
+"""`pseudoseg COMMAND ...`: every command of the package under one name.
+
+Each command is a module too.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def main() -> int:
 
 
 def script() -> None:
-  """What `pip install` makes `pseudoseg` of.
+  """Runs `pseudoseg`, the script that `pip install` makes.
 
   Modules in the folder where it starts are found, as with `python -m`.
   """

@@ -1,4 +1,7 @@
-"""What the commands share: overrides of a config, exit codes, and how a process ends."""
+"""Common parts of the commands.
+
+These are overrides of a config, exit codes, and how a process ends.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,13 @@ ONE_SIGNAL_SECONDS = 1.0
 
 
 class SignalCount:
-  """How many signals there were; those that follow within a moment count as one."""
+  """A count of signals; those that follow within a moment count as one."""
 
   def __init__(self):
     self.value, self._last = 0, -float("inf")
 
   def add(self) -> bool:
-    """Counts one more; returns whether it is another one."""
+    """Counts one more signal; returns whether it is another one."""
     now = time.monotonic()
     if now - self._last < ONE_SIGNAL_SECONDS:
       return False
@@ -39,8 +42,10 @@ class SignalCount:
 def parse_with_overrides(
   parser: argparse.ArgumentParser, arguments: list[str]
 ) -> tuple[argparse.Namespace, dict[str, str]]:
-  """What the parser knows, and {"optimizer.learning_rate": "0.1"} of every --config.KEY=VALUE;
-  other arguments are errors.
+  """Parses the arguments of a command and its overrides of the config.
+
+  Returns what the parser knows, and {"optimizer.learning_rate": "0.1"} of every --config.KEY=VALUE.
+  Other arguments are errors.
   """
   known, rest = parser.parse_known_args(arguments)
   overrides = {}
@@ -60,12 +65,15 @@ def parse_with_overrides(
 
 
 def run(command: Callable[[], int | None], *, again: str = "") -> int:
-  """Runs a command and returns its exit code, errors told in a line on stderr: 0 (or what the
-  command returns), 2 for input that cannot be used, 1 for what the machine or the numbers did (a
-  full disk, a loss that is not finite), 130 for Ctrl-C and 143 for SIGTERM.
+  """Runs a command and returns its exit code.
 
-  again: what the same command would do after a failure that is not the input's, e.g. "the same
-    command resumes there".
+  Errors are reported in a line on stderr. The exit code is 0 (or what the command returns), 2 for
+  input that cannot be used, 1 for what the machine or the numbers did (a full disk, a loss that is
+  not finite), 130 for Ctrl-C and 143 for SIGTERM.
+
+  Args:
+    again: what the same command would do after a failure that is not the input's, e.g. "the same
+      command resumes there".
   """
   remedy = f"; {again}" if again else ""
   if (
@@ -95,8 +103,9 @@ def run_distributed(
   *,
   again: str = "the same command resumes at the newest checkpoint",
 ) -> int:
-  """`run`, of a command that may be one of several processes: a lost peer is told in a line, and
-  ends this process too.
+  """Runs a command that may be one of several processes, as `run` does.
+
+  A lost peer is reported in a line, and ends this process too.
   """
 
   def guarded() -> int | None:
@@ -124,10 +133,11 @@ def run_distributed(
 
 
 def leave(main: Callable[[], int] | int) -> NoReturn:
-  """Ends the process of a command with its exit code, and with everything it printed written out.
+  """Ends the process of a command with its exit code.
 
-  Not by sys.exit: that waits for threads and runs destructors of other libraries, and a command
-  that has said its last word must not be kept alive by them.
+  Everything that the command printed is written out first. The process does not end by sys.exit:
+  that waits for threads and runs destructors of other libraries, and a command that is done must
+  not be kept alive by them.
 
   Args:
     main: the command, which is run first; or the exit code of one that is done.

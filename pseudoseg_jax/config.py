@@ -1,9 +1,9 @@
-"""Configs: every option of a run with its default, in one tree; a file in configs/ states what
-differs.
+"""Configs: every option of a run with its default, in one tree.
 
-`get_config("method=cps,split=1_8")` of such a file returns the tree, a ConfigDict that users change;
-what is declared of its options stands in `options`. What they made of it the code does not read
-before `frozen` has made it an `options.Config`, which nobody changes.
+A file in configs/ states what differs. `get_config("method=cps,split=1_8")` of such a file returns
+the tree, a ConfigDict that users change; what is declared of its options stands in `options`. What
+they made of it the code does not read before `frozen` has made it an `options.Config`, which nobody
+changes.
 """
 
 from __future__ import annotations
@@ -28,15 +28,19 @@ ConfigDict = ml_collections.ConfigDict
 
 
 def network(name: str, **options) -> ConfigDict:
-  """config.network: a name of models.table.NETWORKS with that network's options."""
+  """Makes config.network.
+
+  It holds a name of models.table.NETWORKS with that network's options.
+  """
   checks.check_name("network", name, models_table.NETWORKS)
   defaults = defaults_of(models_table.NETWORKS[name]) | options_lib.defaults(options_lib.AnyNetwork)
   return _differing(ConfigDict({"name": name, **defaults}), options)
 
 
 def network_on(name: str, backbone: str) -> ConfigDict:
-  """config.network by name, on `backbone` where the network has a choice of them; "" is the
-  network's own default.
+  """Makes config.network by name, on a backbone.
+
+  The network is on `backbone` where it has a choice of them; "" is the network's own default.
   """
   checks.check_name("network", name, models_table.NETWORKS)
   has_choice = "backbone" in defaults_of(models_table.NETWORKS[name])
@@ -44,8 +48,9 @@ def network_on(name: str, backbone: str) -> ConfigDict:
 
 
 def choose_network(config: ConfigDict, name: str, backbone: str) -> None:
-  """Sets config.network by name, or only the backbone of the one that is there; "" leaves things as
-  they are.
+  """Sets config.network by name, or only the backbone of the one there.
+
+  "" leaves things as they are.
   """
   if name:
     config.network = network_on(name, backbone)
@@ -54,7 +59,9 @@ def choose_network(config: ConfigDict, name: str, backbone: str) -> None:
 
 
 def method(name: str, convention: str = "", **options) -> ConfigDict:
-  """Makes config.method: a method's name with its options, at their defaults but for those given.
+  """Makes config.method: a method's name with its options.
+
+  They are at their defaults but for those given.
 
   Args:
     name: of methods.table.METHODS, or "my_module:my_factory".
@@ -79,29 +86,44 @@ def _differing(config: ConfigDict, options: Mapping[str, Any]) -> ConfigDict:
 
 
 def base(method_config: ConfigDict) -> ConfigDict:
-  """All options but those of a data set; what a config file starts from."""
+  """Makes the config that a config file starts from.
+
+  It has all options but those of a data set.
+  """
   config = ConfigDict(options_lib.defaults(options_lib.Run))
   config.method, config.network = method_config, network("tiny")
   return config
 
 
 def folder_data(**options) -> dict[str, Any]:
-  """config.data of images and masks in folders, see `options.FolderData`."""
+  """Makes config.data of images and masks in folders.
+
+  See `options.FolderData`.
+  """
   return _data(options_lib.FolderData) | options
 
 
 def given_data(**options) -> dict[str, Any]:
-  """config.data of images that were given from Python, see `options.GivenData`."""
+  """Makes config.data of images that were given from Python.
+
+  See `options.GivenData`.
+  """
   return _data(options_lib.GivenData) | options
 
 
 def tfds_data(**options) -> dict[str, Any]:
-  """config.data of a TensorFlow Datasets data set, see `options.TfdsData`."""
+  """Makes config.data of a TensorFlow Datasets data set.
+
+  See `options.TfdsData`.
+  """
   return _data(options_lib.TfdsData) | options
 
 
 def synthetic_data(**options) -> dict[str, Any]:
-  """config.data of drawn scenes, see `options.SyntheticData`."""
+  """Makes config.data of drawn scenes.
+
+  See `options.SyntheticData`.
+  """
   return _data(options_lib.SyntheticData) | options
 
 
@@ -110,8 +132,9 @@ def _data(kind: type) -> dict[str, Any]:
 
 
 def declared(config: Mapping) -> dict[str, Option]:
-  """What is declared of a config's options, by dotted key: those that every run has, and those of
-  its data, its method and its network.
+  """Collects what is declared of a config's options, by dotted key.
+
+  The options are those that every run has, and those of its data, its method and its network.
   """
   known = options_lib.of_group(options_lib.Run)
   domains = {"data": config["data"]} | {
@@ -135,9 +158,10 @@ def declared(config: Mapping) -> dict[str, Option]:
 
 
 def frozen(config: ConfigDict, problems: checks.Problems | None = None) -> Config:
-  """The config as the code reads it: the one boundary between what users change and what is run.
+  """Makes the config as the code reads it.
 
-  What is missing has the default that is declared for it: configs of older releases lack options.
+  This is the one boundary between what users change and what is run. What is missing has the
+  default that is declared for it: configs of older releases lack options.
 
   Args:
     problems: gains what is wrong, in the place of an InputError; the value in question is then the
@@ -213,7 +237,7 @@ def _frozen_network(
 
 
 def _of(config: ConfigDict, key: str) -> dict[str, Any]:
-  """The option `key`, or those of the group `key`, or all."""
+  """Selects the option `key`, or those of the group `key`, or all."""
   return {
     name: value
     for name, value in all_options(config).items()
@@ -222,7 +246,9 @@ def _of(config: ConfigDict, key: str) -> dict[str, Any]:
 
 
 def explain(config: ConfigDict, key: str = "") -> str:
-  """What an option is, or all of a group, or all: its value here, and what else it may be.
+  """Explains an option, or all of a group, or all.
+
+  Each stands with its value here, and what else it may be.
 
   Raises:
     InputError: no such option.
@@ -237,11 +263,12 @@ def explain(config: ConfigDict, key: str = "") -> str:
 
 
 def arguments(text: str | None, **allowed: Any) -> dict[str, Any]:
-  """Parses a config file's argument, "method=cps,split=1_8", over the allowed names and their
-  defaults.
+  """Parses a config file's argument, "method=cps,split=1_8".
 
-  Values take the type of their default. Raises InputError for unknown names or values of another
-  type.
+  It is read over the allowed names and their defaults. Values take the type of their default.
+
+  Raises:
+    InputError: unknown names or values of another type.
   """
   values = dict(allowed)
   problems = checks.Problems(f"cannot read config argument '{text}'")
@@ -276,8 +303,9 @@ def make_config(
   data: Mapping[str, Any] | None = None,
   overrides: Mapping[str, Any] | None = None,
 ) -> ConfigDict:
-  """Makes a config for photographs of any sizes, without a file; configs/folder.py is this one for
-  a folder.
+  """Makes a config for photographs of any sizes, without a file.
+
+  configs/folder.py is this one for a folder.
 
   Args:
     convention: of the method, see `method`.
@@ -325,7 +353,7 @@ def make_config(
 
 
 def _installed() -> dict[str, str]:
-  """Name -> path of the configs that come with the package."""
+  """Finds the configs that come with the package: name -> path."""
   spec = importlib.util.find_spec("pseudoseg_jax.configs")
   folders = (
     list(spec.submodule_search_locations)
@@ -341,8 +369,9 @@ def _installed() -> dict[str, str]:
 
 
 def _file(path: str) -> str:
-  """A config file where it is, or the installed one of that name: "voc" or "configs/voc.py" of any
-  folder.
+  """Finds a config file where it is, or the installed one of that name.
+
+  The installed one is "voc" or "configs/voc.py" of any folder.
 
   Raises:
     InputError: there is neither.
@@ -371,8 +400,9 @@ def _file(path: str) -> str:
 
 
 def load(path: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
-  """The config of "configs/voc.py:method=cps" (a file and, after a colon, its argument), with
-  dotted overrides applied.
+  """Loads the config of "configs/voc.py:method=cps".
+
+  This is a file and, after a colon, its argument. Dotted overrides are applied.
 
   Args:
     path: config file, optionally with ":argument"; also of those that are installed with the
@@ -395,8 +425,9 @@ def load(path: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
 
 
 def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
-  """Sets dotted keys in place, {"optimizer.learning_rate": "0.1"}; text is read as the type of what
-  stands there.
+  """Sets dotted keys in place, {"optimizer.learning_rate": "0.1"}.
+
+  Text is read as the type of what stands there.
 
   Raises:
     InputError: unknown keys (with the nearest known one), values of another type; all of them at
@@ -444,8 +475,9 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
 def _check_numbers(
   problems: checks.Problems, config: ConfigDict, key: str, before: Sequence[Any]
 ) -> None:
-  """Of an option that was just set to several values: all such options hold numbers, and
-  ml_collections reads what it is given.
+  """Checks that an option just set to several values holds numbers.
+
+  All such options hold numbers, and ml_collections reads what it is given.
   """
   values = all_options(config)[key]
   if not options_lib.are_numbers(values):
@@ -474,8 +506,9 @@ _SYNONYMS = {
 
 
 def _nearest_option(key: str, known: Mapping[str, Any]) -> str:
-  """A remedy for an option that is none: one of that name in another group, or by another tool's
-  name, or the nearest.
+  """Finds a remedy for an option that is none.
+
+  It is an option of that name in another group, or by another tool's name, or the nearest.
   """
   group, _, name = key.rpartition(".")
   named = [
@@ -485,7 +518,10 @@ def _nearest_option(key: str, known: Mapping[str, Any]) -> str:
 
 
 def all_options(config: Mapping | Config, prefix: str = "") -> dict[str, Any]:
-  """Every option by its dotted key: {"seed": 0, "method.name": "cps", ...}."""
+  """Lists every option by its dotted key.
+
+  {"seed": 0, "method.name": "cps", ...}.
+  """
   options = {}
   for name, value in (as_dict(config) if isinstance(config, Config) else config).items():
     options |= (
@@ -502,7 +538,10 @@ def to_json(config: ConfigDict | Config) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-  """The config that `to_json` wrote; JSON's lists are tuples again."""
+  """Restores the config that `to_json` wrote.
+
+  JSON's lists are tuples again.
+  """
 
   def restored(value):
     if isinstance(value, dict):
@@ -513,7 +552,9 @@ def from_json(text: str) -> ConfigDict:
 
 
 def from_saved(content: Any) -> ConfigDict:
-  """The config of a parsed config.json of any release, with what is missing at its defaults.
+  """Restores the config of a parsed config.json of any release.
+
+  What is missing is at its default.
 
   Raises:
     InputError, or any error of a wrong type or key: a content that no release wrote.
@@ -529,8 +570,9 @@ def from_saved(content: Any) -> ConfigDict:
 
 
 def fill_missing_defaults(saved: ConfigDict) -> ConfigDict:
-  """A saved config with the options that were added since, at their defaults, which change
-  nothing.
+  """Adds the options that a saved config lacks, at their defaults.
+
+  They were added since, and their defaults change nothing.
   """
   defaults = base(saved.method).to_dict()
   defaults["data"] |= {"folder": folder_data, "tfds": tfds_data}.get(saved.data.name, dict)()
@@ -561,8 +603,9 @@ def fill_missing_defaults(saved: ConfigDict) -> ConfigDict:
 
 
 def changes(ours: ConfigDict | Config, theirs: ConfigDict | Config) -> dict[str, tuple[Any, Any]]:
-  """The options in which two configs differ, by dotted key: (ours, theirs), "absent" where one
-  lacks it.
+  """Finds the options in which two configs differ, by dotted key.
+
+  (ours, theirs), "absent" where one lacks it.
   """
   mine, other = (all_options(json.loads(to_json(config))) for config in (ours, theirs))
   pairs = {
@@ -573,7 +616,10 @@ def changes(ours: ConfigDict | Config, theirs: ConfigDict | Config) -> dict[str,
 
 
 def differences(ours: ConfigDict | Config, theirs: ConfigDict | Config) -> list[str]:
-  """One line for each option in which two configs differ: "total_steps: 100 now, 200 there"."""
+  """Describes each option in which two configs differ, on one line.
+
+  "total_steps: 100 now, 200 there".
+  """
   return [
     f"{key}: {json.dumps(mine)} now, {json.dumps(other)} there"
     for key, (mine, other) in changes(ours, theirs).items()

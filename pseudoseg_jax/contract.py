@@ -1,5 +1,6 @@
-"""What a method is, what it is given and what it gives back. Everything else in the package hangs
-on this page.
+"""The contract of a method: what it is, what it is given and what it returns.
+
+Everything else in the package depends on this module.
 
 A method is a value: pure functions over one pytree. A factory in `methods/` takes a `Task` and its
 own options by keyword and returns a `Method`; the engine jits `Method.step`, shards it and donates
@@ -55,8 +56,9 @@ Batch = Mapping[str, Mapping[str, Array]]
 
 
 class Needs(NamedTuple):
-  """What a method wants from the input pipeline beyond labeled images, and whether from the task's
-  criterion.
+  """The needs of a method beyond labeled images.
+
+  They are what it wants from the input pipeline, and whether it wants the task's criterion.
   """
 
   unlabeled: bool = True
@@ -70,8 +72,9 @@ class Needs(NamedTuple):
 
 
 class NetState(train_state.TrainState):
-  """A Flax TrainState that also carries batch-norm statistics. A teacher is one that no gradient
-  moves.
+  """A Flax TrainState that also carries batch-norm statistics.
+
+  A teacher is one that no gradient moves.
 
   tx: the transformation that `opt_state` was made by. `nets.descend` moves a network by the
     optimizer that it is given, and sees to it that the state is of that kind.
@@ -97,13 +100,15 @@ class State:
   memory: dict[str, PyTree] = struct.field(default_factory=dict)
 
   def with_nets(self, **nets: NetState) -> State:
-    """The state with these networks in the place of those of their roles."""
+    """Replaces the networks of the given roles and returns the new state."""
     return dataclasses.replace(self, nets=self.nets | nets)
 
 
 class Optimizer(NamedTuple):
-  """A descent rule with its learning rate outside, so that the clock is `State.step` and nothing
-  else. Wherever one is taken, a plain optax.GradientTransformation is taken too.
+  """A descent rule with its learning rate outside.
+
+  The clock is thus `State.step` and nothing else. Wherever one is taken, a plain
+  optax.GradientTransformation is taken too.
 
   transform: gradients -> descent direction at learning rate 1 (weight decay, momentum); sign: the
     parameters move by minus it.
@@ -123,7 +128,9 @@ def _in_one_piece(*args: Any, **options: Any) -> Any:
 
 
 class Network(NamedTuple):
-  """A segmentation network without its modules: pure functions over one tree of parameters.
+  """A segmentation network as pure functions over one tree of parameters.
+
+  It comes without its modules.
 
   init: key -> (params, batch_stats).
   apply: (params, batch_stats, images f32[B,H,W,C], train=bool, groups=int, dropout=key) -> (logits
@@ -132,9 +139,8 @@ class Network(NamedTuple):
     batch i % G), each with statistics of its own; running ones move G times, in order. Dropout, in
     networks that have it, acts only where train=True and a key is given.
   encode, decode: the two halves of `apply`, with the same keywords, for methods with heads or
-    perturbations of their own:
-    images -> maps, a tuple of [B,h,w,C] that ends with the deepest; maps -> scores f32[B,h,w,K] on
-    the grid of the network's head.
+    perturbations of their own: images -> maps, a tuple of [B,h,w,C] that ends with the deepest;
+    maps -> scores f32[B,h,w,K] on the grid of the network's head.
   upsample: (scores, (H, W)) -> logits f32[B,H,W,K], in the network's own convention of resizing.
   in_channels: C, channels of the images.
   """
@@ -148,8 +154,9 @@ class Network(NamedTuple):
 
 
 class Head(NamedTuple):
-  """A head that a method adds to a network; its parameters stand in the network's tree, under a
-  name of their own.
+  """A head that a method adds to a network.
+
+  Its parameters stand in the network's tree, under a name of their own.
 
   init: key -> (params, batch_stats).
   apply: (params, batch_stats, *inputs, train=bool) -> (output, batch_stats).
@@ -160,7 +167,9 @@ class Head(NamedTuple):
 
 
 class Task(NamedTuple):
-  """What every method is given: the problem, with no trace of how it was configured.
+  """The problem that every method is given.
+
+  It bears no trace of how it was configured.
 
   criterion: (logits f32[B,H,W,K], label i32[B,H,W]) -> f32[], the supervised loss (plain cross
     entropy, OHEM, ...).
@@ -189,7 +198,7 @@ Metrics = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-  """Who predicts, what it predicts, and what it is shown.
+  """A predictor: its logits, its domain, and the weak labels that it is shown.
 
   logits: (state, images f32[B,H,W,C]) -> f32[B,H,W,K].
   domain: number of the domain whose classes it predicts; 0 is the first.
@@ -220,16 +229,17 @@ class Panel:
 
 
 class Method(NamedTuple):
-  """A method: what it needs, how it starts, how it takes a step, who predicts.
+  """A method: its needs, its initial state, its step and its predictors.
 
   init: key -> State.
   draw: (key, batch) -> draws, every random number of one step (None where a step has none).
   update: (state, batch, draws) -> (state, metrics); pure arithmetic. The step counter moves by one
     (`nets.descend` does it). `metrics` are scalars; those named `loss*` are loss terms.
   predictors: by name; the first is the headline.
-  show: (state, batch, draws) -> (panels, kept bool[B,h,w]): what the unlabeled images of a batch
-    teach, in the order in which it is shown. The last panel of kind "classes" is the pseudo label,
-    and `kept` is where it is learned from. None for a method that learns from labels alone.
+  show: (state, batch, draws) -> (panels, kept bool[B,h,w]): what is learned from the unlabeled
+    images of a batch, in the order in which it is shown. The last panel of kind "classes" is the
+    pseudo label, and `kept` is where it is learned from. None for a method that learns from labels
+    alone.
   split_memory: entries of `State.memory` that are split over the devices along their leading axis;
     all else is on every device.
   given_nets: networks that an earlier run made; training starts from theirs (config.nets_from).

@@ -1,4 +1,7 @@
-"""Writes what a trained network says of a data set's images as labels to learn from. See --help."""
+"""Writes a trained network's predictions as labels to learn from.
+
+The predictions are those for a data set's images. See --help.
+"""
 
 from __future__ import annotations
 
@@ -210,8 +213,9 @@ def export_labels(
 
 
 def _file_names(ids: Sequence[str]) -> list[str]:
-  """What the files of images are called, with sub-folders: ids without the endings of image
-  files.
+  """Returns the names of the images' files, with sub-folders.
+
+  They are the ids without the endings of image files.
   """
   names = [splits.without_suffix(name) for name in ids]
   same = collections.defaultdict(list)
@@ -234,7 +238,10 @@ def _file_names(ids: Sequence[str]) -> list[str]:
 
 
 def _protocol(config, source: sources.Source, say: Callable[[str], None]) -> inference.Protocol:
-  """The run's protocol, made to give every pixel a label and to compile for few sizes."""
+  """Builds the run's protocol, changed to give every pixel a label.
+
+  It is also changed to compile for few sizes.
+  """
   protocol = build.build_protocol(config)
   if protocol.style == "center_crop":
     protocol = protocol._replace(style="whole")
@@ -245,8 +252,9 @@ def _protocol(config, source: sources.Source, say: Callable[[str], None]) -> inf
 
 
 def _missing(out: pathlib.Path, names: Sequence[str], *, confidence: bool) -> list[int]:
-  """The rows of which files are missing, as one process sees it, so that all of them predict the
-  same.
+  """Lists the rows whose files are missing, as one process sees them.
+
+  All processes thus predict the same rows.
   """
   folders = ("labels", "confidence")[: 1 + confidence]
   there = np.array([all(_path(out, folder, name).exists() for folder in folders) for name in names])
@@ -258,7 +266,10 @@ def _list_text(names: Sequence[str]) -> str:
 
 
 def _weights_sha256(state: State) -> str:
-  """Of what predicts: parameters and batch-norm statistics of all networks."""
+  """Hashes the parameters and batch-norm statistics of all networks.
+
+  These are what predicts.
+  """
   digest = hashlib.sha256()
   values = {role: (net.params, net.batch_stats) for role, net in state.nets.items()}
   for path, leaf in jax.tree_util.tree_leaves_with_path(values):
@@ -275,7 +286,10 @@ def _source_of_image_labels(config, data: build.Data, split: str) -> str:
 
 
 def _claim(out: pathlib.Path, origin: Mapping[str, Any]) -> None:
-  """Notes in out/export.json what its labels are from; refuses a folder of others."""
+  """Records in out/export.json what its labels are from.
+
+  A folder of other labels is refused.
+  """
   path = out / "export.json"
   before = report.read_object(path) if path.exists() else origin
   problems = checks.Problems(f"{out} holds labels from something else")
@@ -296,7 +310,10 @@ def _predict(
   write: Callable[[int, Mapping], None],
   progress: Progress,
 ) -> None:
-  """Calls write(row, results) for this process's share of the rows, in threads."""
+  """Predicts this process's share of the rows.
+
+  Calls write(row, results) for each of them, in threads.
+  """
   with concurrent.futures.ThreadPoolExecutor(min(_AHEAD, (os.cpu_count() or 1) + 1)) as threads:
     writing = collections.deque()
     try:
@@ -316,7 +333,7 @@ def _predict(
 def _counted(
   out: pathlib.Path, names: Sequence[str], class_names: Sequence[str], *, confidence: bool
 ) -> dict[str, Any]:
-  """What the manifest says of the files as they lie there."""
+  """Computes what the manifest records of the files as they lie there."""
 
   def read(name: str) -> tuple[bytes, np.ndarray, int]:
     ids = decode.read_mask(_path(out, "labels", name))

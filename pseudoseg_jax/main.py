@@ -1,4 +1,4 @@
-"""The command line: trains, goes on training, or scores a workdir. See --help."""
+"""The command line: trains, resumes, or scores a workdir. See --help."""
 
 from __future__ import annotations
 
@@ -111,7 +111,10 @@ def main(arguments=None) -> int:
 
 
 def _compilation_cache() -> str:
-  """Where compiled programs are kept: of the user, or of this machine for a user without a home."""
+  """Returns the folder where compiled programs are kept.
+
+  It is the user's, or this machine's for a user without a home.
+  """
   try:
     home = pathlib.Path.home() / ".cache"
   except RuntimeError:  # no HOME, and no entry in the system's list of users

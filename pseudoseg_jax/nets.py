@@ -1,4 +1,7 @@
-"""The plain functions that methods share: networks are made, run, descended and averaged here."""
+"""Plain functions that make, run, descend and average networks.
+
+Methods share them.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,9 @@ from pseudoseg_jax.contract import (
 
 
 def create(task: Task, key: Array, **heads: Head) -> NetState:
-  """A freshly initialized network with its optimizer state; `heads` stand beside "backbone" and
-  "head" under their names.
+  """Makes a freshly initialized network with its optimizer state.
+
+  `heads` stand beside "backbone" and "head" under their names.
   """
   params, batch_stats = task.network.init(key)
   for name, head in heads.items():
@@ -38,7 +42,7 @@ def create(task: Task, key: Array, **heads: Head) -> NetState:
 def create_from_head(
   head: Head, key: Array, optimizer: Optimizer | optax.GradientTransformation
 ) -> NetState:
-  """A head as a network of its own, with an optimizer of its own."""
+  """Makes a head a network of its own, with an optimizer of its own."""
   return _initialized(head.apply, *head.init(key), optimizer)
 
 
@@ -66,27 +70,37 @@ _NO_DESCENT = optax.set_to_zero()
 
 
 def frozen(net: NetState) -> NetState:
-  """The network as one that no gradient moves, without optimizer state."""
+  """Returns the network as one that no gradient moves.
+
+  It has no optimizer state.
+  """
   return net.replace(tx=_NO_DESCENT, opt_state=_NO_DESCENT.init(net.params))
 
 
 def teacher_of(student: NetState) -> NetState:
-  """A teacher initialized as a copy of the student; copies of the arrays, since the engine donates
-  both.
+  """Makes a teacher that is initialized as a copy of the student.
+
+  The arrays are copied, since the engine donates both.
   """
   params, batch_stats = jax.tree.map(jnp.copy, (student.params, student.batch_stats))
   return frozen(student.replace(params=params, batch_stats=batch_stats))
 
 
 def init_student(task: Task, **heads: Head) -> Callable[[Array], State]:
-  """key -> State of one network, "student"; `heads` as in `create`."""
+  """Builds the function key -> State of one network, "student".
+
+  `heads` as in `create`.
+  """
   return lambda key: State(
     step=jnp.zeros([], jnp.int32), nets={"student": create(task, key, **heads)}
   )
 
 
 def init_student_and_teacher(task: Task, **heads: Head) -> Callable[[Array], State]:
-  """key -> State of a "student" and its exact copy, the "teacher"."""
+  """Builds the function key -> State of a student and a teacher.
+
+  The "teacher" is an exact copy of the "student".
+  """
 
   def init(key):
     student = create(task, key, **heads)
@@ -98,8 +112,10 @@ def init_student_and_teacher(task: Task, **heads: Head) -> Callable[[Array], Sta
 
 
 def init_two(task: Task) -> Callable[[Array], State]:
-  """key -> State of "a" and "b", the same architecture initialized independently: the only
-  difference between the two.
+  """Builds the function key -> State of two networks, "a" and "b".
+
+  They have the same architecture and are initialized independently: the only difference between the
+  two.
   """
 
   def init(key):
@@ -114,11 +130,10 @@ def init_two(task: Task) -> Callable[[Array], State]:
 def forward(
   network: Network, net: NetState, *batches: Array, dropout: Array | None = None
 ) -> tuple[tuple[Array, ...], NetState]:
-  """Runs the network in training mode on each batch, every one with batch-norm statistics of its
-  own.
+  """Runs the network in training mode on each batch.
 
-  Images that shall share statistics go into one batch. Running statistics move once per batch, in
-  the order given.
+  Every batch has batch-norm statistics of its own. Images that shall share statistics go into one
+  batch. Running statistics move once per batch, in the order given.
 
   Args:
     batches: f32[B, H, W, 3] each.
@@ -131,7 +146,9 @@ def forward(
 
 
 def forward_with(network: Network, frozen_batch_norm: str) -> Callable:
-  """`forward` of a network, but with batch norms on stored statistics, which then do not move.
+  """Builds a `forward` of the network with batch norms on stored statistics.
+
+  Stored statistics do not move.
 
   Args:
     frozen_batch_norm: of the "backbone", of "all", or "none". Freezing "all" leaves out dropout as
@@ -156,15 +173,16 @@ def forward_with(network: Network, frozen_batch_norm: str) -> Callable:
 
 
 def dropout_keys(key: Array, *passes: str) -> dict[str, Array]:
-  """A random key for the dropout of each named pass of a step."""
+  """Derives a random key for the dropout of each named pass of a step."""
   return {name: rng.stream(key, f"dropout/{name}") for name in passes}
 
 
 def encode(
   network: Network, net: NetState, *batches: Array, dropout: Array | None = None
 ) -> tuple[tuple, NetState]:
-  """As `forward`, but the backbone alone: the maps of each batch, a tuple of f32[B, h, w, C] that
-  ends with the deepest.
+  """Runs the backbone alone, else as `forward`.
+
+  The maps of each batch are a tuple of f32[B, h, w, C] that ends with the deepest.
   """
   return _each(network.encode, net, batches, dropout)
 
@@ -172,8 +190,9 @@ def encode(
 def decode(
   network: Network, net: NetState, *maps: tuple[Array, ...], dropout: Array | None = None
 ) -> tuple[tuple, NetState]:
-  """As `forward`, but the head alone, on maps of `encode`: the scores f32[B, h, w, K] of each
-  batch, on the head's grid.
+  """Runs the head alone on maps of `encode`, else as `forward`.
+
+  The scores of each batch are f32[B, h, w, K], on the head's grid.
   """
   return _each(network.decode, net, maps, dropout)
 
@@ -204,7 +223,7 @@ def _each(
 
 
 def map_channels(network: Network) -> tuple[int, ...]:
-  """Channels of the backbone's maps, the deepest last."""
+  """Lists the channels of the backbone's maps, the deepest last."""
   params, batch_stats = jax.eval_shape(network.init, jax.random.key(0))
   image = jax.ShapeDtypeStruct((1, 32, 32, network.in_channels), jnp.float32)
   maps, _ = jax.eval_shape(
@@ -214,17 +233,17 @@ def map_channels(network: Network) -> tuple[int, ...]:
 
 
 def infer(network: Network, net: NetState, images: Array) -> Array:
-  """Logits f32[B, H, W, K] in inference mode (running statistics)."""
+  """Computes logits f32[B, H, W, K] in inference mode (running statistics)."""
   return network.apply(net.params, net.batch_stats, images, train=False)[0]
 
 
 def infer_maps(network: Network, net: NetState, images: Array) -> tuple[Array, ...]:
-  """The backbone's maps in inference mode (running statistics)."""
+  """Computes the backbone's maps in inference mode (running statistics)."""
   return network.encode(net.params, net.batch_stats, images, train=False)[0]
 
 
 def predictors(network: Network, *roles: str) -> dict[str, Predictor]:
-  """One predictor per role in `State.nets`; the first is the headline."""
+  """Makes one predictor per role in `State.nets`; the first is the headline."""
 
   def predictor(role: str) -> Predictor:
     return Predictor(lambda state, images: infer(network, state.nets[role], images))
@@ -233,8 +252,9 @@ def predictors(network: Network, *roles: str) -> dict[str, Predictor]:
 
 
 def show_predictions(network: Network, *roles: str) -> Callable:
-  """`Method.show`: the weak view, and each network's prediction on it; the last is the pseudo
-  label.
+  """Builds a `Method.show` of the predictions on the weak view.
+
+  It shows the weak view, and each network's prediction on it; the last is the pseudo label.
   """
 
   def show(state, batch, draws):
@@ -249,12 +269,12 @@ def show_predictions(network: Network, *roles: str) -> Callable:
 
 
 class Outcome(NamedTuple):
-  """What an objective comes to at the networks' parameters.
+  """The value of an objective at the networks' parameters.
 
-  losses: terms by name, f32[] each. The step descends their sum, `loss`; each is told as
+  losses: terms by name, f32[] each. The step descends their sum, `loss`; each is reported as
     `loss_NAME`.
   nets: the networks with their running statistics moved.
-  metrics: further scalars that are told.
+  metrics: further scalars that are reported.
   memory: what `State.memory` is after the step; None leaves it.
   """
 
@@ -331,7 +351,7 @@ def descend(
 
 
 def _factors(optimizer: Optimizer | optax.GradientTransformation, params: PyTree) -> PyTree:
-  """By parameter, the factor on the learning rate; 0 where it is frozen."""
+  """Looks up each parameter's factor on the learning rate; 0 where frozen."""
   if isinstance(optimizer, Optimizer):
     return optim.by_path(optimizer.multiplier, params)
   return jax.tree.map(lambda _: 1.0, params)
@@ -367,7 +387,7 @@ def _stepped(
 
 
 def _same_kind(a: PyTree, b: PyTree) -> bool:
-  """Whether two trees have the same structure, shapes and types."""
+  """Tells whether two trees have the same structure, shapes and types."""
   kinds = [
     [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)] for tree in (a, b)
   ]
@@ -378,10 +398,13 @@ def _same_kind(a: PyTree, b: PyTree) -> bool:
 def ema(
   teacher: NetState, student: NetState, decay: Array | float, *, statistics: str = "own"
 ) -> NetState:
-  """teacher <- decay * teacher + (1 - decay) * student, on the parameters.
+  """Moves the teacher's parameters towards the student's.
 
-  statistics: "own" leaves the teacher's batch-norm statistics to its own training-mode passes (all
-    three published Mean Teacher codes); "average" averages them with the parameters.
+  teacher <- decay * teacher + (1 - decay) * student, on the parameters.
+
+  Args:
+    statistics: "own" leaves the teacher's batch-norm statistics to its own training-mode passes
+      (all three published Mean Teacher codes); "average" averages them with the parameters.
   """
 
   def average(old, new):

@@ -1,5 +1,6 @@
-"""A notebook's cell as the console of a run: what changes is shown in one place, everything else in
-lines.
+"""A notebook's cell as the console of a run.
+
+What changes is shown in one place, everything else in lines.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ _DRAWING_SHARE = 0.05  # of the time, at most
 
 
 def runs_here() -> bool:
-  """Whether this is the kernel of a notebook (Jupyter, Colab, VS Code), rather than a terminal or a
-  script.
+  """Tells whether this is the kernel of a notebook.
+
+  A notebook is one of Jupyter, Colab or VS Code, rather than a terminal or a script.
   """
   ipython = sys.modules.get("IPython")
   return hasattr(ipython.get_ipython(), "kernel") if ipython else False
@@ -26,10 +28,11 @@ def runs_here() -> bool:
 
 @contextlib.contextmanager
 def root_handlers_kept() -> Iterator[None]:
-  """Takes away the handlers that the root logger gains meanwhile; also a decorator.
+  """Removes the handlers that the root logger gains meanwhile.
 
-  absl, through which other libraries log, gives it one where it has none: what a notebook logs
-  would come out in another form, and its logging.basicConfig() would do nothing.
+  It is also a decorator. absl, through which other libraries log, gives the root logger a handler
+  where it has none: what a notebook logs would come out in another form, and its
+  logging.basicConfig() would do nothing.
   """
   before = logging.root.handlers[:]
   try:
@@ -41,14 +44,15 @@ def root_handlers_kept() -> Iterator[None]:
 
 
 def console(*, transient: bool = False) -> logging.Handler:
-  """A handler that shows the log to the person who started this: in a cell (see CellConsole), or on
-  the standard output.
+  """Returns a handler that shows the log to the person who started this.
+
+  It writes in a cell (see CellConsole), or on the standard output.
   """
   return CellConsole(transient=transient) if runs_here() else logging.StreamHandler(sys.stdout)
 
 
 class CellConsole(logging.Handler):
-  """Shows records in the cell that is running.
+  """A handler that shows records in the cell that is running.
 
   A record with a `slot` (log.info(..., extra={"slot": "progress"})) takes the place of the one
   before it in that slot, and a `fraction` with it is shown as a bar; other records are lines.
@@ -81,8 +85,9 @@ class CellConsole(logging.Handler):
       self.handleError(record)
 
   def picture(self, draw: Callable[[], bytes], *, now: bool = False) -> None:
-    """Shows the PNG that `draw` makes below the slots, as often as drawing costs little; `now`: in
-    any case.
+    """Shows the PNG that `draw` makes below the slots.
+
+    It does so as often as drawing costs little; with `now`, in any case.
     """
     begun = time.perf_counter()
     pause = max(_LEAST_SECONDS_BETWEEN_PICTURES, self._drawing_seconds / _DRAWING_SHARE)

@@ -1,4 +1,7 @@
-"""Optimizers whose learning rate and weight decay depend on a parameter's path."""
+"""Optimizers with rules by parameter path.
+
+Their learning rate and weight decay depend on a parameter's path.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +15,36 @@ from pseudoseg_jax.contract import Optimizer, PyTree
 
 
 def path_name(path) -> str:
-  """A tree path as text: (DictKey("backbone"), DictKey("kernel")) -> "backbone/kernel"."""
+  """Writes a tree path as text.
+
+  (DictKey("backbone"), DictKey("kernel")) -> "backbone/kernel".
+  """
   return "/".join(
     str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
   )
 
 
 def by_path(rule: Callable[[str], object], params: PyTree) -> PyTree:
-  """A tree like `params` whose leaves are rule("backbone/conv1/kernel")."""
+  """Builds a tree like `params` whose leaves a rule gives by their paths.
+
+  A leaf is rule("backbone/conv1/kernel").
+  """
   return jax.tree_util.tree_map_with_path(lambda path, _: rule(path_name(path)), params)
 
 
 def decays(path: str, scope: str) -> bool:
-  """Whether weight decay acts on this parameter: scope "kernels" (no batch norm, no bias; CPS) or
-  "all" (PixelSSL, UniMatch).
+  """Tells whether weight decay acts on this parameter.
+
+  Args:
+    scope: "kernels" (no batch norm, no bias; CPS) or "all" (PixelSSL, UniMatch).
   """
   return scope == "all" or path.endswith("kernel")
 
 
 def multiplier_table(factors: Mapping[str, float]) -> Callable[[str], float]:
-  """{"^backbone": 0.1} -> a function from parameter path to learning-rate factor; the first pattern
-  found wins, else 1.
+  """Builds a function from parameter path to learning-rate factor.
+
+  The table is like {"^backbone": 0.1}; the first pattern found wins, else the factor is 1.
   """
 
   def multiplier(path: str) -> float:
@@ -42,8 +54,10 @@ def multiplier_table(factors: Mapping[str, float]) -> Callable[[str], float]:
 
 
 def freeze(optimizer: Optimizer, pattern: str) -> Optimizer:
-  """The optimizer with the parameters whose path `pattern` finds at rest: no rate, hence no
-  gradient, and no state.
+  """Returns the optimizer with the parameters that `pattern` finds at rest.
+
+  The pattern is searched in a parameter's path. Such a parameter has no rate, hence no gradient,
+  and no state.
   """
 
   def frozen(path: str) -> bool:
@@ -60,8 +74,9 @@ def freeze(optimizer: Optimizer, pattern: str) -> Optimizer:
 
 
 def clip(optimizer: Optimizer, norm: float) -> Optimizer:
-  """The optimizer with gradients whose global norm is above `norm` scaled down to it, before all
-  else.
+  """Returns the optimizer with gradients clipped by their global norm.
+
+  Gradients whose global norm is above `norm` are scaled down to it, before all else.
 
   Its state is that of the optimizer (optax.chain would nest it), so that a run can be resumed with
   another norm, or with none.
@@ -83,8 +98,10 @@ def sgd(
   decay_scope: str = "kernels",
   factors=None,
 ) -> Optimizer:
-  """PyTorch's SGD: weight decay is added to the gradient, before momentum; no dampening, no
-  Nesterov.
+  """Builds PyTorch's SGD.
+
+  Weight decay is added to the gradient, before momentum. There is no dampening and no Nesterov
+  momentum.
   """
   transform = optax.chain(
     optax.add_decayed_weights(
@@ -104,7 +121,7 @@ def adamw(
   decay_scope: str = "kernels",
   factors=None,
 ) -> Optimizer:
-  """AdamW: decoupled weight decay, scaled by the learning rate."""
+  """Builds AdamW: decoupled weight decay, scaled by the learning rate."""
   transform = optax.chain(
     optax.scale_by_adam(b1=b1, b2=b2),
     optax.add_decayed_weights(

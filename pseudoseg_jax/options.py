@@ -1,9 +1,10 @@
-"""Every option of a run in one tree: its default, what it is, and which values it may have.
+"""Every option of a run in one tree.
 
-This is their one home: `base` in config.py makes the ConfigDict that users change of it, `frozen`
-there checks what became of it and makes it a `Config`, which is what everything else reads;
-`explain` prints it. Options of methods and networks have theirs in the signature and the docstring
-of the factory. Batch sizes are global, durations are in optimizer steps.
+Each option stands with its default, what it is, and which values it may have. This is their one
+home: `base` in config.py makes the ConfigDict that users change of it, `frozen` there checks what
+became of it and makes it a `Config`, which is what everything else reads; `explain` prints it.
+Options of methods and networks have theirs in the signature and the docstring of the factory. Batch
+sizes are global, durations are in optimizer steps.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from pseudoseg_jax import checks
 
 
 class Allowed(NamedTuple):
-  """Which values an option may have, or each element of a tuple; None, or (), where nothing says
-  so.
+  """The values that an option, or each element of a tuple, may have.
+
+  A field is None, or (), where nothing is stated.
 
   one_of: words or numbers. least, most: bounds of a number, included. above, below: likewise,
   excluded.
@@ -63,7 +65,10 @@ class Allowed(NamedTuple):
     )
 
   def in_words(self) -> str:
-    """The values in words, "0..1"; "" where any will do."""
+    """Expresses the values in words, such as "0..1".
+
+    It is "" where any will do.
+    """
     if self.one_of:
       return checks.choices(map(str, self.one_of))
     if self.length or self.ordered or self.whole:
@@ -89,12 +94,18 @@ GridSize = Annotated[tuple[int, int], Allowed(least=1, length=2, whole=True)]  #
 
 
 def is_open(value: Any) -> bool:
-  """Whether an option's value leaves it to `settings`: -1, () or "auto"."""
+  """Tells whether an option's value leaves it to `settings`.
+
+  Such values are -1, () and "auto".
+  """
   return value in (-1, (), "auto")
 
 
 def option(default: Any, about: str, **allowed: Any) -> Any:
-  """Declares a field of a group: its default, a sentence or more, and the keywords of `Allowed`."""
+  """Declares a field of a group.
+
+  It has a default, a sentence or more about it, and the keywords of `Allowed`.
+  """
   metadata = {"about": about, "allowed": Allowed(**allowed)}
   if isinstance(default, dict):
     return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
@@ -217,7 +228,7 @@ _KIND = "What kind of data: 'folder', 'synthetic', 'tfds'."
 
 @dataclasses.dataclass(frozen=True)
 class AnyData:
-  """What data of every kind have."""
+  """The options that data of every kind have."""
 
   name: str = option("folder", _KIND)
   mean: tuple[float, ...] = option(
@@ -234,7 +245,7 @@ class AnyData:
 
 @dataclasses.dataclass(frozen=True)
 class StoredData(AnyData):
-  """What images and masks that lie somewhere have, in folders or in TFDS."""
+  """The options of images and masks that are stored, in folders or in TFDS."""
 
   name: str = option("", _KIND)
   root: str = option("", "The folder that patterns and lists are relative to.")
@@ -270,8 +281,9 @@ class StoredData(AnyData):
 
 @dataclasses.dataclass(frozen=True)
 class FolderData(StoredData):
-  """Images and masks in folders; patterns hold {id} and are relative to root, as are paths in
-  lists.
+  """Images and masks in folders.
+
+  Patterns hold {id} and are relative to root, as are paths in lists.
   """
 
   name: str = option("folder", _KIND)
@@ -320,7 +332,10 @@ def as_of(kind: type, name: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class GivenData(AnyData):
-  """Images that were given from Python: what is known of them beside the images."""
+  """Images that were given from Python.
+
+  The options are what is known of them beside the images.
+  """
 
   name: str = option("given", _KIND)
   channels: int = as_of(FolderData, "channels")
@@ -355,7 +370,10 @@ class TfdsData(StoredData):
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticData(AnyData):
-  """Drawn scenes of which everything is known: to see the whole way without data."""
+  """Drawn scenes of which everything is known.
+
+  They serve to see the whole way without data.
+  """
 
   name: str = option("synthetic", _KIND)
   num_scenes: int = option(800, "To train on.", least=2)
@@ -526,7 +544,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class AnyNetwork:
-  """What every network has beside its own options."""
+  """The options that every network has beside its own."""
 
   dtype: str = option(
     "float32",
@@ -568,12 +586,14 @@ class Chosen:
 
 @dataclasses.dataclass(frozen=True)
 class ChosenNetwork(AnyNetwork, Chosen):
-  """A network likewise, with what every network has."""
+  """A network likewise, with the options that every network has."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Run):
-  """All options of a run, of which none is missing and each has a value that it may have.
+  """All options of a run, each with a value that it may have.
+
+  None is missing.
 
   data: of a class of DATA. other_data: likewise by name; their normalization is that of data.
   """
@@ -583,7 +603,10 @@ class Config(Run):
 
 
 def replaced(tree: Any, values: Mapping[str, Any]) -> Any:
-  """A config, or a group of it, with other values of some options, by dotted key."""
+  """Returns a config, or a group of it, with other values of some options.
+
+  The values are given by dotted key.
+  """
   for key, value in values.items():
     name, dot, rest = key.partition(".")
     if dot:
@@ -593,14 +616,20 @@ def replaced(tree: Any, values: Mapping[str, Any]) -> Any:
 
 
 def still(value: Any) -> Any:
-  """A value that nobody can change in place: tuples for lists, views of mappings."""
+  """Makes a value that nobody can change in place.
+
+  It has tuples for lists, and views of mappings.
+  """
   if isinstance(value, Mapping):
     return types.MappingProxyType({key: still(item) for key, item in value.items()})
   return tuple(map(still, value)) if isinstance(value, (tuple, list)) else value
 
 
 def as_dict(tree: Any) -> Any:
-  """A config, or a group of it, as nested dicts: what `frozen` made it of."""
+  """Converts a config, or a group of it, to nested dicts.
+
+  They are what `frozen` made it of.
+  """
   if isinstance(tree, Config):
     others = {name: own_options(as_dict(data)) for name, data in tree.other_data.items()}
     return _fields(tree) | {"other_data": others}
@@ -617,7 +646,10 @@ def _fields(tree: Any) -> dict[str, Any]:
 
 
 def own_options(data: Mapping[str, Any]) -> dict[str, Any]:
-  """Of the options of data those that every domain has: all but the normalization."""
+  """Selects the options of data that every domain has.
+
+  These are all but the normalization.
+  """
   return {name: value for name, value in data.items() if name not in ("mean", "std")}
 
 
@@ -625,7 +657,10 @@ def own_options(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def defaults(kind: type) -> dict[str, Any]:
-  """The defaults of a group and of the groups below it, as nested dicts."""
+  """Returns the defaults of a group and of the groups below it.
+
+  They are nested dicts.
+  """
   return {
     field.name: defaults(type(value)) if dataclasses.is_dataclass(value) else value
     for field in dataclasses.fields(kind)
@@ -642,7 +677,7 @@ class Option(NamedTuple):
 
 
 def of_group(kind: type, prefix: str = "") -> dict[str, Option]:
-  """The options of a group and of those below it, by dotted key."""
+  """Collects the options of a group and of those below it, by dotted key."""
   options = {}
   for field in dataclasses.fields(kind):
     default = getattr(kind(), field.name)
@@ -655,7 +690,10 @@ def of_group(kind: type, prefix: str = "") -> dict[str, Option]:
 
 
 def defaults_of(factory: Callable) -> dict[str, Any]:
-  """The options of a method's or a network's factory with their defaults: its keywords."""
+  """Reads the options of a factory with their defaults.
+
+  They are the keywords of a method's or a network's factory.
+  """
   parameters = inspect.signature(factory).parameters.values()
   return {
     parameter.name: parameter.default
@@ -665,8 +703,9 @@ def defaults_of(factory: Callable) -> dict[str, Any]:
 
 
 def of_factory(factory: Callable, prefix: str = "") -> dict[str, Option]:
-  """The options of a method's or a network's factory, with what its signature allows and its
-  docstring says of them.
+  """Reads the options of a method's or a network's factory.
+
+  Each has what the signature allows and what the docstring states of it.
   """
   about, allowed = _arguments(factory), _allowed(factory)
   return {
@@ -677,7 +716,10 @@ def of_factory(factory: Callable, prefix: str = "") -> dict[str, Option]:
 
 @functools.cache
 def _allowed(factory: Callable) -> dict[str, Allowed]:
-  """What the annotations of a factory allow: Literal, and Annotated with `Allowed`."""
+  """Reads what the annotations of a factory allow.
+
+  They may be Literal, and Annotated with `Allowed`.
+  """
   try:
     hints = get_type_hints(factory, include_extras=True)
   except (NameError, TypeError):  # of another package, whose names stand for type checkers alone
@@ -697,8 +739,10 @@ Rules = Callable[..., None]  # (problems, task, **options): adds what several op
 
 
 def checked(factory: Callable | None = None, *, rules: Rules | None = None) -> Callable:
-  """Decorates a method's factory, as `@checked` or `@checked(rules=...)`: options that its signature
-  does not allow, or that break its rules, are refused all at once, before it begins.
+  """Decorates a method's factory so that it refuses options before it begins.
+
+  It is used as `@checked` or `@checked(rules=...)`: options that its signature does not allow, or
+  that break its rules, are refused all at once.
 
   Rules are given every option, those that are refused by themselves at their default.
   """
@@ -719,8 +763,9 @@ def checked(factory: Callable | None = None, *, rules: Rules | None = None) -> C
 
 
 def _arguments(function: Callable | None) -> dict[str, str]:
-  """What the section "Args:" of a docstring says, by name; "as in `module.function`" is looked up
-  there.
+  """Reads the section "Args:" of a docstring, by name.
+
+  "as in `module.function`" is looked up there.
   """
   text = inspect.getdoc(function) or ""
   section = re.search(r"^Args:\n((?:  .*\n?|\n)*)", text, re.MULTILINE)
@@ -741,8 +786,10 @@ def _arguments(function: Callable | None) -> dict[str, str]:
 
 
 def _named(function: Callable, path: str) -> Callable | None:
-  """The function that a docstring calls `path`: of its module, of what that imports, or of a module
-  beside it; None where it cannot be told.
+  """Finds the function that a docstring calls `path`.
+
+  It is one of the function's module, of what that imports, or of a module beside it; None where it
+  cannot be found.
   """
   names, package = path.split("."), function.__module__.rpartition(".")[0]
   beside = sys.modules.get(f"{package}.{names[0]}")
@@ -757,8 +804,9 @@ def _named(function: Callable, path: str) -> Callable | None:
 
 
 def read(kind: type, values: Any, where: str, problems: checks.Problems, **known: Any) -> Any:
-  """Makes a group of what stands in a config for it; what is missing has its default, and so has
-  what cannot be used, which `problems` gains.
+  """Makes a group of what stands in a config for it.
+
+  What is missing has its default, and so has what cannot be used, which `problems` gains.
 
   Args:
     where: the group's dotted key, for the problems.
@@ -787,7 +835,10 @@ def read(kind: type, values: Any, where: str, problems: checks.Problems, **known
 def read_keywords(
   options: Mapping[str, Option], values: Mapping[str, Any], where: str, problems: checks.Problems
 ) -> Mapping[str, Any]:
-  """Likewise of the options of a factory, see `of_factory`."""
+  """Reads the options of a factory as `read` does a group.
+
+  See `of_factory`.
+  """
   note_unknown(values, options, where, problems)
   return types.MappingProxyType(
     {
@@ -808,7 +859,10 @@ def note_unknown(
 
 
 def usable(value: Any, declared: Option, where: str, problems: checks.Problems) -> Any:
-  """A value as its option is declared; else the default, and `problems` gains why."""
+  """Returns a value as its option is declared, else the default.
+
+  Where it is the default, `problems` gains why.
+  """
   default, allowed = declared.default, declared.allowed
   if hasattr(value, "aval"):  # an array, maybe traced: not known yet
     return value
@@ -830,7 +884,7 @@ def usable(value: Any, declared: Option, where: str, problems: checks.Problems) 
 
 
 def _is_like(value: Any, default: Any) -> bool:
-  """Whether a value is of the kind that the default of its option is of."""
+  """Tells whether a value is of the kind of its option's default."""
   if default is None:
     return True
   if isinstance(default, bool) or isinstance(value, bool):
@@ -845,7 +899,7 @@ def _is_like(value: Any, default: Any) -> bool:
 
 
 def are_numbers(values: Any) -> bool:
-  """Whether all of several values are finite numbers."""
+  """Tells whether all of several values are finite numbers."""
   return all(
     isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     for value in values
@@ -853,7 +907,10 @@ def are_numbers(values: Any) -> bool:
 
 
 def explain(options: Mapping[str, Option], values: Mapping[str, Any]) -> str:
-  """What options are: the flag with the value that each has, what it is, and what it may be."""
+  """Explains options.
+
+  For each there are the flag with the value that it has, what it is, and what it may be.
+  """
   order = {key: rank for rank, key in enumerate(options)}
   keys = sorted(values, key=lambda key: order.get(key, order.get(key.rpartition(".")[0], 0)))
   return "\n\n".join(_explained(key, options, values[key]) for key in keys)
@@ -872,5 +929,8 @@ def _explained(key: str, options: Mapping[str, Option], value: Any) -> str:
 
 
 def as_flag(value: Any) -> str:
-  """A value as the command line reads it: tuples and lists without brackets."""
+  """Formats a value as the command line reads it.
+
+  Tuples and lists have no brackets.
+  """
   return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

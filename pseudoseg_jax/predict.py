@@ -58,8 +58,10 @@ _FILE_OPTIONS = ("data.exif_orientation", "data.max_value")
 
 
 class Job(NamedTuple):
-  """path: the image. name: what its three files are called, with sub-folders, without suffix.
-  header: upright.
+  """An image to segment.
+
+  path: the image. name: what its three files are called, with sub-folders, without suffix. header:
+  upright.
   """
 
   path: pathlib.Path
@@ -129,8 +131,10 @@ def main(arguments=None) -> int:
 
 
 def _split(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """The options of the config that prediction knows: those of evaluation, and those of reading
-  files as `Predictor` has them.
+  """Splits the options into those of evaluation and of reading files.
+
+  Prediction knows no other options of the config. Those of reading files are as `Predictor` has
+  them.
   """
   problems = checks.Problems("cannot change the config")
   for key in overrides:
@@ -160,8 +164,9 @@ def _split(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 def find_images(
   images: pathlib.Path, out: pathlib.Path, *, workdir: pathlib.Path
 ) -> tuple[list[Job], checks.Problems]:
-  """The images to segment, in order of name, and those that cannot be; what `out` holds already is
-  no input.
+  """Lists the images to segment, in order of name, and those that cannot be.
+
+  What `out` holds already is no input.
 
   Raises:
     InputError: no such path, no readable image, two images of one name, no such workdir; all at
@@ -219,7 +224,10 @@ def find_images(
 def _list_images(
   images: pathlib.Path, out: pathlib.Path
 ) -> tuple[list[pathlib.Path], checks.Problems]:
-  """The files to segment, in order of name, and what may be more of them but cannot be reached."""
+  """Lists the files to segment, in order of name.
+
+  The second part is what may be more of them but cannot be reached.
+  """
   unreachable = checks.Problems("some images could not be segmented; the others are done")
   if not images.is_dir():
     return [images] if images.exists() else [], unreachable
@@ -247,7 +255,7 @@ def _list_images(
 
 
 def bounded(predictor: Predictor, sizes: list[tuple[int, int]]) -> Predictor:
-  """The predictor, made to compile for few sizes (see `inference.bounded`)."""
+  """Makes the predictor compile for few sizes (see `inference.bounded`)."""
   protocol, changed = inference.bounded(predictor.protocol, sizes)
   if not changed:
     return predictor
@@ -262,7 +270,7 @@ def segment(
   origin: Mapping[str, Any],
   unreadable: checks.Problems,
 ) -> None:
-  """Segments what `out` lacks, and reports.
+  """Segments the images that `out` lacks, and prints a report.
 
   Args:
     origin: what made the files (JSON); kept in out/predictions.json, so that one folder never mixes
@@ -330,8 +338,9 @@ def segment(
 
 
 def _are_many(waiting: Sequence[tuple[Job, Any]]) -> bool:
-  """Whether images that wait in memory are more than their number or their size allows; one always
-  may.
+  """Tells whether more images wait in memory than their limits allow.
+
+  The limits are on their number and on their size; one image always may wait.
   """
   pixels = sum(math.prod(job.header.size) for job, _ in waiting)
   return len(waiting) > _AHEAD or len(waiting) > 1 and pixels > _PIXELS_AHEAD

@@ -1,4 +1,7 @@
-"""Makes the folders that the configs read from the official archives of a data set. See --help."""
+"""Converts official archives of a data set to the folders that configs read.
+
+See --help.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +42,10 @@ examples:
 
 
 class Tree:
-  """A folder that is being filled by several threads. Its manifest has a line `sha256 size path`
-  for every finished file.
+  """A folder that is being filled by several threads.
 
-  A file is there if the manifest lists it and its size is that of the manifest; others are written
-  anew.
+  Its manifest has a line `sha256 size path` for every finished file. A file is there if the
+  manifest lists it and its size is that of the manifest; others are written anew.
   """
 
   def __init__(self, root: pathlib.Path, name: str):
@@ -97,7 +99,7 @@ class Tree:
     self._log.flush()
 
   def broken(self) -> list[str]:
-    """Files of the manifest that are gone or have another content."""
+    """Lists files of the manifest that are gone or have another content."""
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
       same = threads.map(
         lambda path: self.holds(path) and _sha256(self.root / path) == self.entries[path][0],
@@ -107,7 +109,10 @@ class Tree:
       return [path for path, good in checked if not good]
 
   def listing(self, folder: str, suffix: str) -> set[str]:
-    """Names of the finished files right in a folder, without the suffix."""
+    """Returns the names of the finished files right in a folder.
+
+    The names are without the suffix.
+    """
     start = f"{folder}/"
     found = (
       path[len(start) : -len(suffix)]
@@ -134,7 +139,10 @@ class Tree:
 
 
 def _read_manifest(path: pathlib.Path) -> dict[str, tuple[str, int]]:
-  """Path -> (sha256, size); a last line that was cut short is left out."""
+  """Reads a manifest as path -> (sha256, size).
+
+  A last line that was cut short is left out.
+  """
   entries = {}
   if path.exists():
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -162,11 +170,11 @@ _SBD_MEMBER = re.compile(
 
 
 def prepare_voc(tree: Tree, arguments: argparse.Namespace) -> dict[str, tuple[int, int]]:
-  """VOC's own files as they are; masks of SBD as PNG; SegmentationClassAug and train_aug.txt, which
-  join the two.
+  """Prepares VOC with the masks of SBD.
 
-  Where VOC has a mask, it is taken; train_aug is SBD's train and val and VOC's train, without VOC's
-  val.
+  VOC's own files stay as they are; masks of SBD become PNG. SegmentationClassAug and train_aug.txt
+  join the two. Where VOC has a mask, it is taken; train_aug is SBD's train and val and VOC's train,
+  without VOC's val.
 
   Returns:
     Counts: what -> (found, official).
@@ -231,8 +239,9 @@ _CITY_COUNTS = {"train": 2975, "val": 500, "test": 1525}
 
 
 def prepare_cityscapes(tree: Tree, arguments: argparse.Namespace) -> dict[str, tuple[int, int]]:
-  """Images and labelIds masks in the official layout, as they are; returns counts as `prepare_voc`
-  does.
+  """Prepares images and labelIds masks of Cityscapes in the official layout.
+
+  The files stay as they are. Returns counts as `prepare_voc` does.
   """
   images = [*arguments.images, *([arguments.extra] if arguments.extra else [])]
   packs = [(path, _CITY_IMAGE, "leftImg8bit/train/CITY/FRAME_leftImg8bit.png") for path in images]
@@ -264,8 +273,9 @@ _COCO_INSTANCES = re.compile(r"(?:^|/)instances_(?:train|val)2017\.json$")
 
 
 def prepare_coco(tree: Tree, arguments: argparse.Namespace) -> dict[str, tuple[int, int]]:
-  """Images as they are; masks of 80 things and background from either annotation; returns counts as
-  `prepare_voc` does.
+  """Prepares images of COCO and masks of 80 things and background.
+
+  Images stay as they are; masks are from either annotation. Returns counts as `prepare_voc` does.
   """
   if arguments.annotations:
     official_masks.require_pycocotools()  # before the long part
@@ -331,7 +341,7 @@ _TFDS = {
 
 
 def write_tfds(tree: Tree, dataset: str) -> None:
-  """Writes OUT/tfds/NAME/VERSION of what the tree holds."""
+  """Writes what the tree holds as OUT/tfds/NAME/VERSION."""
   from pseudoseg_jax.data import tfds_builders  # it takes seconds to import
 
   def in_tree(pattern):
@@ -365,7 +375,7 @@ def write_tfds(tree: Tree, dataset: str) -> None:
 
 
 def _members(path: pathlib.Path, pattern: re.Pattern, example: str) -> Iterator[archives.Member]:
-  """The members that match, with a line now and then on how far it is."""
+  """Yields the members that match, and prints progress now and then."""
   progress = _Progress(path.name)
   for member in archives.members(path, pattern.search):
     yield member
@@ -383,7 +393,7 @@ def _members(path: pathlib.Path, pattern: re.Pattern, example: str) -> Iterator[
 
 
 def _told(items: Iterable[Any], total: int, name: str) -> Iterator[Any]:
-  """The items, with lines on how far it is."""
+  """Yields the items, and prints progress now and then."""
   progress = _Progress(name)
   for number, item in enumerate(items, start=1):
     yield item
@@ -422,7 +432,10 @@ def _put_member(
   member: archives.Member,
   convert: Callable[[bytes, str], bytes] | None = None,
 ) -> None:
-  """Adds a member, as it is or as `convert(content, name)`, unless the file is there."""
+  """Adds a member of an archive, unless the file is there.
+
+  It is added as it is, or as `convert(content, name)`.
+  """
   if tree.holds(path) and (convert or tree.entries[path][1] == member.size):
     return
   content = member.read()  # here, as an archive is read in its own order

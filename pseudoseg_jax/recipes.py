@@ -1,10 +1,10 @@
-"""What published code trains with, apart from its data: sets those options of a config, with their
-sources.
+"""The options that published code trains with, apart from its data.
 
-A recipe is a function (config, dataset, split): dataset is "voc" or "cityscapes" (PseudoSeg's also
-"coco"); split is that of the config's argument, "1_8" or "92" say, by which published code chooses
-the number of steps. Networks, optimizer, views, steps, criterion and evaluation are the code's, and
-the options of its method where the data set changes them.
+A recipe sets those options of a config, with their sources. It is a function (config, dataset,
+split): dataset is "voc" or "cityscapes" (PseudoSeg's also "coco"); split is that of the config's
+argument, "1_8" or "92" say, by which published code chooses the number of steps. Networks,
+optimizer, views, steps, criterion and evaluation are the code's, and the options of its method
+where the data set changes them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ _CPS_EPOCHS = {
 
 
 def labeled_images(split: str, num_images: int) -> int:
-  """How many of the training images a split labels: "1_8" of them, or the number, "92"; of another
-  list, an eighth is presumed.
+  """Returns how many of the training images a split labels.
+
+  The split is a share, "1_8", or the number, "92"; of another list, an eighth is presumed.
   """
   if split.isdigit():
     return int(split)
@@ -35,8 +36,9 @@ def labeled_images(split: str, num_images: int) -> int:
 
 
 def by_labeled_share(config: configs.ConfigDict, share: float) -> None:
-  """The weights of Laine & Aila's two methods, 100 and 30 times the labeled share. [their official
-  code, smlaine2/tempens]
+  """Sets the weights of Laine & Aila's two methods by the labeled share.
+
+  They are 100 and 30 times the share. [their official code, smlaine2/tempens]
   """
   greatest = {"pi_model": 100.0, "temporal_ensembling": 30.0}
   if config.method.name in greatest:
@@ -44,8 +46,9 @@ def by_labeled_share(config: configs.ConfigDict, share: float) -> None:
 
 
 def cps(config: configs.ConfigDict, dataset: str, split: str) -> None:
-  """CPS's official runs (TorchSemiSeg), and of what it compares with: any method without a recipe
-  of its own.
+  """Sets the options of CPS's official runs (TorchSemiSeg).
+
+  They are also those of what it compares with: any method without a recipe of its own.
   """
   config.network = configs.network("deeplabv3plus")
   config.batch_size_global = {"labeled": 8, "unlabeled": 8}
@@ -87,8 +90,9 @@ def cps(config: configs.ConfigDict, dataset: str, split: str) -> None:
 
 
 def pseudoseg(config: configs.ConfigDict, dataset: str, split: str) -> None:
-  """PseudoSeg's official runs on VOC and COCO (googleinterns/wss): 16 GPUs with 4 labeled and 4
-  unlabeled images each.
+  """Sets the options of PseudoSeg's official runs on VOC and COCO.
+
+  The code is googleinterns/wss: 16 GPUs with 4 labeled and 4 unlabeled images each.
 
   There batch norm, the fusion's norm and every loss take the 4 images of their GPU; here they take
   the global batch. Nothing was published for Cityscapes: there CPS's recipe is used.
@@ -132,10 +136,10 @@ def pseudoseg(config: configs.ConfigDict, dataset: str, split: str) -> None:
 
 
 def classmix(config: configs.ConfigDict, dataset: str, split: str) -> None:
-  """ClassMix's official runs (WilhelmT/ClassMix), for every split: trainSSL.py with configVOC.json
-  or configCityscapes.json.
+  """Sets the options of ClassMix's official runs, for every split.
 
-  The official network is DeepLab v2 on a ResNet-101 trained on COCO, head included.
+  The code is WilhelmT/ClassMix: trainSSL.py with configVOC.json or configCityscapes.json. The
+  official network is DeepLab v2 on a ResNet-101 trained on COCO, head included.
   """
   config.network = configs.network("deeplabv3plus", backbone="resnet101")
   config.total_steps = 40_000
@@ -178,8 +182,9 @@ def classmix(config: configs.ConfigDict, dataset: str, split: str) -> None:
 
 
 def cutmix_seg(config: configs.ConfigDict, dataset: str, split: str) -> None:
-  """CutMix-Seg's official runs (Britefury/cutmix-semisup-seg), for every split: the scripts of
-  DeepLab v3+ with color augmentation.
+  """Sets the options of CutMix-Seg's official runs, for every split.
+
+  The code is Britefury/cutmix-semisup-seg: the scripts of DeepLab v3+ with color augmentation.
 
   On Cityscapes only DeepLab v2 was run (Adam, 3e-5, a tenth of it for pretrained parameters): there
   data and batch are the script's, and network and optimizer those of v3+ on VOC. Network and frozen
@@ -227,8 +232,9 @@ def cutmix_seg(config: configs.ConfigDict, dataset: str, split: str) -> None:
 
 
 def unimatch(config: configs.ConfigDict, dataset: str, split: str) -> None:
-  """UniMatch's official runs (LiheYoung/UniMatch, version 1), FixMatch's among them: 4 GPUs with 2
-  + 2 images each.
+  """Sets the options of UniMatch's official runs, FixMatch's among them.
+
+  The code is LiheYoung/UniMatch, version 1: 4 GPUs with 2 + 2 images each.
 
   Batch norm is over all GPUs there, as here; losses are means over the images of a GPU, here over
   the global batch. The tables' networks are on resnet101 and resnet50. The official baseline
@@ -290,8 +296,10 @@ def unimatch(config: configs.ConfigDict, dataset: str, split: str) -> None:
 
 
 def ael(config: configs.ConfigDict, dataset: str, split: str) -> None:
-  """AEL's official runs (hzhupku/SemiSeg-AEL): 8 GPUs, on each 2 labeled images and one mixed of
-  two unlabeled ones a step.
+  """Sets the options of AEL's official runs.
+
+  The code is hzhupku/SemiSeg-AEL: 8 GPUs, on each 2 labeled images and one mixed of two unlabeled
+  ones a step.
 
   Batch norm is over all GPUs there, as here; the bank of confidences and all losses are of one GPU,
   here of the global batch. The official decoder keeps 256 channels of the first map (here 48),
@@ -339,11 +347,13 @@ def ael(config: configs.ConfigDict, dataset: str, split: str) -> None:
 
 
 def cct(config: configs.ConfigDict, dataset: str, split: str) -> None:
-  """CCT's official run on VOC (yassouali/CCT): the shipped configuration, with a working VAT.
+  """Sets the options of CCT's official run on VOC.
+
+  The code is yassouali/CCT: the shipped configuration, with a working VAT.
 
   There an epoch's first pass over the labeled images is repeated until the epoch ends, crops and
   all; here they are drawn anew. For Cityscapes neither code nor settings were published: there they
-  are those of VOC, which is what the author says was done.
+  are those of VOC, which is what the author reports.
   """
   config.network = configs.network("pspnet")
   config.batch_size_global = {"labeled": 10, "unlabeled": 10}
@@ -372,8 +382,10 @@ def cct(config: configs.ConfigDict, dataset: str, split: str) -> None:
 
 
 def gct(config: configs.ConfigDict, dataset: str, split: str) -> None:
-  """GCT's official runs on VOC (ZHKKKe/PixelSSL, the PSPNet script): 4 GPUs with 2 + 2 images each;
-  rates there are per GPU.
+  """Sets the options of GCT's official runs on VOC.
+
+  The code is ZHKKKe/PixelSSL, the PSPNet script: 4 GPUs with 2 + 2 images each; rates there are per
+  GPU.
 
   The published backbone was trained on COCO as well. Padding is of class 0 there, and trained; here
   it has no label. Nothing was published for Cityscapes: there CPS's recipe is used.
@@ -410,12 +422,13 @@ def gct(config: configs.ConfigDict, dataset: str, split: str) -> None:
 
 
 def learn_pseudo(config: configs.ConfigDict, dataset: str, split: str) -> None:
-  """Learning Pseudo Labels' official runs on VOC (YudeWang/Learning-Pseudo-Label): stage one, and
-  stage two for any other method.
+  """Sets the options of Learning Pseudo Labels' official runs on VOC.
+
+  The code is YudeWang/Learning-Pseudo-Label: stage one, and stage two for any other method.
 
   The official decoder takes the first map through a 3x3 convolution (here 1x1) and its last stage
-  has no multi-grid. Stage two walks its list in order there; here it is shuffled. Without its dense
-  CRF. For Cityscapes, whose images hold nearly all classes, nothing was published: there CPS's
+  has no multi-grid. Stage two walks its list in order there; here it is shuffled. Its dense CRF is
+  left out. For Cityscapes, whose images hold nearly all classes, nothing was published: there CPS's
   recipe is used.
   """
   if dataset == "cityscapes":
@@ -463,11 +476,11 @@ def learn_pseudo(config: configs.ConfigDict, dataset: str, split: str) -> None:
 
 
 def self_correcting(config: configs.ConfigDict, dataset: str, split: str) -> None:
-  """Self-correcting networks, whose code and settings were not published: the TensorFlow DeepLab's,
-  with 16 images a step.
+  """Sets the options for self-correcting networks.
 
-  That library's DeepLabv3+ on Xception-65 is what the author names; learning rate, crop and steps
-  are its defaults for VOC.
+  Their code and settings were not published. The options are the TensorFlow DeepLab's, with 16
+  images a step. That library's DeepLabv3+ on Xception-65 is what the author names; learning rate,
+  crop and steps are its defaults for VOC.
   """
   pseudoseg(config, "voc", split)
   config.network = configs.network("deeplabv3plus_tf", backbone="xception65")
@@ -496,7 +509,7 @@ RECIPES = {
 
 
 def of_method(method: str) -> str:
-  """The recipe of a method's own code; CPS's where there is none."""
+  """Returns the recipe of a method's own code; CPS's where there is none."""
   of_family = {
     "ancillary": "self_correcting",
     "cct_domains": "cct",

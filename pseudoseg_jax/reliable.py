@@ -1,5 +1,6 @@
-"""Chooses the images whose labels stayed the same while the network that made them was trained. See
---help.
+"""Chooses the images whose labels stayed the same during training.
+
+The training is that of the network that made the labels. See --help.
 """
 
 from __future__ import annotations
@@ -82,8 +83,10 @@ def main(arguments=None) -> int:
 
 
 def stability(labels: pathlib.Path, earlier: Sequence[pathlib.Path]) -> dict[str, float]:
-  """{image: mean over `earlier` of the mIoU with the image's last labels}, over the classes that
-  either of the two has.
+  """Scores how stable the labels of each image are.
+
+  Returns {image: mean over `earlier` of the mIoU with the image's last labels}, over the classes
+  that either of the two has.
 
   Raises:
     InputError: folders that are no finished exports, or of other images or classes.
@@ -105,8 +108,9 @@ def stability(labels: pathlib.Path, earlier: Sequence[pathlib.Path]) -> dict[str
 
 
 def most_stable(scores: dict[str, float], share: float) -> list[str]:
-  """The `share` of the images with the highest scores, the highest first, equal ones in their
-  order; at least one.
+  """Returns the `share` of the images with the highest scores.
+
+  The highest come first, equal ones in their order; there is at least one.
   """
   if not 0 < share <= 1:
     raise checks.InputError(f"share: got {share}; allowed: above 0, up to 1")
@@ -116,8 +120,9 @@ def most_stable(scores: dict[str, float], share: float) -> list[str]:
 
 
 def matrix_of(label: np.ndarray, ids: np.ndarray, num_classes: int) -> np.ndarray:
-  """Counts pixels by (class in `label`, class in `ids`), i64[K, K], on the host: files come in any
-  size; others are left out.
+  """Counts pixels by (class in `label`, class in `ids`): i64[K, K].
+
+  It does so on the host: files come in any size. Pixels of other values are left out.
   """
   known = (ids < num_classes) & (label < num_classes)
   pairs = num_classes * label[known].astype(np.int64) + ids[known]

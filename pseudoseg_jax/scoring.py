@@ -1,4 +1,7 @@
-"""Scores a run while it trains: tables, pictures, panels and results.json, at every evaluation."""
+"""Scores of a run while it trains.
+
+Every evaluation makes tables, pictures, panels and results.json.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,9 @@ _PANEL_IMAGES = 8
 
 
 class Scoring:
-  """Scores every predictor of a method, each on its domain, and leaves tables, pictures and
-  results.json in the workdir.
+  """The evaluation of a run, which scores every predictor of its method.
+
+  Each predictor is scored on its domain. Tables, pictures and results.json are left in the workdir.
   """
 
   def __init__(
@@ -61,7 +65,10 @@ class Scoring:
     self.failed = ""  # what the newest attempt to write died of
 
   def _read_results(self) -> report.Results | None:
-    """Those of the run so far; a damaged file is told and written anew at the next evaluation."""
+    """Reads the results of the run so far.
+
+    A damaged file is reported and written anew at the next evaluation.
+    """
     if not self._results_path.exists():
       return None
     try:
@@ -72,12 +79,18 @@ class Scoring:
 
   @property
   def evaluated_step(self) -> int | None:
-    """The newest step whose scores by this protocol are in results.json."""
+    """Returns the newest step that results.json has scores of.
+
+    Only scores by this protocol count.
+    """
     same = self.results is not None and self.results["protocol"] == self._about["protocol"]
     return self.results["last"].get("step") if same else None
 
   def __call__(self, state: State) -> Scored:
-    """Headline mIoU of a state, and what results.json says of it; reports scores and pictures."""
+    """Scores a state; reports scores and pictures.
+
+    Returns the headline mIoU, and what results.json records of it.
+    """
     step = int(state.step)
     images = sum(len(domain.data.evaluated) for domain in self.domains)
     log.info("step %d: evaluating %d images ...", step, images, extra={"slot": "evaluation"})
@@ -110,12 +123,16 @@ class Scoring:
     return Scored(float(scores[headline].miou), note)
 
   def is_comparable(self, note: Mapping[str, Any]) -> bool:
-    """Whether a state was chosen as the best by the scores that this run goes by."""
+    """Tells whether a best state was chosen by the scores of this run.
+
+    These are the scores by this run's protocol.
+    """
     return note.get("protocol", self._about["protocol"]) == self._about["protocol"]
 
   def publish(self, best: Mapping[str, Any]) -> None:
-    """Writes results.json: the newest evaluation, and that of the best state, which is on disk by
-    now.
+    """Writes results.json: the newest evaluation, and that of the best state.
+
+    The best state is on disk by now.
     """
     before = (self.results or {}).get("best")
     best_entry = best.get("entry") or (
@@ -138,7 +155,10 @@ class Scoring:
     self._write_results(finished=last["step"] >= self.config.total_steps)
 
   def end_early(self):
-    """Notes in results.json that nothing better was found for so long that the run has ended."""
+    """Notes in results.json that the run has ended early.
+
+    Nothing better was found for so long that it ended.
+    """
     self.results = {**self.results, "ended_early": True}
     self._write_results(finished=True)
 
@@ -153,8 +173,9 @@ class Scoring:
 
   @contextlib.contextmanager
   def _unless_failed(self):
-    """Tells what cannot be written, and goes on: the networks are worth more than what is said of
-    them.
+    """Logs what cannot be written, and goes on.
+
+    The networks are worth more than the reports on them.
     """
     try:
       yield
@@ -164,7 +185,7 @@ class Scoring:
       log.error("could not write what the evaluation found: %s", self.failed)
 
   def _record(self, step, domain: build.Domain, scores):
-    """A domain's table in the log, its numbers for TensorBoard."""
+    """Logs a domain's table, and records its numbers for TensorBoard."""
     names, prefix = domain.data.classes.names, "/".join(filter(None, ["evaluation", domain.name]))
     table = report.table(domain.data.classes, scores)
     heading = f"step {step}{domain.name and f', {domain.name}'} ({self._about['protocol']})"
@@ -183,7 +204,7 @@ class Scoring:
     self.records.texts(step, {f"{prefix}/table": f"```\n{table}\n```"})
 
   def _draw(self, step, rows, predictions):
-    """Overlays of a few images, and the curves so far."""
+    """Draws overlays of a few images, and the curves so far."""
     folder = self.workdir / "pictures"
     folder.mkdir(exist_ok=True)
     report.write_atomically(folder / "curves.png", pictures.curves(self.records.history()))
@@ -199,7 +220,7 @@ class Scoring:
     self.records.images(step, {"overlays": np.asarray(sheet)[None]})
 
   def _show(self, step, sheet, values):
-    """What the unlabeled images teach, as a picture and in numbers."""
+    """Shows what is learned from unlabeled images, as a picture and numbers."""
     if jax.process_index() == 0:
       (self.workdir / "pictures").mkdir(exist_ok=True)
       pictures.save(sheet, self.workdir / "pictures" / "panels.png")
@@ -212,8 +233,10 @@ class Scoring:
 
 
 class _PanelScoring:
-  """A method's panels of the same few unlabeled training images, whatever the step: a sheet, and
-  how often they are right.
+  """A method's panels of the same few unlabeled training images.
+
+  The images are the same whatever the step. A call returns a sheet, and how often the panels are
+  right.
   """
 
   def __init__(self, config, data: build.Data, method: Method, specs, mesh):
@@ -250,7 +273,7 @@ class _PanelScoring:
 
 
 def make_evaluators(domains: Sequence[build.Domain], method: Method, mesh) -> list[Evaluator]:
-  """One for each domain."""
+  """Builds an evaluator for each domain."""
   return [
     build.build_evaluator(config, data, method, mesh, number)
     for number, (_, config, data) in enumerate(domains)
@@ -258,7 +281,7 @@ def make_evaluators(domains: Sequence[build.Domain], method: Method, mesh) -> li
 
 
 def about_run(config: Config, source: dict[str, str], data: build.Data) -> dict[str, Any]:
-  """What results.json says besides scores."""
+  """Returns what results.json holds besides scores."""
   return {
     "config": source,
     "seed": config.seed,
@@ -270,7 +293,10 @@ def about_run(config: Config, source: dict[str, str], data: build.Data) -> dict[
 
 
 def config_file_of(results: pathlib.Path) -> dict[str, str]:
-  """The config file that results.json names, if it can be read: scores can be told without."""
+  """Reads which config file results.json names, if it can be read.
+
+  Scores can be reported without it.
+  """
   try:
     return report.read_results(results)["config"]
   except checks.InputError:

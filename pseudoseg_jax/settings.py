@@ -1,8 +1,9 @@
-"""Settings that follow from facts of the data and of the machine, where a config leaves them open.
+"""Settings that follow from the data and the machine.
 
-An option is open at -1, () or "auto"; `make_config` and configs/folder.py leave those of `choose`
-open, and whatever a user sets is kept. What is chosen is told at the start and stands in the
-workdir's config.json as any other option; a resumed run takes it from there.
+They follow from facts of these, where a config leaves them open. An option is open at -1, () or
+"auto"; `make_config` and configs/folder.py leave those of `choose` open, and whatever a user sets
+is kept. What is chosen is reported at the start and stands in the workdir's config.json as any
+other option; a resumed run takes it from there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _SAMPLED = 200  # images whose size is looked up
 
 
 class Facts(NamedTuple):
-  """What settings are chosen from.
+  """The facts that settings are chosen from.
 
   num_labeled, num_unlabeled: images. sizes: (height, width) of some of them, in pixels.
   accelerator: whether a GPU or TPU is at hand. num_devices: of all processes. memory_gib: of one
@@ -48,8 +49,9 @@ class Choice(NamedTuple):
 
 
 def choose(facts: Facts, *, crop: int = 0, steps: int = 0) -> list[Choice]:
-  """All settings that follow from the facts, and from the crop and the number of steps where these
-  are settled.
+  """Chooses all settings that follow from the facts.
+
+  They follow also from the crop and the number of steps where these are settled.
   """
   height, width = (int(side) for side in np.median(np.array(facts.sizes), axis=0))
   short, long = min(height, width), max(height, width)
@@ -126,7 +128,10 @@ def _rounded(scale: float) -> float:
 
 
 def open_options(config: Config) -> list[str]:
-  """Those that `choose` has a value for and the config has none, by dotted key."""
+  """Lists the open options, by dotted key.
+
+  For these `choose` has a value and the config has none.
+  """
   return [option for option in OPTIONS if is_open(_value(config, option))]
 
 
@@ -135,7 +140,10 @@ def _value(config: Config, option: str) -> Any:
 
 
 def facts_of(data: Data) -> Facts:
-  """Looks at sizes of images, without decoding them, and at the devices."""
+  """Collects facts from the sizes of images and from the devices.
+
+  Images are not decoded.
+  """
   rows = np.unique(
     np.linspace(0, len(data.labeled) - 1, min(_SAMPLED, len(data.labeled))).astype(int)
   )
@@ -152,14 +160,18 @@ def facts_of(data: Data) -> Facts:
 
 
 def settle_from(config: Config, data: Data) -> tuple[Config, list[Choice]]:
-  """The config with its open options chosen from the data of its first domain, and those that were
-  chosen.
+  """Chooses the open options of a config from the data of its first domain.
+
+  Returns the config with these options, and those that were chosen.
   """
   return settle(config, facts_of(data)) if open_options(config) else (config, [])
 
 
 def settle(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:
-  """The config with its open options chosen, and those that were."""
+  """Chooses the open options of a config from the facts.
+
+  Returns the config with these options, and those that were chosen.
+  """
   wanted, crop = open_options(config), max(config.views.crop_size, default=0)
   chosen = [
     choice
@@ -176,12 +188,12 @@ def settle(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:
 
 
 def settle_as(config: Config, other: Config) -> Config:
-  """The config with its open options as another one has them."""
+  """Returns the config with its open options as another one has them."""
   return replaced(config, {option: _value(other, option) for option in open_options(config)})
 
 
 def in_words(chosen: Sequence[Choice]) -> str:
-  """A table of choices with their reasons."""
+  """Formats a table of choices with their reasons."""
   rows = [(f"--config.{choice.option}={as_flag(choice.value)}", choice.reason) for choice in chosen]
   width = max((len(flag) for flag, _ in rows), default=0)
   return "\n".join(

@@ -1,4 +1,7 @@
-"""What a run starts from: pretrained weights, networks of an earlier run; and what is told of it."""
+"""What a run starts from: pretrained weights, networks of an earlier run.
+
+The module also logs what there is to know about it.
+"""
 
 from __future__ import annotations
 
@@ -88,8 +91,9 @@ def log_start(
 
 
 def starting_weights(config: Config, classes: Classes) -> tuple[dict[str, np.ndarray], str]:
-  """What a run of this config starts from, as pretrained.put takes it, and its description; ({},
-  "") for nothing.
+  """Reads the weights that a run of this config starts from.
+
+  Returns them as pretrained.put takes them, and their description; ({}, "") for nothing.
   """
   source = os.path.expanduser(config.network.pretrained or config.init_from)
   if not source:
@@ -131,8 +135,9 @@ def put_weights(state: State, values: Mapping[str, np.ndarray], described: str) 
 
 
 def given_nets(named: str, method: Method, classes: Classes | None = None) -> dict[str, PyTree]:
-  """The networks of earlier runs that a run starts with: role -> {"params", "batch_stats"} of the
-  last checkpoint.
+  """Reads the networks of earlier runs that a run starts with.
+
+  Returns role -> {"params", "batch_stats"} of the last checkpoint.
 
   Args:
     named: config.nets_from, "role=WORKDIR,role=WORKDIR".
@@ -204,7 +209,10 @@ def given_nets(named: str, method: Method, classes: Classes | None = None) -> di
 
 
 def put_nets(state: State, given: Mapping[str, PyTree]) -> State:
-  """A fresh state with the networks of `given_nets`, each with arrays of its own."""
+  """Puts the networks of `given_nets` into a fresh state.
+
+  Each has arrays of its own.
+  """
   nets = dict(state.nets)
   for role, values in given.items():
     shardings = jax.tree.map(lambda leaf: leaf.sharding, _values(nets[role]))

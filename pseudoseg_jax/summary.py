@@ -1,4 +1,4 @@
-"""The words at the end of a run: its scores, what they mean, what to do next."""
+"""The words at the end of a run: its scores, their meaning, what to do next."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pseudoseg_jax.scoring import Scoring
 def summarize(
   scoring: Scoring, workdir: pathlib.Path, source: dict[str, str], overrides: Mapping[str, Any]
 ) -> str:
-  """What a person wants to know at the end."""
+  """Describes what a person wants to know at the end."""
   results = scoring.results
   lines = ["", f"Done: {results['method']} on {results['split']}, seed {results['seed']}", ""]
   for series in ("last", "best"):
@@ -71,8 +71,10 @@ def summarize(
 
 
 def findings(results: report.Results, config: Config) -> list[str]:
-  """What the scores mean: the gain over a supervised run beside this one, and a network that has
-  learned next to nothing.
+  """Describes what the scores mean.
+
+  That is the gain over a supervised run beside this one, and a network that has learned next to
+  nothing.
   """
   lines = []
   if baseline := results.get("baseline"):
@@ -101,8 +103,9 @@ def findings(results: report.Results, config: Config) -> list[str]:
 def baseline_command(
   source: dict[str, str], config: Config, flags: Mapping[str, Any]
 ) -> str | None:
-  """The supervised method in a run that is otherwise the same, as config file with argument; None
-  where the file knows none.
+  """Finds the supervised method in a run that is otherwise the same.
+
+  Returns it as config file with argument; None where the file knows none.
   """
   if not source["path"] or config.method.name == "supervised" or config.other_data:
     return None

@@ -1,5 +1,6 @@
-"""What training leaves behind, opened again: a workdir at one of its checkpoints, or a network
-exported from one.
+"""What training leaves behind, opened again.
+
+This is a workdir at one of its checkpoints, or a network exported from one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _WEIGHTS = "model.safetensors"  # an exported folder is known by it
 
 
 class Trained(NamedTuple):
-  """What can be used: of the method the predictors, on this state."""
+  """A method and a state, on which its predictors can be used."""
 
   config: Config
   classes: Classes
@@ -49,8 +50,9 @@ def open_trained(
   *,
   step: int | None = None,
 ) -> Trained:
-  """A workdir at one of its checkpoints, or an exported folder; `step` is that of an earlier
-  checkpoint of the series.
+  """Opens a workdir at one of its checkpoints, or an exported folder.
+
+  `step` is that of an earlier checkpoint of the series.
   """
   if is_exported(folder):
     return _open_exported(folder, mesh, overrides)
@@ -114,13 +116,14 @@ def _open_exported(folder: pathlib.Path, mesh, overrides: Mapping[str, Any] | No
 
 
 def network_shapes(network: Network) -> dict[str, tuple[int, ...]]:
-  """The shape of every leaf, by its name in a file of weights."""
+  """Returns the shape of every leaf, by its name in a file of weights."""
   return pretrained.shapes_of(*jax.eval_shape(network.init, jax.random.key(0)))
 
 
 def weights_of(trained: Trained, predictor: str) -> dict[str, np.ndarray]:
-  """The leaves of one network that predicts the first domain's classes, without what its method
-  added to it.
+  """Returns the leaves of one network that predicts the first domain's classes.
+
+  They are without what its method added to it.
   """
   first_domain = [name for name, predict in trained.method.predictors.items() if not predict.domain]
   checks.check_name(
@@ -133,10 +136,10 @@ def weights_of(trained: Trained, predictor: str) -> dict[str, np.ndarray]:
 
 
 def available(workdir: pathlib.Path, checkpoint: str) -> str:
-  """The "best" or "last" checkpoint that was asked for, or "last" where there is no best one yet,
-  which is told.
+  """Returns the checkpoint to use, "best" or "last".
 
-  A run that was stopped before its first evaluation has none.
+  It is the one that was asked for, or "last" where there is no best one yet, which is logged. A run
+  that was stopped before its first evaluation has none.
   """
   checks.check_name("checkpoint", checkpoint, ("best", "last"))
   checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
@@ -155,8 +158,9 @@ def available(workdir: pathlib.Path, checkpoint: str) -> str:
 def restore(
   workdir: pathlib.Path, method: Method, mesh, checkpoint: str, step: int | None = None
 ) -> State:
-  """The networks of a workdir's "best" or "last" checkpoint, the newest or that of `step`, on every
-  device; without memory.
+  """Restores the networks of a workdir's "best" or "last" checkpoint.
+
+  The checkpoint is the newest or that of `step`. The networks are on every device; without memory.
   """
   checks.check_name("checkpoint", checkpoint, ("best", "last"))
   if not (workdir / "checkpoints").is_dir():
@@ -184,8 +188,9 @@ def restore(
 
 
 def check_plain(method: Method, predictor: str) -> None:
-  """Raises InputError for what is no predictor of a method, or for one that an image alone is not
-  enough for.
+  """Raises InputError for a predictor that an image alone is not enough for.
+
+  It does so also for what is no predictor of the method.
   """
   of = predictor.removesuffix(weak_labels.IMAGE_LABELS)
   checks.check_name("predictor", of, method.predictors)
@@ -211,9 +216,10 @@ def export(
   predictor: str | None = None,
   checkpoint: str = "best",
 ) -> pathlib.Path:
-  """Writes one network of a workdir as `out`/model.safetensors and `out`/config.json: all that
-  `load`, `evaluate` and config.init_from need, wherever the folder goes. Predictions equal the
-  workdir's bit for bit.
+  """Writes one network of a workdir as a folder.
+
+  The folder holds `out`/model.safetensors and `out`/config.json: all that `load`, `evaluate` and
+  config.init_from need, wherever the folder goes. Predictions equal the workdir's bit for bit.
 
   Args:
     predictor: the network, default the method's headline.
@@ -259,8 +265,9 @@ def write_export(
 ) -> pathlib.Path:
   """Writes an exported folder.
 
-  weights: {"params/backbone/...": array} of the whole network that `config` describes. provenance:
-    where they are from (JSON).
+  Args:
+    weights: {"params/backbone/...": array} of the whole network that `config` describes.
+    provenance: where they are from (JSON).
   """
   out = pathlib.Path(out)
   if (out / "config.json").exists() and not is_exported(out):

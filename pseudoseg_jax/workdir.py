@@ -1,5 +1,7 @@
-"""The folder of a run: who writes in it, what it was made with, and which of that may change when
-the run is resumed.
+"""The folder of a run.
+
+This is about who writes in it, what it was made with, and which of that may change when the run is
+resumed.
 
   config.json   every option of the run      classes.json   names and colors, per data set
   data.json     which images, per data set   lists/         the same by name
@@ -84,7 +86,9 @@ _PLACES = (
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[str]:
-  """Makes the workdir and holds its lock; the system frees it with the process, however that ends.
+  """Makes the workdir and holds its lock.
+
+  The system frees the lock with the process, however that ends.
 
   Yields:
     The lock's token, by which other processes of this run know that they see the same workdir.
@@ -129,7 +133,10 @@ def locked(workdir: pathlib.Path) -> Iterator[str]:
 
 
 def token(workdir: pathlib.Path) -> str:
-  """The token of the lock that another process of this run holds; "" where it is not seen."""
+  """Reads the token of the lock that another process of this run holds.
+
+  It is "" where the lock is not seen.
+  """
   return str(report.read_object(workdir / "lock").get("token", ""))
 
 
@@ -157,7 +164,7 @@ def _open_locked(path: pathlib.Path) -> int:
 
 
 def _holder(path: pathlib.Path) -> str:
-  """In words, the process that a lock names; "" for none."""
+  """Describes the process that a lock names; "" for none."""
   about = report.read_object(path)
   return (
     f"process {about.get('process')} on {about.get('host')}, started {about.get('started')}"
@@ -172,7 +179,9 @@ def _holder(path: pathlib.Path) -> str:
 def read_json(
   path: pathlib.Path, *, remedy: str, parse: Callable[[Any], Any] = lambda content: content
 ) -> Any:
-  """What `parse` makes of a JSON file of a workdir or of an exported network.
+  """Reads a JSON file of a workdir or of an exported network.
+
+  Returns what `parse` makes of it.
 
   Raises:
     InputError: a file that cannot be read, is no JSON, or not what `parse` expects (it fails in any
@@ -203,7 +212,10 @@ def read_json(
 
 
 def saved_config(workdir: pathlib.Path) -> configs.ConfigDict:
-  """The config that a workdir was made with, to be changed before it is `frozen`."""
+  """Reads the config that a workdir was made with.
+
+  It is to be changed before it is `frozen`.
+  """
   path = workdir / "config.json"
   if not path.is_file():
     problems = checks.Problems("cannot use workdir")
@@ -220,8 +232,9 @@ def saved_config(workdir: pathlib.Path) -> configs.ConfigDict:
 def save_classes(
   workdir: pathlib.Path, classes: Classes, other_classes: Mapping[str, Classes]
 ) -> None:
-  """Keeps the classes of the first and of further domains, so that a workdir is usable where its
-  data are not.
+  """Writes the classes of the first and of further domains.
+
+  A workdir is thus usable where its data are not.
   """
   others = {name: dataclasses.asdict(other) for name, other in other_classes.items()}
   report.write_atomically(
@@ -230,7 +243,10 @@ def save_classes(
 
 
 def saved_classes(workdir: pathlib.Path) -> tuple[Classes, dict[str, Classes]]:
-  """The classes as they were at training time: of the first domain, and of further ones by name."""
+  """Reads the classes as they were at training time.
+
+  Returns those of the first domain, and those of further ones by name.
+  """
 
   def parse(saved):
     return classes_of(saved), {
@@ -242,7 +258,7 @@ def saved_classes(workdir: pathlib.Path) -> tuple[Classes, dict[str, Classes]]:
 
 
 def classes_of(saved: Mapping[str, Any]) -> Classes:
-  """Classes as JSON keeps them."""
+  """Parses classes as JSON keeps them."""
   palette, void = (
     tuple(tuple(map(int, color)) for color in saved.get(key, ())) for key in ("palette", "void")
   )
@@ -256,10 +272,10 @@ def _text(value: Any) -> str:
 
 
 def same_classes(ours: Classes, theirs: Classes, *, where: str, allowed: str) -> list[str]:
-  """What is wrong with classes (`ours`) that must be those that a network learned (`theirs`): none
-  or one text.
+  """Compares classes with those that a network learned.
 
-  By name and order: a network knows them by their number alone.
+  Returns what is wrong with `ours`, which must be those that a network learned (`theirs`): none or
+  one text. They are compared by name and order: a network knows them by their number alone.
   """
   problems = checks.Problems("")
   if len(ours) != len(theirs):
@@ -276,7 +292,7 @@ def same_classes(ours: Classes, theirs: Classes, *, where: str, allowed: str) ->
 
 
 def write_lists(folder: pathlib.Path, data: Any) -> None:
-  """The images of each role, as lists that config.data reads."""
+  """Writes the images of each role, as lists that config.data reads."""
   for role in ROLES:
     source = getattr(data, role)
     if source is not None:
@@ -287,8 +303,10 @@ def write_lists(folder: pathlib.Path, data: Any) -> None:
 def fingerprint(
   data: Any, arrays: Sequence[np.ndarray | None] = (), labels_folder: str = ""
 ) -> dict[str, dict[str, Any]]:
-  """Which images a data set has in each role, and its weak and pseudo labels: {role: {"images": N,
-  "sha256": of the ids}, ...}.
+  """Identifies the images of each role, and the weak and pseudo labels.
+
+  Returns {role: {"images": N, "sha256": of the ids}, ...} of a data set: which images it has in
+  each role, and its weak and pseudo labels.
   """
   found = {}
   for role in ROLES:
@@ -326,15 +344,17 @@ def check_claim(
   *,
   step: int | None,
 ) -> list[str]:
-  """Sees whether the workdir can be that of this run. Only a checkpoint binds it: without one
-  nothing was learned.
+  """Checks whether the workdir can be that of this run.
+
+  Only a checkpoint binds it: without one nothing was learned.
 
   Args:
-    classes, data: of each domain by name, "" the first: the classes, and `fingerprint`.
-    step: of the newest checkpoint, None for none.
+    classes, data: those of each domain by name, "" the first: the classes, and `fingerprint`.
+    step: that of the newest checkpoint, None for none.
 
   Returns:
-    What is to be told: the options that differ from those of the run so far, and what that means.
+    What is to be reported: the options that differ from those of the run so far, and what that
+    means.
 
   Raises:
     InputError: the run that it belongs to cannot be resumed with this config, these classes or
@@ -362,8 +382,9 @@ def claim(
 
 
 def _set_aside(workdir: pathlib.Path) -> None:
-  """Renames what a run told that left no network: its curves and scores are not those of the run
-  that begins.
+  """Renames the reports of a run that left no network.
+
+  Its curves and scores are not those of the run that begins.
   """
   for name in ("history.jsonl", "results.json", "scores.csv"):
     if (workdir / name).is_file():
@@ -444,10 +465,10 @@ _OF_THE_METHOD = (
 def supervised_beside(
   workdir: pathlib.Path, config: Config, results: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-  """What results.json says under "baseline", see `report`: of the finished supervised run that
-  differs least; None for none.
+  """Finds the finished supervised run that differs least.
 
-  Folders beside `workdir` that are no run, or cannot be read, are passed over.
+  Returns what results.json holds under "baseline", see `report`; None for none. Folders beside
+  `workdir` that are no run, or cannot be read, are passed over.
   """
   found = []
   of_ours = results["last"]["predictors"]
@@ -481,7 +502,10 @@ def supervised_beside(
 
 
 def _effect(key: str, ours: Any, theirs: Any) -> str | None:
-  """What a changed option does to a resumed run: "" for nothing, None for making it another run."""
+  """Describes what a changed option does to a resumed run.
+
+  It is "" for nothing, None for making it another run.
+  """
   if fnmatch.fnmatch(key, "other_data.*"):
     key = f"data.{key.split('.', 2)[2]}"
   if any(fnmatch.fnmatch(key, pattern) for pattern in _FREE):
@@ -500,7 +524,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _start_from(workdir: pathlib.Path, config: Config) -> str:
-  """How to learn on from a run's network under other options, in words."""
+  """Describes how to learn on from a run's network under other options."""
   options = [
     f"--config.init_from={workdir}",
     *(["--config.network.pretrained="] if config.network.pretrained else []),

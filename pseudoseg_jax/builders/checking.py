@@ -1,4 +1,4 @@
-"""Says what cannot be run of a config, before anything is opened."""
+"""Checks of what cannot be run of a config, before anything is opened."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from pseudoseg_jax.options import Config, as_dict, is_open
 
 
 def check_run(config: Config, problems: checks.Problems | None = None) -> None:
-  """What can be said of a config before anything is opened, beside what its options may be: all of
-  it at once. Open options are passed over.
+  """Checks what can be checked of a config before anything is opened.
 
-  problems: those that are known already, to be told too.
+  What its options may be is checked elsewhere. All problems are reported at once. Open options are
+  passed over.
+
+  Args:
+    problems: those that are known already, to be reported too.
   """
   problems = problems or checks.Problems("the config cannot be run")
   devices = jax.device_count()
@@ -77,7 +80,10 @@ def check_run(config: Config, problems: checks.Problems | None = None) -> None:
 def _check_normalization(
   where: str, values, channels: int, problems: checks.Problems, *, least_excluded: bool
 ) -> None:
-  """A mean or a standard deviation: one number a channel, on the scale 0..1 of brightness."""
+  """Checks a mean or a standard deviation: one number a channel.
+
+  It is on the scale 0..1 of brightness.
+  """
   if len(values) != channels:
     problems.add(
       where,

@@ -1,4 +1,4 @@
-"""Makes the classes of config.data."""
+"""Builders of the classes of config.data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from pseudoseg_jax.options import AnyData, GivenData, SyntheticData
 
 
 def build_classes(data_config: AnyData) -> Classes:
-  """The classes alone: what a trained network needs to be used without its data.
+  """Builds the classes alone.
+
+  They are what a trained network needs to be used without its data.
 
   Raises:
     InputError: no classes, or a single one, of which nothing can be learned.
@@ -70,5 +72,8 @@ def with_background(classes: Classes, background: str) -> Classes:
 
 
 def resolve_path(root: str, path: str) -> pathlib.Path:
-  """A path that is absolute, or relative to the data's root; "~" is the user's home."""
+  """Resolves a path that is absolute, or relative to the data's root.
+
+  "~" is the user's home.
+  """
   return pathlib.Path(os.path.expanduser(root)) / os.path.expanduser(path)

@@ -1,5 +1,6 @@
-"""Makes of config.data the data sets of a run, opened; and of images that a program has in its
-hands.
+"""Builders of the data sets of a run, opened.
+
+They are made of config.data, or of images that a program has in its hands.
 """
 
 from __future__ import annotations
@@ -38,11 +39,14 @@ from pseudoseg_jax.options import AnyData, Config, FolderData, GivenData, Synthe
 
 
 def build_data(data_config: AnyData, *, check: bool = True) -> Data:
-  """Opens the sources; raises InputError with everything that can be known without decoding all
-  images.
+  """Opens the sources of config.data.
 
-  check=False looks at no file of a folder, and lets roles share images: for `check_data`, which
-  tells of all that.
+  Args:
+    check: False: looks at no file of a folder, and lets roles share images: for `check_data`, which
+      reports all that.
+
+  Raises:
+    InputError: everything that can be known without decoding all images.
   """
   check_in_files(data_config)
   if isinstance(data_config, FolderData):
@@ -63,8 +67,9 @@ def make_data(
   exif_orientation: str = "apply",
   label_map: Mapping[int, int] | None = None,
 ) -> Data:
-  """Makes a data set of images that a program has in its hands, for `train(..., data=...)` and
-  `evaluate(..., data=...)`.
+  """Makes a data set of images that a program has in its hands.
+
+  It is for `train(..., data=...)` and `evaluate(..., data=...)`.
 
   >>> data = make_data(photos, masks, ["background", "leaf"], evaluated=(other_photos, other_masks))
 
@@ -76,8 +81,8 @@ def make_data(
     classes: names by class index, or Classes.
     evaluated: images and masks that nothing is learned from.
     unlabeled: further images without masks.
-    background: whether class 0 is what is left beside things, "yes" or "no"; "auto": its name says
-      so.
+    background: whether class 0 is what is left beside things, "yes" or "no"; "auto": its name
+      decides.
     channels, max_value, exif_orientation: of all images: how many channels they have, their value
       of full brightness (0 = 255, of files by their type), and whether EXIF orientations are
       applied ("apply") or not ("ignore").
@@ -132,7 +137,10 @@ def make_data(
 
 
 def name_given(config: Config, data: Data) -> Config:
-  """The config, whose data are those that were given from Python; the normalization stays."""
+  """Returns the config, whose data are those that were given from Python.
+
+  The normalization stays.
+  """
   channels = data.labeled.channels
   normalization = {}
   for name, other in (("mean", 0.5), ("std", 0.25)):
@@ -145,10 +153,13 @@ def name_given(config: Config, data: Data) -> Config:
 
 
 def build_domains(config: Config, given_data: Data | None = None) -> tuple[Domain, ...]:
-  """The data of config.data and of each of config.other_data, in the order of the domains' numbers;
-  raises as `build_data`.
+  """Opens the data of config.data and of each of config.other_data.
 
-  config.labeled_every and config.pseudo_labels are about the first one, whose images may be given.
+  The domains are in the order of their numbers. config.labeled_every and config.pseudo_labels are
+  about the first one, whose images may be given.
+
+  Raises:
+    InputError: as `build_data`.
   """
   opened = build_data(config.data) if given_data is None else given_data
   first = _with_pseudo_labels(config, _subsample_labeled(config.labeled_every, opened))
@@ -160,7 +171,7 @@ def build_domains(config: Config, given_data: Data | None = None) -> tuple[Domai
 
 
 def config_of(config: Config, name: str) -> Config:
-  """The config of a domain, see `Domain`."""
+  """Returns the config of a domain, see `Domain`."""
   if not name:
     return config
   # One network sees all of them.
@@ -171,12 +182,18 @@ def config_of(config: Config, name: str) -> Config:
 
 
 def with_config(domains: Sequence[Domain], config: Config) -> tuple[Domain, ...]:
-  """Opened domains, under a config some of whose options were chosen since."""
+  """Returns opened domains under another config.
+
+  Some of its options were chosen since the domains were opened.
+  """
   return tuple(domain._replace(config=config_of(config, domain.name)) for domain in domains)
 
 
 def _subsample_labeled(every: int, data: Data) -> Data:
-  """Only every n-th of the labeled images; the others are not used at all."""
+  """Keeps every n-th of the labeled images alone.
+
+  The others are not used at all.
+  """
   kept = data.labeled.ids[::every]
   if len(kept) == len(data.labeled):
     return data
@@ -192,7 +209,10 @@ def _subsample_labeled(every: int, data: Data) -> Data:
 
 
 def _with_pseudo_labels(config: Config, data: Data) -> Data:
-  """The data with config.pseudo_labels; images that are labeled keep their true labels."""
+  """Returns the data with the pseudo labels of config.pseudo_labels.
+
+  Images that are labeled keep their true labels.
+  """
   if not config.pseudo_labels.folder:
     return data
   folder = resolve_path(config.pseudo_labels.folder, "")
@@ -205,7 +225,7 @@ def _with_pseudo_labels(config: Config, data: Data) -> Data:
 
 
 def _pseudo_labeled_ids(config: Config, data: Data) -> list[str]:
-  """Those of the unlabeled images that the list of pseudo labels names."""
+  """Selects the unlabeled images that the list of pseudo labels names."""
   options = config.pseudo_labels
   path, pattern = resolve_path(options.folder, "list.txt"), None
   if options.list:
@@ -242,14 +262,14 @@ def _pseudo_labeled_ids(config: Config, data: Data) -> list[str]:
 
 
 def _list_file(data_config: AnyData, path: str) -> pathlib.Path:
-  """A list below the data's root, or anywhere."""
+  """Finds a list below the data's root, or anywhere."""
   found = resolve_path(data_config.root, path)
   return found if found.is_file() else resolve_path("", path)
 
 
 @contextlib.contextmanager
 def errors_name_domain(name: str) -> Iterator[None]:
-  """Says of errors meanwhile which domain they are about."""
+  """Names, in errors that occur meanwhile, the domain they are about."""
   try:
     yield
   except checks.InputError as error:

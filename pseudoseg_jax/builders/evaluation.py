@@ -1,4 +1,4 @@
-"""Makes of a config what scores a method's predictors, and what labels images with them."""
+"""Builders of what scores a method's predictors or labels images with them."""
 
 from __future__ import annotations
 
@@ -32,15 +32,19 @@ def build_protocol(config: Config) -> Protocol:
 
 
 def describe_protocol(config: Config) -> str:
-  """The protocol in words, after its preset's name where it is one: "cps_voc: sliding windows of
-  512x512, ...".
+  """Describes the protocol in words, after its preset's name if it is one.
+
+  For example: "cps_voc: sliding windows of 512x512, ...".
   """
   preset = config.evaluation.preset
   return f"{preset}: " * bool(preset) + inference.describe(build_protocol(config))
 
 
 def _protocol_flags(config: Config, protocol: Protocol) -> str:
-  """What a command line must say so that the config's protocol becomes this one."""
+  """Returns the flags that turn the config's protocol into this one.
+
+  They are those of a command line.
+  """
   options, values = config.evaluation, protocol._asdict()
   flags = ["--config.evaluation.preset="] * bool(options.preset)
   flags += [
@@ -54,10 +58,11 @@ def _protocol_flags(config: Config, protocol: Protocol) -> str:
 def build_evaluator(
   config: Config, data: Data, method: Method, mesh: jax.sharding.Mesh, number: int = 0
 ) -> Evaluator:
-  """Of the predictors of domain `number`, on that domain's data.
+  """Builds the evaluator of domain `number`, on that domain's data.
 
-  With config.evaluation.image_labels, those that are shown the image alone are scored a second time
-  as NAME+image_labels, with their answers kept to the classes in the image.
+  It scores the predictors of the domain. With config.evaluation.image_labels, those that are shown
+  the image alone are scored a second time as NAME+image_labels, with their predictions kept to the
+  classes in the image.
   """
   names = []
   for name, predict in method.predictors.items():
@@ -80,8 +85,10 @@ def build_labeler(
   role: str,
   protocol: Protocol,
 ) -> Evaluator:
-  """Predicts the images of a role (see `images_of`) with one predictor, or with NAME+image_labels;
-  for `Evaluator.stream` alone.
+  """Builds what predicts the images of a role with one predictor.
+
+  The predictor is NAME or NAME+image_labels. For roles see `images_of`. The result is for
+  `Evaluator.stream` alone.
 
   Raises:
     InputError: no weak labels where they are wanted.
@@ -90,7 +97,10 @@ def build_labeler(
 
 
 def _evaluator(config, data, method, mesh, names, role, **options) -> Evaluator:
-  """Of predictors by name, with "+image_labels" or without, on the images of a role."""
+  """Builds an evaluator of predictors by name, on the images of a role.
+
+  The names are with "+image_labels" or without.
+  """
   source, num_classes = images_of(data, role), len(data.classes)
   plain = {name: name.removesuffix(weak_labels.IMAGE_LABELS) for name in names}
   predictors = {name: method.predictors[of] for name, of in plain.items()}
@@ -120,8 +130,9 @@ def _evaluator(config, data, method, mesh, names, role, **options) -> Evaluator:
 
 
 def _weak_labels(data_config: AnyData, data: Data, role: str, kind: str) -> weak_labels.WeakLabel:
-  """The weak labels of the images of a role, by row: what the user's files say, else read off masks
-  that are known.
+  """Returns the weak labels of the images of a role, by row.
+
+  They are what the user's files hold, else read off masks that are known.
 
   Image-level labels of labeled and evaluated images are always those of their masks.
   """

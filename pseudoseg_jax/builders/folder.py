@@ -1,4 +1,7 @@
-"""Opens config.data of images and masks in folders: which files there are, and what each is for."""
+"""Builders of the data of a run from images and masks in folders.
+
+They open config.data: they find which files there are, and what each is for.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ log = logging.getLogger("pseudoseg_jax")
 
 
 def mask_options(data_config: FolderData, classes: Classes) -> dict:
-  """How masks are stored, as keywords of a source."""
+  """Returns how masks are stored, as keywords of a source."""
   return {
     "num_classes": len(classes),
     "label_map": classes_lib.read_label_map(data_config.label_map),
@@ -47,8 +50,9 @@ def mask_options(data_config: FolderData, classes: Classes) -> dict:
 def unlabeled_masks(
   data_config: AnyData, classes: Classes, ids: Sequence[str], pattern: str = ""
 ) -> Source:
-  """Masks of unlabeled images, which nothing is learned from: to make weak labels of them, or to
-  score labels with.
+  """Opens masks of unlabeled images, which nothing is learned from.
+
+  They are to make weak labels of the images, or to score labels with.
 
   Args:
     pattern: where they lie below the data's root (--masks of the tools that call this); "" is
@@ -89,7 +93,7 @@ def unlabeled_masks(
 
 
 class _Lists(NamedTuple):
-  """What is trained and evaluated on, by role."""
+  """The images that are trained and evaluated on, by role."""
 
   labeled: Sequence[Entry]
   unlabeled: Sequence[Entry]  # unless there is an unlabeled_folder
@@ -162,8 +166,9 @@ def open_folder(data_config: FolderData, check: bool) -> Data:
 
 
 def left_out(data_config: AnyData) -> Sequence[LeftOut]:
-  """What lies among the images of a folder and is not used: other formats, links that lead nowhere,
-  unreadable folders.
+  """Lists what lies among the images of a folder and is not used.
+
+  Such are other formats, links that lead nowhere, unreadable folders.
   """
   if not isinstance(data_config, FolderData):
     return ()
@@ -183,7 +188,10 @@ def split_in_words(
 
 
 def _patterns(data_config: FolderData) -> tuple[dict, dict]:
-  """Of training and of evaluated images; None where lists give the paths."""
+  """Returns the patterns of training and of evaluated images.
+
+  A pattern is None where lists give the paths.
+  """
   image, label, eval_image, eval_label = (
     os.path.expanduser(getattr(data_config, name)) or None
     for name in ("image_pattern", "label_pattern", "eval_image_pattern", "eval_label_pattern")
@@ -195,8 +203,13 @@ def _patterns(data_config: FolderData) -> tuple[dict, dict]:
 
 
 def _lists(data_config: FolderData, check: bool) -> _Lists:
-  """Reads and makes the lists; raises InputError where they do not fit together (check=False: lets
-  roles overlap).
+  """Reads and makes the lists of images, by role.
+
+  Args:
+    check: False: lets roles overlap.
+
+  Raises:
+    InputError: the lists do not fit together.
   """
   patterns, eval_patterns = _patterns(data_config)
   # Else equal ids are different images.
@@ -275,15 +288,19 @@ def _lists(data_config: FolderData, check: bool) -> _Lists:
 
 
 def _with_paths(entry: Entry, trained: Entry) -> Entry:
-  """An entry with the paths that it lacks and the training list gives."""
+  """Returns an entry with the paths that it lacks.
+
+  The training list gives them.
+  """
   return Entry(entry.id, entry.image or trained.image, entry.mask or trained.mask)
 
 
 def _check_known(
   labeled: Sequence[Entry], by_id: Mapping[str, Entry], data_config: FolderData
 ) -> None:
-  """Labeled images are training images; only where no list names those, a path may lead
-  elsewhere.
+  """Checks that labeled images are training images.
+
+  Only where no list names those, a path may lead elsewhere.
   """
   unknown_ids = [
     entry.id
@@ -304,7 +321,10 @@ def _check_known(
 
 
 def _all(data_config: FolderData, patterns: dict, left_out: list[LeftOut]) -> list[Entry]:
-  """Every image that fits a pattern; `left_out` gains what lies among them and does not."""
+  """Lists every image that fits a pattern.
+
+  `left_out` gains what lies among them and does not fit.
+  """
   pattern, root = patterns["image_pattern"], resolve_path(data_config.root, "")
   others = [other for role in _patterns(data_config) for other in role.values() if other]
   if data_config.unlabeled_folder and splits.is_part(
@@ -342,10 +362,10 @@ def _check_some(
   skipped: Skipped | None,
   most: int = 8,
 ) -> None:
-  """Reads a few images and masks: a wrong coding shows in all of them, and training should not be
-  what finds it out.
+  """Reads a few images and masks, to find a wrong coding before training.
 
-  What training skips it tells when it meets it.
+  A wrong coding shows in all of them, and training should not be what finds it out. Files that
+  training skips are reported when training meets them.
   """
   as_stored = data_config.ignore_index == IGNORE_LABEL and not (
     data_config.label_map or data_config.mask_colors or data_config.reduce_zero_label

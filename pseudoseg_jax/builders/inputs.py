@@ -1,4 +1,7 @@
-"""Makes of a config and its data the batches that a method learns from."""
+"""Builders of the batches that a method learns from.
+
+They are made of a config and its data.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,11 @@ log = logging.getLogger("pseudoseg_jax")
 
 
 def build_pipelines(domains: Sequence[Domain], method: Method) -> tuple[PipelineSpec, ...]:
-  """What the batches of each domain are made of; raises InputError for whatever does not fit."""
+  """Builds the specification of the batches of each domain.
+
+  Raises:
+    InputError: whatever does not fit.
+  """
   check_criterion(domains[0].config, method)
   others = [domain.name for domain in domains[1:]]
   if bool(others) != method.needs.domains:
@@ -61,7 +68,11 @@ def build_pipelines(domains: Sequence[Domain], method: Method) -> tuple[Pipeline
 
 
 def build_pipeline(config: Config, data: Data, method: Method) -> PipelineSpec:
-  """What training batches are made of; raises InputError for whatever does not fit, together."""
+  """Builds the specification of training batches.
+
+  Raises:
+    InputError: whatever does not fit, together.
+  """
   view = as_dict(config.views)
   weak = {name: view.pop(name) for name in ("crop_size", "scales", "continuous", "flip")}
   of_labeled = {name: view.pop(name) for name in ("labeled_photometry", "labeled_operations")}
@@ -91,7 +102,10 @@ def build_pipeline(config: Config, data: Data, method: Method) -> PipelineSpec:
 
 
 def _learnt_from(config: Config, data: Data) -> Source:
-  """The labeled images, some of them several times, and, after them, those with pseudo labels."""
+  """Returns the labeled images and, after them, those with pseudo labels.
+
+  Some of the labeled images are there several times.
+  """
   if config.oversampling_threshold:
     factors = frequencies.repeat_factors(_class_pixels(data), config.oversampling_threshold)
     rows = frequencies.repeated_rows(factors, config.seed)
@@ -114,8 +128,10 @@ def _class_pixels(data: Data) -> np.ndarray:
 
 
 def weigh_classes(config: Config, data: Data) -> Config:
-  """The config, with numbers where config.criterion.class_weights names a way to compute them: from
-  the masks that are learned from.
+  """Returns the config with numbers as class weights.
+
+  They are computed where config.criterion.class_weights names a way to compute them: from the masks
+  that are learned from.
   """
   way = config.criterion.class_weights
   if way not in frequencies.WEIGHTS:
@@ -126,7 +142,7 @@ def weigh_classes(config: Config, data: Data) -> Config:
 
 
 def tell_imbalance(config: Config, data: Data, spec: PipelineSpec) -> None:
-  """Says in the log what is done for rare classes."""
+  """Logs what is done for rare classes."""
   weights = class_weights_of(config, len(data.classes))
   if weights:
     log.info(
@@ -149,7 +165,10 @@ def tell_imbalance(config: Config, data: Data, spec: PipelineSpec) -> None:
 
 
 def _check_background(config: Config, classes: Classes) -> None:
-  """A method that takes class 0 for what is left beside things must be right in that."""
+  """Checks that class 0 is the background where the method takes it so.
+
+  A method that takes class 0 for what is left beside things must be right in that.
+  """
   if config.method.options.get("background") is True and classes.background_index != 0:
     problems = checks.Problems(f"method '{config.method.name}' does not fit the classes")
     problems.add(
@@ -162,8 +181,9 @@ def _check_background(config: Config, classes: Classes) -> None:
 
 
 def _image_labels(data_config: AnyData, data: Data) -> np.ndarray | None:
-  """f32[N, K] of the unlabeled images: what the user's file says; synthetic scenes know their
-  own.
+  """Returns the image-level labels f32[N, K] of the unlabeled images.
+
+  They are what the user's file holds; synthetic scenes know their own.
   """
   if data.truth_known:
     return tags.tags_of_masks(data.unlabeled, len(data.classes))
@@ -177,8 +197,9 @@ def _image_labels(data_config: AnyData, data: Data) -> np.ndarray | None:
 
 
 def _boxes(data_config: AnyData, data: Data, source: Source) -> np.ndarray | None:
-  """f32[N, M, 5] of a source's images: what the user's file says; synthetic scenes know their
-  own.
+  """Returns the boxes f32[N, M, 5] of a source's images.
+
+  They are what the user's file holds; synthetic scenes know their own.
   """
   if data.truth_known:
     return boxes.pad_boxes(boxes.boxes_of_masks(source, data.classes))
@@ -190,8 +211,9 @@ def _boxes(data_config: AnyData, data: Data, source: Source) -> np.ndarray | Non
 
 
 def panel_batch(specs: Sequence[PipelineSpec], data: Data, num_images: int) -> dict:
-  """A batch to show what the unlabeled images teach: the same views as in training, with the first
-  domain's truth where known.
+  """Draws a batch to show what is learned from the unlabeled images.
+
+  The views are the same as in training, with the first domain's truth where known.
   """
   shown = [
     dataclasses.replace(spec, batch_size_labeled_global=1, batch_size_unlabeled_global=num_images)
@@ -203,8 +225,9 @@ def panel_batch(specs: Sequence[PipelineSpec], data: Data, num_images: int) -> d
 
 
 def batches(*specs: PipelineSpec) -> Callable[[int], Feed]:
-  """start_step -> this process's share of every global batch of all domains from that step on; to
-  be closed.
+  """Returns start_step -> the batches of all domains from that step on.
+
+  They are this process's share of every global batch, and are to be closed.
   """
   share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
   return lambda start_step: pipeline.train_batches(*specs, start_step=start_step, **share)

@@ -1,4 +1,7 @@
-"""Makes of a config the method of a run, with its network, optimizer and criterion."""
+"""Builders of the method of a run, with its network, optimizer and criterion.
+
+They are made of a config.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,9 @@ def build_network(config: Config, num_classes: int) -> Network:
 
 
 def take_normalization(config: Config) -> Config:
-  """The config, whose data say how images were normalized for the weights of
-  network.pretrained=imagenet.
+  """Returns the config with the normalization of the pretrained weights.
+
+  Its data then give how images were normalized for the weights of network.pretrained=imagenet.
 
   The default of config.data is nobody's choice and makes way; another one stays, see
   `tell_normalization`.
@@ -49,8 +53,9 @@ def take_normalization(config: Config) -> Config:
 
 
 def tell_normalization(config: Config) -> None:
-  """Says in the log how images are normalized where weights ask for it; warns where the config has
-  another way.
+  """Logs how images are normalized where weights ask for it.
+
+  It warns where the config has another way.
   """
   if not (wanted := _normalization_of_weights(config)):
     return
@@ -77,7 +82,10 @@ def _normalization(data_config: AnyData) -> tuple[tuple[float, ...], tuple[float
 
 
 def _normalization_of_weights(config: Config) -> imagenet.Normalization | None:
-  """What network.pretrained=imagenet was trained with; None where nothing asks for it."""
+  """Returns the normalization that the pretrained weights were trained with.
+
+  The weights are those of network.pretrained=imagenet; None where nothing asks for it.
+  """
   backbone = config.network.options.get("backbone", "")
   if (
     config.network.pretrained != "imagenet"
@@ -122,8 +130,9 @@ def build_optimizer(config: Config) -> Optimizer:
 
 
 def build_criterion(config: Config, num_classes: int) -> Callable:
-  """(logits, label) -> the supervised loss; a sum where config.criterion.name is one,
-  "cross_entropy+dice".
+  """Builds (logits, label) -> the supervised loss.
+
+  It is a sum where config.criterion.name is one, "cross_entropy+dice".
   """
   options, names = config.criterion, config.criterion.name.split("+")
   weights = class_weights_of(config, num_classes)
@@ -159,7 +168,7 @@ def build_criterion(config: Config, num_classes: int) -> Callable:
 
 
 def check_criterion(config: Config, method: Method) -> None:
-  """Raises InputError where a criterion is asked for that the method would not use."""
+  """Raises InputError for a chosen criterion that the method would not use."""
   if method.needs.criterion:
     return
   problems = checks.Problems(f"method '{config.method.name}' has a supervised loss of its own")
@@ -176,8 +185,9 @@ def check_criterion(config: Config, method: Method) -> None:
 
 
 def class_weights_of(config: Config, num_classes: int) -> tuple[float, ...]:
-  """Those that config.criterion.class_weights gives; () for none, and for those that
-  `weigh_classes` has not computed yet.
+  """Returns the weights that config.criterion.class_weights gives.
+
+  The result is () for none, and for those that `weigh_classes` has not computed yet.
   """
   text = config.criterion.class_weights
   if text in ("", *frequencies.WEIGHTS):
@@ -199,7 +209,7 @@ def class_weights_of(config: Config, num_classes: int) -> tuple[float, ...]:
 
 
 def _unlabeled_weight(config: Config) -> Callable:
-  """step -> the factor of config.unlabeled_loss."""
+  """Returns step -> the factor of config.unlabeled_loss."""
   options = config.unlabeled_loss
   length_steps = options.rampup_fraction * config.total_steps
   return lambda step: (
@@ -213,10 +223,13 @@ def build_method(
   num_unlabeled: int = 0,
   other_classes: Sequence[int] = (),
 ) -> Method:
-  """The method of a config, for any use: training, evaluation, prediction; num_unlabeled only
-  matters to training.
+  """Builds the method of a config, for any use.
 
-  other_classes: the number of classes of each further domain.
+  The uses are training, evaluation and prediction.
+
+  Args:
+    num_unlabeled: only matters to training.
+    other_classes: the number of classes of each further domain.
   """
   factory = methods_table.find(config.method.name)
   task = Task(

@@ -1,4 +1,4 @@
-"""What a run learns from, opened, and what it is scored on."""
+"""The opened data that a run learns from, and those it is scored on."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from pseudoseg_jax.options import Config
 
 
 class Data(NamedTuple):
-  """labeled: images with masks; unlabeled: images alone; evaluated: images with masks that nothing
-  is learned from.
+  """The images of a data set, opened, by role.
+
+  labeled: images with masks; unlabeled: images alone; evaluated: images with masks that nothing is
+  learned from.
 
   truth_known: the unlabeled images have masks that may be shown, never learned from.
   pseudo_labeled: images that are learned from as the labeled ones are, with labels that a network
     made; or None.
-  skipped: the files that are learned nothing from since they cannot be read, so far; None: such a
+  skipped: the files that nothing is learned from since they cannot be read, so far; None: such a
     file is an error.
-  options: what config.data is to say of how images that were given from Python are read, see
+  options: what config.data is to hold on how images that were given from Python are read, see
     `name_given`.
   """
 
@@ -52,7 +54,9 @@ class Domain(NamedTuple):
 
 
 def images_of(data: Data, role: str) -> Source:
-  """The "labeled", "unlabeled" or "evaluated" images; or "train", the labeled ones and then those
+  """Returns the images of a role.
+
+  The roles are "labeled", "unlabeled" and "evaluated"; or "train", the labeled ones and then those
   that are unlabeled alone.
   """
   if role != "train":

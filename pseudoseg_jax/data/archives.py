@@ -1,9 +1,10 @@
-"""Official archives, read a member at a time: tar, tar.gz, zip, or the folder that one was
-extracted to.
+"""Readers of official archives, a member at a time.
 
-Whatever an archive says of itself, memory and time are bounded by what it holds: nothing is taken
-for a size that is only written there, nor unfolded to a multiple of itself that no images, masks or
-lists have.
+An archive is a tar, tar.gz or zip, or the folder that one was extracted to.
+
+Memory and time are bounded by what an archive holds, whatever its headers declare. No size is
+trusted that only a header gives. Nothing is unfolded to a multiple of itself that no images, masks
+or lists have.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Member(NamedTuple):
 
 
 def members(path: str | pathlib.Path, wanted: Callable[[str], object]) -> Iterator[Member]:
-  """The files of an archive or folder of which `wanted(name)` is true.
+  """Yields the files of an archive or folder of which `wanted(name)` is true.
 
   Raises:
     InputError: no such path; no archive; a truncated, damaged or encrypted one; one that unfolds to
@@ -77,8 +78,9 @@ def members(path: str | pathlib.Path, wanted: Callable[[str], object]) -> Iterat
 
 
 class _Unfolded:
-  """The bytes of a file, unzipped where it is: for `tarfile`, which believes every size that it
-  reads.
+  """The bytes of a file, unzipped if it is compressed, for `tarfile`.
+
+  `tarfile` believes every size that it reads.
   """
 
   def __init__(self, path: pathlib.Path, raw: BinaryIO):
@@ -159,7 +161,7 @@ def _folder(path, wanted):
 
 
 def _check_ratio(path, unfolded: int, stored: int, name: str = "") -> None:
-  """Refuses what was made to fill disk or memory."""
+  """Refuses files that were made to fill disk or memory."""
   if unfolded > _ANY_RATIO_BYTES + _MOST_RATIO * stored:
     _refuse(
       path,

@@ -1,4 +1,4 @@
-"""Looks at every image and mask of a data set before anything is learned from them."""
+"""An audit of every image and mask of a data set before training."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ _PAIRS = (("labeled", "evaluated"), ("unlabeled", "evaluated"), ("labeled", "unl
 
 
 class Item(NamedTuple):
-  """path: of a file (of a source without files: role/id), or the name of a class. detail: what is
+  """One file or class with a problem.
+
+  path: of a file (of a source without files: role/id), or the name of a class. detail: what is
   wrong with it, may be empty.
   """
 
@@ -93,8 +95,9 @@ class Item(NamedTuple):
 
 
 class Finding(NamedTuple):
-  """Everything of one kind. kind: a key of KINDS. role: whose images, e.g. "labeled"; else what it
-  is about.
+  """All problems of one kind.
+
+  kind: a key of KINDS. role: whose images, e.g. "labeled"; else what it is about.
   """
 
   kind: str
@@ -108,7 +111,7 @@ class Finding(NamedTuple):
 
 @dataclasses.dataclass
 class Audit:
-  """What the images of one role are.
+  """What was found in the images of one role.
 
   paths: of the images, by row. digests: of their pixels, by row; None where an image cannot be
     read.
@@ -138,10 +141,10 @@ def audit(
   threads: int | None = None,
   each: Callable[[], None] = lambda: None,
 ) -> Audit:
-  """Decodes every image and, with_masks, every mask; damage of any kind becomes a finding and never
-  stops it.
+  """Decodes every image and, if `with_masks`, every mask.
 
-  Memory does not grow with the images but by some hundred bytes each.
+  Damage of any kind becomes a finding and never stops the audit. Memory grows by only some hundred
+  bytes for each image.
 
   Args:
     names: the K classes' names.
@@ -188,8 +191,10 @@ def audit(
 
 
 def overlaps(audits: Mapping[str, Audit]) -> list[Finding]:
-  """Images that stand in two of the roles "labeled", "unlabeled", "evaluated", as the same file or
-  with the same pixels.
+  """Finds images that appear in more than one role.
+
+  Roles are "labeled", "unlabeled" and "evaluated". An image appears in two of them as the same file
+  or with the same pixels.
   """
   findings = []
   for first, second in _PAIRS:
@@ -200,7 +205,10 @@ def overlaps(audits: Mapping[str, Audit]) -> list[Finding]:
 
 
 class _Seen(NamedTuple):
-  """Of one image; counts i64 [256] of its mask by label, None without a usable mask."""
+  """What was found in one image and its mask.
+
+  counts: i64 [256], pixels of its mask by label, None without a usable mask.
+  """
 
   size: tuple[int, int] | None
   digest: bytes | None
@@ -261,7 +269,10 @@ def _unusable_mask(path: str, reason: str) -> tuple[str, Item]:
 
 
 def _reason(error: checks.InputError, path: str) -> str:
-  """The message without its headline and the path, which are said anyway."""
+  """Returns the message without its headline and the path.
+
+  Both are reported anyway.
+  """
   headline, *lines = str(error).splitlines()
   reason = " ".join(line.strip().removeprefix("- ") for line in lines) or headline
   return reason.removeprefix("file: got ").replace(f" '{path}'", "").rstrip(":")
@@ -273,8 +284,10 @@ def _path(source: Source, what: str, row: int, role: str) -> str:
 
 
 def _in_order(call: Callable[[int], _Seen], count: int, threads: int) -> Iterator[_Seen]:
-  """call(0), call(1), ..., computed by threads (decoders release the interpreter's lock), few at a
-  time.
+  """Yields call(0), call(1), ... in order, computed by threads.
+
+  Only few calls are in flight at a time. Threads help because decoders release the interpreter's
+  lock.
   """
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
     waiting = collections.deque()

@@ -1,4 +1,4 @@
-"""Bounding boxes: where objects are, roughly.
+"""Bounding boxes, the rough location of objects.
 
 Boxes of an image are f32 [M, 5], a row for each: class index, top, left, bottom, right; the edges
 are fractions of the image's height and width, 0..1, before any augmentation.
@@ -29,10 +29,11 @@ NamedBox = tuple[str, float, float, float, float]  # class name, top, left, bott
 
 
 def read_boxes(path: str | pathlib.Path, ids: Sequence[str], classes: Classes) -> list[np.ndarray]:
-  """Reads the boxes of images from a folder of VOC annotations or a COCO JSON file.
+  """Reads the boxes of images from VOC annotations or a COCO JSON file.
 
-  An image may have no box, and the file may hold other images as well. Edges at most a pixel
-  outside of the image are clipped; boxes without area are dropped.
+  VOC annotations are given as a folder. An image may have no box, and the file may hold other
+  images as well. Edges at most a pixel outside of the image are clipped; boxes without area are
+  dropped.
 
   Args:
     path: a folder of VOC XML files `<id>.xml` (object/bndbox, pixels counted from 1, the last one
@@ -62,11 +63,11 @@ def read_boxes(path: str | pathlib.Path, ids: Sequence[str], classes: Classes) -
 def boxes_of_masks(
   source: Source, classes: Classes, min_area_fraction: float = 0.001
 ) -> list[np.ndarray]:
-  """Boxes read off masks, to simulate images that come with boxes only: f32 [M_i, 5] of each image.
+  """Reads boxes off masks, to simulate images that come with boxes only.
 
-  A box around each connected region (4 neighbors) of a class; background
-  (`Classes.background_index`) has none. Objects that touch share one, and an object that is cut in
-  two has two. Regions of less than `min_area_fraction` of the image are left out.
+  Each image gets f32 [M_i, 5]. A box surrounds each connected region (4 neighbors) of a class;
+  background (`Classes.background_index`) has none. Objects that touch share one, and an object that
+  is cut in two has two. Regions of less than `min_area_fraction` of the image are left out.
 
   Raises:
     InputError: a source without masks, or a mask that cannot be read.
@@ -82,14 +83,14 @@ def boxes_of_masks(
 
 
 def boxes_of_instances(instances: np.ndarray, label: np.ndarray, classes: Classes) -> np.ndarray:
-  """Boxes around the objects of one image, f32 [M, 5].
+  """Computes boxes around the objects of one image, f32 [M, 5].
 
   Args:
     instances: integers [h, w], a number for each object, as in VOC's SegmentationObject and
       Cityscapes' instanceIds; where they are of 8 bits, IGNORE_LABEL is none.
-    label: uint8 [h, w]. An object's class is the one that most of its pixels have; without one, or
-      with background, it has no box. So what is no object, but numbered, has a box as well
-      (Cityscapes: road).
+    label: uint8 [h, w]. An object's class is the one that most of its pixels have. An object whose
+      class is background, or that has none, gets no box. A numbered region that is not an object
+      gets a box as well (Cityscapes: road).
   """
   height, width = label.shape
   numbers, places = np.unique(instances, return_inverse=True)
@@ -120,8 +121,9 @@ def write_boxes(
   boxes: Sequence[np.ndarray],
   classes: Classes,
 ) -> None:
-  """Writes boxes [M_i, 5] of images of (height, width) pixels as a COCO JSON for `read_boxes`;
-  edges become whole pixels.
+  """Writes the boxes of images as a COCO JSON for `read_boxes`.
+
+  Boxes are [M_i, 5], of images of (height, width) pixels. Edges become whole pixels.
   """
   images, annotations = [], []
   for row, (name, (height, width), of_image) in enumerate(zip(ids, sizes, boxes, strict=True)):
@@ -139,8 +141,9 @@ def write_boxes(
 
 
 def pad_boxes(boxes: Sequence[np.ndarray]) -> np.ndarray:
-  """Boxes [M_i, 5] of N images -> f32 [N, M, 5], M the largest count (1 at least); rows without a
-  box are of class -1.
+  """Pads the boxes of N images to one array: [M_i, 5] -> f32 [N, M, 5].
+
+  M is the largest count, and at least 1. Rows without a box are of class -1.
   """
   padded = np.zeros((len(boxes), max([1, *map(len, boxes)]), 5), np.float32)
   padded[..., 0] = NO_BOX
@@ -253,8 +256,9 @@ def _items(
   keys: Mapping[str, Callable[[Any], bool]],
   problems: checks.Problems,
 ) -> list[dict[str, Any]]:
-  """A list of objects in a COCO JSON; adds a problem for whatever lacks one of the keys, or has
-  another thing there.
+  """Returns the usable entries of a list of objects in a COCO JSON.
+
+  Each entry that lacks one of the keys, or has an unfit value there, adds a problem.
   """
   items = content.get(name)
   if not isinstance(items, list):
@@ -297,7 +301,7 @@ def _shown(value: Any) -> str:
 
 
 def _numbers(values: Any, count: int) -> list[float]:
-  """Finite numbers out of a JSON; ValueError for anything else."""
+  """Returns finite numbers from a JSON; ValueError for anything else."""
   numbers = (
     values
     if isinstance(values, list) and all(type(value) in (int, float) for value in values)
@@ -311,7 +315,10 @@ def _numbers(values: Any, count: int) -> list[float]:
 def _coco_images(
   images: Sequence[dict[str, Any]], ids: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
-  """The images by what `ids` call them, each in a list as `tags.of_images` wants them."""
+  """Groups the images by the names that `ids` use for them.
+
+  Each image stands in a list, as `tags.of_images` expects.
+  """
   by_file = collections.defaultdict(list)
   for image in images:
     by_file[image["file_name"]].append(image)
@@ -325,7 +332,7 @@ def _coco_images(
 def _in_image(
   name: str, left: float, top: float, right: float, bottom: float, width: float, height: float
 ) -> NamedBox:
-  """Edges in pixels as fractions, clipped to the image."""
+  """Converts edges in pixels to fractions, clipped to the image."""
   if not (
     width > 0
     and height > 0

@@ -46,12 +46,14 @@ _BACKGROUND = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-  """Names and display colors, by class index; the ignore label is no class and has no entry.
+  """Names and display colors, by class index.
+
+  The ignore label is no class and has no entry.
 
   names: K different names, of characters that can be seen. palette: K colors (red, green, blue),
     each 0..255.
   void: colors of pixels without a label, in masks that are drawn in colors.
-  background: whether class 0 is what is left beside things; None: names say what is, see
+  background: whether class 0 is what is left beside things; None: the names decide, see
     `background_index`.
   """
 
@@ -88,8 +90,9 @@ class Classes:
 
   @property
   def background_index(self) -> int | None:
-    """The class of what is left beside things, which is part of every image but no object; None
-    where no class is that.
+    """Returns the index of the background class, or None if there is none.
+
+    Background is what is left beside things; it is part of every image but no object.
     """
     if self.background is not None:
       return 0 if self.background else None
@@ -98,7 +101,10 @@ class Classes:
     )
 
   def by_color(self) -> dict[Color, int]:
-    """Color -> class index or IGNORE_LABEL; InputError where a color stands for two of them."""
+    """Maps each color to its class index or IGNORE_LABEL.
+
+    InputError where a color stands for two of them.
+    """
     labels = {color: IGNORE_LABEL for color in self.void} | {
       color: index for index, color in enumerate(self.palette)
     }
@@ -142,7 +148,7 @@ def _check_name(where: str, name: str, problems: checks.Problems) -> None:
 
 
 def _visible(name: str) -> str:
-  """A name without what cannot be seen, and without a terminal's commands."""
+  """Removes invisible characters and terminal commands from a name."""
   name = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)", "", name)
   return "".join(
     character for character in name if unicodedata.category(character) not in _INVISIBLE
@@ -150,7 +156,10 @@ def _visible(name: str) -> str:
 
 
 def _letters(name: str) -> str:
-  """A name as it is compared with those that mean something: "_Back ground_" is "background"."""
+  """Normalizes a name for comparison with names that have a meaning.
+
+  "_Back ground_" becomes "background".
+  """
   return re.sub(r"[\W_]+", "", normalized(name).casefold())
 
 
@@ -168,9 +177,9 @@ _IN_HEADING = _HEADING | frozenset(
 
 
 class _Form(NamedTuple):
-  """How all the lines of a file may be written.
+  """A form in which all the lines of a file may be written.
 
-  pattern: with the groups name and, where it says them, index, r, g and b.
+  pattern: with the groups name and, where the form has them, index, r, g and b.
   alone: it may also be a name alone, so that only a whole file can show that it is not.
   """
 
@@ -219,8 +228,9 @@ _Entry = tuple[int, int, str, Color]  # line number, index, name, color
 
 
 def read_classes(path: str | pathlib.Path) -> Classes:
-  """Reads a text file of `index name r g b` lines, or of class names alone, one a line, which get
-  VOC's colors.
+  """Reads class names, with or without indices and colors, from a text file.
+
+  Lines are `index name r g b`, or class names alone, one a line, which get VOC's colors.
 
   Other forms that tools write are known as well: `index name`, `name r g b` and `r g b name`;
   commas, semicolons or colons between; a first line of headings; CVAT's `name:r,g,b:parts:actions`;
@@ -232,7 +242,7 @@ def read_classes(path: str | pathlib.Path) -> Classes:
 
   Raises:
     InputError: missing file, lines of another form, indices that are not 0, 1, 2, ..., names that
-      are none or stand there twice.
+      are none or occur twice.
   """
   path = pathlib.Path(path)
   problems = checks.Problems(f"cannot read classes from {path}")
@@ -280,8 +290,9 @@ def _is_void(name: str) -> bool:
 def _without_heading(
   lines: list[tuple[int, str]], problems: checks.Problems
 ) -> list[tuple[int, str]]:
-  """The lines without one of headings, such as `name,r,g,b`; a single word is told, since it may be
-  a class.
+  """Removes a line of headings, such as `name,r,g,b`.
+
+  A single word becomes a problem, since it may be a class.
   """
   if not lines:
     return lines
@@ -302,7 +313,7 @@ def _without_heading(
 
 
 def _entries(lines: Sequence[tuple[int, str]], problems: checks.Problems) -> list[_Entry]:
-  """What every line says; adds a problem for those that no class can be made of."""
+  """Parses every line; adds a problem for each that cannot be a class."""
   form = _form_of([line for _, line in lines])
   colors = voc_palette(max(256, len(lines))).tolist()
   example = next((line for _, line in lines if form and form.pattern.fullmatch(line)), None)
@@ -334,7 +345,10 @@ def _entries(lines: Sequence[tuple[int, str]], problems: checks.Problems) -> lis
 
 
 def _form_of(lines: Sequence[str]) -> _Form | None:
-  """The form that all lines are of, or that those which do not should be of; None: names alone."""
+  """Returns the form of all lines, or the one that the rest should have.
+
+  None: names alone.
+  """
   for form in _FORMS:
     found = [form.pattern.fullmatch(line) for line in lines]
     indices = [int(one["index"]) for one in found if one] if form.indexed else []
@@ -380,8 +394,9 @@ def _check_indices(entries: Sequence[_Entry], problems: checks.Problems) -> None
 
 
 def with_background(classes: Classes) -> list[str]:
-  """The lines of a file of two classes in the place of a single one: background, and that class, or
-  "object" if it is that.
+  """Returns the lines of a file of two classes in place of a single class.
+
+  The two are background and that class. If the class is background, the other one is "object".
   """
   (name,), (color,) = classes.names, classes.palette
   if classes.background_index == 0:
@@ -391,7 +406,9 @@ def with_background(classes: Classes) -> list[str]:
 
 
 def read_label_map(text: str | Mapping) -> dict[int, int]:
-  """Stored mask value -> class: a mapping, "11:255,12:3", or "cityscapes" for its labelIds.
+  """Reads a mapping of stored mask values to classes.
+
+  The text is a mapping, "11:255,12:3", or "cityscapes" for its labelIds.
 
   Raises:
     InputError: text of another form.
@@ -421,8 +438,9 @@ def read_label_map(text: str | Mapping) -> dict[int, int]:
 
 
 def voc_palette(num_colors: int = 256) -> np.ndarray:
-  """The PASCAL VOC color map: the bits of an index, dealt in turn to red, green and blue from the
-  highest bit down.
+  """Computes the PASCAL VOC color map.
+
+  The bits of an index are dealt in turn to red, green and blue, from the highest bit down.
 
   Returns:
     uint8 [num_colors, 3].

@@ -1,4 +1,4 @@
-"""Files of pixels -> arrays: images, masks, and what their headers say."""
+"""Decoders of image and mask files, and of their headers, to arrays."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ _STAND_INS = (  # for files: how they begin, what they are, what to do
 
 
 class Unusable(Exception):
-  """A file that cannot be decoded or used. problem: why, in the keywords of
-  `checks.Problems.add`.
+  """A file that cannot be decoded or used.
+
+  problem: why, in the keywords of `checks.Problems.add`.
   """
 
   def __init__(
@@ -68,7 +69,9 @@ class Unusable(Exception):
 
 
 class Header(NamedTuple):
-  """size: (h, w) of the array that is read. dtype: of an image. orientation: 1..8, the file's own,
+  """What a file's header declares.
+
+  size: (h, w) of the array that is read. dtype: of an image. orientation: 1..8, the file's own,
   applied or not.
   """
 
@@ -84,9 +87,9 @@ def read_image(
   exif_orientation: str = "apply",
   max_value: float = 0.0,
 ) -> np.ndarray:
-  """An image file as [h, w, C] of levels 0..255: uint8, or float32 where it holds more than 8 bits
-  or `max_value` is another.
+  """Reads an image file as [h, w, C] of levels 0..255.
 
+  The result is uint8, or float32 where the file holds more than 8 bits or `max_value` is another.
   PIL gives only the high bytes of 16-bit RGB files: store such images as .npy.
 
   Args:
@@ -95,12 +98,12 @@ def read_image(
       as many.
     exif_orientation: "apply" turns a picture as viewers and labeling tools do, "ignore" leaves its
       pixels as they are stored.
-    max_value: the stored value that becomes 255; 0 = not said: 255 of 8 bits and of floats, 65535
+    max_value: the stored value that becomes 255; 0 = not given: 255 of 8 bits and of floats, 65535
       of other integers.
 
   Raises:
     InputError: a file that cannot be decoded; another number of channels; values that are negative,
-      not finite or above max_value; where max_value is not said, values so small that the picture
+      not finite or above max_value; where max_value is not given, values so small that the picture
       would be black.
   """
   path = pathlib.Path(path)
@@ -116,7 +119,7 @@ def read_image(
 def read_picture(
   image: Image.Image, channels: int = 3, *, exif_orientation: str = "apply", max_value: float = 0.0
 ) -> np.ndarray:
-  """`read_image` of an image that PIL has opened."""
+  """Reads an image that PIL has opened, as `read_image` does."""
   checks.check_name("exif_orientation", exif_orientation, EXIF_ORIENTATIONS)
   problems = checks.Problems("cannot use the image")
   try:
@@ -137,8 +140,10 @@ ImageLike = np.ndarray | Image.Image | str | os.PathLike
 def read_any_image(
   image: ImageLike, channels: int = 3, *, exif_orientation: str = "apply", max_value: float = 0.0
 ) -> np.ndarray:
-  """`read_image` of a path, `read_picture` of a PIL image, `read_array` of anything that NumPy
-  takes for an array.
+  """Reads an image from a path, a PIL image or an array.
+
+  Uses `read_image` for a path, `read_picture` for a PIL image, and `read_array` for anything that
+  NumPy takes for an array.
   """
   if isinstance(image, (str, os.PathLike)):
     return read_image(image, channels, exif_orientation=exif_orientation, max_value=max_value)
@@ -148,15 +153,16 @@ def read_any_image(
 
 
 def read_array(image: np.ndarray, channels: int = 3, *, max_value: float = 0.0) -> np.ndarray:
-  """An image in memory as [h, w, C] of levels 0..255: uint8, or float32 where its numbers are no
-  such integers.
+  """Reads an image in memory as [h, w, C] of levels 0..255.
+
+  The result is uint8, or float32 where its numbers are no such integers.
 
   Args:
     image: [h, w, C], [h, w, 1] or [h, w] of any integers or floats (NumPy's, JAX's, PyTorch's on
       the CPU), or of bool: black and white.
-    channels: C; of 3, one channel is shown as grey.
-    max_value: the value of full brightness; 0 = 255, whatever the type: an array's type says little
-      of what is in it.
+    channels: C; of 3, one channel is shown as gray.
+    max_value: the value of full brightness; 0 = 255, whatever the type: an array's type gives
+      little evidence of its range.
 
   Raises:
     InputError: another shape or type; values that are not on that scale, or so small that the
@@ -224,13 +230,12 @@ def _array_remedy(flaw: str, pixels: np.ndarray, max_value: float) -> str:
 
 
 def read_mask(path: str | os.PathLike, *, exif_orientation: str = "apply") -> np.ndarray:
-  """The numbers that a mask file stores, [h, w] of bool or integers, whatever its palette.
+  """Reads the numbers that a mask file stores, whatever its palette.
 
-  Of grey masks with alpha, the grey; alpha must be opaque.
+  [h, w] of bool or integers. A gray mask with alpha gives its gray; alpha must be opaque.
 
   Raises:
-    InputError: a file that cannot be decoded, one of a lossy format, or one of colors or
-      fractions.
+    InputError: a file that cannot be decoded, one of a lossy format, or one of colors or fractions.
   """
   path = pathlib.Path(path)
   mask = _read("mask", path, numbers_of, exif_orientation)
@@ -250,7 +255,7 @@ def read_mask(path: str | os.PathLike, *, exif_orientation: str = "apply") -> np
 
 
 def read_color_mask(path: str | os.PathLike, *, exif_orientation: str = "apply") -> np.ndarray:
-  """The colors of a mask file, uint8 [h, w, 3]; alpha is dropped.
+  """Reads the colors of a mask file, uint8 [h, w, 3]; alpha is dropped.
 
   Raises:
     InputError: a file that cannot be decoded, one of a lossy format, or a .npy array of another
@@ -281,7 +286,10 @@ def header(
   max_value: float = 0.0,
   is_mask: bool = False,
 ) -> Header | Unusable:
-  """What `read_image` will give of a file, or why it will not; no pixel is decoded."""
+  """Predicts what `read_image` will return for a file, or why it will fail.
+
+  No pixel is decoded.
+  """
   path = pathlib.Path(path)
   try:
     with _opened(path) as opened:
@@ -298,15 +306,18 @@ def header(
 
 
 def mask_header(path: str | os.PathLike, *, exif_orientation: str = "apply") -> Header | Unusable:
-  """What `read_mask` will give of a file, or why it will not: among it, that its format is
-  lossy.
+  """Predicts what `read_mask` will return for a file, or why it will fail.
+
+  The reasons include a lossy format.
   """
   return header(path, exif_orientation=exif_orientation, is_mask=True)
 
 
 def check_options(exif_orientation: str, max_value: float, where: str = "") -> None:
-  """Raises InputError for options of `read_image` that are none. where: their group,
-  "config.data.".
+  """Raises InputError for invalid options of `read_image`.
+
+  Args:
+    where: their group, "config.data.".
   """
   checks.check_name(f"{where}exif_orientation", exif_orientation, EXIF_ORIENTATIONS)
   if not 0 <= max_value < math.inf:
@@ -328,8 +339,9 @@ def raise_unreadable(what: str, path: pathlib.Path, error: Unusable):
 def to_levels(
   pixels: np.ndarray, channels: int, max_value: float, problems: checks.Problems
 ) -> np.ndarray:
-  """Stored values [h, w, C] or [h, w] as [h, w, C] of levels 0..255, uint8 or float32; adds what
-  hinders to problems.
+  """Converts stored values to [h, w, C] of levels 0..255, uint8 or float32.
+
+  Stored values are [h, w, C] or [h, w]. What prevents the conversion is added to problems.
   """
   pixels = pixels[..., None] if pixels.ndim == 2 else pixels
   is_grey = pixels.shape[-1] == 1 and channels == 3
@@ -396,12 +408,12 @@ def _check_scale(pixels: np.ndarray, max_value: float, problems: checks.Problems
 
 
 def scale_flaw(pixels: np.ndarray, full: float) -> tuple[str, str]:
-  """What shows that numbers are not on the scale 0..full ("" if nothing does), and what they are,
-  in words.
+  """Returns what shows that numbers are not on the scale 0..full.
 
-  "not finite", "negative", "above", or "black": nothing reaches more than the 255th part of full
-  brightness, as when 0..1 is taken for 0..255, or 8 bits for 16; all 0 is no flaw. Floats may be
-  off by rounding.
+  The first text is "" if nothing shows it; the second describes the numbers in words. The first is
+  one of "not finite", "negative", "above", or "black": nothing reaches more than the 255th part of
+  full brightness, as when 0..1 is taken for 0..255, or 8 bits for 16; all 0 is no flaw. Floats may
+  be off by rounding.
   """
   lowest, highest = float(pixels.min()), float(pixels.max())
   if not (math.isfinite(lowest) and math.isfinite(highest)):
@@ -419,8 +431,9 @@ def scale_flaw(pixels: np.ndarray, full: float) -> tuple[str, str]:
 
 
 def _next_maximum(highest: float, farthest: float = math.inf) -> float:
-  """A full brightness that holds a value: a usual one up to `farthest` times as high, or the value,
-  rounded up to three digits.
+  """Returns a full brightness that holds a value.
+
+  It is a usual one up to `farthest` times as high, or the value, rounded up to three digits.
   """
   highest = float(highest)
   for usual in _USUAL_MAXIMA:
@@ -438,8 +451,9 @@ def _next_maximum(highest: float, farthest: float = math.inf) -> float:
 def _read(
   what: str, path: pathlib.Path, convert: Callable[[Image.Image], np.ndarray], exif_orientation: str
 ) -> np.ndarray:
-  """The array that `convert` makes of a file's PIL image, upright if asked for; or the one that a
-  .npy file holds.
+  """Reads a file by `convert` on its PIL image, upright if asked for.
+
+  A .npy file gives the array that it holds.
   """
   checks.check_name("exif_orientation", exif_orientation, EXIF_ORIENTATIONS)
   try:
@@ -456,7 +470,7 @@ def _read(
 
 @contextlib.contextmanager
 def _opened(path: pathlib.Path):
-  """A file as PIL's image or as _Array, its pixels not read yet."""
+  """Opens a file as PIL's image or as _Array; no pixel is read yet."""
   with open(path, "rb") as file:
     if path.suffix.lower() == ".npy":
       array = _Array(file)
@@ -469,8 +483,9 @@ def _opened(path: pathlib.Path):
 
 @contextlib.contextmanager
 def opened_picture(file: BinaryIO):
-  """PIL's image of a file's content, not decoded yet, which may be larger than Pillow likes;
-  Unusable for one that is too large.
+  """Opens a file's content as PIL's image, not decoded yet.
+
+  The image may be larger than Pillow's limit. Unusable for one that is too large.
   """
   with _pillow_unlimited(), Image.open(file) as image:
     _check_size((image.height, image.width), file)
@@ -498,11 +513,11 @@ _pillow = {"readers": 0, "limit": None}
 
 @contextlib.contextmanager
 def _pillow_unlimited():
-  """Without Pillow's limit on pixels, above which it warns: the files of a data set are no attack,
-  and have our own limit.
+  """Lifts Pillow's limit on pixels, above which it warns.
 
-  The limit is one of the whole process, which may have other uses of Pillow: it is there again when
-  no file is being read.
+  The files of a data set are no attack, and have a limit of this module's own. Pillow's limit is
+  one of the whole process, which may have other uses of Pillow: it is there again when no file is
+  being read.
   """
   with _pillow_lock:
     if not _pillow["readers"]:
@@ -518,8 +533,9 @@ def _pillow_unlimited():
 
 
 class _Array:
-  """A .npy file that holds what its header says, [h, w] or [h, w, C] of numbers; never pickled
-  objects.
+  """A .npy file of numbers [h, w] or [h, w, C], complete by its header.
+
+  It holds what its header declares, and never pickled objects.
   """
 
   def __init__(self, file: BinaryIO):
@@ -550,7 +566,7 @@ class _Array:
 
 
 def explained(error: Exception, path: pathlib.Path | None = None) -> Unusable:
-  """What is wrong with a file at which a decoder raised an error."""
+  """Explains what is wrong with a file at which a decoder raised an error."""
   if isinstance(error, Unusable):
     return error
   beginning = b""
@@ -590,8 +606,9 @@ def _channels_of(image: Image.Image, channels: int, max_value: float) -> np.ndar
 
 
 def numbers_of(image: Image.Image) -> np.ndarray:
-  """The numbers of a mask, [h, w]; [h, w, C] of one in colors. Unusable where they cannot be
-  had.
+  """Returns the numbers of a mask, [h, w]; [h, w, C] of one in colors.
+
+  Unusable where they cannot be had.
   """
   is_halved = _high_bytes_only(image)
   numbers = np.asarray(image)
@@ -612,7 +629,10 @@ def numbers_of(image: Image.Image) -> np.ndarray:
 
 
 def _high_bytes_only(image: Image.Image) -> bool:
-  """Whether an image that is not decoded yet has more than the 8 bits that PIL gives of it."""
+  """Tells whether PIL gives only the high bytes of an image.
+
+  PIL gives 8 bits of it; the file, which is not decoded yet, has more.
+  """
   arguments = image.tile[0][3] if getattr(image, "tile", None) else ""
   stored = arguments if isinstance(arguments, str) else arguments[0] if arguments else ""
   return image.mode not in _DEEP_MODES and ";16" in str(stored)
@@ -635,7 +655,10 @@ def _upright(
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-  """Stored pixels [h, w, ...] of an EXIF orientation, 1..8, as they are to be shown."""
+  """Turns stored pixels [h, w, ...] as their EXIF orientation, 1..8, requires.
+
+  The result is as they are to be shown.
+  """
   turn = {
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
@@ -650,8 +673,9 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
-  """The EXIF (or TIFF, or XMP) orientation of an image, 1..8; 1 where it has none that can be
-  read.
+  """Returns the EXIF (or TIFF, or XMP) orientation of an image, 1..8.
+
+  1 where it has none that can be read.
   """
   getexif = Image.Image.getexif  # the method of PNG would decode the image
   try:
@@ -674,7 +698,10 @@ def _size_and_orientation(image: Image.Image, exif_orientation: str) -> tuple[tu
 
 
 def _has_late_metadata(file: BinaryIO, tail: int = 2**16) -> bool:
-  """Whether a PNG file may have an orientation behind its pixels, where some tools write it."""
+  """Tells whether a PNG file may have an orientation behind its pixels.
+
+  Some tools write it there.
+  """
   place = file.tell()
   file.seek(max(0, file.seek(0, os.SEEK_END) - tail))
   end = file.read()
@@ -683,7 +710,10 @@ def _has_late_metadata(file: BinaryIO, tail: int = 2**16) -> bool:
 
 
 def _check_mask(opened: Image.Image | _Array) -> None:
-  """Raises Unusable for what holds no class indices and no colors, whatever its values."""
+  """Raises Unusable for files without class indices and without colors.
+
+  Their values do not matter.
+  """
   is_picture = isinstance(opened, Image.Image)
   if opened.mode == "F" if is_picture else opened.dtype.kind == "f":
     raise Unusable("floats", allowed="integers", remedy="store class indices, as integers")
@@ -704,8 +734,9 @@ def check_lossless(image: Image.Image) -> None:
 
 
 def _lossy_format(image: Image.Image) -> str:
-  """The name of the format that has changed the values of a file that PIL has opened, "" if none
-  has.
+  """Returns the name of the lossy format of a file that PIL has opened.
+
+  Such a format has changed the values of the file; "" if none has.
   """
   if image.format in _LOSSY_FORMATS:
     return _LOSSY_FORMATS[image.format]
@@ -728,8 +759,9 @@ def _lossy_format(image: Image.Image) -> str:
 
 
 def _is_lossy_webp(file: BinaryIO, start: int) -> bool:
-  """Whether the first picture of a WebP container is coded in VP8, rather than in the lossless
-  VP8L.
+  """Tells whether the first picture of a WebP container is lossy.
+
+  A lossy one is coded in VP8, rather than in the lossless VP8L.
   """
   file.seek(start + 12)  # "RIFF", size, "WEBP"
   while len(chunk := file.read(8)) == 8:
@@ -742,8 +774,9 @@ def _is_lossy_webp(file: BinaryIO, start: int) -> bool:
 
 
 def _is_lossy_jpeg_2000(file: BinaryIO) -> bool:
-  """Whether a JPEG 2000 file uses the irreversible 9-7 wavelet, by the default coding style in its
-  main header.
+  """Tells whether a JPEG 2000 file is lossy.
+
+  A lossy one uses the irreversible 9-7 wavelet, by the default coding style in its main header.
   """
   file.seek(0)
   if file.read(2) != b"\xff\x4f":  # boxes, of which one holds the codestream

@@ -1,4 +1,4 @@
-"""How often classes occur in masks, and what is made of it where some are rare."""
+"""Class frequencies in masks, and weights that favor rare classes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ WEIGHTS = ("inverse", "effective")
 
 
 def count_pixels(source: Source, num_classes: int, *, skip_unreadable: bool = False) -> np.ndarray:
-  """i64 [N, K]: pixels of each class in each image's mask; those without a label are of none. Reads
-  all masks.
+  """Counts the pixels of each class in each image's mask, i64 [N, K].
 
-  skip_unreadable: a mask that cannot be read has no pixel. The pipeline tells of it when it leaves
-    its image out.
+  Pixels without a label are of no class. Reads all masks.
+
+  Args:
+    skip_unreadable: a mask that cannot be read has no pixel. The pipeline reports it when it leaves
+      its image out.
 
   Raises:
     InputError or OSError: a mask that cannot be read, unless those are skipped.
@@ -31,7 +33,9 @@ def count_pixels(source: Source, num_classes: int, *, skip_unreadable: bool = Fa
 
 
 def class_weights(pixels: np.ndarray, by: str) -> np.ndarray:
-  """A weight for each class, more for rare ones, whose mean over all labeled pixels is 1.
+  """Computes a weight for each class, more for rare ones.
+
+  The mean over all labeled pixels is 1.
 
   Args:
     pixels: of `count_pixels`.
@@ -41,7 +45,7 @@ def class_weights(pixels: np.ndarray, by: str) -> np.ndarray:
       are no independent samples.
 
   Returns:
-    f64 [K]; 1 for a class that has no pixel, which is met in no label.
+    f64 [K]; 1 for a class that has no pixel, which occurs in no label.
   """
   per_class = pixels.sum(axis=0)
   seen = per_class > 0
@@ -56,10 +60,11 @@ def class_weights(pixels: np.ndarray, by: str) -> np.ndarray:
 
 
 def repeat_factors(pixels: np.ndarray, threshold: float) -> np.ndarray:
-  """How often each image is to be met where others are met once: f64 [N], 1 or more.
+  """Computes how often each image is drawn relative to others, f64 [N].
 
-  An image's factor is the largest of its classes', max(1, sqrt(threshold / share of the images that
-  hold the class)); repeat-factor sampling (Gupta et al., LVIS, CVPR 2019, section 5.1).
+  A factor is 1 or more: how often the image is met where others are met once. An image's factor is
+  the largest of its classes', max(1, sqrt(threshold / share of the images that hold the class));
+  repeat-factor sampling (Gupta et al., LVIS, CVPR 2019, section 5.1).
   """
   holds = pixels > 0
   share = np.maximum(holds.mean(axis=0), 1 / max(len(pixels), 1))
@@ -67,7 +72,10 @@ def repeat_factors(pixels: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def repeated_rows(factors: np.ndarray, seed: int) -> np.ndarray:
-  """Rows, each as often as its factor says; a fraction is a chance, drawn once."""
+  """Repeats each row as often as its factor; a fraction is a chance.
+
+  The chance is drawn once.
+  """
   whole = np.floor(factors).astype(int)
   more = np.random.default_rng(seed).random(len(factors)) < factors - whole
   return np.repeat(np.arange(len(factors)), whole + more)

@@ -1,5 +1,6 @@
-"""Weak augmentation: mirror, scale, crop. TensorFlow ops on one example, every random draw an
-argument.
+"""Weak augmentation: mirror, scale, crop.
+
+TensorFlow ops on one example, every random draw an argument.
 
 The conventions of published codes have names, see `CONVENTIONS`. All but one scale the image and
 crop the result. Such a crop is described by two pairs: `scaled`, the (height, width) of the whole
@@ -21,11 +22,11 @@ from pseudoseg_jax.contract import IGNORE_LABEL
 
 
 class Convention(NamedTuple):
-  """How published code makes a view; `Geometry.convention` names it.
+  """A convention of published code for views; `Geometry.convention` names it.
 
-  kernel: of resizing, between pixel centres, edges repeated: "linear" without antialiasing;
+  kernel: of resizing, between pixel centers, edges repeated: "linear" without antialiasing;
     "triangle" (bilinear) or "keyscubic" (bicubic) with antialiasing where it shrinks.
-  nearest: the stored pixel that pixel i of a scaled mask shows, as `crop_label` says: "corner",
+  nearest: the stored pixel that pixel i of a scaled mask shows, as in `crop_label`: "corner",
     "corner_f32", "center", "ends".
   padding: of small images, all "after" (below and on the right), or half before and half after, the
     odd pixel after ("around"), or with the image anywhere in the crop ("random").
@@ -74,7 +75,7 @@ compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-  """How weak views are drawn.
+  """Settings of the geometry of weak views.
 
   crop_size: (height, width) of every view, pixels.
   scales: factors on the image's size, one drawn per example; the default is the list of CPS, in
@@ -124,10 +125,12 @@ def check_convention(convention: str, problems: checks.Problems) -> None:
 
 
 class Draws(NamedTuple):
-  """flip: bool[]; scale: f64[], factor on the size; offset: i32[2], corner of the crop in the
-  scaled image.
+  """The random draws of one view.
 
-  With "cutmix_seg", the corner of what is cut out of the stored image, padded.
+  flip: bool[]; scale: f64[], factor on the size; offset: i32[2], corner of the crop in the scaled
+  image.
+
+  With "cutmix_seg", offset is the corner of what is cut out of the stored image, padded.
   """
 
   flip: tf.Tensor
@@ -146,8 +149,9 @@ def draw(geometry: Geometry, size: tf.Tensor, seed: tf.Tensor) -> Draws:
 
 
 def from_uniform(geometry: Geometry, size: tf.Tensor, uniform: tf.Tensor) -> Draws:
-  """The draws behind four numbers uniform in [0, 1), f32 or f64 [4]: mirrored below 1/2, scale,
-  row, column.
+  """Converts four numbers uniform in [0, 1), f32 or f64 [4], to draws.
+
+  They determine, in this order: mirrored (below 1/2), scale, row, column.
 
   Offsets are uniform in 0 .. scaled - crop inclusive; with "opencv" in 0 .. scaled - crop + 1, one
   more than fits, as in the released code, so that the last one leaves the crop a pixel short; with
@@ -176,7 +180,7 @@ def from_uniform(geometry: Geometry, size: tf.Tensor, uniform: tf.Tensor) -> Dra
 
 
 def _scale(geometry: Geometry, size: tf.Tensor, uniform: tf.Tensor) -> tf.Tensor:
-  """The factor on the size, f64[], behind a number uniform in [0, 1)."""
+  """Converts a number uniform in [0, 1) to the factor on the size, f64[]."""
   low, high = min(geometry.scales), max(geometry.scales)
   share = tf.cast(uniform, tf.float64)
   if geometry.convention == "ael":
@@ -193,8 +197,9 @@ def _scale(geometry: Geometry, size: tf.Tensor, uniform: tf.Tensor) -> tf.Tensor
 
 
 def scaled_size(size: tf.Tensor, scale: tf.Tensor, convention: str = "opencv") -> tf.Tensor:
-  """Height and width after scaling, i32[2], at least 1 pixel: int(size * scale), or as
-  `Convention.long_side` says.
+  """Computes height and width after scaling, i32[2], at least 1 pixel.
+
+  int(size * scale), or as in `Convention.long_side`.
   """
   size, scale = tf.cast(size, tf.float64), tf.cast(scale, tf.float64)
   if CONVENTIONS[convention].long_side:
@@ -206,8 +211,9 @@ def scaled_size(size: tf.Tensor, scale: tf.Tensor, convention: str = "opencv") -
 
 
 def cut_size(crop_size: tuple[int, int], scale: tf.Tensor) -> tf.Tensor:
-  """What "cutmix_seg" cuts out of the stored image, i32[2]: crop_size / scale, rounded, at least 1
-  pixel.
+  """Computes the size that "cutmix_seg" cuts out of the stored image, i32[2].
+
+  crop_size / scale, rounded, at least 1 pixel.
   """
   return tf.maximum(
     tf.cast(tf.round(tf.constant(crop_size, tf.float64) / tf.cast(scale, tf.float64)), tf.int32), 1
@@ -219,7 +225,7 @@ class Crop(NamedTuple):
 
   rgb: f32 [H, W, C] in [0, 1], 0 on padding. label: i32 [H, W] or None. valid: bool [H, W], False
     on padding.
-  window: f32[4], as `window` says.
+  window: f32[4], as in `window`.
   opacity: f32 [H, W], how much rgb is to hide the mean color: 0 on padding, or 1 if it is to be
     black; "cutmix_seg" has values in between along the padding's edges, and is valid above 1/2.
   """
@@ -238,8 +244,9 @@ def crop(
   crop_size: tuple[int, int],
   convention: str = "opencv",
 ) -> Crop:
-  """All of the geometry: a stored image, [h, w, C] of levels 0..255, and its mask, uint8 [h, w] or
-  None, as a view.
+  """Applies all of the geometry to a stored image and its mask.
+
+  The image is [h, w, C] of levels 0..255, and the mask uint8 [h, w] or None. The result is a view.
   """
   if convention == "cutmix_seg":
     view = _cut_and_scale(image, label, draws, crop_size)
@@ -256,7 +263,7 @@ def crop(
 
 
 def _scale_and_crop(image, label, draws, crop_size, convention):
-  """`crop`, mirrored under "opencv" alone."""
+  """Computes `crop` by scaling first, mirrored under "opencv" alone."""
   scaled = scaled_size(tf.shape(image)[:2], draws.scale, convention)
   origin = crop_origin(scaled, draws.offset, crop_size, convention)
   flip = draws.flip if convention == "opencv" else tf.constant(False)
@@ -271,7 +278,7 @@ def _scale_and_crop(image, label, draws, crop_size, convention):
 
 
 def _cut_and_scale(image, label, draws, crop_size):
-  """`crop` under "cutmix_seg", not mirrored."""
+  """Computes `crop` under "cutmix_seg", not mirrored."""
   size, cut = tf.shape(image)[:2], cut_size(crop_size, draws.scale)
   corner = draws.offset - tf.maximum(cut - size, 0) // 2
   row, column = (tf.range(cut[axis]) + corner[axis] for axis in (0, 1))
@@ -304,8 +311,9 @@ def _cut_and_scale(image, label, draws, crop_size):
 def crop_origin(
   scaled: tf.Tensor, offset: tf.Tensor, crop_size: tuple[int, int], convention: str = "opencv"
 ) -> tf.Tensor:
-  """Where the crop's corner lies in the scaled image, i32[2], padded as `Convention.padding`
-  says.
+  """Computes where the crop's corner lies in the scaled image, i32[2].
+
+  The image is padded as in `Convention.padding`.
   """
   if CONVENTIONS[convention].padding != "around":
     return offset
@@ -315,7 +323,7 @@ def crop_origin(
 
 @compiled
 def mirror(view: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:
-  """Swaps left and right (axis 1) where `flip`, bool[], says so."""
+  """Swaps left and right (axis 1) where `flip`, bool[], is true."""
   return tf.where(flip, tf.reverse(view, [1]), view)
 
 
@@ -364,8 +372,9 @@ def crop_image(
 
 
 def _padded(stored: tf.Tensor) -> tf.Tensor:
-  """All values in one row, with zeros up to a power of two: a data set's images then have few
-  shapes.
+  """Lays all values in one row, with zeros up to a power of two.
+
+  A data set's images then have few shapes.
   """
   count = tf.size(stored)
   length = tf.cast(
@@ -376,10 +385,16 @@ def _padded(stored: tf.Tensor) -> tf.Tensor:
 
 @compiled
 def _bilinear(values, size, scaled, origin, flip, *, crop_size, channels, whole_levels):
-  """`crop_image` without antialiasing, of an image [*size, channels] laid out in a row."""
+  """Computes `crop_image` without antialiasing.
+
+  The image [*size, channels] is laid out in a row.
+  """
 
   def taps(axis):
-    """Stored pixels before and after each of the crop's, and the second one's share."""
+    """Computes the two stored pixels and the blending share on an axis.
+
+    They are the stored pixels before and after each of the crop's, and the second one's share.
+    """
     centre = tf.cast(tf.range(crop_size[axis]) + origin[axis], tf.float64) + 0.5
     position = centre * tf.cast(size[axis], tf.float64) / tf.cast(scaled[axis], tf.float64) - 0.5
     before = tf.floor(position)
@@ -417,12 +432,15 @@ def crop_label(
 ) -> tf.Tensor:
   """Scales and crops a mask by the nearest stored pixel.
 
-  Scaled pixel i shows, as `Convention.nearest` says, stored pixel
-    "corner": floor(i * stored / scaled), as OpenCV's INTER_NEAREST; "corner_f32": the same in
-    single precision, as PyTorch, which may be a pixel less where the division comes out even;
-    "center": floor((i + 1/2) * stored / scaled), as PIL, which may be a pixel less where the
-    division comes out even; "ends": the nearest to i * (stored - 1) / (scaled - 1), halves up
-    (TensorFlow 1's nearest resize with align_corners).
+  The stored pixel that scaled pixel i shows depends on `Convention.nearest`:
+
+  "corner": floor(i * stored / scaled), as OpenCV's INTER_NEAREST.
+  "corner_f32": the same in single precision, as PyTorch, which may be a pixel less where the
+    division comes out even.
+  "center": floor((i + 1/2) * stored / scaled), as PIL, which may be a pixel less where the division
+    comes out even.
+  "ends": the nearest to i * (stored - 1) / (scaled - 1), halves up (TensorFlow 1's nearest resize
+    with align_corners).
 
   Args:
     label: uint8 [h, w].
@@ -439,7 +457,7 @@ def crop_label(
 
 @compiled
 def _nearest(values, size, scaled, origin, flip, *, crop_size, rule):
-  """`crop_label`, of a mask laid out in a row."""
+  """Computes `crop_label` of a mask laid out in a row."""
 
   def stored(axis):
     position = tf.clip_by_value(tf.range(crop_size[axis]) + origin[axis], 0, scaled[axis] - 1)
@@ -460,7 +478,10 @@ def _nearest(values, size, scaled, origin, flip, *, crop_size, rule):
 
 
 def valid_mask(scaled: tf.Tensor, origin: tf.Tensor, crop_size: tuple[int, int]) -> tf.Tensor:
-  """bool [*crop_size], False on padding."""
+  """Marks the pixels of a crop that show the image, not padding.
+
+  bool [*crop_size], False on padding.
+  """
   row = tf.range(crop_size[0]) + origin[0]
   column = tf.range(crop_size[1]) + origin[1]
   inside_rows = (row >= 0) & (row < scaled[0])
@@ -471,10 +492,10 @@ def valid_mask(scaled: tf.Tensor, origin: tf.Tensor, crop_size: tuple[int, int])
 def window(
   scaled: tf.Tensor, origin: tf.Tensor, crop_size: tuple[int, int], flip: tf.Tensor
 ) -> tf.Tensor:
-  """The crop in the stored image's own frame, so that a prediction can be put back.
+  """Locates the crop in the stored image's own frame.
 
-  To undo the geometry: mirror the crop back where it is mirrored, then stretch it over this
-  rectangle.
+  So a prediction can be put back. To undo the geometry: mirror the crop back where it is mirrored,
+  then stretch it over this rectangle.
 
   Args:
     flip: bool[], whether the image was mirrored before it was cropped.
@@ -493,12 +514,14 @@ def window(
 def crop_boxes(
   boxes: tf.Tensor, window: tf.Tensor, flip: tf.Tensor, crop_size: tuple[int, int]
 ) -> tf.Tensor:
-  """Bounding boxes of a stored image as the view shows them, under any convention.
+  """Transforms bounding boxes of a stored image to the frame of the view.
+
+  This holds under any convention.
 
   Args:
     boxes: f32 [M, 5]: class index (-1: no box), then top, left, bottom, right in fractions of the
       image's height and width.
-    window: of the view, as `window` says.
+    window: of the view, as in `window`.
     flip: bool[], whether the view shows the image mirrored.
 
   Returns:

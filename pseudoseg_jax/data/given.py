@@ -1,4 +1,7 @@
-"""Images and masks that a program has in its hands: arrays, PIL images, or paths."""
+"""A source of images and masks that a program already has at hand.
+
+They are arrays, PIL images, or paths.
+"""
 
 from __future__ import annotations
 
@@ -113,8 +116,9 @@ class GivenImages:
     return self._sizes[row]
 
   def _look(self, row: int) -> list[str]:
-    """What is wrong with an image and its mask, as far as it shows without decoding a file; notes
-    size and type.
+    """Checks an image and its mask, as far as no file needs decoding.
+
+    Returns what is wrong with them. Notes size and type.
     """
     image, problems = self.images[row], checks.Problems("")
     try:
@@ -178,7 +182,10 @@ class GivenImages:
     return numbers.astype(np.int64)
 
   def _classes_of(self, numbers: np.ndarray, where: str) -> np.ndarray:
-    """Stored values -> uint8 classes; InputError for values that are no class."""
+    """Converts stored values to uint8 classes.
+
+    InputError for values that are no class.
+    """
     values, place = np.unique(numbers, return_inverse=True)
     mapped = np.array([self._label_map.get(value, value) for value in values.tolist()], np.int64)
     unknown = [
@@ -211,7 +218,7 @@ def _is_path(value: Any) -> bool:
 
 
 def check_apart(*, labeled: GivenImages, evaluated: GivenImages) -> None:
-  """Raises InputError for images that are learned from and evaluated on."""
+  """Raises InputError for images that are used in training and evaluation."""
 
   def named(source: GivenImages) -> dict[str, str]:
     return {

@@ -1,4 +1,4 @@
-"""Which files there are: one rule for every place that lists or seeks them.
+"""The files of a data set: one rule for every place that lists or seeks them.
 
 Links to files and to folders are followed, and a folder is entered once, however many links lead to
 it. What is hidden (".NAME", among it macOS' "._NAME.jpg") or kept by a system beside the files
@@ -40,7 +40,9 @@ _OF_SYSTEMS = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
 
 
 class LeftOut(NamedTuple):
-  """path: of what is not among the files. why: in words, e.g. "a link to gone.jpg, which is not
+  """A path that is left out of the files.
+
+  path: of what is not among the files. why: in words, e.g. "a link to gone.jpg, which is not
   there".
   """
 
@@ -48,15 +50,16 @@ class LeftOut(NamedTuple):
   why: str
 
   def shown_path(self) -> str:
-    """The path as a text that can be printed, whatever bytes its names are of."""
+    """Returns the path as a printable text, whatever bytes its names are of."""
     return str(self.path).encode(errors="backslashreplace").decode()
 
 
 def image_files(
   folder: str | pathlib.Path, left_out: list[LeftOut] | None = None
 ) -> list[pathlib.Path]:
-  """The images of a folder and of all below it, in order of name; none where there is no such
-  folder.
+  """Lists the images of a folder and of all below it, in order of name.
+
+  None where there is no such folder.
 
   Args:
     left_out: gains what may be an image and is none of them: other formats, and what could not be
@@ -75,7 +78,7 @@ def image_files(
 def files_below(
   folder: str | pathlib.Path, left_out: list[LeftOut] | None = None
 ) -> list[pathlib.Path]:
-  """The files of a folder and of all below it, in order of name.
+  """Lists the files of a folder and of all below it, in order of name.
 
   Args:
     left_out: gains what could not be followed or entered.
@@ -88,8 +91,9 @@ def files_below(
 def walk(
   folder: str | pathlib.Path, left_out: list[LeftOut] | None = None
 ) -> Iterator[pathlib.Path]:
-  """`files_below` one by one, in an order that is the same on every machine; real folders come
-  before linked ones.
+  """Yields `files_below` one by one, in the same order on every machine.
+
+  Real folders come before linked ones.
   """
   left_out = [] if left_out is None else left_out
   entered, linked = set(), [str(folder)] if os.path.isdir(folder) else []
@@ -116,7 +120,7 @@ def walk(
 
 
 def _entries(folder: str, left_out: list[LeftOut]) -> list[os.DirEntry]:
-  """What a folder holds that is not hidden, by name."""
+  """Lists what a folder holds that is not hidden, by name."""
   try:
     with os.scandir(folder) as entries:
       shown = [entry for entry in entries if not _is_hidden(entry.name)]
@@ -129,7 +133,7 @@ def _entries(folder: str, left_out: list[LeftOut]) -> list[os.DirEntry]:
 
 
 def _kind(entry: os.DirEntry) -> str:
-  """What it is: "file", "a folder", or why it is neither."""
+  """Returns what an entry is: "file", "a folder", or why it is neither."""
   try:
     if entry.is_dir():
       return "a folder"
@@ -147,19 +151,20 @@ def _is_hidden(name: str) -> bool:
 
 
 def _strange_name(name: str) -> str:
-  """Why a name is none that a list, or an id, can hold; else ""."""
+  """Explains why a name cannot be in a list, or be an id; else ""."""
   is_text = name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
   return "" if is_text else "its name is not UTF-8"
 
 
 def normalized(name: str) -> str:
-  """A name with its accents composed (NFC), as ids have them."""
+  """Composes the accents of a name (NFC), as ids have them."""
   return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def check_locale(names: Iterable[object], problems: checks.Problems) -> None:
-  """Adds the cause where Python was told an encoding in which these names are none: LC_ALL=C with
-  PYTHONUTF8=0.
+  """Adds a problem where Python's encoding cannot represent the names.
+
+  Such an encoding results from LC_ALL=C with PYTHONUTF8=0.
   """
   encoding = sys.getfilesystemencoding()
   foreign = [] if encoding == "utf-8" else [str(name) for name in names if not str(name).isascii()]
@@ -173,8 +178,9 @@ def check_locale(names: Iterable[object], problems: checks.Problems) -> None:
 
 
 class Pattern:
-  """Where files of ids lie: a path with `{id}` in it, e.g. "images/{id}.jpg"; an id may hold
-  folders.
+  """The place of files of ids: a path with `{id}` in it.
+
+  For example "images/{id}.jpg". An id may hold folders.
 
   folder: the deepest folder that all these files lie in.
   rank: of two patterns that a file fits, it belongs to that of the higher rank, the narrower one:
@@ -200,14 +206,19 @@ class Pattern:
     self.rank = (len(self.folder.parts), len(path.replace("{id}", "")))
 
   def id_of(self, path: str) -> str | None:
-    """The id of a file, given its `normalized` path; None for one that does not fit."""
+    """Returns the id of a file, given its `normalized` path.
+
+    None for one that does not fit.
+    """
     found = self._expression.fullmatch(path)
     return found and found["id"]
 
 
 class Fitting(NamedTuple):
-  """ids: of all files that fit a pattern, in the order of their paths. left_out: images in its
-  folder that are none of them.
+  """The files that fit a pattern.
+
+  ids: of all files that fit a pattern, in the order of their paths. left_out: images in its folder
+  that are none of them.
   """
 
   ids: tuple[str, ...]
@@ -215,7 +226,7 @@ class Fitting(NamedTuple):
 
 
 def fitting(root: str | pathlib.Path, pattern: str, others: Sequence[str] = ()) -> Fitting:
-  """What fits a pattern below root, in its folder and in all below it.
+  """Finds what fits a pattern below root, in its folder and in all below it.
 
   Args:
     others: patterns of what else lies there, as masks; what belongs to them (see `Pattern.rank`) is
@@ -254,7 +265,7 @@ def _format(suffix: str) -> str:
 
 
 class Files:
-  """Which files there are: one listing a folder instead of one look a file."""
+  """An index of files: one listing a folder instead of one look a file."""
 
   def __init__(self):
     self._kinds: dict[str, dict[str, str]] = {}  # by folder: names, and what they are (see `_kind`)
@@ -265,9 +276,11 @@ class Files:
     return len(self.find(path)) == 1
 
   def find(self, path: str | pathlib.Path) -> list[pathlib.Path]:
-    """The file of this path; else those that it names in another spelling: with an ending in
-    another case or another one of the same format, or with accents composed otherwise. Several:
-    nothing says which one is meant.
+    """Finds the file of this path, or those that it names in another spelling.
+
+    Another spelling has an ending in another case or another one of the same format, or accents
+    composed otherwise. It counts only where no file has this very path. Several: nothing determines
+    which one is meant.
     """
     folder, name = os.path.split(path)
     folder = self.folder(folder)
@@ -284,8 +297,9 @@ class Files:
     ]
 
   def why_absent(self, path: str | pathlib.Path) -> str:
-    """The cause why `find` did not find one file, where more is known than that there is none; else
-    "".
+    """Explains why `find` did not find one file.
+
+    "" where no more is known than that there is none.
     """
     found = self.find(path)
     if len(found) == 1:
@@ -299,7 +313,7 @@ class Files:
     return self._listed(folder).get(name, "")
 
   def folder(self, folder: str) -> str:
-    """The path of a folder as it is spelled on the disk."""
+    """Returns the path of a folder as it is spelled on the disk."""
     if folder.isascii() or os.path.isdir(folder):
       return folder
     above, name = os.path.split(folder)

@@ -38,7 +38,7 @@ _PALETTE = classes.voc_palette(256).tobytes()
 
 
 def png(mask: np.ndarray) -> bytes:
-  """Indices uint8 [h, w] -> a palette PNG."""
+  """Encodes indices uint8 [h, w] as a palette PNG."""
   image = Image.fromarray(np.ascontiguousarray(mask, np.uint8)).convert("L")
   image.putpalette(_PALETTE)
   content = io.BytesIO()
@@ -47,11 +47,12 @@ def png(mask: np.ndarray) -> bytes:
 
 
 def from_sbd(content: bytes, name: str) -> bytes:
-  """A .mat file of SBD's `cls` (struct GTcls, field Segmentation) -> palette PNG of VOC's classes
-  0..20.
+  """Converts a .mat file of SBD's `cls` to a palette PNG.
+
+  The file holds struct GTcls, field Segmentation; the PNG holds VOC's classes 0..20.
 
   Raises:
-    InputError: not such a file; `name` says which.
+    InputError: not such a file; `name` identifies it.
   """
   try:
     mask = scipy.io.loadmat(io.BytesIO(content), variable_names=["GTcls"])["GTcls"]["Segmentation"][
@@ -71,11 +72,13 @@ def from_sbd(content: bytes, name: str) -> bytes:
 
 
 def from_coco_stuff(content: bytes, name: str) -> bytes:
-  """A PNG of stuffthingmaps_trainval2017 (category id - 1; 255 unlabeled) -> 0 stuff, 1..80 things,
-  255 unlabeled.
+  """Converts a PNG of stuffthingmaps_trainval2017 to class indices.
+
+  Stored are category id - 1, and 255 unlabeled. The result has 0 stuff, 1..80 things, 255
+  unlabeled.
 
   Raises:
-    InputError: not such a file; `name` says which.
+    InputError: not such a file; `name` identifies it.
   """
   table = np.zeros(256, np.uint8)
   table[np.array(_THING_IDS) - 1] = np.arange(1, 81)
@@ -109,8 +112,9 @@ def require_pycocotools() -> None:
 
 
 def from_coco_instances(content: bytes, name: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
-  """The masks of an instances_*.json of COCO: of every image its file name without suffix, and ()
-  -> palette PNG.
+  """Yields the masks of an instances_*.json of COCO.
+
+  For every image there are its file name without suffix, and () -> palette PNG.
 
   Where instances overlap, the one that stands first in the file wins, as in the widespread DeepLab
   loaders; PseudoSeg's own masks were published only as made. Crowd regions, whose outlines are
@@ -118,7 +122,7 @@ def from_coco_instances(content: bytes, name: str) -> Iterator[tuple[str, Callab
   no instance is 0.
 
   Raises:
-    InputError: another kind of file; `name` says which.
+    InputError: another kind of file; `name` identifies it.
   """
   problems = checks.Problems("cannot read COCO's instances")
   try:

@@ -1,10 +1,11 @@
-"""Learning Pseudo Labels' augmentation: color and geometric operations on a stored image and its
-mask, before any crop.
+"""Augmentation of Learning Pseudo Labels.
+
+Color and geometric operations on a stored image and its mask, before any crop.
 
 NumPy and PIL on one example. The ranges are those of the official code (Wang et al. 2022;
-lib/datasets/BaseDataset.py, `__strong_augment__`, and transform.py). It warps by OpenCV, here PIL
-does: its bicubic kernel is another (a = -1 for -3/4), cuts fractions of levels off and does not
-blend pixels with the border; a scaled mask's pixels are taken by their centres.
+lib/datasets/BaseDataset.py, `__strong_augment__`, and transform.py). The official code warps by
+OpenCV; here PIL does. PIL has another bicubic kernel (a = -1 for -3/4), cuts fractions of levels
+off and does not blend pixels with the border. A scaled mask's pixels are taken by their centers.
 """
 
 from __future__ import annotations
@@ -50,11 +51,14 @@ def augment(
   rng: np.random.Generator,
   border: tuple[int, int, int],
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Draws a in 0..num_operations, then applies a color and num_operations - a geometric
-  operations, each drawn anew.
+  """Applies random color and geometric operations, num_operations in all.
+
+  Draws a in 0..num_operations, then applies a color and num_operations - a geometric operations,
+  each drawn anew.
 
   Args:
-    image: uint8 [h, w, 3], RGB. label: uint8 [h, w].
+    image: uint8 [h, w, 3], RGB.
+    label: uint8 [h, w].
     border: RGB levels of what a warp brings in from outside; in the mask it is IGNORE_LABEL.
 
   Returns:
@@ -84,8 +88,9 @@ def _geometric(name, pixels, mask, rng, border):
 
 
 def scale(pixels: Image.Image, mask: Image.Image, factor: float) -> tuple[Image.Image, Image.Image]:
-  """Both sides times the factor, rounded; bicubic without antialiasing, as OpenCV's, and the
-  nearest pixel of the mask.
+  """Scales both sides of an image and its mask by the factor, rounded.
+
+  Bicubic without antialiasing, as OpenCV's, and the nearest pixel of the mask.
   """
   (width, height), size = pixels.size, tuple(max(1, round(side * factor)) for side in pixels.size)
   inverse = (width / size[0], 0.0, 0.0, 0.0, height / size[1], 0.0)
@@ -96,8 +101,9 @@ def scale(pixels: Image.Image, mask: Image.Image, factor: float) -> tuple[Image.
 
 
 def shear_matrix(size: tuple[int, int], across: float, down: float) -> np.ndarray:
-  """f64 [2, 3] for an image of (width, height): x + across * (y - width / 2), y + down * (x -
-  height / 2).
+  """Computes the f64 [2, 3] matrix of a shear for a (width, height) image.
+
+  x + across * (y - width / 2), y + down * (x - height / 2).
   """
   # The code takes these two, and not the other way round, for the middle: both are off in oblong
   # images.
@@ -106,7 +112,10 @@ def shear_matrix(size: tuple[int, int], across: float, down: float) -> np.ndarra
 
 
 def rotation_matrix(size: tuple[int, int], degrees: float) -> np.ndarray:
-  """f64 [2, 3] for an image of (width, height): counter-clockwise about its middle."""
+  """Computes the f64 [2, 3] matrix of a rotation for a (width, height) image.
+
+  The rotation is counter-clockwise about the image's middle.
+  """
   cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
   x, y = size[0] / 2, size[1] / 2
   return np.array(
@@ -117,8 +126,9 @@ def rotation_matrix(size: tuple[int, int], degrees: float) -> np.ndarray:
 def warp(
   pixels: Image.Image, mask: Image.Image, matrix: np.ndarray, border: tuple[int, int, int]
 ) -> tuple[Image.Image, Image.Image]:
-  """Moves what is at (x, y), in pixels from the first one's centre, to matrix @ (x, y, 1), on a
-  canvas of the same size.
+  """Warps an image and its mask by a matrix, on a canvas of the same size.
+
+  What is at (x, y), in pixels from the first one's center, moves to matrix @ (x, y, 1).
   """
   linear = np.linalg.inv(matrix[:, :2])
   shift = 0.5 - linear @ (matrix[:, 2] + 0.5)  # PIL counts from the first pixel's corner

@@ -1,7 +1,7 @@
-"""Strong augmentation: color jitter, greyscale, blur.
+"""Strong augmentation: color jitter, grayscale, blur.
 
 TensorFlow ops on one image [h, w, C] in [0, 1], every random draw an argument. Saturation, hue and
-greyscale mean something for RGB alone: images of other than three channels are spared them, and
+grayscale mean something for RGB alone: images of other than three channels are spared them, and
 their contrast is about each channel's own mean.
 """
 
@@ -25,7 +25,9 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's greyscale
 
 @dataclasses.dataclass(frozen=True)
 class Photometry:
-  """How strong views are drawn; the defaults are those of UniMatch (Yang et al. 2023).
+  """Settings of the photometry of strong views.
+
+  The defaults are those of UniMatch (Yang et al. 2023).
 
   jitter_probability: of the four color changes together, which come in random order.
   brightness, contrast, saturation: factors are uniform in 1 -+ this; with "tensorflow", brightness
@@ -35,8 +37,8 @@ class Photometry:
   blur_sigma_pixels: the Gaussian's standard deviation is uniform between these two.
   convention: of the jitter, a name in `geometry.CONVENTIONS`. "tensorflow" adds, stretches about
     each channel's mean and scales HSV's saturation, as tf.image and PseudoSeg (Zou et al. 2021) do;
-    all others blend with black, the mean grey and the greyscale, as PIL and UniMatch do, but in
-    floating point: up to 11 grey levels from their 8-bit hue, under 2 on average.
+    all others blend with black, the mean gray and the grayscale, as PIL and UniMatch do, but in
+    floating point: up to 11 gray levels from their 8-bit hue, under 2 on average.
   """
 
   jitter_probability: float = 0.8
@@ -75,7 +77,7 @@ class Photometry:
 
 
 class Draws(NamedTuple):
-  """What is done to one view.
+  """The random draws of one view's photometry.
 
   jitter, grayscale, blur: bool[], whether. order: i32[4], the jitter's turns: 0 brightness, 1
     contrast, 2 saturation, 3 hue.
@@ -95,7 +97,10 @@ class Draws(NamedTuple):
 
 
 def draw(photometry: Photometry, num_views: int, seed: tf.Tensor) -> list[Draws]:
-  """Draws the photometry of one example's views, a pure function of the seed (i64[2])."""
+  """Draws the photometry of one example's views.
+
+  It is a pure function of the seed (i64[2]).
+  """
   uniform = tf.random.stateless_uniform([num_views, 12], seed)
   order = tf.argsort(uniform[:, 8:])
   unchanged = 0 if photometry.convention == "tensorflow" else 1
@@ -129,8 +134,9 @@ def strong_view(
   convention: str = "opencv",
   valid: tf.Tensor | None = None,
 ) -> tf.Tensor:
-  """Applies one view's draws: jitter, then greyscale, then blur. f32 [h, w, C] in [0, 1], before
-  and after.
+  """Applies one view's draws: jitter, then grayscale, then blur.
+
+  f32 [h, w, C] in [0, 1], before and after.
   """
   rgb = tf.cond(draws.jitter, lambda: color_jitter(rgb, draws, convention, valid), lambda: rgb)
   if rgb.shape[-1] == 3:
@@ -141,13 +147,15 @@ def strong_view(
 def color_jitter(
   rgb: tf.Tensor, draws: Draws, convention: str = "opencv", valid: tf.Tensor | None = None
 ) -> tf.Tensor:
-  """The four color changes in the order drawn, each result clipped to [0, 1].
+  """Applies the four color changes in the order drawn.
+
+  Each result is clipped to [0, 1].
 
   Args:
     rgb: f32 [h, w, C] in [0, 1].
     convention: as `Photometry.convention`.
     valid: bool [h, w], of which pixels a channel's mean is taken; None for all of them. The mean
-      grey takes all of them.
+      gray takes all of them.
   """
   is_rgb = rgb.shape[-1] == 3
   if convention == "tensorflow":
@@ -176,7 +184,10 @@ def color_jitter(
 
 @compiled
 def add_brightness(rgb: tf.Tensor, summand: tf.Tensor) -> tf.Tensor:
-  """Summand 0 changes nothing."""
+  """Adds a summand to all channels; 0 changes nothing.
+
+  The result is clipped to [0, 1].
+  """
   return tf.clip_by_value(rgb + summand, 0.0, 1.0)
 
 
@@ -190,8 +201,9 @@ def adjust_brightness(rgb: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 def stretch_contrast(
   rgb: tf.Tensor, factor: tf.Tensor, valid: tf.Tensor | None = None
 ) -> tf.Tensor:
-  """Moves each channel away from its own mean over the valid pixels; factor 1 changes nothing. The
-  result may leave [0, 1].
+  """Moves each channel away from its own mean over the valid pixels.
+
+  Factor 1 changes nothing. The result may leave [0, 1].
   """
   inside = tf.ones(rgb.shape[:2]) if valid is None else tf.cast(valid, tf.float32)
   mean = tf.stack([_sum(channel * inside) for channel in tf.unstack(rgb, axis=-1)]) / tf.maximum(
@@ -202,15 +214,19 @@ def stretch_contrast(
 
 @compiled
 def adjust_contrast(rgb: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-  """Blends with the image's mean grey: factor 0 is even grey, 1 changes nothing."""
+  """Blends with the mean gray of the image.
+
+  Factor 0 is even gray, 1 changes nothing.
+  """
   height, width = rgb.shape[:2]
   mean_gray = _sum(_luma(rgb)) / (height * width)
   return tf.clip_by_value(rgb * factor + mean_gray * (1.0 - factor), 0.0, 1.0)
 
 
 def _sum(plane: tf.Tensor) -> tf.Tensor:
-  """Sum of [h, w]. In single precision the rounding of 10^5 like values would add up to a tenth of
-  a grey level.
+  """Sums [h, w] in double precision.
+
+  In single precision the rounding of 10^5 like values would add up to a tenth of a gray level.
   """
   return tf.cast(tf.reduce_sum(tf.cast(plane, tf.float64)), tf.float32)
 
@@ -221,14 +237,18 @@ def _luma(rgb: tf.Tensor) -> tf.Tensor:
 
 @compiled
 def adjust_saturation(rgb: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-  """Blends with the image's own greyscale: factor 0 is greyscale, 1 changes nothing."""
+  """Blends with the image's own grayscale.
+
+  Factor 0 is grayscale, 1 changes nothing.
+  """
   return tf.clip_by_value(rgb * factor + grayscale(rgb) * (1.0 - factor), 0.0, 1.0)
 
 
 @compiled
 def scale_saturation(rgb: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-  """Scales the S of HSV, up to 1, as tf.image.adjust_saturation: the greatest channel stays, the
-  others keep their proportions.
+  """Scales the S of HSV, up to 1, as tf.image.adjust_saturation.
+
+  The greatest channel stays, the others keep their proportions.
   """
   value = tf.reduce_max(rgb, axis=-1, keepdims=True)
   chroma = value - tf.reduce_min(rgb, axis=-1, keepdims=True)
@@ -238,8 +258,9 @@ def scale_saturation(rgb: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 @compiled
 def adjust_hue(rgb: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
-  """Turns the H of HSV by a fraction of the color circle, as tf.image.adjust_hue: 1/3 turns red
-  into green.
+  """Turns the H of HSV, as tf.image.adjust_hue.
+
+  The shift is a fraction of the color circle: 1/3 turns red into green.
   """
   red, green, blue = tf.unstack(rgb, axis=-1)
   value = tf.maximum(tf.maximum(red, green), blue)
@@ -257,12 +278,12 @@ def adjust_hue(rgb: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
 
 @compiled
 def grayscale(rgb: tf.Tensor) -> tf.Tensor:
-  """Luma (ITU-R 601) in all three channels."""
+  """Computes luma (ITU-R 601), in all three channels."""
   return tf.repeat(_luma(rgb)[..., tf.newaxis], 3, axis=-1)
 
 
 def gaussian_blur(rgb: tf.Tensor, sigma: tf.Tensor, max_sigma: float) -> tf.Tensor:
-  """Gaussian blur, edges repeated.
+  """Blurs with a Gaussian, edges repeated.
 
   Args:
     sigma: f32[], standard deviation in pixels, at most max_sigma.
@@ -289,8 +310,9 @@ def gaussian_blur(rgb: tf.Tensor, sigma: tf.Tensor, max_sigma: float) -> tf.Tens
 
 @compiled
 def _convolve(padded, kernel, *, axis, step):
-  """Weighted sums along an axis of [m, n], of values that lie `step` apart; only where all weights
-  meet one.
+  """Computes weighted sums along an axis of [m, n].
+
+  The summed values lie `step` apart. Only places where all weights meet a value are in the result.
   """
   taps = kernel.shape[0]
   size = padded.shape[axis] - (taps - 1) * step
@@ -301,7 +323,8 @@ def _convolve(padded, kernel, *, axis, step):
 
 
 def normalize(rgb, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-  """(rgb - mean) / std by channel, of f32 [..., 3] in [0, 1]; TensorFlow, NumPy and JAX arrays
-  alike.
+  """Normalizes f32 [..., 3] in [0, 1]: (rgb - mean) / std by channel.
+
+  TensorFlow, NumPy and JAX arrays alike.
   """
   return (rgb - mean) / std

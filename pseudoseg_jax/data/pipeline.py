@@ -1,4 +1,6 @@
-"""Training batches: an endless, restartable stream that is a pure function of (seed, position).
+"""Training batches: an endless stream that can restart at any step.
+
+The stream is a pure function of (seed, position):
 
   position -> (epoch, place in the epoch's shuffle) -> row -> load -> geometry -> views
 
@@ -48,17 +50,17 @@ _NUM_WORKERS = min(
 
 @dataclasses.dataclass(frozen=True)
 class PipelineSpec:
-  """What training batches are made of.
+  """The settings from which training batches are made.
 
   labeled: a source with masks. unlabeled: a source of which only images are read; None where the
     method needs none.
   batch_size_labeled_global, batch_size_unlabeled_global: images a step over all processes.
-  needs: what the method wants besides labeled images (`Method.needs`).
+  needs: what the method needs besides labeled images (`Method.needs`).
   mean, std: of values in [0, 1], one a channel.
   unlabeled_image_labels: f32[N, K], 0 and 1 for each of the N unlabeled images (`tags.read_tags`);
     None for no such labels.
-  labeled_boxes, unlabeled_boxes: f32[N, M, 5], the boxes of each of the N images as
-    `geometry.crop_boxes` says, M the most that one has, rows without a box of class -1; None for no
+  labeled_boxes, unlabeled_boxes: f32[N, M, 5], the boxes of each of the N images as in
+    `geometry.crop_boxes`, M the most that one has, rows without a box of class -1; None for no
     boxes.
   with_truth: "unlabeled" also carries "truth", i32[B, H, W], the image's own mask under the same
     geometry: for pictures of data whose masks are known, never for training. Without it, masks of
@@ -207,8 +209,9 @@ class PipelineSpec:
 
 
 class Feed(Iterator[dict[str, dict[str, np.ndarray]]]):
-  """Endless batches in the layout of contract.Batch, made ahead of their use; made by
-  `train_batches`.
+  """Endless batches in the layout of contract.Batch, made ahead of their use.
+
+  `train_batches` makes them.
 
   It is to be closed, by `close` or `with`: reading ends then. One that nobody holds any more, or
   that is open when the process ends, is closed too. An error ends it as well. All methods may be
@@ -234,10 +237,10 @@ class Feed(Iterator[dict[str, dict[str, np.ndarray]]]):
     return made
 
   def close(self) -> None:
-    """Waits for the files that are being read (at most a few seconds: those of a dead disk are left
-    alone), and begins no other.
+    """Waits for the files that are being read, and begins no other.
 
-    Afterwards there are no more batches. Closing twice does nothing.
+    It waits at most a few seconds: files of a dead disk are left alone. Afterwards there are no
+    more batches. Closing twice does nothing.
     """
     self._feeder.stop()
     self._feeder.join(_PATIENCE_SECONDS)
@@ -256,7 +259,9 @@ class Feed(Iterator[dict[str, dict[str, np.ndarray]]]):
 def train_batches(
   *specs: PipelineSpec, start_step: int = 0, process_index: int = 0, process_count: int = 1
 ) -> Feed:
-  """Endless batches from step `start_step` on, in the layout of contract.Batch; close them.
+  """Makes endless batches from step `start_step` on.
+
+  They have the layout of contract.Batch; close them.
 
   Each process gets its own contiguous rows of the global batch: process p of n the p-th n-th.
   Earlier steps are not iterated over.
@@ -313,7 +318,7 @@ class _Stream(NamedTuple):
 
 
 class _Feeder(threading.Thread):
-  """Takes batches out of tf.data; nobody else holds its iterators.
+  """A thread that takes batches out of tf.data and alone holds its iterators.
 
   The destructor of such an iterator waits for the calls into Python that are under way for it,
   which need the interpreter's lock. While the interpreter is torn down no thread gets that lock any
@@ -372,7 +377,7 @@ class _Feeder(threading.Thread):
 
 @atexit.register
 def _close_all() -> None:
-  """See `_Feeder`."""
+  """Stops all feeders and waits for them at exit; see `_Feeder`."""
   feeders = [thread for thread in threading.enumerate() if isinstance(thread, _Feeder)]
   for feeder in feeders:
     feeder.stop()
@@ -382,14 +387,18 @@ def _close_all() -> None:
 
 
 def stream_seed(seed: int, stream: str) -> int:
-  """A number in 0 .. 2^63 - 1 for a named stream, the same in every process and release."""
+  """Derives a number in 0 .. 2^63 - 1 for a named stream.
+
+  It is the same in every process and release.
+  """
   digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
   return int.from_bytes(digest[:8], "big") >> 1
 
 
 def example_row(position: tf.Tensor, num_examples: int, seed: int, stream: str) -> tf.Tensor:
-  """The row that stands at a position (i64[]) of a stream; each epoch of num_examples positions is
-  a permutation of its own.
+  """Returns the row that stands at a position (i64[]) of a stream.
+
+  Each epoch of num_examples positions is a permutation of its own.
   """
   epoch, place = position // num_examples, position % num_examples
   order_seed = tf.stack([tf.constant(stream_seed(seed, f"{stream}/order"), tf.int64), epoch])
@@ -457,7 +466,7 @@ def _stream(spec: PipelineSpec, stream: str, positions: tf.data.Dataset, rows: i
 
 
 class _Examples(NamedTuple):
-  """What a stream draws from.
+  """The examples from which a stream draws.
 
   read: (position, row) -> arrays by name: "image" [h, w, C], "label" and "truth" uint8 [h, w],
     "image_label" f32[K]; raises _Unusable.
@@ -546,14 +555,15 @@ def _unlabeled_examples(spec: PipelineSpec, stream: str) -> _Examples:
 
 
 def _classes_in(label: np.ndarray, spec: PipelineSpec) -> np.ndarray:
-  """f32[K]: 1 for every class of which the mask holds a pixel."""
+  """Marks every class of which the mask holds a pixel: f32[K], 1 if it does."""
   counts = np.bincount(label.ravel(), minlength=256)[: spec.unlabeled_image_labels.shape[1]]
   return (counts > 0).astype(np.float32)
 
 
 class _Unusable(Exception):
-  """An image or mask that the source cannot give. path: of its file. error: what the source
-  says.
+  """An image or mask that the source cannot give.
+
+  path: of its file. error: what the source raised.
   """
 
   def __init__(self, path: str, error: checks.InputError | OSError):
@@ -562,13 +572,18 @@ class _Unusable(Exception):
 
 
 def _path(source: Source, what: str, row: int) -> str:
-  """Of the "image" or the "label"; the id in a source without files."""
+  """Returns the path of the "image" or the "label" of a row.
+
+  The id in a source without files.
+  """
   path_of = getattr(source, f"{what}_path", None)
   return str(path_of(row)) if path_of else source.ids[row]
 
 
 def _read(source: Source, what: str, row: int, of: np.ndarray | None = None) -> np.ndarray:
-  """The "image" or the "label" of a row; a label `of` the image that is given must have its size.
+  """Reads the "image" or the "label" of a row.
+
+  A label `of` the image that is given must have its size.
 
   Raises:
     _Unusable: whatever a user's file can cause.
@@ -594,8 +609,9 @@ def _raise_other_size(source: Source, row: int, image: np.ndarray, label: np.nda
 
 
 class _Loader:
-  """Reads examples inside a tf.data graph, and remembers what a source raised, which TensorFlow
-  would turn into text.
+  """A reader of examples inside a tf.data graph that remembers errors.
+
+  The errors are those that a source raised, which TensorFlow would turn into text.
 
   stopped: set it when nobody will look at them any more, and no further file is read.
   """
@@ -608,8 +624,9 @@ class _Loader:
     self._lock = threading.Lock()
 
   def __call__(self, position: tf.Tensor, row: tf.Tensor) -> dict[str, tf.Tensor]:
-    """The arrays of `_Examples.read`, by name, and "row" i64[]: another one where that of `row` is
-    skipped.
+    """Returns the arrays of `_Examples.read`, by name, and "row" i64[].
+
+    The row is another one where that of `row` is skipped.
     """
     specs = self._examples.specs | {"row": tf.TensorSpec([], tf.int64)}
     loaded = tf.numpy_function(self._load, (position, row), [spec.dtype for spec in specs.values()])
@@ -632,8 +649,9 @@ class _Loader:
       raise
 
   def _usable(self, position: int, row: int) -> tuple[int, dict[str, np.ndarray]]:
-    """The first row from `row` on that can be used, and what is read of it; once stopped, something
-    of the right form.
+    """Finds the first row from `row` on that can be used, and reads it.
+
+    Once stopped, returns something of the right form.
     """
     count = len(self._examples.source)
     for candidate in (number % count for number in range(row, row + count)):

@@ -1,4 +1,4 @@
-"""Files that training does without."""
+"""The files that training does without."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ log = logging.getLogger("pseudoseg_jax")
 
 
 class Skipped:
-  """Which files a run leaves out since they cannot be read: each is told once, when it is met, and
-  may be listed at any time.
+  """A record of the files that a run leaves out since they cannot be read.
+
+  Each is reported once, when it is met, and may be listed at any time.
 
   Sources and pipelines share one; any thread may add to it.
   """
@@ -30,6 +31,6 @@ class Skipped:
     log.warning("skipped %s (file %d that is skipped): %s", path, count, reason)
 
   def reasons(self) -> dict[str, str]:
-    """path -> why, in the order in which the files were met."""
+    """Maps each path to why, in the order in which the files were met."""
     with self._lock:
       return dict(self._reasons)

@@ -1,4 +1,4 @@
-"""Where images come from: random access by row, pure NumPy and PIL.
+"""Sources of images: random access by row, pure NumPy and PIL.
 
 A source is anything with the members of `Source`. It hands out images as they are stored; all
 randomness is the pipeline's.
@@ -52,7 +52,9 @@ class Source(Protocol):
 
 
 class FolderSource:
-  """Images and masks in folders, found by id or by the paths that a list gives.
+  """A source of images and masks in folders.
+
+  Files are found by id or by the paths that a list gives.
 
   Masks are read as stored indices, of which a palette is ignored, or by color. Files are of PIL's
   formats or .npy arrays (never pickled), and named in any spelling that `listing.Files.find` knows:
@@ -307,7 +309,10 @@ class FolderSource:
   def _found(
     self, files: listing.Files, pattern: str | None, listed: Sequence[str | None]
   ) -> list[pathlib.Path]:
-    """Where the files of one kind are; where they should be if they are not there."""
+    """Finds the files of one kind.
+
+    An absent file gets the path where it should be.
+    """
     paths = []
     for name, path in zip(self.ids, listed, strict=True):
       wanted = self.root / (path or pattern.replace("{id}", name))
@@ -322,7 +327,7 @@ class FolderSource:
     return decode.mask_header(path, exif_orientation=self.exif_orientation)
 
   def _check_present(self, files: listing.Files, problems: checks.Problems) -> bool:
-    """Adds what is missing; says whether all is there."""
+    """Adds a problem for what is missing; returns whether all is there."""
     whole = True
     for what in self._kinds:
       pattern, paths = getattr(self, f"{what}_pattern"), getattr(self, f"_{what}_paths")
@@ -379,7 +384,10 @@ class FolderSource:
         )
 
   def orientation_in_words(self, row: int) -> str:
-    """The EXIF orientation that an image's file has, and what is done with it; "" without one."""
+    """Describes an image's EXIF orientation, and what is done with it.
+
+    "" for an image whose file has none.
+    """
     header = self._header(self.image_path(row))
     if not isinstance(header, decode.Header) or header.orientation == 1:
       return ""
@@ -390,8 +398,9 @@ class FolderSource:
     return f"orientation {header.orientation}, {done[self.exif_orientation]}"
 
   def orientation_remedy(self, row: int) -> str:
-    """What to say of an image and a mask of unlike sizes that the other treatment of EXIF
-    orientations makes equal; else "".
+    """Returns the remedy for an image and a mask of unlike sizes, or "".
+
+    It applies where the other treatment of EXIF orientations makes the sizes equal.
     """
     other = {"apply": "ignore", "ignore": "apply"}[self.exif_orientation]
     image, mask = (
@@ -407,7 +416,10 @@ class FolderSource:
     return f"the image is {drawn} its EXIF orientation says, the mask otherwise: config.data.exif_orientation={other}"
 
   def _pattern_remedy(self, what: str, pattern: str, name: str, most_files: int = 100_000) -> str:
-    """Where a file of this id does lie, as a pattern; else what the pattern's own folder holds."""
+    """Describes where a file of this id does lie, as a pattern.
+
+    If there is none, describes what the pattern's own folder holds.
+    """
     found = []
     stem = name.rsplit("/", 1)[-1]
     for file in itertools.islice(listing.walk(self.root), most_files):
@@ -433,7 +445,7 @@ def read_entries(
   image_pattern: str | None = None,
   label_pattern: str | None = None,
 ) -> tuple[Entry, ...]:
-  """The entries of a list file (`splits.read_entries`), made to fit a tree.
+  """Reads a list file (`splits.read_entries`) and fits its entries to a tree.
 
   A path that exists, below root or absolute, is kept; without a pattern in any case. In place of
   the others the patterns hold. A mask must also end as label_pattern does: another ending is
@@ -473,13 +485,17 @@ def read_entries(
 def find_ids(
   root: str | pathlib.Path, image_pattern: str, others: Sequence[str] = ()
 ) -> tuple[str, ...]:
-  """The ids of all files that fit a pattern, see `listing.fitting`."""
+  """Finds the ids of all files that fit a pattern.
+
+  See `listing.fitting`.
+  """
   return listing.fitting(root, image_pattern, others).ids
 
 
 def image_folder(folder: str | pathlib.Path, **options: Any) -> FolderSource:
-  """All images of a folder and of those below it, without masks; an image's id is its path below
-  the folder.
+  """Opens all images of a folder and of those below it, without masks.
+
+  An image's id is its path below the folder.
 
   Args:
     options: of FolderSource.
@@ -506,8 +522,9 @@ def image_folder(folder: str | pathlib.Path, **options: Any) -> FolderSource:
 
 
 class Subset:
-  """Some rows of a source, as a source of their own: `Subset(scenes, splits.part(scenes.ids,
-  "1_8"))`.
+  """Some rows of a source, as a source of their own.
+
+  For example `Subset(scenes, splits.part(scenes.ids, "1_8"))`.
 
   Raises:
     InputError: no ids, or ids that the source lacks.
@@ -562,8 +579,9 @@ class Subset:
 
 
 class Joined:
-  """The images of one source, then those of another; it has labels if both have. Ids may stand
-  there twice.
+  """The images of one source, then those of another.
+
+  It has labels if both have. Ids may stand there twice.
 
   Raises:
     InputError: sources of unlike channels.
@@ -612,12 +630,12 @@ class Joined:
 
 
 class PseudoLabels:
-  """Images of a source with the labels that `export_labels` wrote for them, FOLDER/labels/ID.png.
+  """Images of a source with the labels that `export_labels` wrote for them.
 
-  The source's own masks, if it has any, are never opened.
+  The labels are FOLDER/labels/ID.png. The source's own masks, if it has any, are never opened.
 
   Args:
-    folder: of export_labels, which has finished (manifest.json says so).
+    folder: of export_labels, which has finished (manifest.json records it).
     class_names: the K classes that the labels must be of.
     ids: those of the source that count; None = all.
 
@@ -684,7 +702,10 @@ class PseudoLabels:
 
 
 def check_labels_folder(folder: str | pathlib.Path, class_names: Sequence[str]) -> None:
-  """Raises InputError unless an export of labels of these classes has finished in the folder."""
+  """Raises InputError unless the folder holds a finished export of labels.
+
+  The labels must be of these classes.
+  """
   folder = pathlib.Path(folder)
   problems = checks.Problems(f"cannot use pseudo labels {folder}")
   begin = "make it with: python -m pseudoseg_jax.export_labels --workdir=WORKDIR --out=FOLDER"
@@ -726,7 +747,10 @@ def check_labels_folder(folder: str | pathlib.Path, class_names: Sequence[str]) 
 def _label_table(
   num_classes: int, label_map: Mapping[int, int], reduce_zero_label: bool, ignore_index: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Stored value -> label uint8, and stored value -> whether it is a label at all; [65536] each."""
+  """Builds the tables that convert stored values to labels.
+
+  Stored value -> label uint8, and stored value -> whether it is a label at all; [65536] each.
+  """
   labels = np.arange(decode.STORED_VALUES) - reduce_zero_label
   labels[labels < 0] = IGNORE_LABEL
   known = (labels < num_classes) | (np.arange(decode.STORED_VALUES) < reduce_zero_label)
@@ -736,7 +760,7 @@ def _label_table(
 
 
 def _color_table(mask_colors: Mapping[tuple[int, int, int], int]) -> tuple[np.ndarray, np.ndarray]:
-  """Sorted color codes and the label of each."""
+  """Returns sorted color codes and the label of each."""
   entries = sorted((int(np.dot(color, _COLOR_CODE)), label) for color, label in mask_colors.items())
   codes, labels = zip(*entries, strict=True)
   return np.array(codes, np.int32), np.array(labels, np.uint8)

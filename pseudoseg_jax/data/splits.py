@@ -1,4 +1,4 @@
-"""Which images are labeled: lists of images and how to divide them."""
+"""Labeled images: lists of images and how to divide them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Entry(NamedTuple):
   """An image of a list.
 
   id: its name, the same whatever the form of the list. image, mask: paths of its files, where the
-    list gives them.
+  list gives them.
   """
 
   id: str
@@ -31,16 +31,17 @@ class Entry(NamedTuple):
 
 
 def read_list(path: str | pathlib.Path, image_pattern: str | None = None) -> tuple[str, ...]:
-  """The ids of a list file, in its order; see `read_entries`."""
+  """Reads the ids of a list file, in its order; see `read_entries`."""
   return tuple(entry.id for entry in read_entries(path, image_pattern))
 
 
 def read_entries(path: str | pathlib.Path, image_pattern: str | None = None) -> tuple[Entry, ...]:
-  """Reads a list file in any of the forms that published code uses, in the file's order.
+  """Reads a list file in the forms of published code, in the file's order.
 
-  A line is an image's id, its path, or the paths of image and mask with a tab or spaces between
-  (names with spaces are fine where the paths end like image files); a mask may be the word None.
-  Leading slashes, any line ending, blank lines and a missing last line ending are all the same.
+  It may be in any of the forms that published code uses. A line is an image's id, its path, or the
+  paths of image and mask with a tab or spaces between (names with spaces are fine where the paths
+  end like image files); a mask may be the word None. Leading slashes, any line ending, blank lines
+  and a missing last line ending are all the same.
 
   Args:
     image_pattern: where the images lie, "JPEGImages/{id}.jpg"; see `id_of`.
@@ -85,25 +86,25 @@ def read_entries(path: str | pathlib.Path, image_pattern: str | None = None) -> 
 
 
 def list_text(entries: Iterable[Entry]) -> str:
-  """Entries as the text of a list that `read_entries` reads."""
+  """Formats entries as the text of a list that `read_entries` reads."""
   return "".join(
     "\t".join(filter(None, (entry.image or entry.id, entry.mask))) + "\n" for entry in entries
   )
 
 
 def without_suffix(path: str) -> str:
-  """A path without the ending of an image file; other dots stay."""
+  """Removes the ending of an image file from a path; other dots stay."""
   return re.sub(f"{_SUFFIX}$", "", path, flags=re.IGNORECASE)
 
 
 def id_of(path: str, image_pattern: str | None = None) -> str:
-  """The id of an image in a list: what `{id}` stands for in image_pattern, so that lists of all
-  forms agree.
+  """Returns the id of an image in a list, so that lists of all forms agree.
 
-  The longest end of the pattern's folder is looked for in the path and what follows it is the id,
-  without the pattern's ending: with "leftImg8bit/train/{id}_leftImg8bit.png" all of
-  "/leftImg8bit/train/jena/a_leftImg8bit.png", "train/jena/a" and "jena/a" are "jena/a". A file in
-  other folders has its bare name. Without a pattern an id is the path without its ending.
+  The id is what `{id}` stands for in image_pattern. The longest end of the pattern's folder is
+  looked for in the path and what follows it is the id, without the pattern's ending: with
+  "leftImg8bit/train/{id}_leftImg8bit.png" all of "/leftImg8bit/train/jena/a_leftImg8bit.png",
+  "train/jena/a" and "jena/a" are "jena/a". A file in other folders has its bare name. Without a
+  pattern an id is the path without its ending.
   """
   name = path.lstrip("/")
   if image_pattern is None:
@@ -121,8 +122,9 @@ def id_of(path: str, image_pattern: str | None = None) -> str:
 
 
 def complete_ids(entries: Sequence[Entry], known_ids: Iterable[str]) -> tuple[Entry, ...]:
-  """Entries with the folders that their ids lack: "jena_01" becomes "jena/jena_01" where only that
-  one is known.
+  """Completes entries with the folders that their ids lack.
+
+  "jena_01" becomes "jena/jena_01" where only that one is known.
   """
   known = frozenset(known_ids)
   by_name: dict[str, list[str]] = {}
@@ -137,14 +139,18 @@ def complete_ids(entries: Sequence[Entry], known_ids: Iterable[str]) -> tuple[En
 
 
 def published(name: str) -> pathlib.Path | None:
-  """The file of a published list that comes with the package, by name ("voc2012/pseudoseg/92");
-  None for other names.
+  """Returns the file of a published list that comes with the package.
+
+  Lists are given by name ("voc2012/pseudoseg/92"); None for other names.
   """
   return _PUBLISHED / f"{name}.txt" if name in published_names() else None
 
 
 def published_names() -> tuple[str, ...]:
-  """Names of the published lists of labeled images that come with the package."""
+  """Lists the published lists of labeled images that come with the package.
+
+  They are given by name.
+  """
   return tuple(
     sorted(
       path.relative_to(_PUBLISHED).with_suffix("").as_posix() for path in _PUBLISHED.rglob("*.txt")
@@ -153,8 +159,9 @@ def published_names() -> tuple[str, ...]:
 
 
 def published_or_own(data_set: str, lists: str, split: str, *, default: str) -> str:
-  """config.data.split of a data set with published lists: "1_8" becomes "voc2012/cps/1_8" where
-  there is such a list.
+  """Resolves config.data.split of a data set with published lists.
+
+  "1_8" becomes "voc2012/cps/1_8" where there is such a list.
 
   Args:
     lists: whose lists, "cps" or another folder of the data set's; "random" leaves the split as it
@@ -175,12 +182,14 @@ def published_or_own(data_set: str, lists: str, split: str, *, default: str) -> 
 
 
 def is_part(name: str) -> bool:
-  """Whether `part` knows the name."""
+  """Tells whether `part` knows the name."""
   return _PART.fullmatch(name) is not None
 
 
 def part(ids: Iterable[str], name: str, *, seed: int = 0) -> tuple[str, ...]:
-  """The labeled part of a list by name; of n ids, ceil(n / k) are taken, as in the published lists.
+  """Selects the labeled part of a list by name.
+
+  From n ids, ceil(n / k) are taken, as in the published lists.
 
   "1_8", a random eighth: the ids in the order of their SHA-256 digests, of "seed/id" in UTF-8, and
   of these the first. So the part is the same on every machine for ever, whatever the list's order,
@@ -206,7 +215,7 @@ def part(ids: Iterable[str], name: str, *, seed: int = 0) -> tuple[str, ...]:
 
 
 def complement(all_ids: Sequence[str], labeled_ids: Sequence[str]) -> tuple[str, ...]:
-  """The ids of `all_ids` that are not labeled, in their order.
+  """Returns the ids of `all_ids` that are not labeled, in their order.
 
   Raises:
     InputError: labeled ids that are not among all ids (two lists that do not belong together).
@@ -228,8 +237,9 @@ def complement(all_ids: Sequence[str], labeled_ids: Sequence[str]) -> tuple[str,
 
 
 def check_disjoint(**ids_by_role: Sequence[str]) -> None:
-  """Raises InputError when an id stands in two of the lists, given by role:
-  check_disjoint(train=..., val=...).
+  """Raises InputError when an id appears in two of the lists.
+
+  Lists are given by role: check_disjoint(train=..., val=...).
   """
   problems = checks.Problems("lists overlap")
   roles = list(ids_by_role)
@@ -247,14 +257,16 @@ def check_disjoint(**ids_by_role: Sequence[str]) -> None:
 
 
 def shorten(names: Sequence[object], most: int = 3) -> str:
-  """The first few names for a message: "a, b, c, ... (12 in all)"."""
+  """Joins the first few names for a message: "a, b, c, ... (12 in all)"."""
   first = ", ".join(shown(name) for name in names[:most])
   return first if len(names) <= most else f"{first}, ... ({len(names)} in all)"
 
 
 def shown(name: object, most: int = 200) -> str:
-  """A name for a message: the middle of a very long one left out, and what would move a terminal's
-  cursor written as in code.
+  """Formats a name for a message.
+
+  The middle of a very long one is left out, and what would move a terminal's cursor is written as
+  in code.
   """
   text = str(name)
   text = text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"
@@ -267,14 +279,15 @@ def _repeated(ids: Sequence[str]) -> list[str]:
 
 
 def _fields(line: str) -> list[str]:
-  """The columns of a line."""
+  """Returns the columns of a line."""
   fields = line.split("\t") if "\t" in line else _pair(line) or [line]
   return [field for field in (field.strip().replace("\\", "/") for field in fields) if field]
 
 
 def _pair(line: str) -> tuple[str, str] | None:
-  """The paths of an image and a mask with spaces between, in time that grows with the line; None
-  for another line.
+  """Returns the paths of an image and a mask with spaces between.
+
+  The time grows with the line. None for another line.
   """
   *image, last = line.rsplit(maxsplit=1) or [""]
   if last.casefold() == "none" and image and _is_image(image[0]):

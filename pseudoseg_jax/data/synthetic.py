@@ -1,5 +1,6 @@
-"""Synthetic scenes: endless labeled images for a first run, for tests and for comparisons that need
-no download.
+"""Synthetic scenes: endless labeled images.
+
+They are for a first run, for tests and for comparisons that need no download.
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ _CACHE_BYTES = 256 * 2**20
 
 
 class SyntheticScenes:
-  """Textured objects on textured grounds; scene i is a pure function of (seed, i), whatever
-  num_scenes is.
+  """A source of scenes of textured objects on textured grounds.
+
+  Scene i is a pure function of (seed, i), whatever num_scenes is.
 
   A class is a shape together with a texture: two shapes, three textures, six classes, so that
-  neither decides alone. Colors say nothing: an object's two colors, the ground and the light are
-  drawn afresh for each scene. Some objects are plain and belong to no class, and grounds may have
-  the textures as well. Objects hide each other; gradients, shadows, color casts and sensor noise
-  vary. A small network needs about a thousand labels to learn this; with a few dozen it learns them
-  by heart.
+  neither decides alone. Colors carry no information: an object's two colors, the ground and the
+  light are drawn afresh for each scene. Some objects are plain and belong to no class, and grounds
+  may have the textures as well. Objects hide each other; gradients, shadows, color casts and sensor
+  noise vary. A small network needs about a thousand labels to learn this; with a few dozen it
+  learns them by heart.
 
   Args:
     num_scenes: length of the source. Another seed gives other scenes, e.g. for validation.
@@ -80,7 +82,10 @@ class SyntheticScenes:
 
 
 def draw_scene(row: int, *, size: tuple[int, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """Scene `row` of a seed: image uint8 [h, w, 3] and label uint8 [h, w]."""
+  """Draws scene `row` of a seed.
+
+  Returns image uint8 [h, w, 3] and label uint8 [h, w].
+  """
   rng = np.random.default_rng([seed, row])
   height, width = size
   side = min(size)
@@ -97,7 +102,7 @@ def draw_scene(row: int, *, size: tuple[int, int], seed: int) -> tuple[np.ndarra
 
 
 def _colors(rng) -> np.ndarray:
-  """Two colors in [0, 1] that can be told apart, f32 [2, 3]."""
+  """Draws two distinguishable colors in [0, 1], f32 [2, 3]."""
   while True:
     colors = rng.random((2, 3), np.float32)
     if np.abs(colors[0] - colors[1]).sum() > 1.0:
@@ -105,7 +110,10 @@ def _colors(rng) -> np.ndarray:
 
 
 def _smooth(rng, height: int, width: int, cells: int) -> np.ndarray:
-  """A smooth random field in about 0..1, f32 [height, width]: random knots, interpolated."""
+  """Draws a smooth random field in about 0..1, f32 [height, width].
+
+  Random knots are interpolated.
+  """
   knots = rng.random((cells + 1, cells + 1), np.float32)
 
   def weights(length):
@@ -116,8 +124,9 @@ def _smooth(rng, height: int, width: int, cells: int) -> np.ndarray:
 
 
 def _pattern(rng, kind: str, u: np.ndarray, v: np.ndarray, period: float) -> np.ndarray:
-  """Share of the second color, f32 like u: bars along one axis, squares along both, or pixels at
-  random.
+  """Computes the share of the second color in a pattern, f32 like u.
+
+  The pattern is bars along one axis, squares along both, or pixels at random.
   """
   phase = rng.random(2) * 6.28
   frequency = 2 * np.pi / period
@@ -175,7 +184,10 @@ def _add_object(rng, image, label, y, x, side):
 
 
 def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-  """Whether points, in units of the object's radius, lie in the shape."""
+  """Tells whether points lie in the shape.
+
+  Points are in units of the object's radius.
+  """
   if shape == "disc":
     return u * u + v * v < 0.8
   a, b = np.abs(u), np.abs(v)
@@ -183,7 +195,10 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _light(rng, image, y, x):
-  """Gain, gradient, shadow, color cast and noise; levels 0..255."""
+  """Applies gain, gradient, shadow, color cast and noise.
+
+  The result is in levels 0..255.
+  """
   height, width = y.shape
   u, _ = _rotate(rng, y / height - 0.5, x / width - 0.5)
   light = rng.uniform(0.65, 1.15) + rng.uniform(0, 0.6) * u

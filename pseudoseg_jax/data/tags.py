@@ -33,7 +33,9 @@ _JSON = "JSON of the form {id: [name or index, ...]}"
 
 
 class _File(NamedTuple):
-  """entries: tags by image. columns: classes that have a column of 0 and 1. delimiter: between
+  """The content of a file of tags.
+
+  entries: tags by image. columns: classes that have a column of 0 and 1. delimiter: between
   columns.
   """
 
@@ -43,12 +45,12 @@ class _File(NamedTuple):
 
 
 def read_tags(path: str | pathlib.Path, ids: Sequence[str], classes: Classes) -> np.ndarray:
-  """Reads the tags of images from a CSV or JSON file or a folder of VOC annotations.
+  """Reads the tags of images from a CSV or JSON file or VOC annotations.
 
-  An image may have no tag, and the file may hold other images as well (a header line counts as
-  one). Lines of the same image add up. The class that is background (see
-  `Classes.background_index`) is in every image, unless a column of the file says of which ones it
-  is. A class that the file never names is in no image.
+  VOC annotations are given as a folder. An image may have no tag, and the file may hold other
+  images as well (a header line counts as one). Lines of the same image add up. The class that is
+  background (see `Classes.background_index`) is in every image, unless a column of the file gives
+  its images. A class that the file never names is in no image.
 
   Args:
     path: a JSON file (*.json) of {id: [name or index, ...]}; a folder of VOC XML files `<id>.xml`,
@@ -62,8 +64,8 @@ def read_tags(path: str | pathlib.Path, ids: Sequence[str], classes: Classes) ->
 
   Raises:
     InputError: unreadable files, images without an entry, unknown classes, all at once; rows of 0
-      and 1 that may be indices or not; a class 0 that is in no entry, where nothing says whether it
-      is background.
+      and 1 that may be indices or not; a class 0 that is in no entry, where nothing tells whether
+      it is background.
   """
   path = pathlib.Path(path)
   problems = checks.Problems(f"cannot use image labels {path}")
@@ -103,7 +105,10 @@ def read_tags(path: str | pathlib.Path, ids: Sequence[str], classes: Classes) ->
 def write_tags(
   path: str | pathlib.Path, ids: Sequence[str], tags: np.ndarray, classes: Classes
 ) -> None:
-  """Writes tags [N, K] as a CSV of lines `id,name,name,...` that `read_tags` reads."""
+  """Writes tags [N, K] as a CSV that `read_tags` reads.
+
+  Its lines are `id,name,name,...`.
+  """
   with open(path, "w", newline="", encoding="utf-8") as file:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["id", "tags"])
@@ -112,8 +117,9 @@ def write_tags(
 
 
 def tags_of_masks(source: Source, num_classes: int) -> np.ndarray:
-  """f32 [N, K]: 1 for every class of which the image's mask holds a pixel; the ignore label is no
-  class.
+  """Computes image tags from masks, f32 [N, K].
+
+  1 for every class of which the image's mask holds a pixel; the ignore label is no class.
 
   Raises:
     InputError: a source without masks, or a mask that cannot be read.
@@ -126,7 +132,10 @@ def tags_of_masks(source: Source, num_classes: int) -> np.ndarray:
 
 
 def without_suffix(name: str) -> str:
-  """An image's id without the ending of an image file; other dots stay."""
+  """Removes the ending of an image file from an image's id.
+
+  Other dots stay.
+  """
   stem, suffix = os.path.splitext(name)
   return stem if suffix.lower() in IMAGE_SUFFIXES else name
 
@@ -174,8 +183,9 @@ def _rows(text: str, delimiter: str) -> list[list[str]]:
 
 
 def _is_table(heading: Sequence[str], rows: Sequence[Sequence[str]], classes: Classes) -> bool:
-  """Whether the heading is of class names, and the cells of a row are numbers that say of each
-  whether it is there.
+  """Tells whether rows form a table with a heading of class names.
+
+  The cells of a row are then numbers, each of which marks whether the class is present.
   """
   if not any(heading) or not any(map(any, rows)):
     return False
@@ -198,8 +208,9 @@ def _is_number(cell: str) -> bool:
 
 
 def _as_bool(cell: str) -> bool | None:
-  """Of a cell that says whether a class is there; None for any other. Of numbers some tools write
-  1.0.
+  """Converts a cell that marks whether a class is present to a bool.
+
+  None for any other cell. Some tools write the numbers as 1.0.
   """
   return _ABSENT_OR_PRESENT.get(re.sub(r"\.0*$", "", cell.casefold()) if cell else "")
 
@@ -207,7 +218,7 @@ def _as_bool(cell: str) -> bool | None:
 def _read_table(
   heading: Sequence[str], rows: Sequence[Sequence[str]], classes: Classes, problems: checks.Problems
 ) -> _File:
-  """What rows of an image and of 0 and 1 say below a heading of class names."""
+  """Reads rows of an image and of 0 and 1 below a heading of class names."""
   index_of = index_by_name(classes)
   indices = [class_index(name, index_of) for name in heading]
   for column, (name, index) in enumerate(zip(heading, indices, strict=True), start=1):
@@ -247,8 +258,9 @@ def _read_table(
 def _check_indices(
   entries: Mapping[str, list[Tag]], classes: Classes, delimiter: str, problems: checks.Problems
 ) -> None:
-  """Tells of numbers that may be something else than indices: beside names, or in rows that may be
-  those of a table.
+  """Adds a problem for numbers that may be something else than indices.
+
+  Such numbers stand beside names, or in rows that may be those of a table.
   """
   index_of = index_by_name(classes)
   rows = [list(_single(tags, index_of)) for tags in entries.values()]
@@ -326,10 +338,12 @@ def _without_repetition(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: str | pathlib.Path, problems: checks.Problems, allowed: str, **options) -> Any:
-  """What a JSON file holds; InputError with the reason for what is no JSON, NaN and Infinity
-  included.
+  """Reads what a JSON file holds.
 
-  options: of `json.loads`.
+  InputError with the reason for what is no JSON, NaN and Infinity included.
+
+  Args:
+    options: of `json.loads`.
   """
 
   def refuse(constant):
@@ -349,8 +363,9 @@ def read_annotations(
   read: Callable[[ElementTree.Element], list],
   problems: checks.Problems,
 ) -> dict[str, list]:
-  """What `read` makes of the root of each image's VOC annotation `<id>.xml`; it raises ValueError
-  for what it cannot use.
+  """Applies `read` to the root of each image's VOC annotation `<id>.xml`.
+
+  `read` raises ValueError for what it cannot use.
   """
   entries, missing, files = {}, [], listing.Files()
   for name in ids:
@@ -415,7 +430,7 @@ def _object_names(root: ElementTree.Element) -> list[Tag]:
 
 
 def object_name(element: ElementTree.Element) -> str:
-  """The class of an <object>; ValueError for one without."""
+  """Returns the class of an <object>; ValueError for one without."""
   name = (element.findtext("name") or "").strip()
   if not name:
     raise ValueError("an <object> without a <name>")
@@ -425,8 +440,9 @@ def object_name(element: ElementTree.Element) -> str:
 def of_images(
   entries: Mapping[str, list], ids: Sequence[str], problems: checks.Problems
 ) -> dict[str, list]:
-  """The entries of these images, by our id: an entry of the same name, or of one that only lacks or
-  has an ending.
+  """Finds the entries of these images, by our id.
+
+  An entry is one of the same name, or of one that only lacks or has an ending.
   """
   whole, shortened = collections.defaultdict(list), collections.defaultdict(list)
   for name, tags in entries.items():
@@ -483,8 +499,12 @@ def index_by_name(classes: Classes) -> dict[str, int]:
 
 
 def class_index(tag: Tag, index_of: Mapping[str, int]) -> int | None:
-  """The index of a class given by name or index; None for what is no class. index_of: see
-  `index_by_name`.
+  """Returns the index of a class given by name or index.
+
+  None for what is no class.
+
+  Args:
+    index_of: see `index_by_name`.
   """
   if isinstance(tag, str) and normalized(tag) in index_of:
     return index_of[normalized(tag)]
@@ -495,7 +515,7 @@ def class_index(tag: Tag, index_of: Mapping[str, int]) -> int | None:
 def add_unknown(
   unknown: Mapping[Tag, Sequence[str]], classes: Classes, problems: checks.Problems
 ) -> None:
-  """Adds a problem for each name that is no class, with the images that have it."""
+  """Adds a problem for each name that is no class, with its images."""
   for number, (tag, images) in enumerate(unknown.items()):
     problems.add(
       f"class {splits.shown(repr(tag))}",
@@ -507,6 +527,9 @@ def add_unknown(
 
 
 def _single(tags: Sequence[Tag], index_of: Mapping[str, int]) -> Iterator[Tag]:
-  """One class at a time: a text that is no class as a whole is several, with spaces between."""
+  """Yields one class at a time.
+
+  A text that is no class as a whole is several, with spaces between.
+  """
   for tag in tags:
     yield from tag.split() if isinstance(tag, str) and normalized(tag) not in index_of else (tag,)

@@ -1,4 +1,4 @@
-"""Text files that a user gives: read, or the reason told why they cannot be."""
+"""Text files that a user gives: read, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ _HEAD_BYTES = 1 << 16
 
 
 def read_text(path: str | pathlib.Path, problems: checks.Problems, allowed: str) -> str:
-  """The text of a UTF-8 file, with or without a byte order mark; every line ending becomes "\\n".
+  r"""Reads the text of a UTF-8 file; every line ending becomes "\n".
+
+  The file may be with or without a byte order mark.
 
   Args:
     problems: gains the reason where the file cannot be read, and is raised.
@@ -51,7 +53,10 @@ def read_text(path: str | pathlib.Path, problems: checks.Problems, allowed: str)
 
 
 def _no_text(path: str | pathlib.Path, content: bytes) -> tuple[str, str] | None:
-  """What a file that holds this, or begins so, is, and what to do; None for what may be UTF-8."""
+  """Identifies content that is no text in UTF-8, and the remedy.
+
+  Returns what a file that holds this, or begins so, is, and what to do; None for what may be UTF-8.
+  """
   encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), None)
   if encoding:
     return (

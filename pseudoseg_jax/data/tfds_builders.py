@@ -1,5 +1,6 @@
-"""Writes images and masks as a TensorFlow Datasets data set of ArrayRecord files, in the order of
-their lists.
+"""A writer of TensorFlow Datasets data sets of images and masks.
+
+The data sets are of ArrayRecord files, in the order of their lists.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ _EXAMPLES_PER_SHARD = 1000
 
 
 class Split(NamedTuple):
-  """ids, and by id the path of the image and of the mask; label_path None: images without masks."""
+  """The ids of a split, and their files.
+
+  image_path, label_path: by id the path of the image and of the mask. label_path None: images
+  without masks.
+  """
 
   ids: Sequence[str]
   image_path: Callable[[str], pathlib.Path]
@@ -27,8 +32,9 @@ class Split(NamedTuple):
 
 
 def ids_path(directory, key: str, split: str):
-  """Where a data set keeps the values of its feature `key`, one a line: to know the ids of a split
-  without reading images.
+  """Returns where a data set keeps the values of its feature `key`.
+
+  The file has one value a line, so the ids of a split are known without reading images.
   """
   return directory / f"{key}.{split}.txt"
 
@@ -40,15 +46,16 @@ def write(
   *,
   progress: Callable[[float], None] = lambda share: None,
 ) -> pathlib.Path:
-  """Writes DATA_DIR/NAME/1.0.0, unless it is there with the same ids; it appears whole or not at
-  all.
+  """Writes DATA_DIR/NAME/1.0.0, unless it is there with the same ids.
+
+  It appears whole or not at all.
 
   Features: "image", the files' own bytes; "label", PNG of indices (palettes, which TensorFlow would
   decode to colors, are taken away), where there are masks; "id". All splits have masks, or none
   has. `tfds_source.TfdsSource` and `tfds.data_source` read it.
 
   Args:
-    progress: is told the share that is done, after each example.
+    progress: is called with the share that is done, after each example.
 
   Raises:
     OSError: a file that cannot be read, or a full disk.

@@ -23,18 +23,19 @@ _THREADS = 8
 
 
 class TfdsSource:
-  """A split of a data set of images and index masks; a `sources.Source` of 8-bit RGB.
+  """A split of images and index masks; a `sources.Source` of 8-bit RGB.
 
-  The stored files are decoded as `sources.FolderSource` does, so both forms of a data set give the
-  same pixels; but an EXIF orientation is not applied, as TFDS' own decoders do not. Opening reads
-  no example. `ids` are looked up at their first use: in the list that `tfds_builders.write` leaves
-  beside the data, else by going through all examples once, without decoding; such a list is then
-  left there, where that may be written.
+  The split is one of a TensorFlow Datasets data set. The stored files are decoded as
+  `sources.FolderSource` does, so both forms of a data set give the same pixels; but an EXIF
+  orientation is not applied, as TFDS' own decoders do not. Opening reads no example. `ids` are
+  looked up at their first use: in the list that `tfds_builders.write` leaves beside the data, else
+  by going through all examples once, without decoding; such a list is then left there, where that
+  may be written.
 
   Args:
-    name_or_directory: a data set of the TFDS catalogue, such as "oxford_iiit_pet" (downloaded and
+    name_or_directory: a data set of the TFDS catalog, such as "oxford_iiit_pet" (downloaded and
       prepared at first), or one in data_dir; or the folder that holds its dataset_info.json, also
-      below data_dir ("cityscapes/1.0.0": the catalogue has a "cityscapes" of its own). Folders and
+      below data_dir ("cityscapes/1.0.0": the catalog has a "cityscapes" of its own). Folders and
       data_dir may be gs:// paths.
     split: "train", "train[:90%]", "train+test", ...; as in TFDS.
     data_dir: where TFDS keeps data sets; None: where it always does.
@@ -186,8 +187,9 @@ class TfdsSource:
 
 
 def _open(name: str, data_dir) -> tfds.core.DatasetBuilder:
-  """The builder of a folder, of a data set in data_dir, or of the catalogue, which is then
-  downloaded and prepared.
+  """Opens the builder of a folder, of a data set in data_dir, or by catalog.
+
+  A data set of the catalog is then downloaded and prepared.
   """
   problems = checks.Problems("cannot open a TFDS data set")
   if data_dir is not None and (epath.Path(data_dir) / name / "dataset_info.json").exists():
@@ -219,8 +221,9 @@ def _open(name: str, data_dir) -> tfds.core.DatasetBuilder:
 
 
 def _array_record(name: str) -> dict[str, str]:
-  """What a builder of the catalogue is to be told; one that is only read from data_dir takes no
-  options.
+  """Returns the options for a builder of the catalog.
+
+  A builder that is only read from data_dir takes no options.
   """
   try:
     tfds.builder_cls(re.split("[/:]", name)[0])  # without config and version

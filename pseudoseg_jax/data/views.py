@@ -1,5 +1,6 @@
-"""One stored image -> the views a batch holds of it (the layout is in contract.py). All draws come
-from seeds.
+"""The views that a batch holds of a stored image.
+
+The layout is in contract.py. All draws come from seeds.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ def labeled_view(
   photometry_draws: photometry_ops.Draws | None = None,
   convention: str = "opencv",
 ) -> dict[str, tf.Tensor]:
-  """The geometry and, where `photometry_draws` are given, one strong view's photometry; normalized.
+  """Makes the view of a labeled image, normalized.
+
+  It applies the geometry and, where `photometry_draws` are given, one strong view's photometry.
 
   Args:
     image: [h, w, C] of levels 0..255, uint8 or f32.
     label: uint8 [h, w].
-    boxes: f32 [M, 5] of the stored image, as `geometry.crop_boxes` says; or None.
+    boxes: f32 [M, 5] of the stored image, as in `geometry.crop_boxes`; or None.
     mean, std: C values each.
     convention: of the geometry, as `Geometry.convention`.
 
   Returns:
-    "image" f32 [H, W, C], normalized, padding as the convention says; "label" i32 [H, W],
+    "image" f32 [H, W, C], normalized, padding as the convention defines; "label" i32 [H, W],
     IGNORE_LABEL on padding; "valid" bool [H, W]; "boxes" f32 [M, 5] of the view where some were
     given.
   """
@@ -59,7 +62,9 @@ def unlabeled_views(
   std: tuple,
   convention: str = "opencv",
 ) -> dict[str, tf.Tensor]:
-  """A weak view and, of the same crop, one strong view for each of `photometry_draws`.
+  """Makes a weak view and, of the same crop, strong views.
+
+  There is one strong view for each of `photometry_draws`.
 
   Strong views are made of the crop with padding in the mean color, and are 0 on padding after
   normalization, as weak ones. Black padding ("pillow") is part of the image instead, in weak and
@@ -69,7 +74,7 @@ def unlabeled_views(
     image: [h, w, C] of levels 0..255, uint8 or f32.
     label: uint8 [h, w], what may be learned of the image's mask; or None.
     truth: uint8 [h, w], the image's own mask, for pictures; or None.
-    boxes: f32 [M, 5] of the stored image, as `geometry.crop_boxes` says; or None.
+    boxes: f32 [M, 5] of the stored image, as in `geometry.crop_boxes`; or None.
     mean, std: C values each.
     convention: of the geometry, as `Geometry.convention`.
 
@@ -113,7 +118,8 @@ def _filled(rgb, opacity, mean):
 
 @geometry_ops.compiled
 def normalized(rgb: tf.Tensor, opacity: tf.Tensor, mean: tuple, std: tuple) -> tf.Tensor:
-  """f32 [H, W, C] in [0, 1], normalized, over the mean color, which is 0: `opacity`, f32 or bool
-  [H, W], is the share of rgb.
+  """Normalizes f32 [H, W, C] in [0, 1], over the mean color, which is 0.
+
+  `opacity`, f32 or bool [H, W], is the share of rgb.
   """
   return photometry_ops.normalize(rgb, mean, std) * tf.cast(opacity, tf.float32)[..., tf.newaxis]

@@ -1,5 +1,6 @@
-"""Several processes train one run only if they were started alike: compared before the first
-step.
+"""A check that the processes of one run were started alike.
+
+Several processes train one run only then. They are compared before the first step.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from pseudoseg_jax import checks
 
 
 def check(values: Mapping[str, str], *, failure: str = "") -> None:
-  """Compares what each process was started with; a no-op for a single process.
+  """Compares what each process was started with.
+
+  It does nothing for a single process.
 
   Args:
-    values: what is compared -> a text that must be the same in all processes; those that hold JSON
-      objects are told by key.
+    values: what is compared -> a text that must be the same in all processes; differences of JSON
+      objects are reported by key.
     failure: why this process cannot run, "" where it can: the others must hear of it, or they would
       wait for it.
 
@@ -64,7 +67,7 @@ def check(values: Mapping[str, str], *, failure: str = "") -> None:
 
 
 def _broadcast(text: str) -> str:
-  """The text of process 0."""
+  """Returns the text of process 0."""
   content = np.frombuffer(text.encode(), np.uint8)
   size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
   padded = np.zeros(size, np.uint8)
@@ -73,7 +76,11 @@ def _broadcast(text: str) -> str:
 
 
 def _differences(ours: str, theirs: str) -> list[str]:
-  """One text a key in which two JSON objects differ; of other texts both, if they are short."""
+  """Lists the differences of two texts.
+
+  There is one text for each key in which two JSON objects differ; for other texts there is one with
+  both, if they are short.
+  """
   try:
     mine, other = json.loads(ours), json.loads(theirs)
     keys = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))

@@ -1,5 +1,7 @@
-"""Checkpoints that survive: written in the background, whole or not at all, and known to be what
-was saved when they are read.
+"""Checkpoints that survive failures of a run and of its storage.
+
+They are written in the background, whole or not at all, and known to be what was saved when they
+are read.
 """
 
 from __future__ import annotations
@@ -44,18 +46,23 @@ _PEER_SECONDS = 120  # how long a process that has written its part of a state w
 
 
 class NonFiniteState(FloatingPointError):
-  """A state holds NaN or infinite numbers; it is not saved, so that it takes the place of no good
-  one.
+  """The error of a state that holds NaN or infinite numbers.
+
+  Such a state is not saved, so that it takes the place of no good one.
   """
 
 
 class _Damaged(Exception):
-  """A checkpoint cannot be read, or is not what was saved; the message is the cause."""
+  """A checkpoint that cannot be read, or is not what was saved.
+
+  The message is the cause.
+  """
 
 
 class _Leaf(NamedTuple):
-  """What is known of an array of a saved state; digest: see `_examine`, None in checkpoints that
-  were saved without.
+  """The known properties of an array of a saved state.
+
+  digest: see `_examine`, None in checkpoints that were saved without.
   """
 
   shape: tuple[int, ...]
@@ -74,19 +81,20 @@ class _Save(NamedTuple):
 
 
 class Checkpoints:
-  """Two series below `directory`: `last/STEP`, the newest ones, and `best/STEP`, one, by the
-  headline score.
+  """Two series of checkpoints below `directory`.
+
+  `last/STEP` are the newest ones; `best/STEP` is one, by the headline score.
 
   In `last` the newest `keep_last` steps are kept, and never fewer than 2: where the newest is
   damaged, a run falls back to the one before.
 
   A digest of every array is saved with a state and checked when it is restored. A step that is
-  damaged is told and the next older one taken; unless `read_only`, the damaged folder is then moved
-  to `damaged/SERIES-STEP`, so that the run can save that step again. Nothing whole is ever deleted
-  but what newer steps replace.
+  damaged is reported and the next older one taken; unless `read_only`, the damaged folder is then
+  moved to `damaged/SERIES-STEP`, so that the run can save that step again. Nothing whole is ever
+  deleted but what newer steps replace.
 
-  A save that fails (a full disk, say) is told and the run goes on: what was saved before stays, and
-  the next save tries again.
+  A save that fails (a full disk, say) is reported and the run goes on: what was saved before stays,
+  and the next save tries again.
 
   With several processes all of them call save, restore, wait and drop together.
 
@@ -113,7 +121,7 @@ class Checkpoints:
   # --- which steps there are ----------------------------------------------------------------------
 
   def _numbered(self, series: str) -> list[int]:
-    """Steps that a series has folders for, the newest first."""
+    """Lists the steps that a series has folders for, the newest first."""
     try:
       names = [path.name for path in (self.directory / series).iterdir() if path.is_dir()]
     except OSError:  # the series' folder is gone, or may not be read: the same as none
@@ -123,28 +131,33 @@ class Checkpoints:
     )
 
   def steps(self, series: str) -> list[int]:
-    """Steps that are on disk, the newest first; empty folders are no checkpoints."""
+    """Lists the steps that are on disk, the newest first.
+
+    Empty folders are no checkpoints.
+    """
     return [
       step for step in self._numbered(series) if not _is_empty(self.directory / series / str(step))
     ]
 
   def step(self, series: str = "last") -> int | None:
-    """The newest step of a series that is on disk, None where there is none."""
+    """Returns the newest step of a series on disk, None where there is none."""
     return max(self.steps(series), default=None)
 
   def removed(self) -> bool:
-    """Whether a series' folder is no longer the one that was opened: what is saved would be half a
-    workdir.
+    """Tells whether a series' folder is no longer the one that was opened.
+
+    What is saved then would be half a workdir.
     """
     return not all(folder.is_there() for folder in self._folders.values())
 
   # --- saving -------------------------------------------------------------------------------------
 
   def save(self, state: State, *, series: str = "last", note: dict[str, Any] | None = None) -> None:
-    """Starts writing `state` under its own step; returns once the arrays are copied and digested.
+    """Starts writing `state` under its own step.
 
-    A save of the series that is still under way is waited for. A step that is there already with
-    this note stays as it is; newer steps, which a run went back from, are set aside.
+    Returns once the arrays are copied and digested. A save of the series that is still under way is
+    waited for. A step that is there already with this note stays as it is; newer steps, which a run
+    went back from, are set aside.
 
     Raises:
       NonFiniteState: a floating array of the state, memory included (no method remembers infinite
@@ -182,11 +195,10 @@ class Checkpoints:
       self._finish(series, error)
 
   def _make_way(self, series: str, step: int) -> OSError | None:
-    """Sets aside whatever else has the place of a step; an error if its series' folder cannot be
-    written.
+    """Sets aside whatever else has the place of a step.
 
-    A folder that was removed while the run was going on is not made anew: what else was in the
-    workdir would lack.
+    Returns an error if its series' folder cannot be written. A folder that was removed while the
+    run was going on is not made anew: what else was in the workdir would be missing.
     """
     folder = self.directory / series
     try:
@@ -205,8 +217,9 @@ class Checkpoints:
       return error
 
   def _finish(self, series: str, error: Exception | None = None, *, together: bool = True) -> None:
-    """Waits for the save of a series that is under way, if one is, and books how it ended: by
-    `error` if that is known.
+    """Waits for the save of a series that is under way, and books its end.
+
+    It does nothing if none is under way. `error` is how the save ended, if that is known.
     """
     save = self._under_way.pop(series, None)
     if save is None:
@@ -233,7 +246,10 @@ class Checkpoints:
       self.failed.pop(series, None)
 
   def _tell(self, series: str, save: _Save, error: Exception | None) -> None:
-    """Books a save that failed, here or (error None) in another process."""
+    """Books and reports a save that failed.
+
+    It failed here or (error None) in another process.
+    """
     folder, cause = (
       self.directory / series,
       _text(error) if error else "another process could not write it",
@@ -268,7 +284,7 @@ class Checkpoints:
             path.rmdir()  # if it is empty: it was made anew by what was just being written
 
   def wait(self) -> None:
-    """Until everything started is on disk, or has failed."""
+    """Waits until everything started is on disk, or has failed."""
     for series in self._managers:
       self._finish(series)
 
@@ -277,11 +293,11 @@ class Checkpoints:
   def restore(
     self, like: State, *, series: str = "last", step: int | None = None, memory: bool = True
   ) -> State:
-    """The state of a series' newest sound step (or of `step`), with the structure and shardings of
-    `like` (shapes suffice).
+    """Returns the state of a series' newest sound step (or of `step`).
 
-    Steps that are damaged are told. memory=False reads the networks alone: what a method remembers
-    may be large, and is of no use but to go on training.
+    It has the structure and shardings of `like` (shapes suffice). Steps that are damaged are
+    reported. memory=False reads the networks alone: what a method remembers may be large, and is of
+    no use but to go on training.
 
     Raises:
       checks.InputError: there is no step, none that is sound, or the newest is of another model.
@@ -310,7 +326,10 @@ class Checkpoints:
     problems.raise_if_any()
 
   def _read(self, series: str, step: int, like: State, memory: bool) -> State:
-    """The state of one step; every process finds it damaged, or none does."""
+    """Reads the state of one step.
+
+    Every process finds it damaged, or none does.
+    """
     restored, error = None, None
     try:
       restored = self._verified(series, step, like, memory)
@@ -356,8 +375,9 @@ class Checkpoints:
     return restored
 
   def note(self, series: str = "last") -> dict[str, Any]:
-    """What was noted at the newest save of a series; {} where there is none, or where it is
-    damaged, which is told.
+    """Returns what was noted at the newest save of a series.
+
+    {} where there is none, or where it is damaged, which is reported.
     """
     step = self.step(series)
     if step is None:
@@ -375,8 +395,9 @@ class Checkpoints:
   # --- going back ---------------------------------------------------------------------------------
 
   def drop(self, first_step: int) -> None:
-    """Sets aside every kept step from `first_step` on, in both series: for a run that found out
-    that those states are ruined.
+    """Sets aside every kept step from `first_step` on, in both series.
+
+    It is for a run that found out that those states are ruined.
     """
     self.wait()
     for series in self._managers:
@@ -401,7 +422,10 @@ class Checkpoints:
       multihost_utils.sync_global_devices("checkpoints set aside")
 
   def _set_aside(self, path: pathlib.Path) -> str:
-    """Moves what has the place of a step to `damaged/`; says where it is now."""
+    """Moves what has the place of a step to `damaged/`.
+
+    Returns a text with the place where it is now.
+    """
     place = self.directory / "damaged" / f"{path.parent.name}-{path.name}"
     place.parent.mkdir(exist_ok=True)
     numbered, count = place, 0
@@ -412,8 +436,9 @@ class Checkpoints:
     return f"moved to {numbered}"
 
   def close(self) -> None:
-    """Waits for what is under way; one process alone may call it, since an error may have ended
-    that one alone.
+    """Waits for what is under way and closes the series.
+
+    One process alone may call it, since an error may have ended that one alone.
     """
     for series, manager in self._managers.items():
       self._finish(series, together=False)
@@ -426,8 +451,9 @@ class Checkpoints:
 
 
 class _Folder:
-  """The folder of a series, known again: what was just being written to one that is removed makes
-  another in its place.
+  """The folder of a series, recognized again later.
+
+  What was just being written to a folder that is removed makes another in its place.
 
   Raises (at construction):
     checks.InputError: it cannot be read, or made.
@@ -487,8 +513,9 @@ def _cannot_open(path: pathlib.Path, error: Exception) -> checks.InputError:
 
 
 def _read(handler: ocp.CheckpointHandler, read: Callable[[ocp.CheckpointHandler], Any]) -> Any:
-  """What `read` gets by a handler from an item of a checkpoint; raises _Damaged for whatever files
-  can hold.
+  """Returns what `read` gets by a handler from an item of a checkpoint.
+
+  Raises _Damaged for whatever files can hold.
   """
   try:
     with contextlib.closing(handler):
@@ -506,8 +533,9 @@ def _read_json(path: pathlib.Path) -> Any:
 
 
 def _record(folder: pathlib.Path) -> dict[str, Any] | None:
-  """The digests saved with a step, themselves checked; None in checkpoints of before there were
-  any.
+  """Reads and checks the record of the digests saved with a step.
+
+  None in checkpoints from before there were any.
   """
   if not os.path.lexists(folder / "digests"):
     return None
@@ -518,8 +546,9 @@ def _record(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _saved_leaves(folder: pathlib.Path) -> dict[str, _Leaf]:
-  """Path -> what was saved there, by the record of digests or, in checkpoints without, as Orbax has
-  it.
+  """Returns path -> what was saved there.
+
+  It comes from the record of digests or, in checkpoints without, from what Orbax has.
   """
   record = _record(folder)
   if record is not None:
@@ -539,8 +568,10 @@ def _saved_leaves(folder: pathlib.Path) -> dict[str, _Leaf]:
 
 @functools.cache
 def _hush_unfinished() -> None:
-  """Where reading or writing fails, Orbax leaves the rest unfinished, which prints a traceback a
-  part when it is thrown away.
+  """Silences the tracebacks of what Orbax leaves unfinished.
+
+  Where reading or writing fails, Orbax leaves the rest unfinished, which prints a traceback for
+  each part when it is thrown away.
   """
   others = sys.unraisablehook
 
@@ -558,7 +589,10 @@ def _hush_unfinished() -> None:
 
 
 def _clear_half_written(folder: pathlib.Path) -> None:
-  """Removes what failed saves left of a series, which the next one may need the place of."""
+  """Removes what failed saves left of a series.
+
+  The next save may need the place of it.
+  """
   for path in folder.glob(f"*{_HALF_WRITTEN}"):
     shutil.rmtree(path, ignore_errors=True)
 
@@ -574,13 +608,16 @@ def _is_empty(folder: pathlib.Path) -> bool:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-  """Leaves by their path: "nets/student/params/head/kernel"."""
+  """Returns leaves by their path: "nets/student/params/head/kernel"."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-  """Arrays (or shapes) by their path; Python's numbers as the arrays that they are restored as."""
+  """Returns arrays (or shapes) by their path.
+
+  Python's numbers become the arrays that they are restored as.
+  """
   return {
     name: jnp.asarray(leaf) if isinstance(leaf, (bool, int, float)) else leaf
     for name, leaf in _named(tree).items()
@@ -588,11 +625,13 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 
 def _examine(leaves: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
-  """Digests of arrays by their path, and paths of floating ones that are not finite.
+  """Computes digests of arrays, and finds those that are not finite.
 
-  A digest is the CRC-32 of the CRC-32s of an array's rows: those along the leading axis in a
-  method's memory, which may be split over devices and processes, so that it does not depend on
-  where they are; elsewhere the array as one.
+  Returns digests by path, and paths of floating arrays that are not finite.
+
+  A digest is the CRC-32 of the CRC-32s of an array's rows. In a method's memory, which may be split
+  over devices and processes, these are the rows along the leading axis, so that the digest does not
+  depend on where they are. Elsewhere the array is one row.
   """
   # All copies at once; each is kept with its array.
   jax.device_get([leaf for leaf in leaves.values() if _is_here(leaf)])
@@ -609,13 +648,15 @@ def _examine(leaves: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
 
 
 def _is_here(leaf: Any) -> bool:
-  """Whether this process has all of an array."""
+  """Tells whether this process has all of an array."""
   return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
 def _examine_rows(name: str, leaf: Any) -> np.ndarray:
-  """u32[1 + rows]: 1 if any number here is not finite; then the CRC-32 of each row that this
-  process has, 0 for the others.
+  """Computes the checksum of each row of an array: u32[1 + rows].
+
+  The first number is 1 if any number here is not finite. Then comes the CRC-32 of each row that
+  this process has, 0 for the others.
   """
   if not name.startswith("memory/") or not leaf.ndim:
     parts, rows = [(0, np.asarray(leaf)[None])], 1
@@ -643,8 +684,9 @@ def _seal(content: Any) -> int:
 def _new_record(
   leaves: Mapping[str, Any], digests: Mapping[str, int], note: dict[str, Any]
 ) -> dict[str, Any]:
-  """What `_record` reads: leaves, path -> [*shape, dtype, digest], and the seals of the note and of
-  all this.
+  """Makes the record that `_record` reads.
+
+  It holds leaves, path -> [*shape, dtype, digest], and the seals of the note and of all this.
   """
   record = {
     "leaves": {
@@ -658,8 +700,10 @@ def _new_record(
 def _check_fits(
   folder: pathlib.Path, saved: Mapping[str, _Leaf], wanted: Mapping[str, Any], *, whole: bool
 ) -> None:
-  """Raises InputError unless the arrays of a checkpoint (`whole`: all of them) are those of a
-  model.
+  """Raises InputError unless a checkpoint's arrays are those of a model.
+
+  Args:
+    whole: whether all arrays of the checkpoint have to be.
   """
   problems = checks.Problems(
     f"checkpoint {folder} does not fit this model; use the config that it was trained with"
@@ -679,7 +723,7 @@ def _check_fits(
 
 
 def _any(flag: bool) -> bool:
-  """Whether any process says so."""
+  """Tells whether the flag is true in any process."""
   return (
     bool(multihost_utils.process_allgather(np.asarray(flag)).any())
     if jax.process_count() > 1
@@ -688,7 +732,10 @@ def _any(flag: bool) -> bool:
 
 
 def _of_first(number: int) -> int:
-  """What the first process says: others may see an older listing of a folder."""
+  """Returns the number of the first process.
+
+  Others may see an older listing of a folder.
+  """
   return (
     int(multihost_utils.broadcast_one_to_all(np.int32(number)))
     if jax.process_count() > 1
@@ -710,14 +757,15 @@ def _steps_of_first(steps: Sequence[int]) -> list[int]:
 
 
 def _text(error: Exception) -> str:
-  """An error in one line that is not too long."""
+  """Describes an error in one line that is not too long."""
   text = " ".join(f"{error}".split())
   return f"{type(error).__name__}: {text if len(text) < 300 else text[:300] + ' ...'}"
 
 
 def _before_waiting(error: Exception) -> Exception:
-  """What ended a process's part of a save, where its wait for the others, which did not come, is
-  what is told of it.
+  """Returns what ended a process's part of a save.
+
+  It looks behind an error that only reports the wait for other processes, which did not come.
   """
   while (
     isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError)) and error.__context__ is not None

@@ -1,4 +1,7 @@
-"""The one training loop: it knows a state, a step and a clock, and no method by name."""
+"""The one training loop, for all methods.
+
+It knows a state, a step and a clock, and no method by name.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,12 @@ _AHEAD = 2
 
 
 class NonFiniteLoss(FloatingPointError):
-  """A loss term became NaN or infinite: the state at the beginning of that step is of no use, and
-  is not kept.
+  """The error of a loss term that became NaN or infinite.
 
-  step: of that state. terms: "loss = nan, loss_supervised = nan".
+  The state at the beginning of that step is of no use, and is not kept.
+
+  step: of that state.
+  terms: "loss = nan, loss_supervised = nan".
   """
 
   def __init__(self, step: int, terms: str, remedy: str = ""):
@@ -42,7 +47,7 @@ class NonFiniteLoss(FloatingPointError):
 
 
 class Intervals(NamedTuple):
-  """How often a run logs, evaluates and saves, in steps."""
+  """The steps between two logs, two evaluations and two saves of a run."""
 
   log_steps: int
   eval_steps: int
@@ -56,7 +61,7 @@ class Outcome(NamedTuple):
 
 
 class Scored(NamedTuple):
-  """What an evaluation found.
+  """The result of an evaluation.
 
   score: by which the best state is chosen; NaN where nothing could be scored.
   note: kept with the best state (JSON).
@@ -67,8 +72,9 @@ class Scored(NamedTuple):
 
 
 def jit_step(method: Method, mesh: Mesh, seed: int) -> Callable[[State, Any], tuple[State, dict]]:
-  """The method's step, compiled over the mesh, its state donated, its key derived from (seed,
-  step).
+  """Compiles the method's step over the mesh.
+
+  Its state is donated, its key derived from (seed, step).
   """
 
   def step(state, batch):
@@ -79,8 +85,9 @@ def jit_step(method: Method, mesh: Mesh, seed: int) -> Callable[[State, Any], tu
 
 
 def state_shardings(method: Method, mesh: Mesh) -> State:
-  """Where the parts of a state lie: on every device, but for `method.split_memory`. A prefix of the
-  state's tree.
+  """Returns where the parts of a state lie, a prefix of the state's tree.
+
+  They lie on every device, but for `method.split_memory`.
   """
   memory = jax.eval_shape(method.init, jax.random.key(0)).memory
   problems = checks.Problems("the method's memory cannot be split over the devices")
@@ -99,14 +106,18 @@ def state_shardings(method: Method, mesh: Mesh) -> State:
 
 
 def _initial_state(method: Method, key) -> State:
-  """The initial state with strong dtypes: a weak one (`jnp.ones(3) * 1.0`) would compile the step
-  twice.
+  """Computes the initial state with strong dtypes.
+
+  A weak one (`jnp.ones(3) * 1.0`) would compile the step twice.
   """
   return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), method.init(key))
 
 
 def jit_init(method: Method, mesh: Mesh, seed: int) -> State:
-  """The method's initial state, where the step wants it: a function of the seed alone."""
+  """Computes the method's initial state, a function of the seed alone.
+
+  It lies where the step wants it.
+  """
   init = jax.jit(
     functools.partial(_initial_state, method), out_shardings=state_shardings(method, mesh)
   )
@@ -114,7 +125,10 @@ def jit_init(method: Method, mesh: Mesh, seed: int) -> State:
 
 
 def abstract_state(method: Method, mesh: Mesh) -> State:
-  """Shapes, dtypes and shardings of the method's state, without computing it."""
+  """Returns the shapes, dtypes and shardings of the method's state.
+
+  The state is not computed.
+  """
   shapes = jax.eval_shape(functools.partial(_initial_state, method), jax.random.key(0))
 
   def placed(sharding, part):
@@ -126,7 +140,10 @@ def abstract_state(method: Method, mesh: Mesh) -> State:
 
 
 def _on_device(mesh: Mesh, batches: Iterator[Any]) -> Iterator[Any]:
-  """Batches as global arrays, the next ones already on their way while a step runs."""
+  """Yields batches as global arrays.
+
+  The next ones are already on their way while a step runs.
+  """
   waiting = deque()
   for batch in batches:
     waiting.append(meshes.global_batch(mesh, batch))
@@ -136,8 +153,9 @@ def _on_device(mesh: Mesh, batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def _trim_host_memory() -> None:
-  """Hands back what the compiler freed: glibc keeps it, some hundred megabytes for a ResNet-50 that
-  nothing uses again.
+  """Hands back the memory that the compiler freed.
+
+  glibc keeps it, some hundred megabytes for a ResNet-50 that nothing uses again.
   """
   if sys.platform == "linux":
     try:
@@ -147,7 +165,12 @@ def _trim_host_memory() -> None:
 
 
 def _check_finite(first_step: int, values: dict[str, np.ndarray]) -> None:
-  """values: name -> [steps]; steps are counted from `first_step`."""
+  """Raises NonFiniteLoss if a loss is not finite.
+
+  Args:
+    first_step: the step from which steps are counted.
+    values: name -> [steps].
+  """
   bad = {name: ~np.isfinite(column) for name, column in values.items() if name.startswith("loss")}
   if not any(column.any() for column in bad.values()):
     return
@@ -163,8 +186,9 @@ def _clock(seconds: float) -> str:
 
 
 class _Stopwatch:
-  """Seconds of training since the last restart, evaluation left out, and those of them spent
-  waiting for input.
+  """The seconds of training since the last restart, evaluation left out.
+
+  It also holds those of them spent waiting for input.
   """
 
   def __init__(self):
@@ -254,7 +278,7 @@ def fit(
     watch = _Stopwatch()
 
     def fetch(done: int) -> None:
-      """Brings the pending metrics over (waits for step `done - 1`) and checks them."""
+      """Fetches and checks the pending metrics (waits for step `done - 1`)."""
       columns = jax.device_get(list(pending))
       pending.clear()
       if columns:
@@ -302,8 +326,9 @@ def fit(
       checkpoints.save(state)
 
     def score(state: State) -> str | None:
-      """Evaluates a state that is saved: leaving meanwhile loses nothing, since the resumed run
-      evaluates it first.
+      """Evaluates a state that is saved.
+
+      Leaving meanwhile loses nothing, since the resumed run evaluates it first.
 
       Returns:
         The name of the signal that ended the evaluation, None for none.
@@ -346,7 +371,10 @@ def fit(
         raise
 
     def outlasted(done: int) -> bool:
-      """Whether patience has run out, for good: a run that is resumed there has ended too."""
+      """Tells whether patience has run out.
+
+      It is for good: a run that is resumed there has ended too.
+      """
       if not patience or best is None or done - best["step"] < patience * intervals.eval_steps:
         return False
       log.info(
@@ -425,7 +453,10 @@ def fit(
 
 
 def _starting_state(method, mesh, seed, checkpoints, prepare) -> tuple[State, int]:
-  """The state of the newest checkpoint that is whole, or a fresh one, and its step."""
+  """Returns the state to start from, and its step.
+
+  It is that of the newest checkpoint that is whole, or a fresh one.
+  """
   if checkpoints.step() is None:
     return prepare(jit_init(method, mesh, seed)), 0
   state = checkpoints.restore(abstract_state(method, mesh))
@@ -435,8 +466,9 @@ def _starting_state(method, mesh, seed, checkpoints, prepare) -> tuple[State, in
 def _best_note(
   checkpoints: Checkpoints, is_comparable: Callable[[dict[str, Any]], bool]
 ) -> dict[str, Any] | None:
-  """What was noted with the best state, its score a number; None where there is none to compare
-  with.
+  """Returns what was noted with the best state, its score a number.
+
+  None where there is none to compare with.
   """
   note = checkpoints.note("best")
   if "score" not in note or not is_comparable(note):

@@ -1,4 +1,7 @@
-"""One mesh axis, `data`: the state is replicated, every batch is split over its leading axis."""
+"""One mesh axis, `data`, and the shardings over it.
+
+The state is replicated, every batch is split over its leading axis.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def make_mesh(devices=None) -> Mesh:
-  """A one-axis mesh over `devices` (default: all devices of all processes)."""
+  """Makes a one-axis mesh over `devices`.
+
+  The default is all devices of all processes.
+  """
   devices = jax.devices() if devices is None else devices
   # Auto axes: with explicit ones, JAX's default, `roll` and `concatenate` over the split axis
   # raise.
@@ -24,5 +30,8 @@ def split(mesh: Mesh) -> NamedSharding:
 
 
 def global_batch(mesh: Mesh, local):
-  """This process's rows of a batch (NumPy) -> global arrays split over the mesh."""
+  """Makes global arrays from this process's rows of a batch.
+
+  The rows are NumPy arrays; the global arrays are split over the mesh.
+  """
   return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(split(mesh), rows), local)

@@ -1,4 +1,7 @@
-"""What a run leaves to read: a text log, TensorBoard events and a history for the curves."""
+"""Records of a run: a text log, TensorBoard events and a history.
+
+The history is for the curves.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,12 @@ History = dict[str, list[tuple[int, float]]]  # name -> [(step, value), ...]
 
 
 class Records:
-  """Scalars, images and texts of a run, into `workdir`: log.txt, tensorboard/, history.jsonl. Only
-  process 0 writes.
+  """The scalars, images and texts of a run, written to `workdir`.
 
-  What cannot be written (a full disk, a file in the place of a folder) is told once, and the run
-  goes on without it: it is worth more than its curves.
+  The files are log.txt, tensorboard/ and history.jsonl. Only process 0 writes.
+
+  What cannot be written (a full disk, a file in the place of a folder) is reported once, and the
+  run goes on without it: it is worth more than its curves.
 
   draw_curves: history -> a PNG, which a notebook shows while the run goes on.
   """
@@ -74,22 +78,27 @@ class Records:
     self._to_tensorboard(lambda writer: writer.write_texts(step, texts))
 
   def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-    """images: name -> uint8[N, H, W, 3]."""
+    """Writes images to TensorBoard.
+
+    Args:
+      images: name -> uint8[N, H, W, 3].
+    """
     self._to_tensorboard(lambda writer: writer.write_images(step, images))
 
   def error(self, text: str) -> None:
-    """Writes what ended the run into log.txt alone: the console gets it from whoever catches the
-    error.
+    """Writes what ended the run into log.txt alone.
+
+    The console gets it from whoever catches the error.
     """
     for handler in self._handlers:
       if isinstance(handler, _LogFile):
         handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, "%s", (text,), None))
 
   def history(self) -> History:
-    """{name: [(step, value), ...]} in the order of steps; a step told twice (after a kill and
-    resume) counts as told last.
+    """Returns {name: [(step, value), ...]} in the order of steps.
 
-    Lines that are no such entries (cut short by a kill, or damaged) are left out.
+    A step recorded twice (after a kill and resume) counts as recorded last. Lines that are no such
+    entries (cut short by a kill, or damaged) are left out.
     """
     told: dict[str, dict[int, float]] = {}
     if self.history_path.is_file():
@@ -148,7 +157,10 @@ class Records:
       self._tensorboard = None
 
   def _attempt(self, name: str, write: Callable[[], None]) -> bool:
-    """Whether `write` went well; the first failure of a name is told."""
+    """Tells whether `write` went well.
+
+    The first failure of a name is reported.
+    """
     try:
       write()
       return True

@@ -1,5 +1,7 @@
-"""Graceful shutdown: SIGTERM and Ctrl-C are acknowledged at once, and a run saves and leaves as
-soon as nothing is lost by it.
+"""Graceful shutdown of a run.
+
+SIGTERM and Ctrl-C are acknowledged at once, and a run saves and leaves as soon as nothing is lost
+by it.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ _GRACE_SECONDS = 3.0
 
 
 class Interrupted(KeyboardInterrupt):
-  """A signal came while nothing could be lost by leaving at once: at set-up, while compiling, in an
-  evaluation.
+  """A signal that came while nothing could be lost by leaving at once.
+
+  It came at set-up, while compiling, or in an evaluation.
 
   name: of the signal.
   """
@@ -38,22 +41,27 @@ class Interrupted(KeyboardInterrupt):
     self.name, self.exit_code = name, exit_code(name)
 
   def _render_traceback_(self) -> list[str]:
-    """What IPython shows in the place of a traceback: this is no error."""
+    """Returns what IPython shows in the place of a traceback.
+
+    An interruption is no error.
+    """
     return [
       f"stopped by {self.name}; what was saved before stays, and running the cell again goes on from there"
     ]
 
 
 def exit_code(name: str) -> int:
-  """The shell's convention for an end by a signal, by name: 130 for "SIGINT", 143 for "SIGTERM" and
-  a preemption.
+  """Returns the shell's exit code for an end by a signal, by name.
+
+  130 for "SIGINT", 143 for "SIGTERM" and a preemption.
   """
   return 128 + (signal.SIGTERM if name == PREEMPTION else signal.Signals[name])
 
 
 class StopRequest:
-  """Context manager over a run: the first SIGTERM or SIGINT is noted and acknowledged, a second
-  one, later, leaves at once.
+  """A context manager over a run that handles SIGTERM and SIGINT.
+
+  The first signal is noted and acknowledged; a second one, later, leaves at once.
 
   The loop asks `requested` after each step, saves and leaves. Inside of `nothing_to_lose` the
   signal raises Interrupted instead. Python runs signal handlers only between its own instructions,
@@ -112,7 +120,10 @@ class StopRequest:
 
   @contextlib.contextmanager
   def nothing_to_lose(self) -> Iterator[None]:
-    """Meanwhile a signal need not wait: it raises Interrupted; one that came before raises here."""
+    """Lets a signal raise Interrupted at once, for as long as it is open.
+
+    A signal that came before raises here.
+    """
     if self._several:
       yield
       return
@@ -125,20 +136,20 @@ class StopRequest:
       self._nothing_to_lose = False
 
   def resumed(self, step: int) -> None:
-    """Tells that the first step is after `step`, before it is begun; with several processes all of
-    them do.
+    """Announces that the first step is after `step`, before it is begun.
 
-    JAX has all processes stop at the step after the newest that any of them has asked for, and
-    takes that to be 0 before the first: a notice until now is due at step 1, which a resumed run
-    never comes to, and JAX tells it once.
+    With several processes all of them do. JAX has all processes stop at the step after the newest
+    that any of them has asked for, and takes that to be 0 before the first: a notice until now is
+    due at step 1, which a resumed run never comes to, and JAX reports it once.
     """
     if self._several and step > 0:
       self._noticed_early = multihost_utils.reached_preemption_sync_point(1)
       multihost_utils.reached_preemption_sync_point(step)
 
   def requested(self, step: int) -> bool:
-    """Whether to save and leave after `step`; with several processes, what all of them answer at
-    this step.
+    """Tells whether to save and leave after `step`.
+
+    With several processes it is what all of them answer at this step.
     """
     if self._several:
       if self._noticed_early or multihost_utils.reached_preemption_sync_point(step):
@@ -148,7 +159,7 @@ class StopRequest:
     return self.name is not None
 
   def _handle(self, number, frame):
-    """Runs in the main thread, maybe long after the signal."""
+    """Handles a signal in the main thread, maybe long after it came."""
     if self._several and self.name is None:
       self.name = signal.Signals(number).name
       os.kill(os.getpid(), signal.SIGTERM)  # JAX's notice
@@ -160,7 +171,7 @@ class StopRequest:
       raise Interrupted(self.name)
 
   def _watch(self):
-    """Runs in a thread of its own, woken by each signal."""
+    """Acknowledges signals in a thread of its own, which each one wakes."""
     while received := self._reader.recv(64):
       for number in received:
         if number in self._previous:

@@ -1,5 +1,6 @@
-"""What shows itself: arrays that a notebook displays as pictures, tables that read as tables there
-and in a terminal.
+"""Results that display themselves: arrays as pictures, tables as tables.
+
+A notebook displays the arrays as pictures. The tables read as tables there and in a terminal.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ _LEAST_SIDE, _GREATEST_SIDE = 256, 1600
 
 
 class _Shown(np.ndarray):
-  """An array with a picture. What is computed from it is a plain array again; parts of it are shown
-  as well.
+  """An array with a picture.
+
+  What is computed from it is a plain array again. Parts of it are shown as well.
   """
 
   def __array_wrap__(self, array, context=None, return_scalar=False):
@@ -56,10 +58,11 @@ class Picture(_Shown):
 
 
 class ClassMap(_Shown):
-  """Class ids uint8[h, w], which a notebook shows in the classes' colors, above the names of those
-  that are there.
+  """Class ids uint8[h, w], which a notebook shows in the classes' colors.
 
-  classes: those that the ids are of; None of an array that was made in another way.
+  The picture stands above the names of the classes that occur in it.
+
+  classes: those that the ids are of; None for an array that was made in another way.
   """
 
   classes: Classes | None
@@ -96,7 +99,7 @@ def _fitted(picture: Image.Image, shrinking: Image.Resampling) -> Image.Image:
 
 
 class ScoreTable(dict):
-  """{predictor: Scores}, which prints as a table of IoU by class.
+  """A mapping {predictor: Scores}, which prints as a table of IoU by class.
 
   classes: those that are scored, by predictor where they differ; heading: what is above the table.
   """
@@ -108,7 +111,7 @@ class ScoreTable(dict):
     self._classes, self.heading = dict(classes), heading
 
   def _tables(self) -> list[tuple[Classes, dict[str, Scores]]]:
-    """Predictors of the same classes side by side."""
+    """Groups the predictors of the same classes, to stand side by side."""
     tables: list[tuple[Classes, dict[str, Scores]]] = []
     for name, score in self.items():
       same = next((shown for classes, shown in tables if classes == self._classes[name]), None)
@@ -130,8 +133,9 @@ class ScoreTable(dict):
 
 
 class RunResults(dict):
-  """What a run left: the content of results.json, `finished` and `stopped_by`; it prints as what a
-  person wants to know of it.
+  """The results of a run, which print as what a person wants to know of it.
+
+  They are the content of results.json, `finished` and `stopped_by`.
 
   classes: of the first domain. workdir: of the run.
   """
@@ -181,7 +185,7 @@ class RunResults(dict):
 
 
 def aligned(title: str, facts: Mapping[str, str]) -> str:
-  """A title and lines `name  text`."""
+  """Returns a title and aligned lines `name  text`."""
   width = max(map(len, facts))
   return "\n".join([title, *(f"  {name.ljust(width)}  {text}" for name, text in facts.items())])
 
@@ -195,7 +199,7 @@ def facts_html(title: str, facts: Mapping[str, str]) -> str:
 
 
 def legend_html(classes: Classes) -> str:
-  """The classes' names, each behind a swatch of its color."""
+  """Returns the classes' names, each behind a swatch of its color, as HTML."""
   return "<p>" + " ".join(_named(classes, index) for index in range(len(classes))) + "</p>"
 
 
@@ -212,8 +216,12 @@ def _columns(scores: Mapping[str, Scores]) -> dict[str, list[float]]:
 
 
 def _table_html(classes: Classes, columns: Mapping[str, list[float | None]]) -> str:
-  """IoU in % by class, with their mean and the pixel accuracy; columns: heading -> the K + 2
-  fractions.
+  """Returns a table of IoU in % by class, as HTML.
+
+  Below the classes are their mean and the pixel accuracy.
+
+  Args:
+    columns: heading -> the K + 2 fractions.
   """
   names = [
     *(_named(classes, index) for index in range(len(classes))),

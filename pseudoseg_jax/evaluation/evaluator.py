@@ -1,5 +1,6 @@
-"""Scores predictors on a set of images: every image counts once, whatever the batch size, devices
-or processes.
+"""Scores of predictors on a set of images.
+
+Every image counts once, whatever the batch size, devices or processes.
 """
 
 from __future__ import annotations
@@ -54,11 +55,12 @@ def make_evaluator(
   with_labels: bool = True,
   flags: Callable[[Protocol], str] = lambda padded: f"pad_multiple={padded.pad_multiple}",
 ) -> Evaluator:
-  """An evaluator of named predictors over a source; it compiles once per canvas (see `inference`)
-  and keeps that for every call.
+  """Builds an evaluator of named predictors over a source.
 
-  Where scores do not depend on the canvas, images of many sizes share a few; where they do, it is
-  told how to have fewer.
+  It compiles once per canvas (see `inference`) and keeps that for every call.
+
+  Where scores do not depend on the canvas, images of many sizes share a few. Where they do, the log
+  names the options that make the canvases fewer.
 
   Args:
     predictors: name -> (state, images f32[B, H, W, C]) -> logits f32[B, H, W, K], as in
@@ -72,7 +74,7 @@ def make_evaluator(
     mesh: with an axis "data"; the state handed in must be replicated over it. None: wherever the
       state is.
     with_labels: False: nothing will be scored, only predicted, and the source need have no labels.
-    flags: what a user must say so that the protocol becomes another one, which pads.
+    flags: the options that a user must set so that the protocol becomes another one, which pads.
 
   Raises:
     InputError: no images, no labels, an unusable protocol, mean or std of other channels.
@@ -127,8 +129,10 @@ def make_evaluator(
 def _compiling_seldom(
   protocol: Protocol, sizes: Sequence[tuple[int, int]], flags: Callable[[Protocol], str]
 ) -> tuple[Protocol, str]:
-  """The protocol with few canvases, if its scores are the same with them, and what is to be told:
-  that, or how to get them.
+  """Returns the protocol with few canvases, if its scores stay the same.
+
+  Else it returns the protocol as it is. The second result is the remark for the log: what was
+  changed, or how to get few canvases.
   """
   few, changed = inference.bounded(protocol, sizes)
   if not (changed and inference.sees_padding(protocol)):
@@ -144,7 +148,10 @@ def _compiling_seldom(
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-  """rows: of the source, None on padding. canvas: (height, width) that all of them are laid on."""
+  """The images of one batch and their canvas.
+
+  rows: of the source, None on padding. canvas: (height, width) that all of them are laid on.
+  """
 
   rows: tuple[int | None, ...]
   canvas: tuple[int, int]
@@ -152,8 +159,9 @@ class _Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """Made by `make_evaluator`. With several processes, every one must make the same calls; all get
-  the same answers.
+  """An evaluator of predictors over a source, made by `make_evaluator`.
+
+  With several processes, every one must make the same calls; all get the same results.
 
   Calling it with a state returns {predictor: Scores}.
   """
@@ -171,7 +179,7 @@ class Evaluator:
   remarks: list[str]  # told when first scores are asked for
 
   def __call__(self, state: State) -> dict[str, Scores]:
-    """{predictor: Scores} of a state over all images.
+    """Computes {predictor: Scores} of a state over all images.
 
     Raises:
       InputError: an image or label cannot be used; names the file.
@@ -192,8 +200,9 @@ class Evaluator:
     }
 
   def predictions(self, state: State, rows: Sequence[int]) -> dict[str, list[np.ndarray]]:
-    """{predictor: [uint8[h, w] class ids of each row]}, with what is compiled already; labels are
-    not read.
+    """Predicts the class ids of each row, with what is compiled already.
+
+    The result is {predictor: [uint8[h, w] class ids of each row]}. Labels are not read.
 
     Where the protocol does not look ("center_crop"), ids are IGNORE_LABEL.
     """
@@ -210,8 +219,10 @@ class Evaluator:
   def stream(
     self, state: State, rows: Sequence[int]
   ) -> Iterator[tuple[int, dict[str, tuple[np.ndarray, np.ndarray]]]]:
-    """Each of the rows with {predictor: (class ids uint8[h, w], confidence uint8[h, w])}, in an
-    order of its own.
+    """Yields each of the rows with its class ids and their confidence.
+
+    An item is a row and {predictor: (class ids uint8[h, w], confidence uint8[h, w])}. The rows come
+    in an order of the evaluator's own.
 
     Labels are not read. Confidence is 255 times the greatest class probability, rounded: of the
     mean probabilities over windows, flips and scales, or the softmax of the mean logits. Where the
@@ -235,8 +246,9 @@ class Evaluator:
   def _run(
     self, compute: Callable, state: State, rows: Iterable[int], *, with_labels: bool
   ) -> Iterator[Iterator[tuple[tuple[int | None, ...], PyTree]]]:
-    """Batches of the rows (None: no image) with their results. Whatever ends the context, threads
-    and reading end with it.
+    """Yields an iterator over batches of the rows with their results.
+
+    A row that is None is no image. Whatever ends the context, threads and reading end with it.
     """
     threads = concurrent.futures.ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 1))
     try:
@@ -245,7 +257,9 @@ class Evaluator:
       threads.shutdown(cancel_futures=True)  # waits for what is being read
 
   def _results(self, threads, compute, state, batches, with_labels):
-    """Reads ahead in threads, feeds the device without waiting for it, and yields results a few
+    """Yields the results of the batches, while further ones are read.
+
+    It reads ahead in threads, feeds the device without waiting for it, and yields results a few
     batches later.
     """
     reading: collections.deque = collections.deque()
@@ -266,8 +280,9 @@ class Evaluator:
     yield from map(_waited_for, computing)
 
   def _plan(self, rows: Iterable[int]) -> list[_Batch]:
-    """Batches of images that share a canvas, the last one of each canvas padded. The same in every
-    process.
+    """Groups the rows into batches of images that share a canvas.
+
+    The last batch of each canvas is padded. The batches are the same in every process.
     """
     by_canvas: dict[tuple[int, int], list[int]] = {}
     # Images that need the same number of windows together, so that no device waits for another and
@@ -285,7 +300,7 @@ class Evaluator:
     return batches
 
   def _local_rows(self, rows: tuple) -> list:
-    """Those rows of a global batch that this process's devices hold."""
+    """Selects the rows of a global batch that this process's devices hold."""
     if self.mesh is None:
       return list(rows)
     sharding = NamedSharding(self.mesh, PartitionSpec("data"))
@@ -297,7 +312,7 @@ class Evaluator:
     ]
 
   def _load(self, row: int | None, with_labels: bool) -> tuple[np.ndarray, np.ndarray]:
-    """One image and its label; padding is an image without pixels."""
+    """Reads one image and its label; padding is an image without pixels."""
     if row is None:
       return np.zeros((0, 0, self.source.channels), self.source.dtype), np.zeros((0, 0), np.uint8)
     image = self.source.image(row)
@@ -334,16 +349,20 @@ class Evaluator:
 
 
 def _waited_for(results: tuple) -> tuple:
-  """Results that are there. Waits in Python, so that a signal is acted on meanwhile."""
+  """Returns results once they are there.
+
+  It waits in Python, so that a signal is acted on meanwhile.
+  """
   while not all(leaf.is_ready() for leaf in jax.tree.leaves(results[1])):
     time.sleep(_LOOK_SECONDS)
   return results
 
 
 def _compiled(predictors, num_classes, protocol, mean, std, mesh):
-  """Two jitted functions of (state, images, labels, sizes): {predictor: (i32[K, K] of the whole
-  batch, uint8 ids [B, H, W])}, and {predictor: (uint8 ids [B, H, W], uint8 confidence [B, H,
-  W])}.
+  """Returns two jitted functions of (state, images, labels, sizes).
+
+  The first returns {predictor: (i32[K, K] of the whole batch, uint8 ids [B, H, W])}, the second
+  {predictor: (uint8 ids [B, H, W], uint8 confidence [B, H, W])}.
   """
   if not 1 <= num_classes <= IGNORE_LABEL:
     raise checks.InputError(f"classes: got {num_classes}; allowed: 1..{IGNORE_LABEL}")

@@ -1,9 +1,10 @@
-"""From whole images of any size to class scores of the same size: in one piece or by sliding
-windows, scaled and flipped.
+"""Class scores of whole images of any size, at the size of each image.
+
+An image is shown in one piece or by sliding windows, scaled and flipped.
 
 Sizes are what compiles: a jitted function knows only *canvases*, arrays large enough for several
-image sizes, and is told each image's true size as a number. Which canvas an image takes is
-`canvas_size`; `bounded` sees to it that there are few. A larger canvas costs memory, but no work of
+image sizes, and gets each image's true size as a number. `canvas_size` gives the canvas that an
+image takes. `bounded` sees to it that there are few. A larger canvas costs memory, but no work of
 the network: windows that no image needs are not run.
 """
 
@@ -46,8 +47,9 @@ _COMPARED = 64  # sizes that canvases are chosen for; of more, similar ones are 
 
 
 class Protocol(NamedTuple):
-  """How an image is shown to the network, and how its scores are summed up; part of what an mIoU
-  means.
+  """The way an image is shown to the network and its scores are summed up.
+
+  It is part of what an mIoU means.
 
   style:
     "whole": the image as it is. "pad_to_crop": padded to window_pixels with the mean color, right
@@ -66,7 +68,7 @@ class Protocol(NamedTuple):
   summed: the "logits" of windows, scales and flips (CPS), or their "probabilities" (UniMatch's
     windows).
   multiple_pixels: whole: sides are resized to the nearest multiple of this, for networks of
-    patches; 1 leaves them. As in UniMatch V2 (14), that and the way back keep the corners, and grey
+    patches; 1 leaves them. As in UniMatch V2 (14), that and the way back keep the corners, and gray
     levels are not rounded.
   absent_classes: classes in neither truth nor prediction; "skip" leaves them out of the mIoU,
     "zero" counts them as 0 (UniMatch).
@@ -172,7 +174,10 @@ def check_protocol(protocol: Protocol) -> None:
 
 
 def describe(protocol: Protocol) -> str:
-  """A protocol in words, for reports: "sliding windows of 512x512, stride 342x342, scale 1"."""
+  """Describes a protocol in words, for reports.
+
+  For example: "sliding windows of 512x512, stride 342x342, scale 1".
+  """
   if protocol.style == "slide":
     words = [
       f"sliding windows of {_sides(protocol.window_pixels)}",
@@ -202,14 +207,19 @@ def describe(protocol: Protocol) -> str:
 
 
 def sees_padding(protocol: Protocol) -> bool:
-  """Whether the network is shown what lies on a canvas beside an image, so that scores near that
-  border depend on the canvas.
+  """Tells whether the network sees what lies on a canvas beside an image.
+
+  If so, scores near that border depend on the canvas.
   """
   return protocol.style in ("whole", "pad_to_crop") or _cuts(protocol)
 
 
 def canvas_size(size: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
-  """(height, width) of the canvas that an image of `size` (height, width) is laid on."""
+  """Returns (height, width) of the canvas that an image is laid on.
+
+  Args:
+    size: (height, width) of the image.
+  """
   takes_any = protocol.style == "whole" or _cuts(protocol)
   own = _round_up(size, protocol.pad_multiple, (1, 1) if takes_any else protocol.window_pixels)
   return min(
@@ -218,10 +228,10 @@ def canvas_size(size: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
 
 
 def bounded(protocol: Protocol, sizes: Sequence[tuple[int, int]]) -> tuple[Protocol, str]:
-  """The protocol, made to compile for few sizes where images come in many.
+  """Makes the protocol compile for few sizes where images come in many.
 
-  Where the network does not see it, images share a few larger canvases; else they are padded to
-  multiples of 32 pixels or more.
+  Where the network does not see the padding, images share a few larger canvases. Else they are
+  padded to multiples of 32 pixels or more.
 
   Returns:
     The protocol, and in words what was changed ("" for nothing).
@@ -254,8 +264,9 @@ def bounded(protocol: Protocol, sizes: Sequence[tuple[int, int]]) -> tuple[Proto
 
 
 def _few_canvases(own: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-  """A few canvases, so that each of `own` fits one of them and little is padded: the most similar
-  ones are joined.
+  """Chooses a few canvases, so that each of `own` fits one of them.
+
+  Little is padded: the most similar ones are joined.
   """
   joined = lambda one, other: tuple(map(max, one, other))
   counts = collections.Counter(own)
@@ -316,7 +327,7 @@ def infer(
   mean: Sequence[float],
   std: Sequence[float],
 ) -> tuple[Array, Array]:
-  """Class scores of raw images; to be jitted.
+  """Computes class scores of raw images; to be jitted.
 
   Args:
     predict: images f32[B', h, w, C], normalized -> logits [B', h, w, K]; rows must not depend on
@@ -355,8 +366,10 @@ def infer(
 
 
 def _forward(predict, protocol):
-  """Normalized images -> what is summed: logits or probabilities, of the mirrored images too where
-  the protocol says so.
+  """Returns the function from normalized images to what is summed.
+
+  Its results are logits or probabilities, of the mirrored images too where the protocol asks for
+  it.
   """
 
   def scores(images):
@@ -407,8 +420,9 @@ def _all_scales(forward, normalize, images, sizes, protocol):
 
 
 def _scaled(sizes, scale, multiple):
-  """Sides times `scale`, to the nearest pixel, then to the nearest multiple; NumPy arrays
-  (canvases) or JAX's (image sizes).
+  """Scales sides by `scale`, to the nearest pixel, then the nearest multiple.
+
+  The sides are NumPy arrays (canvases) or JAX's (image sizes).
   """
   # In float32 for both, and monotone: a scaled image fits its scaled canvas.
   pixels = (sizes.astype(np.float32) * np.float32(scale)).round().astype(np.int32).clip(1)
@@ -416,8 +430,11 @@ def _scaled(sizes, scale, multiple):
 
 
 def _inside(sizes, start, shape):
-  """Which pixels of a window of `shape` at `start` (i32[..., 2], may be negative) lie on the image:
-  bool[..., h, w, 1].
+  """Computes which pixels of a window lie on the image: bool[..., h, w, 1].
+
+  Args:
+    start: i32[..., 2], where the window starts; may be negative.
+    shape: of the window.
   """
   on_axis = []
   for axis in (0, 1):
@@ -427,22 +444,23 @@ def _inside(sizes, start, shape):
 
 
 def _whole(forward, normalize, images, sizes, protocol):
-  """Scores, passes, and None: the scores lie where the images lie."""
+  """Returns scores, passes, and None: the scores lie where the images lie."""
   inside = _inside(sizes, jnp.zeros_like(sizes), images.shape[1:3])
   scores = forward(jnp.where(inside, normalize(images), 0.0))
   return scores, jnp.full((*scores.shape[:3], 1), 1.0 + protocol.flip), None
 
 
 def _strides(protocol):
-  """Pixels between windows: as CPS has them, int(np.ceil(crop * rate)), or as UniMatch, int(crop *
-  2 / 3).
+  """Computes the pixels between windows.
+
+  CPS has int(np.ceil(crop * rate)), UniMatch int(crop * 2 / 3).
   """
   rounded = math.ceil if protocol.stride_rounding == "up" else math.floor
   return tuple(rounded(side * protocol.stride_fraction) for side in protocol.window_pixels)
 
 
 def windows_needed(size: tuple[int, int], protocol: Protocol) -> int:
-  """How often the network runs for an image, at scale 1 and unflipped."""
+  """Counts the network's runs for an image, at scale 1 and unflipped."""
   if protocol.style != "slide":
     return 1
   per_axis = zip(size, protocol.window_pixels, _strides(protocol), strict=True)
@@ -452,13 +470,17 @@ def windows_needed(size: tuple[int, int], protocol: Protocol) -> int:
 
 
 def _windows_on_axis(sides, canvas, window, stride, edges):
-  """Where windows start along one axis: [(their length, starts i32[B, N], whether the image needs
-  them: bool[B, N])].
+  """Computes where windows start along one axis.
 
-  shift: at multiples of the stride, the last one shifted back inside; ceil((side - window) /
-    stride) + 1 of them.
-  cut: at all multiples of the stride, ending at the border; those of one length together, as they
-  have one shape. An image without pixels needs none.
+  An image without pixels needs none.
+
+  Args:
+    edges: "shift": at multiples of the stride, the last one shifted back inside; ceil((side -
+      window) / stride) + 1 of them. "cut": at all multiples of the stride, ending at the border;
+      those of one length together, as they have one shape.
+
+  Returns:
+    [(their length, starts i32[B, N], whether the image needs them: bool[B, N])].
   """
   if edges == "shift":
     step = jnp.arange(-(-(canvas - window) // stride) + 1) * stride
@@ -475,7 +497,9 @@ def _windows_on_axis(sides, canvas, window, stride, edges):
 
 
 def _slide(forward, normalize, images, sizes, protocol):
-  """Sliding windows of CPS (TorchSemiSeg's `Evaluator.sliding_eval`), or of UniMatch (`evaluate`).
+  """Sums the scores of sliding windows, those of CPS or of UniMatch.
+
+  CPS: TorchSemiSeg's `Evaluator.sliding_eval`. UniMatch: `evaluate`.
 
   Returns:
     scores, passes: as `infer`, but of each image at `offset`.
@@ -523,8 +547,9 @@ def _slide(forward, normalize, images, sizes, protocol):
 
 
 def _add_windows(total, forward, images, shape, from_top, from_left):
-  """Adds the scores of windows of one shape, at those combinations of the starts on both axes that
-  an image needs, to `total` [B, H, W, K].
+  """Adds the scores of windows of one shape to `total` [B, H, W, K].
+
+  The windows are at those combinations of the starts on both axes that an image needs.
   """
   batch, of_image = len(images), from_top[0].shape[1] * from_left[0].shape[1]
   start = jnp.stack(
@@ -562,7 +587,10 @@ def _add_windows(total, forward, images, shape, from_top, from_left):
 
 
 def _coverage(windows, canvas):
-  """How many of the windows lie over each pixel of one axis of the canvas: f32[B, canvas]."""
+  """Counts the windows over each pixel of one axis of the canvas.
+
+  The result is f32[B, canvas].
+  """
   count = 0.0
   for length, starts, needed in windows:
     distance = jnp.arange(canvas) - starts[..., None]
@@ -573,11 +601,10 @@ def _coverage(windows, canvas):
 
 
 def _resize(x, sizes_in, sizes_out, canvas_out, *, offset=None, align_corners=False):
-  """Bilinear resize of each map [H, W, C] from its own size to its own size, in the conventions of
-  `ops.resize`.
+  """Resizes each map [H, W, C] bilinearly, from and to sizes of its own.
 
-  For sizes known only at run time, and by indices: on large canvases matrices would cost as much as
-  a network.
+  The conventions are those of `ops.resize`. The sizes are known only at run time. It works by
+  indices: on large canvases matrices would cost as much as a network.
 
   Args:
     offset: i32[B, 2] or None, where each map lies on its canvas.

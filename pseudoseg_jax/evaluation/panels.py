@@ -1,5 +1,6 @@
-"""What a method makes of a batch of unlabeled images, side by side: views, probabilities, pseudo
-labels, truth.
+"""Sheets of what a method makes of a batch of unlabeled images.
+
+Side by side are views, probabilities, pseudo labels and truth.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class _Column(NamedTuple):
 def agreement(
   values: np.ndarray, truth: np.ndarray, kept: np.ndarray | None = None
 ) -> dict[str, float]:
-  """How often the likeliest class is the true one.
+  """Measures how often the likeliest class is the true one.
 
   Args:
     values: f32[B, h, w, K], class probabilities or scores.
@@ -67,11 +68,11 @@ def panel_sheet(
   truth: np.ndarray | None = None,
   kept: np.ndarray | None = None,
 ) -> Image.Image:
-  """A row for each image (8 at most) and a column for each panel, above a legend.
+  """Draws a row for each image and a column for each panel, above a legend.
 
-  Class panels show the likeliest class; its color fades to light grey as its probability falls.
-  Their notes are that probability and the share of right pixels, over the kept pixels of the rows
-  shown.
+  There are 8 rows at most. Class panels show the likeliest class; its color fades to light gray as
+  its probability falls. Their notes are that probability and the share of right pixels, over the
+  kept pixels of the rows shown.
 
   Args:
     panels: see `contract.Panel`. Small grids are enlarged without smoothing; what is not finite
@@ -150,8 +151,12 @@ def _check(names, kinds, values, image_channels, num_classes, masks):
 
 
 def _cell_size(size: tuple[int, int], num_columns: int) -> tuple[int, int]:
-  """(width, height) of a cell for images of `size` (height, width): whole multiples where they are
-  enlarged.
+  """Computes (width, height) of a cell for images of one size.
+
+  The cell is a whole multiple of that size where images are enlarged.
+
+  Args:
+    size: (height, width) of the images.
   """
   height, width = size
   room = max(
@@ -164,7 +169,7 @@ def _cell_size(size: tuple[int, int], num_columns: int) -> tuple[int, int]:
 
 
 def _cells(pixels: np.ndarray, size: tuple[int, int]) -> list[Image.Image]:
-  """uint8[B, h, w, 3] as pictures of `size` (width, height)."""
+  """Converts uint8[B, h, w, 3] to pictures of `size` (width, height)."""
   # Enlarged pixels stay squares: what the network saw, not a smoothed guess.
   method = Image.Resampling.NEAREST if pixels.shape[2] <= size[0] else Image.Resampling.BOX
   return [Image.fromarray(image).resize(size, method) for image in pixels]
@@ -191,13 +196,13 @@ def _heat_colors(values: np.ndarray) -> np.ndarray:
 
 
 def _hatch(width: int, height: int) -> np.ndarray:
-  """uint8[height, width, 3]: slanted stripes."""
+  """Draws slanted stripes: uint8[height, width, 3]."""
   y, x = np.mgrid[:height, :width]
   return _HATCH[((x + y) % 7 < 2).astype(np.intp)]
 
 
 def _hatched(cells: list[Image.Image], kept: np.ndarray) -> list[Image.Image]:
-  """The cells, hatched where `kept` [B, h, w] is False."""
+  """Hatches the cells where `kept` [B, h, w] is False."""
   width, height = cells[0].size
   kept = resize.nearest(kept, (height, width)).astype(bool)[..., None]
   hatch = _hatch(width, height)
@@ -247,8 +252,9 @@ def _laid_out(columns, size, classes, kinds, *, hatched, ignored) -> Image.Image
 
 
 def _write(draw, middle, text, font_size, color, width):
-  """Writes centred text; where it is wider than `width`, smaller, then with fewer words, for half a
-  number would mislead.
+  """Writes centered text that fits into `width`.
+
+  Where it is wider, it gets smaller, then has fewer words, for half a number would mislead.
   """
   while font_size > 10 and pictures.text_font(font_size).getlength(text) > width:
     font_size -= 1
@@ -261,7 +267,10 @@ def _write(draw, middle, text, font_size, color, width):
 
 
 def _key(width, kinds, classes, *, hatched) -> Image.Image:
-  """A strip that explains fading, heat and hatching, as far as they occur."""
+  """Draws a strip that explains fading, heat and hatching.
+
+  It explains them as far as they occur.
+  """
   ramp = np.broadcast_to(np.linspace(0, 1, 96, dtype=np.float32), (16, 96))
   entries = []
   if "classes" in kinds:

@@ -1,4 +1,7 @@
-"""Pictures for people: class colors, overlays, legends, contact sheets, curves, scores."""
+"""Pictures for people, from class colors to curves and scores.
+
+They are class colors, overlays, legends, contact sheets, curves and scores.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,9 @@ MARGIN, GAP = 16, 8  # pixels
 
 
 def color_table(classes: Classes) -> np.ndarray:
-  """uint8[256, 3]: the classes' colors by id; light grey for the ignore label, black for ids that
-  are no class.
+  """Returns the classes' colors by id: uint8[256, 3].
+
+  The ignore label is light gray; ids that are no class are black.
   """
   table = np.zeros((256, 3), np.uint8)
   table[: len(classes.palette)] = classes.palette
@@ -33,13 +37,14 @@ def color_table(classes: Classes) -> np.ndarray:
 
 
 def colorize(ids: np.ndarray, classes: Classes) -> np.ndarray:
-  """Class ids uint8[h, w] -> uint8[h, w, 3]."""
+  """Colors class ids: uint8[h, w] -> uint8[h, w, 3]."""
   return color_table(classes)[ids]
 
 
 def visible(images: np.ndarray) -> np.ndarray:
-  """Levels 0..255, [..., C] -> uint8[..., 3]: the first three channels as red, green and blue; of
-  fewer, the first as grey.
+  """Converts levels 0..255 to visible colors: [..., C] -> uint8[..., 3].
+
+  The first three channels are red, green and blue. With fewer channels, the first is shown as gray.
   """
   rgb = images[..., :3] if images.shape[-1] >= 3 else np.repeat(images[..., :1], 3, axis=-1)
   return rgb if rgb.dtype == np.uint8 else np.rint(rgb.clip(0, 255)).astype(np.uint8)
@@ -48,8 +53,10 @@ def visible(images: np.ndarray) -> np.ndarray:
 def overlay(
   image: np.ndarray, ids: np.ndarray, classes: Classes, opacity: float = 0.4
 ) -> np.ndarray:
-  """The image [h, w, C] of levels 0..255, tinted by class, each area with an outline in its full
-  color: uint8[h, w, 3].
+  """Tints the image by class, with an outline around each area.
+
+  The image is [h, w, C] of levels 0..255, the result uint8[h, w, 3]. Outlines have the full color
+  of the class.
 
   The photograph stays as it is where the background is, if the classes have one.
   """
@@ -64,8 +71,9 @@ def overlay(
 
 
 def _edges(ids: np.ndarray, width: int) -> np.ndarray:
-  """bool[h, w]: pixels with one of another class at most `width` pixels away in their row or
-  column.
+  """Finds the pixels that are close to another class: bool[h, w].
+
+  Those are pixels with one of another class at most `width` pixels away in their row or column.
   """
   edges = np.zeros(ids.shape, bool)
   for distance in range(1, width + 1):
@@ -78,8 +86,9 @@ def _edges(ids: np.ndarray, width: int) -> np.ndarray:
 
 
 def indexed(ids: np.ndarray, classes: Classes) -> Image.Image:
-  """Class ids uint8[h, w] as an 8-bit palette image: its pixels are the ids, shown in the classes'
-  colors.
+  """Converts class ids uint8[h, w] to an 8-bit palette image.
+
+  Its pixels are the ids, shown in the classes' colors.
   """
   picture = Image.fromarray(np.ascontiguousarray(ids, np.uint8))
   picture.putpalette(color_table(classes).ravel().tolist())
@@ -93,8 +102,11 @@ def legend(
   with_ignored: bool = False,
   only: Sequence[int] | None = None,
 ) -> Image.Image:
-  """A strip of color swatches with the names of the classes (or of `only` some, by index), wrapped
-  at `width` pixels.
+  """Draws a strip of color swatches with the names of the classes.
+
+  Args:
+    width: the strip wraps at so many pixels.
+    only: the indices of the classes that are shown; None: all of them.
   """
   font = text_font(14)
   shown = range(len(classes)) if only is None else only
@@ -122,7 +134,9 @@ def contact_sheet(
   predictions: Mapping[str, Sequence[np.ndarray]],
   classes: Classes,
 ) -> Image.Image:
-  """A row for each image, with columns image | truth | one for each predictor, above a legend.
+  """Draws a row for each image, with its truth and predictions.
+
+  The columns are image | truth | one for each predictor. The rows are above a legend.
 
   Args:
     images: [h, w, C] of levels 0..255, of any sizes.
@@ -174,8 +188,10 @@ def text_font(size: int) -> ImageFont.ImageFont:
 
 
 def curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
-  """A PNG of losses, mIoU, the accuracy of pseudo labels and the learning rate against steps, each
-  where the history has it.
+  """Draws losses, accuracies and the learning rate against steps, as a PNG.
+
+  The curves are losses, mIoU, the accuracy of pseudo labels and the learning rate, each where the
+  history has it.
 
   Args:
     history: name -> [(step, value)]. By its last parts a name is a loss ("train/loss_sup"), a
@@ -239,7 +255,10 @@ def curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
 def scores(
   classes: Classes, by_predictor: Mapping[str, Scores], folder: str | pathlib.Path
 ) -> None:
-  """Draws `folder`/iou.png of all predictors, and `folder`/confusion.png of the first."""
+  """Draws the IoU of all predictors and the confusion matrix of the first.
+
+  The files are `folder`/iou.png and `folder`/confusion.png.
+  """
   folder = pathlib.Path(folder)
   iou_bars(classes, by_predictor, folder / "iou.png")
   name = next(iter(by_predictor))
@@ -249,8 +268,9 @@ def scores(
 def iou_bars(
   classes: Classes, by_predictor: Mapping[str, Scores], path: str | pathlib.Path
 ) -> None:
-  """Draws IoU in % by class, best class of the first predictor on top, predictors side by side; a
-  dashed line is the mIoU.
+  """Draws IoU in % by class, predictors side by side.
+
+  The best class of the first predictor is on top. A dashed line is the mIoU.
   """
   first = next(iter(by_predictor.values()))
   order = np.argsort(np.nan_to_num(-first.iou, nan=1.0), kind="stable")  # never seen: last
@@ -292,8 +312,12 @@ _MOST_NUMBERED = 40  # classes, above which numbers do not fit into a matrix
 def confusion_matrix(
   classes: Classes, name: str, matrix: np.ndarray, path: str | pathlib.Path
 ) -> None:
-  """Draws what predictor `name` takes the pixels of each class for, in % of the class: i64[K, K],
-  row = truth.
+  """Draws what predictor `name` takes the pixels of each class for.
+
+  The numbers are in % of the class.
+
+  Args:
+    matrix: i64[K, K], row = truth.
   """
   from matplotlib.colors import PowerNorm
 

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 
 class Predictor:
-  """Segments images of any size; compiles once per canvas (see `inference`).
+  """A network that segments images of any size.
+
+  It compiles once per canvas (see `inference`).
 
   Args:
     predict: images f32[B, H, W, C], normalized -> logits f32[B, H, W, K].
     classes: names and colors of the K classes.
-    protocol: how an image is shown to the network; of "center_crop", which leaves the rest of an
+    protocol: how an image is shown to the network; with "center_crop", which leaves the rest of an
       image out, the whole image.
     mean, std: of C channels in [0, 1].
     name: which predictor this is, for people ("teacher").
@@ -85,7 +87,10 @@ class Predictor:
     self._ids, self._probabilities = _jit_by_form(ids), _jit_by_form(probabilities)
 
   def with_options(self, **options) -> Predictor:
-    """The same network with other keywords of the constructor, such as another `protocol`."""
+    """Returns the same network with other keywords of the constructor.
+
+    For example, another `protocol`.
+    """
     return Predictor(self._predict, self.classes, **self._options | options)
 
   def __repr__(self) -> str:
@@ -105,10 +110,11 @@ class Predictor:
     }
 
   def predict(self, image: ImageLike) -> ClassMap:
-    """Class ids uint8[h, w] of an image: a file's path, a PIL image, or an array [h, w, C] of
-    levels 0..255 of any type.
+    """Predicts the class ids uint8[h, w] of an image.
 
-    They are an array, which a notebook shows in the classes' colors. Ids of files and PIL images
+    The image is a file's path, a PIL image, or an array [h, w, C] of levels 0..255 of any type.
+
+    The ids are an array, which a notebook shows in the classes' colors. Ids of files and PIL images
     that carry an EXIF orientation lie on the upright picture, as viewers show it; see the class.
 
     Raises:
@@ -117,28 +123,31 @@ class Predictor:
     return ClassMap(self.ids(self.read(image)), self.classes)
 
   def probabilities(self, image: ImageLike) -> np.ndarray:
-    """Class probabilities f32[h, w, K]: their mean over windows, flips and scales, or the softmax
-    of the mean logits.
+    """Computes the class probabilities f32[h, w, K] of an image.
+
+    They are the mean over windows, flips and scales, or the softmax of the mean logits.
     """
     return self._run(self._probabilities, self.read(image))
 
   def overlay(self, image: ImageLike) -> Picture:
-    """The image with every pixel tinted by its class, uint8[h, w, 3]: an array, which a notebook
-    shows as a picture.
+    """Tints every pixel of the image by its class: uint8[h, w, 3].
+
+    The result is an array, which a notebook shows as a picture.
     """
     levels = self.read(image)
     return Picture(pictures.overlay(levels, self.ids(levels), self.classes))
 
   def read(self, image: ImageLike) -> np.ndarray:
-    """The levels [h, w, C] of an image, uint8 or float32 on the scale 0..255, as `predict` shows
-    them to the network.
+    """Reads the levels [h, w, C] of an image.
+
+    They are uint8 or float32 on the scale 0..255, as `predict` shows them to the network.
     """
     return decode.read_any_image(
       image, self.channels, exif_orientation=self.exif_orientation, max_value=self.max_value
     )
 
   def ids(self, levels: np.ndarray) -> np.ndarray:
-    """Class ids uint8[h, w] of what `read` gives."""
+    """Predicts the class ids uint8[h, w] of what `read` returns."""
     return self._run(self._ids, levels)
 
   def _run(self, compiled, pixels):
@@ -165,11 +174,10 @@ class Predictor:
 
 
 def _jit_by_form(fn: Callable) -> Callable:
-  """jax.jit of a function with one result, with the arrays it closes over (a network's weights) as
-  arguments.
+  """Jits a function of one result, with the arrays in it as arguments.
 
-  jax.jit alone would write them into the program as constants: some hundred megabytes to compile,
-  anew for every image size.
+  These are the arrays that it closes over (a network's weights). jax.jit alone would write them
+  into the program as constants: some hundred megabytes to compile, anew for every image size.
   """
   compiled = {}
 

@@ -1,4 +1,4 @@
-"""How far a long pass over images is."""
+"""The progress of a long pass over images."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Callable
 
 
 class Progress:
-  """Tells now and then how many images are done, how fast, and how long the rest takes; the first
+  """A reporter of the progress of a long pass over images.
+
+  It reports now and then how many images are done, how fast, and how long the rest takes; the first
   ones (compiling) are left out.
 
   Args:
     total: number of images.
     say: takes a line, e.g. a logger's `info`.
-    every_seconds: how often; a pass that is shorter says nothing.
+    every_seconds: how often; a pass that is shorter reports nothing.
   """
 
   def __init__(self, total: int, say: Callable[[str], None], *, every_seconds: float = 5.0):
@@ -25,7 +27,7 @@ class Progress:
     return time.perf_counter() - self.started
 
   def more(self, count: int = 1) -> None:
-    """`count` further images are done."""
+    """Counts `count` further images as done."""
     self.done += count
     now = time.perf_counter()
     if self._first is None:

@@ -6,12 +6,14 @@ results.json:
    "seed": int, "method": str,
    "split": str, "protocol": str,                 in words
    "preset": str | null,                          the protocol's name, where it has one
-   "last": {"step": int, "predictors": {NAME: {"miou": number | null, "pixel_accuracy": number |
-   null,
-                                               "iou": {CLASS: number | null},
-                                               "predicted_classes": [CLASS, ...]}}},   of at least one pixel
+   "last": {"step": int,
+            "predictors": {NAME: {"miou": number | null, "pixel_accuracy": number | null,
+                                  "iou": {CLASS: number | null},
+                                  "predicted_classes": [CLASS, ...]}}},
+                                                  predicted_classes: of at least one pixel
    "best": the same of the best step so far, and "selected_by": str, what it is best by,
-   "ended_early": true,                           where config.early_stopping_patience ended the run before its total_steps
+   "ended_early": true,                           where config.early_stopping_patience ended the
+                                                  run before its total_steps
    "baseline": {"workdir": str, "miou": number, "gain": number, "differs": [str]},
                                                   a finished supervised run beside this one, on the
                                                   same images and protocol: the first predictor's
@@ -19,10 +21,10 @@ results.json:
                                                   which options differ but for those of the method;
                                                   where there is one
    "domains": {name: {"split": str, "last": ..., "best": the same of the first data set's best
-   step}}, where there are further ones}
+                      step}},                     where there are further ones
 
-NAME+image_labels is the predictor NAME with its answers kept to the classes that are in each image,
-as the truth says: what it is worth where image-level labels are known
+NAME+image_labels is the predictor NAME with its predictions kept to the classes that are in each
+image according to the truth: what it is worth where image-level labels are known
 (config.evaluation.image_labels). It never selects the best step.
 
 Scores are fractions; null is a class (or a set) of which nothing was seen. `best` was chosen by
@@ -53,8 +55,9 @@ Results = dict[str, Any]
 
 
 def table(classes: Classes, scores: Mapping[str, Scores]) -> str:
-  """IoU in % by class, predictors side by side, with their mean and the pixel accuracy; "-" = never
-  seen.
+  """Formats IoU in % by class, predictors side by side, as a table.
+
+  Below the classes are their mean and the pixel accuracy; "-" = never seen.
   """
   rows = _rows(classes, scores)
   cells = [["IoU %", *scores], *([name, *map(percent, values)] for name, values in rows)]
@@ -73,8 +76,9 @@ def table(classes: Classes, scores: Mapping[str, Scores]) -> str:
 
 
 def csv(classes: Classes, scores: Mapping[str, Scores]) -> str:
-  """The same rows as CSV, as fractions; an empty cell = never seen. A name that a spreadsheet would
-  run begins with a quote.
+  """Formats the rows of `table` as CSV, as fractions.
+
+  An empty cell = never seen. A name that a spreadsheet would run begins with a quote.
   """
   text = io.StringIO()
   writer = csv_lib.writer(text, lineterminator="\n")
@@ -97,12 +101,12 @@ def _rows(classes, scores):
 
 
 def percent(value: float | None) -> str:
-  """A fraction in %; "-" for none."""
+  """Formats a fraction in %; "-" for none."""
   return "-" if value is None or math.isnan(value) else f"{100 * value:.2f}"
 
 
 def entry(classes: Classes, step: int, scores: Mapping[str, Scores]) -> Results:
-  """What results.json says of one step."""
+  """Returns what results.json holds of one step."""
   return {
     "step": int(step),
     "predictors": {
@@ -163,7 +167,7 @@ def read_results(path: str | pathlib.Path) -> Results:
 
 
 def _is_entry(value: Mapping[str, Any]) -> bool:
-  """Whether a value is what `entry` made."""
+  """Tells whether a value is what `entry` made."""
   predictors = value.get("predictors")
   return (
     isinstance(value.get("step"), int)
@@ -176,7 +180,10 @@ def _is_entry(value: Mapping[str, Any]) -> bool:
 
 
 def read_object(path: str | pathlib.Path) -> dict[str, Any]:
-  """The JSON object of a file; {} for a file that is absent, damaged or of something else."""
+  """Reads the JSON object of a file.
+
+  The result is {} for a file that is absent, damaged or of something else.
+  """
   try:
     content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError):
@@ -185,7 +192,9 @@ def read_object(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def write_atomically(path: str | pathlib.Path, content: str | bytes) -> None:
-  """Writes a file that is there whole or not at all, whatever happens meanwhile; makes its folder.
+  """Writes a file that is there whole or not at all; makes its folder.
+
+  This holds whatever happens meanwhile.
 
   Raises:
     OSError: with the path.

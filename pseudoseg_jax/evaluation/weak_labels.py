@@ -1,5 +1,6 @@
-"""Weak labels of the images that are predicted: shown to a predictor beside the image, or as the
-only classes it may answer.
+"""Weak labels of the images that are predicted.
+
+They are shown to a predictor beside the image, or are the only classes it may predict.
 
 They are of two kinds: "boxes", f32[M, 5] of an image as `data.boxes` has them, and "image", f32[K]
 of 0 and 1, its image-level labels. Either becomes K planes, one a class: 1 inside the boxes of the
@@ -32,8 +33,9 @@ _ABSENT = -1e9  # finite, so that sums over windows, scales and flips are too
 
 
 def mask_logits(logits: Array, planes: Array) -> Array:
-  """Logits f32[B, H, W, K] in which classes that are not in the image cannot win, nor count in a
-  softmax.
+  """Masks the logits f32[B, H, W, K] of classes that are not in the image.
+
+  These classes cannot win, nor count in a softmax.
 
   Args:
     planes: f32[B, H, W, K]; class k is in image b if planes[b, ..., k] is above 1/2 anywhere.
@@ -44,8 +46,12 @@ def mask_logits(logits: Array, planes: Array) -> Array:
 
 
 def planes_of(kind: str, label: np.ndarray, size: tuple[int, int], num_classes: int) -> np.ndarray:
-  """The planes of one image of `size` (height, width) in levels, uint8[h, w, K] of 0 and 255; a box
-  holds the pixels whose middle it holds.
+  """Draws the planes of one image in levels, uint8[h, w, K] of 0 and 255.
+
+  A box holds the pixels whose middle it holds.
+
+  Args:
+    size: (height, width) of the image.
   """
   planes = np.zeros((*size, num_classes), np.uint8)
   if kind == "image":
@@ -58,8 +64,9 @@ def planes_of(kind: str, label: np.ndarray, size: tuple[int, int], num_classes: 
 
 
 class WithChannels:
-  """A source whose images carry planes of weak labels after their own channels, made when an image
-  is asked for.
+  """A source whose images carry planes of weak labels as further channels.
+
+  They come after the image's own channels and are made when an image is asked for.
 
   To be normalized with mean 0 and std 1, so that a network sees 0..1, and 0 on padding.
 
@@ -87,10 +94,13 @@ class WithChannels:
     return np.concatenate([image, *(plane.astype(image.dtype) for plane in planes)], axis=-1)
 
   def predictor(self, predict: Predictor, *, masked: bool = False) -> Predictor:
-    """`predict`, for images of this source: it is shown the image alone, or with the planes of its
-    weak label.
+    """Returns `predict`, for images of this source.
 
-    masked: keep its answers to the classes in the image; wants weak labels of the kind "image".
+    It is shown the image alone, or with the planes of its weak label.
+
+    Args:
+      masked: keep its predictions to the classes in the image; wants weak labels of the kind
+        "image".
     """
 
     def logits(state, images):
@@ -107,7 +117,10 @@ class WithChannels:
 
 
 def image_labels_of_masks(source: Source, num_classes: int) -> WeakLabel:
-  """f32[K] of each row, read off its mask once it is asked for."""
+  """Returns the image-level labels f32[K] of each row, read off its mask.
+
+  They are read once they are asked for.
+  """
 
   @functools.cache
   def of_row(row: int) -> np.ndarray:
@@ -119,7 +132,10 @@ def image_labels_of_masks(source: Source, num_classes: int) -> WeakLabel:
 
 
 def boxes_of_masks(source: Source, classes: Classes) -> WeakLabel:
-  """Boxes f32[M, 5] of each row, read off its mask once they are asked for."""
+  """Returns the boxes f32[M, 5] of each row, read off its mask.
+
+  They are read once they are asked for.
+  """
   return functools.cache(lambda row: boxes.boxes_of_masks(_Row(source, row), classes)[0])
 
 

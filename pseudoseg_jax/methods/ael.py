@@ -1,9 +1,10 @@
-"""Adaptive equalization learning: classes of low confidence are pasted, mixed in and learned from
-more often.
+"""Adaptive equalization learning (AEL): more training on weak classes.
+
+Classes of low confidence are pasted, mixed in and learned from more often.
 
 Hu et al., "Semi-Supervised Semantic Segmentation via Adaptive Equalization Learning", NeurIPS 2021;
-facts from the official code (hzhupku/SemiSeg-AEL), which is followed where the paper says
-otherwise.
+facts from the official code (hzhupku/SemiSeg-AEL), which is followed where the paper differs from
+it.
 """
 
 from typing import Annotated, NamedTuple
@@ -19,7 +20,9 @@ from pseudoseg_jax.options import Allowed, Count, NotNegative, Share, checked
 
 
 def choose_partner(priority, preferred=False):
-  """For each image another one of the batch, among the preferred ones where there are any: i32[N].
+  """Chooses another image of the batch for each one, preferred ones first.
+
+  i32[N]: among the preferred ones where there are any.
 
   Args:
     priority: f32[N, N] in [0, 1); of those it may be, image i gets the j of greatest priority[i,
@@ -31,8 +34,9 @@ def choose_partner(priority, preferred=False):
 
 
 def drawn_classes(bank, gumbel, candidates=(), *, power=1.0):
-  """A class by `balance.class_probabilities` for each row of gumbel f32[N, K], standard Gumbel
-  noise: i32[N].
+  """Draws a class for each row of Gumbel noise.
+
+  i32[N], drawn by `balance.class_probabilities`; gumbel is f32[N, K], standard Gumbel noise.
   """
   return jnp.argmax(
     jnp.log(balance.class_probabilities(bank, candidates, power=power)) + gumbel, axis=-1
@@ -40,8 +44,9 @@ def drawn_classes(bank, gumbel, candidates=(), *, power=1.0):
 
 
 class Source(NamedTuple):
-  """What is pasted into labeled images: image f32[B, H, W, C], label i32[B, H, W], classes
-  bool[K].
+  """The images, labels and classes that are pasted into labeled images.
+
+  image f32[B, H, W, C], label i32[B, H, W], classes bool[K].
   """
 
   image: Array
@@ -50,8 +55,10 @@ class Source(NamedTuple):
 
 
 def choose_source(image, label, bank, draws, *, probability, candidates, power) -> Source:
-  """Another labeled image for each, or none (its label is IGNORE_LABEL then), and the classes, the
-  same for all images.
+  """Chooses another labeled image for each, and the classes to paste.
+
+  Where an image gets none, its source's label is IGNORE_LABEL. The classes are the same for all
+  images.
   """
   classes = drawn_classes(bank, draws["classes"], candidates, power=power)
   rows = choose_partner(draws["source"])
@@ -61,8 +68,9 @@ def choose_source(image, label, bank, draws, *, probability, candidates, power) 
 
 
 def copy_paste(image, label, source: Source):
-  """Images and labels with the source's pixels of the chosen classes on top. [AEL, adaptive
-  Copy-Paste]
+  """Pastes the source's pixels of the chosen classes on images and labels.
+
+  [AEL, adaptive Copy-Paste]
   """
   mask = mixing.class_masks(
     source.label, jnp.broadcast_to(source.classes, (len(label), source.classes.size))
@@ -71,7 +79,9 @@ def copy_paste(image, label, source: Source):
 
 
 def region_boxes(label, classes, priority, *, min_area):
-  """The bounding box of one large region of a class in each image. [AEL, adaptive CutMix]
+  """Finds the bounding box of one large region of a class in each image.
+
+  [AEL, adaptive CutMix]
 
   Args:
     label: i32[N, H, W].
@@ -109,11 +119,13 @@ class Mix(NamedTuple):
 
 
 def choose_mix(label, bank, draws, *, region_area, presence_area) -> Mix:
-  """For each image a class, another image that has it, and the box of one of its regions there.
-  [AEL, adaptive CutMix]
+  """Chooses a class, a second image and the box of a region for each image.
+
+  The second image is another one that has the class, and the box is that of one of its regions
+  there. [AEL, adaptive CutMix]
 
   Args:
-    label: i32[N, H, W], what the teacher says of the unlabeled images.
+    label: i32[N, H, W], the teacher's labels of the unlabeled images.
   """
   classes = drawn_classes(bank, draws["classes"])
   holds = balance.presence(label, bank.size, presence_area)[:, classes].T
@@ -126,8 +138,9 @@ def choose_mix(label, bank, draws, *, region_area, presence_area) -> Mix:
 
 
 def ignore_unconfident(label, confidence, min_confidence):
-  """IGNORE_LABEL where the confidence is below the least that counts: i32[...], f32[...] ->
-  i32[...].
+  """Ignores labels whose confidence is below the least that counts.
+
+  i32[...], f32[...] -> i32[...], with IGNORE_LABEL where the confidence is below.
   """
   return jnp.where(confidence < min_confidence, IGNORE_LABEL, label)
 
@@ -160,21 +173,22 @@ def ael(
   auxiliary_weight: NotNegative = 0.4,
   decay: Share = 0.99,
 ) -> Method:
-  """Student by gradient, teacher by average; a bank of class confidences steers pasting, mixing,
-  sampling. [AEL, section 3]
+  """Trains a student by gradient and its teacher by average, led by a bank.
+
+  The bank of class confidences steers pasting, mixing and sampling. [AEL, section 3]
 
   The bank starts at random, as in the official code. Pasting and mixing follow the bank as it was
   before the step's labeled batch, sampling the one after it. All passes are in training mode:
   labeled, mixed and the teacher's unlabeled images have batch statistics of their own. Padding of
   unlabeled images is learned from like any pixel.
 
-  The official code looks other images up in the data set: a labeled image gets one of all labeled
-  images, scaled by 0.1 to 2; an unlabeled one gets, freshly augmented, one of all unlabeled images
-  in which the teacher saw the drawn class when they last came up (a bank of classes by images), and
-  of each two unlabeled images that were loaded a coin throws one away. Here all come from the
-  batch: the pasted image is another labeled one in its view, the mixed one another unlabeled one in
-  which the teacher sees the class now. Every unlabeled image is the base of one mixed image; one
-  pass of the teacher serves all.
+  The official code looks other images up in the data set. A labeled image gets one of all labeled
+  images, scaled by 0.1 to 2. An unlabeled one gets, freshly augmented, one of all unlabeled images
+  in which the teacher saw the drawn class when they last came up (a bank of classes by images). A
+  coin throws away one of each two unlabeled images that were loaded. Here all come from the batch:
+  the pasted image is another labeled one in its view, the mixed one another unlabeled one in which
+  the teacher sees the class now. Every unlabeled image is the base of one mixed image; one pass of
+  the teacher serves all.
 
   Args:
     weight: of the consistency terms.
@@ -183,13 +197,12 @@ def ael(
     min_confidence: pseudo labels below it are ignored; 0.7 on VOC, 0 (none) in the paper and on
       Cityscapes.
     gamma: pixels count by their confidence to this power; 0 lets all kept ones count alike.
-    beta: pixels of a class are learned from the more often, the less sure the class is; 0 learns from
-      all, see `balance.sampling_rate`.
+    beta: pixels of a class are learned from the more often, the less sure the class is; 0 learns
+      from all, see `balance.sampling_rate`.
     bank_momentum: what the bank keeps in a step.
     paste_probability: of pasting, image by image.
     paste_draws: classes drawn for pasting in a step, with replacement (paste_probability 0 pastes
-      none); the paper has 3, the code on
-      VOC 1.
+      none); the paper has 3, the code on VOC 1.
     paste_classes: classes that may be pasted; () for all. On Cityscapes all but road, sidewalk,
       building, vegetation, sky.
     paste_power: classes are drawn by their lack of confidence to this power, see
@@ -245,8 +258,10 @@ def ael(
     }
 
   def teach(teacher, images, dropout):
-    """The teacher's labels and confidences of each of the named batches, and the teacher with its
-    statistics moved.
+    """Predicts each of the named batches with the teacher.
+
+    Returns the teacher's labels and confidences of each batch, and the teacher with its statistics
+    moved.
     """
     logits, teacher = nets.forward(network, teacher, *images.values(), dropout=dropout)
     return {
@@ -254,15 +269,20 @@ def ael(
     }, teacher
 
   def consistency(logits, pseudo_label, confidence, rate, uniform):
-    """The loss of a batch with the teacher's labels, and the pixels that are learned from."""
+    """Computes the loss of a batch with the teacher's labels.
+
+    Returns the loss, and the pixels that are learned from.
+    """
     pseudo_label = ignore_unconfident(pseudo_label, confidence, min_confidence)
     kept = balance.sampled(jnp.argmax(logits, axis=-1), rate, uniform)
     loss = balance.reweighted_loss(logits, pseudo_label, confidence, kept, gamma)
     return loss, kept & (pseudo_label != IGNORE_LABEL)
 
   def student_logits(net, labeled, mixed, dropout):
-    """Logits of the labeled images, of the mixed ones and of the labeled ones by the second head;
-    the net, statistics moved.
+    """Computes the student's logits with both of its heads.
+
+    Returns logits of the labeled images, of the mixed ones and of the labeled ones by the second
+    head; and the net with its statistics moved.
     """
     maps, net = nets.encode(network, net, labeled, mixed)
     scores, net = nets.decode(network, net, *maps, dropout=dropout["student"])

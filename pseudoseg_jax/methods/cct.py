@@ -1,9 +1,11 @@
-"""CCT: auxiliary decoders learn to predict on perturbed features of unlabeled images what the main
-decoder predicts on the clean ones.
+"""CCT: auxiliary decoders learn from the main one on perturbed features.
+
+On perturbed features of unlabeled images they learn to predict what the main decoder predicts on
+the clean ones.
 
 Ouali, Hudelot & Tami, "Semi-Supervised Semantic Segmentation with Cross-Consistency Training", CVPR
-2020; facts from the official code (yassouali/CCT), which is followed where the paper says
-otherwise.
+2020; facts from the official code (yassouali/CCT), which is followed where the paper differs from
+it.
 """
 
 from __future__ import annotations
@@ -44,8 +46,9 @@ _DRAWN = {
 
 
 def consistency(distance: str, logits, target, *, min_confidence: float = 0.0):
-  """Measures a decoder against the target: f32[], a mean over pixels and, but for confident KL,
-  classes. [CCT, utils/losses.py]
+  """Measures a decoder against the target.
+
+  f32[], a mean over pixels and, but for confident KL, classes. [CCT, utils/losses.py]
 
   Args:
     distance: "mse", "kl" or "js".
@@ -74,8 +77,9 @@ def pseudo_mask(
   foreground_score: float = 0.30,
   background_score: float = 0.05,
 ):
-  """Labels the pixels where class activation maps are confident; IGNORE_LABEL elsewhere. [CCT, pseudo_labels/, constants
-  of its two thresholds]
+  """Labels the pixels where class activation maps are confident.
+
+  All others get IGNORE_LABEL. [CCT, pseudo_labels/, constants of its two thresholds]
 
   The official masks come from a network of their own, before training, and a dense CRF refines each
   threshold's; here there is neither.
@@ -98,8 +102,9 @@ def pseudo_mask(
 def vat_perturbation(
   decode: Callable, features, start, *, xi: float, eps: float, tiny: float = 1e-12
 ):
-  """The perturbation of length `eps` an image that a decoder feels most, without gradient. [CCT,
-  I-VAT, official get_r_adv]
+  """Finds the perturbation that changes a decoder's prediction most.
+
+  Its length is `eps` an image, and it has no gradient. [CCT, I-VAT, official get_r_adv]
 
   Args:
     decode: features f32[B, h, w, C] -> scores; start: random directions [B, h, w, C].
@@ -110,14 +115,18 @@ def vat_perturbation(
 
 
 class Prediction(NamedTuple):
-  """What perturbations look at in the main decoder's prediction."""
+  """The parts of the main decoder's prediction that perturbations look at."""
 
   foreground: jax.Array  # bool[B, H, W]
   objects: perturb.Objects | None
 
 
 def predicted(target, *, objects: bool = True) -> Prediction:
-  """objects: False leaves them out, for want of a G-Cutout."""
+  """Derives the foreground and its large objects from the target.
+
+  Args:
+    objects: False leaves them out, for want of a G-Cutout.
+  """
   # "Foreground" is any class but 0, even where there is no background class (as officially).
   foreground = jnp.argmax(target, axis=-1) != 0
   return Prediction(foreground, perturb.large_objects(foreground) if objects else None)
@@ -126,10 +135,14 @@ def predicted(target, *, objects: bool = True) -> Prediction:
 def perturbed(
   kind: str, features, drawn, prediction: Prediction, decode: Callable, *, xi: float, eps: float
 ):
-  """Features f32[B, h, w, C] under the perturbation `kind` of DECODERS; `drawn` as in _DRAWN. [CCT,
-  models/decoders.py]
+  """Perturbs features in the way of one kind of auxiliary decoder.
 
-  decode: features -> scores, of the decoder that will read them; VAT asks it.
+  Returns features f32[B, h, w, C]. [CCT, models/decoders.py]
+
+  Args:
+    kind: one of DECODERS.
+    drawn: as in _DRAWN.
+    decode: features -> scores, of the decoder that will read them; VAT asks it.
   """
   match kind:
     case "vat":
@@ -154,7 +167,7 @@ def perturbed(
 
 
 def _deepest_shape(network, size):
-  """Shape (h, w, C) of the deepest map of an image of `size`."""
+  """Returns the shape (h, w, C) of the deepest map of an image of `size`."""
   params, batch_stats = jax.eval_shape(network.init, jax.random.key(0))
   image = jax.ShapeDtypeStruct((1, *size, network.in_channels), jnp.float32)
   maps, _ = jax.eval_shape(
@@ -164,7 +177,10 @@ def _deepest_shape(network, size):
 
 
 def _features(maps):
-  """The encoder's output: its deepest map, in float32 whatever the network's type."""
+  """Returns the encoder's output: its deepest map.
+
+  It is in float32 whatever the network's type.
+  """
   return maps[-1].astype(jnp.float32)
 
 
@@ -188,10 +204,10 @@ class _Settings(NamedTuple):
 
 
 class _Domain(NamedTuple):
-  """The decoders of one domain and what they do; the encoder is everyone's.
+  """The decoders of one domain and what they do.
 
-  Domain 0 has the network's own head as its main decoder, the others one of the auxiliary decoders'
-  kind.
+  All domains share the encoder. Domain 0 has the network's own head as its main decoder, the others
+  one of the auxiliary decoders' kind.
   """
 
   task: Task
@@ -204,7 +220,10 @@ class _Domain(NamedTuple):
 
   @property
   def suffix(self) -> str:
-    """Of the domain's streams, heads and metrics: "", "_1", "_2", ..."""
+    """Returns the suffix of the domain's streams, heads and metrics.
+
+    It is "", "_1", "_2", ...
+    """
     return f"_{self.number}" if self.number else ""
 
   @property
@@ -215,7 +234,7 @@ class _Domain(NamedTuple):
 
   @property
   def heads(self) -> dict[str, Head]:
-    """What the domain adds to the network's tree."""
+    """Builds the heads that the domain adds to the network's tree."""
     parts = {f"auxiliary{self.suffix}": heads.stack_heads(self.decoder, self.counts)}
     parts |= {f"head{self.suffix}": self.decoder} if self.number else {}
     return parts | ({"classifier": self.classifier} if self.classifier else {})
@@ -238,7 +257,10 @@ class _Domain(NamedTuple):
     return drawn | {"dropout_keys": nets.dropout_keys(key, "main")}
 
   def main(self, net, *maps, dropout):
-    """The main decoder's scores on each of the maps, and the net with its statistics moved."""
+    """Computes the main decoder's scores on each of the maps.
+
+    Returns the scores, and the net with its statistics moved.
+    """
     if self.number == 0:
       return nets.decode(self.task.network, net, *maps, dropout=dropout)
     params = net.params[f"head{self.suffix}"]
@@ -254,8 +276,9 @@ class _Domain(NamedTuple):
     )
 
   def auxiliary(self, net, features, target, draws, read):
-    """Mean over the auxiliary decoders of read(logits f32[B, H, W, K]); one decoder's logits are
-    alive at a time.
+    """Averages a reading of the logits over the auxiliary decoders.
+
+    Returns the mean of read(logits f32[B, H, W, K]); one decoder's logits are alive at a time.
     """
     prediction = predicted(target, objects="cutout" in self.counts)
 
@@ -288,8 +311,9 @@ class _Domain(NamedTuple):
     return losses.bootstrapped_cross_entropy(logits, label, threshold=threshold)
 
   def class_maps(self, net, features, unlabeled):
-    """Class activation maps of the unlabeled images, and the classifier's loss; neither has a
-    gradient for the encoder.
+    """Computes class activation maps of the unlabeled images.
+
+    Returns the maps, and the classifier's loss; neither has a gradient for the encoder.
     """
     # Officially the maps are those of a network of its own: the encoder learns nothing from the
     # classifier here either.
@@ -303,7 +327,10 @@ class _Domain(NamedTuple):
     return cam, jnp.mean(optax.sigmoid_binary_cross_entropy(logits, present))
 
   def loss(self, net, labeled, unlabeled, draws, step):
-    """The domain's loss terms, the net with its statistics moved, and metrics."""
+    """Computes the domain's loss terms.
+
+    Returns the terms, the net with its statistics moved, and metrics.
+    """
     settings, total_steps, label = self.settings, self.task.total_steps, labeled["label"]
     maps, net = nets.encode(self.task.network, net, labeled["image"], unlabeled["weak"])
     (on_labeled, on_unlabeled), net = self.main(net, *maps, dropout=draws["dropout_keys"]["main"])
@@ -353,7 +380,10 @@ class _Domain(NamedTuple):
     return self.upsample(scores, images.shape[1:3])
 
   def show(self, net, unlabeled, draws):
-    """Panels, and where the target is learned from."""
+    """Shows what the domain's decoders predict on unlabeled images.
+
+    Returns panels, and where the target is learned from.
+    """
     weak = unlabeled["weak"]
     maps, net = nets.encode(self.task.network, net, weak)
     (scores,), net = self.main(net, *maps, dropout=draws["dropout_keys"]["main"])
@@ -407,7 +437,10 @@ def _rules(problems, task, *, decoders, distance, min_confidence, **_):
 
 
 def _method(task: Task, settings: _Settings, needs: Needs) -> Method:
-  """The sum of all domains' losses, on one network whose backbone they share."""
+  """Builds the method that minimizes the sum of all domains' losses.
+
+  The domains share the backbone of one network.
+  """
   class_counts = [task.num_classes, *(task.other_classes if needs.domains else ())]
   domains = [
     _domain(task, settings, number, num_classes) for number, num_classes in enumerate(class_counts)
@@ -470,8 +503,10 @@ def cct(
   classification_weight: NotNegative = 1.0,
   background: bool = True,
 ) -> Method:
-  """A main decoder that learns from labels, auxiliary ones that learn from it, an encoder that
-  learns from all. [CCT, section 3]
+  """Trains auxiliary decoders to agree with a main one on perturbed features.
+
+  The main decoder learns from labels, the auxiliary ones from the main one, and the encoder from
+  all. [CCT, section 3]
 
   The encoder's output is the deepest map of the backbone. Labeled and unlabeled images pass with
   batch statistics of their own. The consistency is a mean over all pixels, padding among them
@@ -534,8 +569,9 @@ def cct_domains(
   xi: Positive = 0.1,
   eps: Positive = 2.0,
 ) -> Method:
-  """CCT on several data sets with classes of their own: one encoder for all, decoders for each.
-  [CCT, 3.5]
+  """Trains CCT on several data sets with classes of their own.
+
+  There is one encoder for all, and decoders for each. [CCT, 3.5]
 
   Every step takes labeled and unlabeled images of each domain and sums the domains' losses (the
   author reports that alternating between them works as well). This part of the official code was

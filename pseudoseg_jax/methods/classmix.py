@@ -1,8 +1,10 @@
-"""ClassMix: half of the classes that the teacher sees in an image are pasted, with its labels, on
-the next image of the batch.
+"""ClassMix: half of an image's classes are pasted on the next image.
+
+The classes are half of those that the teacher sees in an image. They are pasted, with the teacher's
+labels, on the next image of the batch.
 
 Olsson et al., "ClassMix: Segmentation-Based Data Augmentation for Semi-Supervised Learning", WACV
-2021; facts from the official code, which is followed where the paper says otherwise.
+2021; facts from the official code, which is followed where the paper differs from it.
 """
 
 from typing import Literal
@@ -21,21 +23,22 @@ _BLUR_PROBABILITY, _BLUR_SIGMA_PIXELS = 0.5, (0.15, 1.15)
 
 
 def paste_on_next(mask, x):
-  """x where the mask is true and elsewhere x of the next image, after the last the first: bool[B,
-  H, W], [B, H, W, ...].
+  """Pastes each image on the next one, and the last on the first.
 
-  The paper pastes on a second sampled image; the official code makes B mixed images of the B of a
-  batch.
+  bool[B, H, W], [B, H, W, ...] -> [B, H, W, ...]: x where the mask is true, elsewhere x of the next
+  image. The paper pastes on a second sampled image; the official code makes B mixed images of the B
+  of a batch.
   """
   return mixing.mix(mask, jnp.roll(x, -1, axis=0), x)
 
 
 def consistency(loss, student_logits, mixed_logits):
-  """Measures the student against the mixed teacher, per pixel: [B, H, W, K] x [B, H, W, K] -> [B,
-  H, W].
+  """Measures the student against the mixed teacher, per pixel.
 
-  loss: "cross_entropy" with the likeliest class, or "mse", see `distances`. The teacher's side gets
-    no gradient.
+  [B, H, W, K] x [B, H, W, K] -> [B, H, W]. The teacher's side gets no gradient.
+
+  Args:
+    loss: "cross_entropy" with the likeliest class, or "mse", see `distances`.
   """
   if loss == "mse":
     return distances.per_pixel("mse", student_logits, mixed_logits)
@@ -43,7 +46,9 @@ def consistency(loss, student_logits, mixed_logits):
 
 
 def pixel_weight(confidence, step, *, by, min_confidence, rampup_steps):
-  """What each pixel counts, f32[] or f32[B, H, W], without gradient.
+  """Computes what each pixel counts, without gradient.
+
+  f32[] or f32[B, H, W].
 
   Args:
     confidence: f32[B, H, W], the teacher's greatest probability after mixing.
@@ -79,8 +84,9 @@ def classmix(
   blur: bool = False,
   decay: Share = 0.99,
 ) -> Method:
-  """Student by gradient, teacher by average, both in training mode; the headline is the student.
-  [ClassMix, trainSSL.py]
+  """Trains a student by gradient and a teacher by average on mixed images.
+
+  Both are in training mode; the headline is the student. [ClassMix, trainSSL.py]
 
   Labeled, weak and mixed images pass with batch statistics of their own. The teacher's running
   statistics follow its own passes and serve its predictor alone; the official ones start at 0 and
@@ -130,7 +136,10 @@ def classmix(
     return draws | {"dropout": nets.dropout_keys(key, "teacher", "student")}
 
   def pasted(logits, draws):
-    """bool[B, H, W], True where an image is pasted on the next one."""
+    """Marks the pixels where an image is pasted on the next one.
+
+    bool[B, H, W], True there.
+    """
     if mask == "class":
       label, _ = targets.hard_label(logits)
       return mixing.class_masks(label, mixing.choose_classes(draws["mask"], label))
@@ -141,7 +150,10 @@ def classmix(
     )
 
   def perturbed(images, draws):
-    """Color jitter and blur of mixed images, normalized before and after."""
+    """Applies color jitter and blur to mixed images.
+
+    The images are normalized before and after.
+    """
     if color_jitter:
       mean, std = jnp.asarray(task.mean), jnp.asarray(task.std)
       jittered = color.color_jitter(images * std + mean, draws["jitter"], strength=_JITTER_STRENGTH)
@@ -155,8 +167,10 @@ def classmix(
     return images
 
   def teach(teacher, batch, draws):
-    """The teacher's logits, the mask, the mixed images, the mixed logits, and the teacher after its
-    pass.
+    """Predicts the weak images with the teacher, and mixes images and logits.
+
+    Returns the teacher's logits, the mask, the mixed images, the mixed logits, and the teacher
+    after its pass.
     """
     weak = batch["unlabeled"]["weak"]
     (logits,), teacher = nets.forward(
@@ -170,7 +184,10 @@ def classmix(
     return logits, here, mixed, paste_on_next(here, logits), teacher
 
   def weigh(logits, step):
-    """The weight of each pixel f32[B, H, W], and the share of confident ones."""
+    """Computes the weight of each pixel and the share of confident ones.
+
+    The weights are f32[B, H, W].
+    """
     _, confidence = targets.hard_label(logits)
     rampup_steps = rampup_fraction * task.total_steps
     weights = pixel_weight(

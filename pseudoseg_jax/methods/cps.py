@@ -1,4 +1,6 @@
-"""Cross pseudo supervision: two networks, initialized independently, supervise each other.
+"""Cross pseudo supervision (CPS): two networks supervise each other.
+
+The networks are initialized independently.
 
 Chen et al., "Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision", CVPR 2021; facts
 from the official code.
@@ -14,8 +16,9 @@ from pseudoseg_jax.options import Count, NotNegative, ShareRange, checked
 
 
 def cross_supervision(*views):
-  """L_cps: each network's cross entropy with the other's pseudo label, one mean over the pixels of
-  all views.
+  """Computes L_cps, the cross entropy with each other's pseudo label.
+
+  It is one mean over the pixels of all views, for each network.
 
   Args:
     views: tuples (logits_a f32[B, H, W, K], logits_b, pseudo_label_a i32[B, H, W], pseudo_label_b);
@@ -39,8 +42,9 @@ def _with_pseudo_labels(logits_a, logits_b):
 
 @checked
 def cps(task: Task, *, weight: NotNegative = 1.5, on_labeled: bool = True) -> Method:
-  """Each network learns the other's argmax on the same images; no threshold, no ramp-up. [CPS,
-  section 3]
+  """Trains two networks, each on the other's argmax on the same images.
+
+  There is no threshold and no ramp-up. [CPS, section 3]
 
   Labeled and unlabeled images pass separately, each with batch statistics of their own. The paper
   predicts with "a" alone.
@@ -100,8 +104,9 @@ def cps_cutmix(
   boxes: Count = 3,
   area_range: ShareRange = (0.25, 0.5),
 ) -> Method:
-  """CPS on CutMix images: the labels of two unlabeled images are mixed with the boxes that mix the
-  images. [CPS, section 4]
+  """Trains two networks by CPS on CutMix images.
+
+  The labels of two unlabeled images are mixed with the boxes that mix the images. [CPS, section 4]
 
   Pseudo labels come from training-mode passes (batch statistics, running ones moved), as in the
   official code. There the two unlabeled images of a pair are one image under two augmentations, and

@@ -1,8 +1,9 @@
-"""Cross probability consistency (CPC): two independently initialized networks agree on
-probabilities instead of hard labels.
+"""Cross probability consistency (CPC): two networks agree on probabilities.
+
+Two independently initialized networks agree on probabilities instead of hard labels.
 
 The comparison of Chen et al., "Semi-Supervised Semantic Segmentation with Cross Pseudo
-Supervision", CVPR 2021, whose code leaves it out: everything that the paper does not say is as in
+Supervision", CVPR 2021, whose code leaves it out: everything that the paper does not state is as in
 `cps`.
 """
 
@@ -19,8 +20,9 @@ DISTANCES = {"l2": "sse", "kl": "kl"}
 
 
 def cross_consistency(*views, distance):
-  """L_cpc, f32[]: both networks' distances from each other, one mean over the pixels of all views,
-  (logits_a, logits_b) each.
+  """Computes L_cpc, both networks' distances from each other.
+
+  f32[], one mean over the pixels of all views, (logits_a, logits_b) each.
   """
   name = DISTANCES[distance]
   a_from_b = losses.joint_mean(*(distances.per_pixel(name, a, b) for a, b in views))
@@ -36,8 +38,9 @@ def cross_prob(
   distance: Annotated[str, Allowed(one_of=tuple(DISTANCES))] = "l2",
   on_labeled: bool = True,
 ) -> Method:
-  """Each network learns the other's probabilities on the same images. [CPS, comparison with cross
-  probability consistency]
+  """Trains two networks, each on the other's probabilities.
+
+  Both see the same images. [CPS, comparison with cross probability consistency]
 
   Labeled and unlabeled images pass separately, each with batch statistics of their own; "a" alone
   predicts, as in `cps`.

@@ -1,5 +1,6 @@
-"""CutMix-Seg: on an image mixed of two, the student agrees with its teacher's predictions on the
-two, mixed alike.
+"""CutMix-Seg: consistency with a teacher on images mixed of two.
+
+On an image mixed of two, the student agrees with its teacher's predictions on the two, mixed alike.
 
 French et al., "Semi-supervised semantic segmentation needs strong, varied perturbations", BMVC
 2020, and French & Mackiewicz, "Color augmentation for improved semi-supervised semantic
@@ -42,8 +43,9 @@ def cutmix_seg(
   decay: Share = 0.99,
   frozen_batch_norm: Literal["none", "backbone", "all"] = "none",
 ) -> Method:
-  """Mean Teacher with masks: the confident share of the teacher's pixels is the only ramp. [French
-  et al. 2020, section 4]
+  """Trains Mean Teacher with masks that mix or cut the images.
+
+  The confident share of the teacher's pixels is the only ramp. [French et al. 2020, section 4]
 
   Args:
     mask: "cutmix": the box is taken from a second image; "cutout": outside the box the image is
@@ -80,8 +82,10 @@ def cutmix_seg(
     return images["strong"][:, 0] if strong_views else images["weak"]
 
   def teach(teacher, batch, draws):
-    """The student's image, the teacher's logits on it, and what is valid of it; and the teacher after
-    its passes.
+    """Masks the student's image and predicts it with the teacher.
+
+    Returns the student's image, the teacher's logits on it, and what is valid of it; and the
+    teacher after its passes.
     """
     box, first = draws["mask"], batch["unlabeled"]
     if not mixes:

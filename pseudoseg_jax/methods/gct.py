@@ -1,8 +1,9 @@
-"""Guided collaborative training: of two networks the one in which a flaw detector finds less
-flaws teaches the other, pixel by pixel.
+"""Guided collaborative training (GCT): a flaw detector guides two networks.
+
+The network in which the flaw detector finds fewer flaws teaches the other, pixel by pixel.
 
 Ke et al., "Guided Collaborative Training for Pixel-wise Semi-Supervised Learning", ECCV 2020; facts
-from the official code (ZHKKKe/PixelSSL), which is followed where the paper says otherwise.
+from the official code (ZHKKKe/PixelSSL), which is followed where the paper differs from it.
 """
 
 import functools
@@ -21,26 +22,34 @@ PAIR = ("left", "right")
 
 
 def detection(flaw_map, target):
-  """L_fd: mean over pixels of (flaw map - target)^2; f32[B, H, W] x f32[B, H, W] -> f32[]."""
+  """Computes L_fd, the mean over pixels of (flaw map - target)^2.
+
+  f32[B, H, W] x f32[B, H, W] -> f32[].
+  """
   return jnp.mean(jnp.square(flaw_map - target))
 
 
 def flaw_correction(flaw_map, both_bad):
-  """L_fc: flaws are to be 0 where both models are bad; mean over all pixels, f32[B, H, W] x bool[B,
-  H, W] -> f32[].
+  """Computes L_fc: flaws are to be 0 where both models are bad.
+
+  f32[B, H, W] x bool[B, H, W] -> f32[], a mean over all pixels.
   """
   return jnp.mean(jnp.where(both_bad, jnp.square(flaw_map), 0))
 
 
 def consistency(probabilities, target):
-  """L_dc: mean over pixels and classes of (p - target)^2; f32[B, H, W, K] x f32[B, H, W, K] ->
-  f32[].
+  """Computes L_dc, the mean over pixels and classes of (p - target)^2.
+
+  f32[B, H, W, K] x f32[B, H, W, K] -> f32[].
   """
   return jnp.mean(losses.squared_distance(probabilities, target))
 
 
 class Judgement(NamedTuple):
-  """Which of both models is right where, by their roles; no gradient but the detector's passes."""
+  """A judgment on which of both models is right where, by their roles.
+
+  No gradient passes but that of the detector's passes.
+  """
 
   probabilities: dict[str, Array]  # f32[B, H, W, K]
   flaw_maps: dict[str, Array]  # f32[B, H, W], with the detector's gradient
@@ -66,10 +75,12 @@ def gct(
   shared_batch_norm: bool = True,
   relu_straight_through_flaw: bool = True,
 ) -> Method:
-  """Two task models, "left" and "right", and the "detector" that learns from labeled images where
-  they are wrong. [GCT, section 3]
+  """Trains two task models and a detector of their flaws.
 
-  Labeled and unlabeled images both teach by consistency and by flaw correction, every pixel counts,
+  The task models are "left" and "right". The "detector" learns from labeled images where they are
+  wrong. [GCT, section 3]
+
+  Consistency and flaw correction are both of labeled and unlabeled images; every pixel counts,
   padding too. As officially each task model sees the batch twice with the same weights, and the
   detector sees each prediction twice: running statistics move twice and four times a step. Only one
   of them need be computed: for the same reason both passes have one key for dropout. All three
@@ -86,9 +97,9 @@ def gct(
       first; 0 for none.
     dilations: see `flaws.flaw_target`.
     detector_learning_rate: of the detector's Adam; falls to 0 as (1 - t)^0.9.
-    detector_width, detector_stages: of the flaw detector, its first stage's channels and how often sides halve. Four stages say one thing for about
-      32x32 pixels: 15x15 flaws for 513 pixels a side, a single one below 92, which tells nothing;
-      128 pixels want 3 stages, 64 want 2.
+    detector_width, detector_stages: of the flaw detector, its first stage's channels and how often
+      sides halve. Four stages say one thing for about 32x32 pixels: 15x15 flaws for 513 pixels a
+      side, a single one below 92, which tells nothing; 128 pixels want 3 stages, 64 want 2.
     kernel_base_pixels: side that the sizes of blurs are derived from; 0 for the shorter side of the
       view. Officially the crop.
     shared_batch_norm: labeled and unlabeled images pass the task models as one batch with common
@@ -120,8 +131,10 @@ def gct(
     return kernel_base_pixels or min(images.shape[1:3])
 
   def predict(live, role, images, num_labeled, draws):
-    """Logits, probabilities and the network with its statistics moved; the first `num_labeled` of
-    the images are labeled.
+    """Computes a task model's logits and probabilities.
+
+    Returns both, and the network with its statistics moved; the first `num_labeled` of the images
+    are labeled.
     """
     batches = (
       (images,)
@@ -133,8 +146,12 @@ def gct(
     return logits, jax.nn.softmax(logits), net
 
   def detect(net, params, images, probabilities):
-    """The flaw map, and the detector with its statistics moved; `params`: its parameters, or those
-    without gradient.
+    """Computes the flaw map of a prediction.
+
+    Returns the flaw map, and the detector with its statistics moved.
+
+    Args:
+      params: its parameters, or those without gradient.
     """
     flaw_map, batch_stats = detector.apply(
       params, net.batch_stats, images, probabilities, train=True
@@ -142,7 +159,10 @@ def gct(
     return flaw_map, net.replace(batch_stats=batch_stats)
 
   def judge(live, images, num_labeled, draws) -> tuple[Judgement, dict[str, NetState]]:
-    """Who is right where; and the networks with their statistics moved."""
+    """Judges which model is right where.
+
+    Returns the judgment, and the networks with their statistics moved.
+    """
     live, probabilities, flaw_maps, handled = dict(live), {}, {}, {}
     for role in PAIR:
       _, prediction, live[role] = predict(live, role, images, num_labeled, draws)

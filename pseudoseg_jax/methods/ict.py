@@ -1,5 +1,6 @@
-"""Interpolation consistency: on a blend of two images, the student predicts the blend of its
-teacher's predictions on the two.
+"""Interpolation consistency training (ICT), per pixel.
+
+On a blend of two images, the student predicts the blend of its teacher's predictions on the two.
 
 Verma et al., "Interpolation Consistency Training for Semi-Supervised Learning", IJCAI 2019, per
 pixel, as the baseline of French et al., "Semi-supervised semantic segmentation needs strong, varied
@@ -18,14 +19,19 @@ from pseudoseg_jax.options import NotNegative, Positive, Share, checked
 
 
 def blend(share, first, second):
-  """(1 - share) * first + share * second: f32[B], [B, ...] x [B, ...] -> [B, ...]."""
+  """Blends two arrays, image by image.
+
+  f32[B], [B, ...] x [B, ...] -> [B, ...]: (1 - share) * first + share * second.
+  """
   share = share.reshape(-1, *[1] * (first.ndim - 1))
   return (1 - share) * first + share * second
 
 
 def blended_prediction(share, first_logits, second_logits):
-  """Blended probabilities f32[B, H, W, K], and confidence f32[B, H, W]: the blend of the maxima,
-  not the blend's maximum.
+  """Blends two predictions and their confidences.
+
+  Returns probabilities f32[B, H, W, K], and confidence f32[B, H, W]: the blend of the maxima, not
+  the blend's maximum.
   """
   first, second = jax.nn.softmax(first_logits), jax.nn.softmax(second_logits)
   return blend(share, first, second), blend(
@@ -34,8 +40,9 @@ def blended_prediction(share, first_logits, second_logits):
 
 
 def consistency(student_logits, target):
-  """Squared difference of the probabilities per pixel, summed over classes: [..., K] x [..., K] ->
-  [...].
+  """Computes the squared difference of the probabilities, per pixel.
+
+  [..., K] x [..., K] -> [...], summed over classes.
   """
   return target.shape[-1] * losses.squared_distance(jax.nn.softmax(student_logits), target)
 
@@ -51,7 +58,9 @@ def ict(
   decay: Share = 0.99,
   frozen_batch_norm: Literal["none", "backbone", "all"] = "none",
 ) -> Method:
-  """Mean Teacher on blended images. [French et al. 2020, section 4.2]
+  """Trains Mean Teacher on blended images.
+
+  [French et al. 2020, section 4.2]
 
   Args:
     beta: the second image's share in each blend is drawn from Beta(beta, beta).
@@ -68,8 +77,10 @@ def ict(
     return {"share": share} | nets.dropout_keys(key, "teacher", "student")
 
   def teach(teacher, batch, draws):
-    """The student's image, its target, the target's confidence and what is valid; and the teacher
-    after its passes.
+    """Blends the student's image and its target.
+
+    Returns the student's image, its target, the target's confidence and what is valid; and the
+    teacher after its passes.
     """
     share, first, second = draws["share"], batch["unlabeled"], batch["partner"]
     views = [

@@ -1,5 +1,6 @@
-"""Learning pseudo labels, first stage: two networks label images of which only the classes are
-known, and teach each other.
+"""Learning pseudo labels, first stage: two networks teach each other.
+
+The two label images of which only the classes are known.
 
 Wang et al., "Learning Pseudo Labels for Semi-and-Weakly Supervised Semantic Segmentation", Pattern
 Recognition 2022; facts from the official code (YudeWang/Learning-Pseudo-Label). In the second stage
@@ -19,7 +20,9 @@ from pseudoseg_jax.options import Allowed, NotNegative, checked
 
 
 def pseudo_label(logits, image_label, label):
-  """The likeliest of the classes of each image; of images that have labels, these instead.
+  """Labels pixels by the likeliest of the classes of their image.
+
+  Images that have labels get these instead.
 
   Args:
     logits: f32[B, H, W, K]; image_label: [B, K].
@@ -33,7 +36,10 @@ def pseudo_label(logits, image_label, label):
 
 
 def greatest_logits(logits):
-  """The greatest logit of each class anywhere in an image: f32[B, H, W, K] -> f32[B, K]."""
+  """Returns the greatest logit of each class anywhere in an image.
+
+  f32[B, H, W, K] -> f32[B, K].
+  """
   pixels = logits.reshape(len(logits), -1, logits.shape[-1])
   first = jnp.argmax(pixels, axis=1, keepdims=True) == jnp.arange(pixels.shape[1])[:, None]
   # Of equal ones the first has all of the gradient, as in the official code's max pooling; jnp.max
@@ -42,11 +48,10 @@ def greatest_logits(logits):
 
 
 def evaluated(memory, label, predicted, momentum):
-  """The running counts of pixels by class after a labeled batch: of the truth, of the prediction,
-  of both at once.
+  """Updates the running counts of pixels by class after a labeled batch.
 
-  The prediction is counted where there is no label too, padding among it, as in the official code:
-  such pixels look wrong.
+  The counts are of the truth, of the prediction, and of both at once. The prediction is counted
+  where there is no label too, padding among it, as in the official code: such pixels look wrong.
 
   Args:
     memory: {"count_truth", "count_predicted", "count_hit"}, f32[K] each.
@@ -63,18 +68,22 @@ def evaluated(memory, label, predicted, momentum):
 
 
 def running_iou(memory):
-  """Intersection over union of each class by the running counts: f32[K]; 0 where nothing was
-  counted.
+  """Computes the intersection over union of each class by running counts.
+
+  f32[K]; 0 where nothing was counted.
   """
   union = memory["count_truth"] + memory["count_predicted"] - memory["count_hit"]
   return memory["count_hit"] / jnp.maximum(union, jnp.finfo(union.dtype).tiny)
 
 
 def sample_weight(iou, image_label, *, power=8.0, trust_unseen=True):
-  """v_i = (least IoU of the classes in the image)^power: f32[K], [B, K] -> f32[B]. Background
-  counts as a class.
+  """Computes the weight of each image from the IoU of its classes.
 
-  trust_unseen: a class whose IoU is 0, as it was never met or never hit so far, counts as IoU 1.
+  v_i = (least IoU of the classes in the image)^power: f32[K], [B, K] -> f32[B]. Background counts
+  as a class.
+
+  Args:
+    trust_unseen: a class whose IoU is 0, as it was never met or never hit so far, counts as IoU 1.
   """
   counts = (image_label > 0) & (iou > 0) if trust_unseen else image_label > 0
   return jnp.min(jnp.where(counts, iou, 1.0), axis=-1) ** power
@@ -101,14 +110,16 @@ def learn_pseudo(
   decay_pseudo_rate: bool = False,
   background: bool = True,
 ) -> Method:
-  """The network "hybrid" teaches "pseudo", and learns from labels and, by image as far as it is to
-  be trusted, from "pseudo".
+  """Trains two networks that label images of which only classes are known.
+
+  The network "hybrid" teaches "pseudo". It learns from labels and, by image as far as it is to be
+  trusted, from "pseudo".
 
   All images come with image-level labels, background among them, and all cross entropies are among
-  the classes of their image. The unlabeled images are all images: those that have labels are learned
-  from by these. Labeled and unlabeled images pass as one batch with common batch statistics. The
-  trust is the IoU of "pseudo" on the labeled images. Padding of unlabeled images is learned from
-  like any pixel, as in the official code. The task's criterion is not used.
+  the classes of their image. The unlabeled images are all images: those that have labels are
+  learned from by these. Labeled and unlabeled images pass as one batch with common batch
+  statistics. The trust is the IoU of "pseudo" on the labeled images. Padding of unlabeled images is
+  learned from like any pixel, as in the official code. The task's criterion is not used.
 
   The official networks start with the same pretrained backbone; here all else is drawn for each on
   its own.
@@ -147,7 +158,10 @@ def learn_pseudo(
     return nets.dropout_keys(key, "hybrid", "pseudo")
 
   def run(net, batch, dropout):
-    """Logits on labeled and on unlabeled images, and the net with its statistics moved."""
+    """Computes logits on labeled and on unlabeled images.
+
+    Returns both, and the net with its statistics moved.
+    """
     labeled, unlabeled = batch["labeled"]["image"], batch["unlabeled"]["weak"]
     (logits,), net = nets.forward(
       network, net, jnp.concatenate([labeled, unlabeled]), dropout=dropout
@@ -161,7 +175,10 @@ def learn_pseudo(
     )
 
   def classification(logits, image_label):
-    """How well the greatest logit of a class says that it is in the image: f32[B, K'], in nats."""
+    """Computes the image-level loss on the greatest logit of each class.
+
+    f32[B, K'], in nats: how well the logit predicts that the class is in the image.
+    """
     return optax.sigmoid_binary_cross_entropy(
       greatest_logits(logits)[:, first:], image_label[:, first:]
     )

@@ -1,4 +1,6 @@
-"""Mean Teacher per pixel: the student also learns to agree with the running average of itself.
+"""Mean Teacher per pixel: a student agrees with the average of itself.
+
+The student learns from labels, and also to agree with its running average.
 
 Tarvainen & Valpola, "Mean teachers are better role models", NIPS 2017. Three published codes differ
 in what the paper leaves open; every difference is an option here and CONVENTIONS names the three
@@ -76,8 +78,9 @@ def mean_teacher(
   strong_views: Literal[0, 1] = 0,
   headline: Literal["student", "teacher"] = "student",
 ) -> Method:
-  """Student by gradient, teacher by average; both run in training mode. Defaults:
-  CONVENTIONS["torchsemiseg"].
+  """Trains a student by gradient and a teacher by average.
+
+  Both run in training mode. Defaults: CONVENTIONS["torchsemiseg"].
 
   Args:
     distance: "softmax_mse" (squared difference of probabilities, mean over classes), "logit_mse" or
@@ -106,7 +109,10 @@ def mean_teacher(
     return nets.dropout_keys(key, "teacher_labeled", "teacher", "student")
 
   def passes(net, labeled, unlabeled, dropout):
-    """Logits on labeled and unlabeled images, with common or separate batch statistics."""
+    """Computes logits on labeled and unlabeled images.
+
+    The batch statistics are common or separate.
+    """
     if not shared_batch_norm:
       return nets.forward(task.network, net, labeled, unlabeled, dropout=dropout)
     (joint,), net = nets.forward(
@@ -115,7 +121,10 @@ def mean_teacher(
     return (joint[: len(labeled)], joint[len(labeled) :]), net
 
   def teacher_passes(teacher, student, step, labeled, unlabeled, draws):
-    """The teacher's logits on labeled and on unlabeled images, and the teacher after its passes."""
+    """Computes the teacher's logits on labeled and on unlabeled images.
+
+    Returns both, and the teacher after its passes.
+    """
     if not from_the_student:
       return passes(teacher, labeled, unlabeled, draws["teacher"])
     # Initialized anew as the student, but with statistics of its own.

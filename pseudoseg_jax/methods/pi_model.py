@@ -1,4 +1,6 @@
-"""Pi-model per pixel: one network sees every image twice and shall say the same both times.
+"""Pi-model per pixel: two passes of one network agree.
+
+The network sees every image twice and is to give the same prediction both times.
 
 Laine & Aila, "Temporal Ensembling for Semi-Supervised Learning", ICLR 2017; facts from the official
 code (smlaine2/tempens), which classifies whole images. Views of an image share their geometry here,
@@ -24,8 +26,10 @@ def pi_model(
   rampup_fraction: Share = 80 / 300,
   strong_views: Literal[1, 2] = 2,
 ) -> Method:
-  """Squared difference of two stochastic passes, with a gradient through both. [Laine & Aila,
-  section 2.1]
+  """Trains one network to give the same prediction in two passes.
+
+  Its term is the squared difference of two stochastic passes, with a gradient through both. [Laine
+  & Aila, section 2.1]
 
   A pass is labeled and unlabeled images as one batch with common batch statistics, as in Mean
   Teacher's official code; the two passes have statistics of their own. The supervised loss is of
@@ -48,8 +52,9 @@ def pi_model(
     return (strong[:, 0], strong[:, 1]) if strong_views == 2 else (weak, strong[:, 0])
 
   def passes(net, batch, draws):
-    """Logits f32[Bl + Bu, H, W, K] of the first and of the second pass, and the net with its
-    statistics moved.
+    """Computes the logits of the first and of the second pass.
+
+    Returns logits f32[Bl + Bu, H, W, K] of each, and the net with its statistics moved.
     """
     # Labeled images come in one view: their two passes differ by dropout and batch statistics
     # alone. They take part all the same, as in the paper, and keep the statistics of both passes

@@ -1,8 +1,9 @@
-"""PseudoSeg: one network labels its unlabeled images with its decoder and its class activation
-maps, fused.
+"""PseudoSeg: one network labels its unlabeled images by fused predictions.
+
+The predictions are those of its decoder and its class activation maps.
 
 Zou et al., "PseudoSeg: Designing Pseudo Labels for Semantic Segmentation", ICLR 2021; facts from
-the official code (googleinterns/wss), which is followed where the paper says otherwise.
+the official code (googleinterns/wss), which is followed where the paper differs from it.
 """
 
 from typing import Annotated, Literal, NamedTuple
@@ -28,7 +29,9 @@ def pseudo_label(
   soft=True,
   min_confidence=0.0,
 ):
-  """Labels the strong view by two predictions on the weak one. [PseudoSeg, calibrated fusion]
+  """Labels the strong view by two predictions on the weak one.
+
+  [PseudoSeg, calibrated fusion]
 
   Args:
     decoder_logits, sgc_logits: f32[B, h, w, K].
@@ -89,7 +92,9 @@ def pseudoseg(
   background: bool = True,
   cutout_fraction: Share = 100 / 513,
 ) -> Method:
-  """One stage, one network, no teacher, no ramp-up. [PseudoSeg, section 3]
+  """Trains one network on its own fused pseudo labels.
+
+  There is one stage, no teacher and no ramp-up. [PseudoSeg, section 3]
 
   Labeled, weak and strong images pass with batch statistics of their own; the class activation maps
   of the weak ones come from a pass with running statistics. Here statistics, the fusion's norm and
@@ -134,8 +139,10 @@ def pseudoseg(
     return {"cutout_centre": centre, "dropout": nets.dropout_keys(key, "teacher", "student")}
 
   def views(batch, draws):
-    """Weak view, strong view after CutOut, and valid without the box: the attention on the weak
-    view leaves it out too.
+    """Takes the weak view and cuts a box out of the strong one.
+
+    Returns the weak view, the strong view after CutOut, and valid without the box: the attention on
+    the weak view leaves it out too.
     """
     unlabeled = batch["unlabeled"]
     weak, strong, valid = unlabeled["weak"], unlabeled["strong"][:, 0], unlabeled["valid"]
@@ -147,8 +154,10 @@ def pseudoseg(
     return classifier.apply(net.params["classifier"], {}, maps[-1], train=True)[0]
 
   def self_attention_cam(net, maps, image_label, valid):
-    """CAM f32[B, h, w, K'], SGC logits f32[B, h, w, K], and the net; of its parameters only the
-    attention's get a gradient.
+    """Computes class activation maps and their refinement by attention.
+
+    Returns CAM f32[B, h, w, K'], SGC logits f32[B, h, w, K], and the net. Among its parameters only
+    the attention's get a gradient.
     """
     maps = jax.lax.stop_gradient(maps)
     kernel = jax.lax.stop_gradient(net.params["classifier"]["kernel"])
@@ -164,7 +173,10 @@ def pseudoseg(
     return cam, sgc, net.replace(batch_stats=net.batch_stats | {"attention": stats})
 
   def teach(net, batch, draws):
-    """The pseudo label with all that it is made of, and the net with its statistics moved."""
+    """Computes the pseudo label with all that it is made of.
+
+    Returns it, and the net with its statistics moved.
+    """
     weak, strong, valid = views(batch, draws)
     (maps,), moved = nets.encode(network, net, weak)
     (decoder_logits,), moved = nets.decode(

@@ -1,5 +1,7 @@
-"""Self-correcting networks: a network that is shown boxes labels the images that have only boxes,
-and its labels are corrected while another learns from them.
+"""Self-correcting networks: labels made from boxes are corrected in training.
+
+A network that is shown boxes labels the images that have only boxes, and its labels are corrected
+while another learns from them.
 
 Ibrahim, Vahdat, Ranjbar & Macready, "Semi-Supervised Semantic Image Segmentation with
 Self-Correcting Networks", CVPR 2020. No code was published: facts from the paper's opening and its
@@ -20,8 +22,9 @@ from pseudoseg_jax.options import Count, NotNegative, Positive, checked
 
 
 def box_network(task: Task, *, background: bool):
-  """The ancillary model p_anc(y | x, b): a network whose maps are multiplied by what a box encoder
-  makes of the boxes. [slide 17]
+  """Builds the ancillary model p_anc(y | x, b).
+
+  It is a network whose maps are multiplied by what a box encoder makes of the boxes. [slide 17]
 
   Args:
     background: see `boxes.with_background`.
@@ -29,9 +32,8 @@ def box_network(task: Task, *, background: bool):
   Returns:
     The box encoder (contract.Head), to stand in the network's tree as "box_encoder", and run: (net,
     images, planes f32[B, H, W, K], train=bool, dropout=key) -> (logits f32[B, H, W, K], attention,
-    net with its
-      statistics moved where train=True); attention maps f32[B, h, w, C] in 0..1, the first that of
-      the deepest map.
+    net with its statistics moved where train=True); attention maps f32[B, h, w, C] in 0..1, the
+    first that of the deepest map.
   """
   network = task.network
   channels = nets.map_channels(network)
@@ -62,12 +64,13 @@ def box_network(task: Task, *, background: bool):
 
 @checked
 def ancillary(task: Task, *, background: bool = True) -> Method:
-  """The first stage: the ancillary model learns the masks of labeled images from image and boxes.
-  [slides 15-17]
+  """Trains the ancillary model on the masks of labeled images.
+
+  The first stage: the model learns the masks from image and boxes. [slides 15-17]
 
   It labels the images that have only boxes in `self_correcting`. For the convolutional correction
-  it is to be trained on half of the labeled images, else it is too sure on those that train the
-  correction. [the author's notes]
+  it is to be trained on half of the labeled images, else it is overconfident on those that train
+  the correction. [the author's notes]
 
   Args:
     background: class 0 is what no box covers, as in VOC; False where every class has boxes
@@ -109,8 +112,9 @@ def ancillary(task: Task, *, background: bool = True) -> Method:
 def em_fixed_label(
   logits, planes, *, foreground_bias: float, background_bias: float, background: bool
 ):
-  """The likeliest class among those whose boxes cover the pixel, each raised by a bias. [Papandreou
-  et al. 2015, Bbox-EM-Fixed]
+  """Labels pixels by the likeliest class among those whose boxes cover them.
+
+  Each class is raised by a bias. [Papandreou et al. 2015, Bbox-EM-Fixed]
 
   Args:
     logits: f32[B, H, W, K]; planes: f32[B, H, W, K] of 0 and 1.
@@ -154,8 +158,9 @@ def self_correcting(
   foreground_bias: float = 5.0,
   background_bias: float = 3.0,
 ) -> Method:
-  """The primary model learns masks, and on images with boxes a soft label q that grows better with
-  it. [slides 18-25]
+  """Trains the primary model on masks and on soft labels of boxes.
+
+  It learns masks, and on images with boxes a soft label q that grows better with it. [slides 18-25]
 
   Labeled and weakly labeled images pass as one batch with common statistics: on the slides one
   batch holds both. The ancillary model answers in the step, with running statistics, on the crop
@@ -209,7 +214,10 @@ def self_correcting(
     return boxes.box_planes(part["boxes"], image.shape[1:3], num_classes)
 
   def ancillary_logits_of(state, image, planes):
-    """The ancillary model's logits and attention maps; none for EM-Fixed."""
+    """Computes the ancillary model's logits and attention maps.
+
+    There are none for EM-Fixed.
+    """
     return run(state.nets["ancillary"], image, planes, train=False)[:2] if guided else (None, None)
 
   def combined_logits(net, primary_logits, ancillary_logits):
@@ -223,7 +231,10 @@ def self_correcting(
     )
 
   def weak_target(state, primary_logits, ancillary_logits, planes):
-    """q f32[B, H, W, K], 0 in all classes where nothing is known; no gradient passes."""
+    """Computes the soft label q of weakly labeled images.
+
+    f32[B, H, W, K], 0 in all classes where nothing is known; no gradient passes.
+    """
     match correction:
       case "none":
         logits = ancillary_logits
@@ -306,8 +317,9 @@ def self_correcting(
 
 
 def _contrast(attention):
-  """How far the attention at each place is from its mean over the image, scaled to 0..1: f32[B, h,
-  w, C] -> f32[B, h, w].
+  """Measures how far the attention at each place is from its mean.
+
+  f32[B, h, w, C] -> f32[B, h, w]: the mean is over the image, the distance scaled to 0..1.
   """
   distance = jnp.mean(jnp.abs(attention - jnp.mean(attention, axis=(1, 2), keepdims=True)), axis=-1)
   return distance / jnp.maximum(jnp.max(distance, axis=(1, 2), keepdims=True), 1e-6)

@@ -1,8 +1,9 @@
-"""Single-network pseudo supervision (SPS): one network learns its own hard labels, with or without
-CutMix.
+"""Single-network pseudo supervision (SPS): a network learns its own labels.
+
+The labels are hard ones, with or without CutMix.
 
 The comparison of Chen et al., "Semi-Supervised Semantic Segmentation with Cross Pseudo
-Supervision", CVPR 2021, whose code leaves it out: everything that the paper does not say is as in
+Supervision", CVPR 2021, whose code leaves it out: everything that the paper does not state is as in
 `cps`. The form with a weak and a strong view and a confidence threshold is FixMatch:
 `unimatch.fixmatch`.
 """
@@ -17,8 +18,9 @@ from pseudoseg_jax.options import Count, NotNegative, ShareRange, checked
 
 
 def self_supervision(*logits):
-  """Cross entropy with the argmax of the same logits f32[B, H, W, K], one mean over the pixels of
-  all; no threshold, f32[].
+  """Computes the cross entropy of logits with their own argmax.
+
+  f32[], one mean over the pixels of all logits f32[B, H, W, K]; no threshold.
   """
   return losses.joint_mean(
     *(losses.cross_entropy(each, jnp.argmax(each, axis=-1)) for each in logits)
@@ -27,8 +29,10 @@ def self_supervision(*logits):
 
 @checked
 def single_pseudo(task: Task, *, weight: NotNegative = 1.5, on_labeled: bool = True) -> Method:
-  """The network's argmax on an image supervises the same prediction, which makes it more
-  confident. [CPS, ablations]
+  """Trains one network on its own hard labels.
+
+  The network's argmax on an image supervises the same prediction, which makes it more confident.
+  [CPS, ablations]
 
   Labeled and unlabeled images pass separately, each with batch statistics of their own, as in
   `cps`.
@@ -76,7 +80,9 @@ def single_pseudo_cutmix(
   boxes: Count = 3,
   area_range: ShareRange = (0.25, 0.5),
 ) -> Method:
-  """The hard labels of two unlabeled images, mixed as the images are, supervise the mixed image;
+  """Trains one network on its own hard labels of CutMix images.
+
+  The hard labels of two unlabeled images, mixed as the images are, supervise the mixed image;
   `cps_cutmix` with one network.
 
   Pseudo labels come from training-mode passes (batch statistics, running ones moved).
@@ -96,8 +102,10 @@ def single_pseudo_cutmix(
     return {"mask": mask} | nets.dropout_keys(key, "labels", "student")
 
   def mix_pair(net, batch, draws):
-    """Mixed images f32[B, H, W, C], mixed logits of the originals f32[B, H, W, K], and the net with
-    its statistics moved.
+    """Mixes two unlabeled images and the logits on them.
+
+    Returns mixed images f32[B, H, W, C], mixed logits of the originals f32[B, H, W, K], and the net
+    with its statistics moved.
     """
     mask, pair = draws["mask"], (batch["unlabeled"]["weak"], batch["partner"]["weak"])
     logits, net = nets.forward(task.network, net, *pair, dropout=draws["labels"])

@@ -5,8 +5,9 @@ from pseudoseg_jax.contract import Method, Needs, Task
 
 
 def supervised(task: Task) -> Method:
-  """Minimizes the task's criterion (cross entropy, or OHEM where the config says so) on labeled
-  images.
+  """Trains one network on the task's criterion, on labeled images.
+
+  The criterion is cross entropy, or OHEM where the config asks for it.
   """
 
   def draw(key, batch):

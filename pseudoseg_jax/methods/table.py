@@ -1,6 +1,7 @@
-"""Every method, by name; its options and their defaults are the factory's keyword arguments.
+"""Every method, by name.
 
-A method of another package is named by module and factory, "my_module:my_factory".
+A method's options and their defaults are the factory's keyword arguments. A method of another
+package is named by module and factory, "my_module:my_factory".
 """
 
 from __future__ import annotations
@@ -63,15 +64,19 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 
 def is_external(name: str) -> bool:
-  """Whether a method is named by module and factory; its options are known to its module alone."""
+  """Tells whether a method is named by module and factory.
+
+  The options of such a method are known to its module alone.
+  """
   return ":" in name
 
 
 def find(name: str) -> Callable[..., Method]:
-  """Finds the factory of a method: of METHODS, or "module:factory" of any module that Python finds.
+  """Finds the factory of a method.
 
-  A name may come from a saved run, so that nothing is called but what looks like a factory: its
-  first parameter is `task`, its options follow by keyword and have defaults.
+  It is one of METHODS, or "module:factory" of any module that Python finds. A name may come from a
+  saved run, so that nothing is called but what looks like a factory: its first parameter is `task`,
+  its options follow by keyword and have defaults.
 
   Raises:
     InputError: no such method, module or factory; the module's own error where it has one.
@@ -108,7 +113,10 @@ def find(name: str) -> Callable[..., Method]:
 
 
 def _where(error: Exception) -> str:
-  """The error of a module, with the line of the module, not that of a library which it calls."""
+  """Describes the error of a module, with the line of the module.
+
+  The line is not that of a library which the module calls.
+  """
   frames = traceback.extract_tb(error.__traceback__)
   own = [frame for frame in frames if not re.search(r"importlib|site-packages", frame.filename)]
   at = (own or frames)[-1]

@@ -1,9 +1,10 @@
-"""Temporal ensembling per pixel: the network shall agree with the average of what it said of each
-image before.
+"""Temporal ensembling per pixel: a network agrees with its past predictions.
+
+The network is to agree with the average of its earlier predictions on each image.
 
 Laine & Aila, "Temporal Ensembling for Semi-Supervised Learning", ICLR 2017; facts from the official
-code (smlaine2/tempens), which classifies whole images. For pixels, what was said is kept in the
-frame of the whole image (`ops.memory`) and read where it is needed.
+code (smlaine2/tempens), which classifies whole images. For pixels, the predictions are kept in the
+frame of the whole image (`ops.memory`) and read where they are needed.
 """
 
 from typing import Annotated, Literal
@@ -28,8 +29,10 @@ def temporal_ensembling(
   strong_views: Literal[0, 1] = 1,
   shared_batch_norm: bool = True,
 ) -> Method:
-  """One pass; squared difference to the remembered predictions of earlier visits. [Laine & Aila,
-  section 2.2]
+  """Trains one network to agree with its remembered predictions.
+
+  There is one pass; its term is the squared difference to the remembered predictions of earlier
+  visits. [Laine & Aila, section 2.2]
 
   The paper remembers labeled items too; here unlabeled images alone have a place in the memory (a
   list of unlabeled images may hold the labeled ones again). What is remembered is the training pass
@@ -68,7 +71,10 @@ def temporal_ensembling(
     return unlabeled["strong"][:, 0] if strong_views else unlabeled["weak"]
 
   def run(net, batch, draws):
-    """Logits on labeled and on unlabeled images, and the net with its statistics moved."""
+    """Computes logits on labeled and on unlabeled images.
+
+    Returns both, and the net with its statistics moved.
+    """
     labeled, unlabeled = batch["labeled"]["image"], view(batch["unlabeled"])
     if not shared_batch_norm:
       logits, net = nets.forward(task.network, net, labeled, unlabeled, dropout=draws["student"])
@@ -82,14 +88,20 @@ def temporal_ensembling(
     return memory.read(state.memory["predictions"], unlabeled["id"], task.num_classes)
 
   def remembered_target(remembered, unlabeled):
-    """The remembered probabilities f32[B, H, W, K] on the crops, and known, bool[B, H, W]."""
+    """Reads the remembered probabilities on the crops.
+
+    Returns probabilities f32[B, H, W, K], and known, bool[B, H, W].
+    """
     cells, seen = memory.unbiased(remembered)
     size = unlabeled["valid"].shape[1:]
     target, known = memory.cells_to_crop(cells, seen, unlabeled["flip"], unlabeled["window"], size)
     return target, known & unlabeled["valid"]
 
   def remember(state, remembered, unlabeled, prediction):
-    """The memory after a visit of the images with these predictions f32[B, H, W, K]."""
+    """Updates the memory after a visit of the images.
+
+    The visit's predictions are f32[B, H, W, K].
+    """
     cells, seen = memory.crop_to_cells(
       jax.lax.stop_gradient(prediction),
       unlabeled["valid"],

@@ -1,5 +1,6 @@
-"""UniMatch and its FixMatch: the confident prediction on a weak view supervises strong views of
-the same crop.
+"""UniMatch and its FixMatch: a weak view supervises strong views.
+
+The confident prediction on a weak view supervises strong views of the same crop.
 
 Yang et al., "Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic Segmentation", CVPR
 2023; facts from the official code (LiheYoung/UniMatch, version 1).
@@ -18,8 +19,9 @@ from pseudoseg_jax.options import Allowed, NotNegative, Share, checked
 
 
 class PseudoLabel(NamedTuple):
-  """What the strong views learn: label i32[B, H, W], confidence f32[B, H, W], valid bool[B, H, W];
-  no gradient passes.
+  """The pseudo label that the strong views learn.
+
+  label i32[B, H, W], confidence f32[B, H, W], valid bool[B, H, W]; no gradient passes.
   """
 
   label: Array
@@ -28,14 +30,18 @@ class PseudoLabel(NamedTuple):
 
 
 def pseudo_label(logits, valid) -> PseudoLabel:
-  """The likeliest class of logits f32[B, H, W, K] and its probability."""
+  """Labels each pixel by its likeliest class.
+
+  The logits are f32[B, H, W, K]; the confidence is the probability of the class.
+  """
   return PseudoLabel(*targets.hard_label(logits), valid)
 
 
 def consistency(logits, target: PseudoLabel, *, min_confidence):
-  """Cross entropy with the pseudo label where its confidence is at least `min_confidence`, f32[].
+  """Computes the cross entropy with the confident part of the pseudo label.
 
-  The mean is over all valid pixels, confident or not, as in the official code.
+  f32[], of the pixels where the confidence is at least `min_confidence`. The mean is over all valid
+  pixels, confident or not, as in the official code.
 
   Args:
     logits: f32[B, H, W, K].
@@ -45,7 +51,10 @@ def consistency(logits, target: PseudoLabel, *, min_confidence):
 
 
 def kept_fraction(target: PseudoLabel, *, min_confidence):
-  """Share of the valid pixels whose confidence is at least `min_confidence`, f32[]."""
+  """Computes the share of the valid pixels that are confident.
+
+  f32[]; their confidence is at least `min_confidence`.
+  """
   kept = (target.confidence >= min_confidence).astype(target.confidence.dtype)
   return losses.mean_over(kept, target.valid)
 
@@ -53,8 +62,9 @@ def kept_fraction(target: PseudoLabel, *, min_confidence):
 def strong_consistency(
   logits, target: PseudoLabel, partner_target: PseudoLabel, box, *, min_confidence
 ):
-  """Mean over the S strong views of `consistency` with two pseudo labels, mixed as the images are,
-  f32[].
+  """Computes the mean over the S strong views of `consistency`.
+
+  f32[]. The two pseudo labels are mixed as the images are.
 
   Args:
     logits: f32[B * S, H, W, K], the views of an image in a row.
@@ -69,7 +79,10 @@ def strong_consistency(
 
 
 def _draw_boxes(key, batch, probability):
-  """bool[B, S, H, W]: a box for each strong view of each image, or none."""
+  """Draws a box for each strong view of each image, or none.
+
+  bool[B, S, H, W].
+  """
   num_images, num_views, height, width, _ = batch["unlabeled"]["strong"].shape
   edges = mixing.draw_fitting_boxes(
     key, num_images * num_views, (height, width), probability=probability
@@ -78,7 +91,10 @@ def _draw_boxes(key, batch, probability):
 
 
 def _cutmix(batch, box):
-  """The strong views with the partner's in their boxes, as one batch f32[B * S, H, W, C]."""
+  """Pastes the partner's strong views into the boxes of the strong views.
+
+  Returns one batch f32[B * S, H, W, C].
+  """
   mixed = mixing.mix(box, batch["unlabeled"]["strong"], batch["partner"]["strong"])
   return mixed.reshape(-1, *mixed.shape[2:])
 
@@ -92,8 +108,10 @@ def unimatch(
   drop_rate: Annotated[float, Allowed(least=0, below=1)] = 0.5,
   box_probability: Share = 0.5,
 ) -> Method:
-  """Two strong views and a perturbation of features learn from one weak view; no teacher, no
-  ramp-up. [UniMatch, sections 3.2, 3.3]
+  """Trains one network on strong views and perturbed features.
+
+  Two strong views and a perturbation of features learn from one weak view; no teacher, no ramp-up.
+  [UniMatch, sections 3.2, 3.3]
 
   The partner is labeled with running statistics, the image itself by the training-mode pass that it
   learns in. Labeled and weak images share batch statistics, in the head with their perturbed copies
@@ -127,8 +145,10 @@ def unimatch(
     }
 
   def perturbed_pass(net, batch, draws):
-    """Logits of the labeled and of the weak images, logits of the weak ones from perturbed maps,
-    and the net.
+    """Computes logits from clean and from perturbed maps.
+
+    Returns logits of the labeled and of the weak images, logits of the weak ones from perturbed
+    maps, and the net.
     """
     labeled, weak = batch["labeled"]["image"], batch["unlabeled"]["weak"]
     (maps,), net = nets.encode(network, net, jnp.concatenate([labeled, weak]))
@@ -206,8 +226,9 @@ def fixmatch(
   min_confidence: Share = 0.95,
   box_probability: Share = 0.5,
 ) -> Method:
-  """One strong view learns from the weak one; as `unimatch` in all else. [UniMatch, section 3.1;
-  Sohn et al. 2020]
+  """Trains one network on a strong view, with the labels of the weak one.
+
+  There is one strong view; all else is as in `unimatch`. [UniMatch, section 3.1; Sohn et al. 2020]
 
   Args:
     weight: of the unlabeled term; its sum with the supervised loss is halved.
@@ -221,7 +242,10 @@ def fixmatch(
     return {"box": box, "dropout": nets.dropout_keys(key, "weak", "strong")}
 
   def weak_pass(net, batch, draws):
-    """Logits of the labeled and of the weak images, which share batch statistics, and the net."""
+    """Computes logits of the labeled and of the weak images.
+
+    The two share batch statistics. Returns the logits and the net.
+    """
     labeled, weak = batch["labeled"]["image"], batch["unlabeled"]["weak"]
     (joint,), net = nets.forward(
       network, net, jnp.concatenate([labeled, weak]), dropout=draws["dropout"]["weak"]

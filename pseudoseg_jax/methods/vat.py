@@ -1,5 +1,6 @@
-"""Virtual adversarial training: the student keeps to its teacher's prediction where an image is
-changed in the worst direction.
+"""Virtual adversarial training (VAT), per pixel.
+
+The student keeps to its teacher's prediction where an image is changed in the worst direction.
 
 Miyato et al., "Virtual Adversarial Training", TPAMI 2018, per pixel, as the baseline of French et
 al., "Semi-supervised semantic segmentation needs strong, varied perturbations", BMVC 2020; facts
@@ -23,11 +24,11 @@ _TRIAL_STEP = 1e-3
 
 
 def adaptive_radius(images, factor=1.0):
-  """Length of the perturbation by image: factor times half the Euclidean length of all central
-  differences, down and across.
+  """Computes the length of the perturbation of each image.
 
-  The pixel next door has the most similar surroundings, so that is how far another prediction may
-  lie. [French et al. 2020]
+  It is factor times half the Euclidean length of all central differences, down and across. The
+  pixel next door has the most similar surroundings, so that is how far another prediction may lie.
+  [French et al. 2020]
 
   Args:
     images: f32[B, H, W, C].
@@ -54,7 +55,9 @@ def vat(
   decay: Share = 0.99,
   frozen_batch_norm: Literal["none", "backbone", "all"] = "none",
 ) -> Method:
-  """Mean Teacher on adversarial images. [French et al. 2020, section 4.2]
+  """Trains Mean Teacher on adversarial images.
+
+  [French et al. 2020, section 4.2]
 
   The teacher is in inference mode everywhere: the official code puts it there to find the
   direction, and never back within an epoch. It gives the direction as well as the target, by KL
@@ -73,8 +76,10 @@ def vat(
     return {"noise": noise} | nets.dropout_keys(key, "student")
 
   def teach(teacher, batch, draws):
-    """The student's view before and after the perturbation, and the teacher's logits on the weak
-    one.
+    """Perturbs the student's view, and predicts the weak one with the teacher.
+
+    Returns the student's view before and after the perturbation, and the teacher's logits on the
+    weak view.
     """
     unlabeled, noise = batch["unlabeled"], draws["noise"]
     teacher_logits = nets.infer(network, teacher, unlabeled["weak"])

@@ -1,4 +1,7 @@
-"""Backbones by name, for the networks that take any of them: ResNets and EfficientNet-Lites."""
+"""Backbones by name: ResNets and EfficientNet-Lites.
+
+They are for the networks that take any of them.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,11 @@ BACKBONES = (*resnet.BLOCKS, *efficientnet.VERSIONS)
 
 
 class Widths(NamedTuple):
-  """Of a head that suits a backbone. context: channels of what pools context (ASPP) and of the
-  decoder; low: of the finest map. rates: dilations of the ASPP at output stride 16.
+  """Sizes of a head that suits a backbone.
+
+  context: channels of what pools context (ASPP) and of the decoder.
+  low: channels of the finest map.
+  rates: dilations of the ASPP at output stride 16.
   """
 
   context: int
@@ -43,8 +49,10 @@ def make_backbone(
   drop_connect: float = 0.0,
   dtype: Any = jnp.float32,
 ) -> nn.Module:
-  """A module (images [B, H, W, C], *, train, groups) -> maps at strides 4, 8, 16, 32, the last at
-  most at the output stride.
+  """Builds a backbone by name.
+
+  The module maps (images [B, H, W, C], *, train, groups) to maps at strides 4, 8, 16, 32, the last
+  at most at the output stride.
 
   Args:
     name: one of BACKBONES.
@@ -82,8 +90,9 @@ def make_backbone(
 
 
 class Still(nn.Module):
-  """A backbone that runs as in inference whatever is asked: batch norm on its running statistics,
-  which stay; no drop-connect.
+  """A backbone that runs as in inference, whatever mode is asked for.
+
+  Batch norm uses its running statistics, which stay as they are; there is no drop-connect.
   """
 
   inner: nn.Module
@@ -106,7 +115,9 @@ def widths_of(
   aspp_rates: Sequence[int],
   output_stride: int,
 ) -> Widths:
-  """What a DeepLabv3+ head is to have: what suits the backbone where an option is 0 or empty.
+  """Returns the sizes of a DeepLabv3+ head.
+
+  Where an option is 0 or empty, it is what suits the backbone.
 
   Args:
     head_channels: of the head; 0 is what suits the backbone.

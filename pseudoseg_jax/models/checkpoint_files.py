@@ -1,10 +1,11 @@
-"""Tensors of .safetensors and of PyTorch's .pth / .pt files, read without running anything that a
-file says.
+"""Tensors of .safetensors files and of PyTorch's .pth and .pt files.
+
+They are read without running anything that a file contains.
 
 A PyTorch checkpoint is a pickle, a program for a machine that may call any function. Here its
 instructions are followed on inert values: the few calls that rebuild tensors become arrays, every
-other one becomes a marker that nothing looks into. What reading takes of time and memory grows with
-the file, whatever it says: nothing is unfolded that a file holds once and names often.
+other one becomes a marker that nothing looks into. The time and memory that reading takes grow with
+the file, whatever it claims: nothing is unfolded that a file holds once and names often.
 """
 
 from __future__ import annotations
@@ -68,11 +69,11 @@ _DTYPES = {
 
 
 def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-  """All tensors of a file by name; names of nested dicts are joined by "."
-  ("state_dict.layer1.0.conv1.weight").
+  """Reads all tensors of a file, by name.
 
-  Arrays are read-only and may share memory; bfloat16 becomes float32. What is no tensor is left
-  out. A dict that a file holds twice is read once.
+  Names of nested dicts are joined by "." ("state_dict.layer1.0.conv1.weight"). Arrays are read-only
+  and may share memory; bfloat16 becomes float32. What is no tensor is left out. A dict that a file
+  holds twice is read once.
 
   Raises:
     checks.InputError: no such file, damaged, of another kind, or without a tensor; names the file.
@@ -104,14 +105,14 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def to_safetensors(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-  """The content of a .safetensors file."""
+  """Returns the content of a .safetensors file."""
   return safetensors.numpy.save(
     {name: np.ascontiguousarray(array) for name, array in arrays.items()}, dict(metadata)
   )
 
 
 class _Refused(ValueError):
-  """Why a file is not read, and what to do."""
+  """The refusal of a file: why it is not read, and what to do."""
 
   def __init__(self, cause: str, remedy: str = "fetch the file again, or save it anew"):
     super().__init__(cause)
@@ -148,8 +149,9 @@ def _read_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
 
 
 def _check_name(name: str) -> None:
-  """Refuses names that no network has: they end on terminals, and are looked through from every dot
-  on.
+  """Refuses names that no network has.
+
+  Names end up on terminals, and are looked through from every dot on.
   """
   if len(name) > _MOST_NAME_CHARACTERS or not name.isprintable():
     raise _Refused(
@@ -158,7 +160,11 @@ def _check_name(name: str) -> None:
 
 
 def _array(data, kind: str, *, big_endian: bool = False) -> np.ndarray:
-  """The flat array of some bytes; kind: a key of _DTYPES."""
+  """Decodes bytes into a flat array.
+
+  Args:
+    kind: a key of _DTYPES.
+  """
   if kind not in _DTYPES:
     raise _Refused(
       f"numbers of type {kind[:40]!r}, which is not known here",
@@ -176,7 +182,10 @@ def _array(data, kind: str, *, big_endian: bool = False) -> np.ndarray:
 
 
 class _Storage(NamedTuple):
-  """A run of numbers that tensors are views of; offset, length: in elements."""
+  """A run of numbers that tensors are views of.
+
+  offset, length: in elements.
+  """
 
   key: str
   kind: str
@@ -192,7 +201,10 @@ class _Tensor(NamedTuple):
 
 
 class _Opaque:
-  """What a file names and we do not know: never imported, never called, never looked into."""
+  """An unknown thing that a file names.
+
+  It is never imported, never called, never looked into.
+  """
 
 
 class _Global(NamedTuple):
@@ -200,7 +212,10 @@ class _Global(NamedTuple):
 
 
 def _read_zip(file: BinaryIO, file_size: int) -> dict[str, np.ndarray]:
-  """The form of PyTorch 1.6 and later: NAME/data.pkl, and NAME/data/KEY for each storage."""
+  """Reads the form of PyTorch 1.6 and later.
+
+  It holds NAME/data.pkl, and NAME/data/KEY for each storage.
+  """
   with zipfile.ZipFile(file) as archive:
     members = {info.filename: info for info in archive.infolist()}
     if any(info.flag_bits & 1 for info in members.values()):
@@ -239,8 +254,10 @@ def _read_zip(file: BinaryIO, file_size: int) -> dict[str, np.ndarray]:
 
 
 def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
-  """The form before 1.6: pickles of a magic number, a version, the system, the content and the
-  keys; then the storages.
+  """Reads the form of PyTorch before 1.6.
+
+  It holds pickles of a magic number, a version, the system, the content and the keys; then the
+  storages.
   """
   # Mapped, so that no length written in the file makes us take memory that the file does not have.
   view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -264,8 +281,9 @@ def _item_bytes(kind: str) -> int:
 
 
 def _tensors(value: Any) -> Iterator[tuple[str, _Tensor]]:
-  """(dotted name, tensor) of all tensors in nested dicts, lists and tuples; each is entered once,
-  so that it ends.
+  """Yields (dotted name, tensor) of all tensors in nested containers.
+
+  Dicts, lists and tuples are containers; each is entered once, so that the search ends.
   """
   # Names are made of tensors alone, and where they are short: those of all things along deep nests
   # take the square of a file.
@@ -290,7 +308,10 @@ def _tensors(value: Any) -> Iterator[tuple[str, _Tensor]]:
 
 
 def _dotted(path: tuple) -> str:
-  """The name of (path above, key): keys joined by dots, without empty ones at the beginning."""
+  """Joins the keys of a path by dots.
+
+  The path is (path above, key). Empty keys at the beginning are left out.
+  """
   keys = []
   while path:
     path, key = path
@@ -301,8 +322,9 @@ def _dotted(path: tuple) -> str:
 def _arrays(
   content: Any, storage_bytes: Callable[[str], Any], big_endian: bool
 ) -> dict[str, np.ndarray]:
-  """Views of the storages, each storage read once: shared ones stay shared, and no written size
-  takes memory.
+  """Makes arrays that are views of the storages.
+
+  Each storage is read once: shared ones stay shared, and no written size takes memory.
   """
   storages, arrays = {}, {}
   for name, (storage, offset, size, stride) in _tensors(content):
@@ -357,10 +379,11 @@ _MARK = object()
 
 
 def _interpret(data, kinds: dict[str, str] | None = None) -> Any:
-  """The value of one pickle, with tensors and markers in place of calls.
+  """Computes the value of one pickle, with tensors and markers for calls.
 
-  data: bytes with read, readline and tell, left behind the pickle's end. kinds: filled with key ->
-    kind of the storages it names.
+  Args:
+    data: bytes with read, readline and tell, left behind the pickle's end.
+    kinds: filled with key -> kind of the storages that the pickle names.
   """
   stack, memo = [], {}
 
@@ -449,8 +472,9 @@ def _set_items(target: Any, items: list) -> None:
 
 
 def _storage(identity: Any) -> _Storage | _Opaque:
-  """What a persistent id stands for: ("storage", type, key, device, length[, part of a
-  storage]).
+  """Returns what a persistent id stands for.
+
+  The id is ("storage", type, key, device, length[, part of a storage]).
   """
   if not (
     isinstance(identity, tuple)
@@ -491,7 +515,10 @@ def _counts(value: Any) -> tuple[int, ...]:
 
 
 def _call(called: Any, arguments: Any) -> Any:
-  """The result of a call, if it is one that a state dict is made of."""
+  """Returns the result of a call, if a state dict is made of such calls.
+
+  Every other call gives a marker.
+  """
   if not (isinstance(called, _Global) and isinstance(arguments, tuple)):
     return _Opaque()
   match called.name, arguments:

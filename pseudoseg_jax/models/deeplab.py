@@ -1,8 +1,9 @@
-"""DeepLabv3+ (Chen et al. 2018) in the form of the official CPS code (Chen et al. 2021).
+"""DeepLabv3+ in the form of the official CPS code.
 
-It differs from the textbook: one batch norm over the concatenated ASPP branches, leaky ReLUs in the
-ASPP, an image-pooling branch that is added rather than concatenated, no dropout, dilations 2, 4, 8
-in the last stage and align-corners upsampling.
+DeepLabv3+: Chen et al. 2018. CPS: Chen et al. 2021. The form differs from the textbook: one batch
+norm over the concatenated ASPP branches, leaky ReLUs in the ASPP, an image-pooling branch that is
+added rather than concatenated, no dropout, dilations 2, 4, 8 in the last stage and align-corners
+upsampling.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ class ASPP(nn.Module):
 
 
 class Head(nn.Module):
-  """ASPP on the last stage, joined with the first stage; per-class scores at stride 4, float32."""
+  """ASPP on the last stage, joined with the first stage.
+
+  Gives per-class scores at stride 4, float32.
+  """
 
   num_classes: int
   widths: Widths
@@ -79,7 +83,9 @@ def deeplabv3plus(
   drop_connect: float = 0.0,
   dtype: Any = jnp.float32,
 ) -> tuple[nn.Module, Head]:
-  """Backbone and head; of 256 and 48 channels with rates (6, 12, 18) on ResNets (CPS).
+  """Builds the backbone and the head of CPS's DeepLabv3+.
+
+  On ResNets the head has 256 and 48 channels with rates (6, 12, 18), as in CPS.
 
   Args:
     backbone: one of backbones.BACKBONES.

@@ -1,9 +1,9 @@
-"""DeepLabv3+ (Chen et al. 2018) in the form of the TensorFlow DeepLab library, which PseudoSeg (Zou
-et al. 2021) trains.
+"""DeepLabv3+ in the form of the TensorFlow DeepLab library.
 
-Atrous and decoder convolutions are separable, with batch norm and ReLU after the depthwise and
-after the pointwise half; image pooling is one of the concatenated branches; the statistics of the
-head move at 0.0003 a batch.
+DeepLabv3+: Chen et al. 2018. PseudoSeg (Zou et al. 2021) trains this form. Atrous and decoder
+convolutions are separable, with batch norm and ReLU after the depthwise and after the pointwise
+half. Image pooling is one of the concatenated branches. The statistics of the head move at 0.0003 a
+batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BACKBONES = (*resnet.BOTTLENECK, "xception65")
 
 
 class DepthwiseConvBN(nn.Module):
-  """Depthwise 3x3 convolution, batch norm, ReLU."""
+  """A depthwise 3x3 convolution, batch norm and a ReLU."""
 
   dilation: int
   momentum: float
@@ -39,7 +39,10 @@ class DepthwiseConvBN(nn.Module):
 
 
 class SeparableConvBN(nn.Module):
-  """Depthwise 3x3, then pointwise convolution to `features`, each with batch norm and ReLU."""
+  """A depthwise 3x3, then a pointwise convolution to `features`.
+
+  Each has batch norm and a ReLU.
+  """
 
   features: int
   dilation: int
@@ -56,8 +59,9 @@ class SeparableConvBN(nn.Module):
 
 
 class ASPP(nn.Module):
-  """Atrous spatial pyramid pooling: [B, h, w, C] -> [B, h, w, features]. Dropout acts only where a
-  "dropout" key is given.
+  """Atrous spatial pyramid pooling: [B, h, w, C] -> [B, h, w, features].
+
+  Dropout acts only where a "dropout" key is given.
   """
 
   rates: Sequence[int]
@@ -86,8 +90,9 @@ class ASPP(nn.Module):
 
 
 class Head(nn.Module):
-  """ASPP on the last map, joined with the first, low-level one; per-class scores on the grid of the
-  first, float32.
+  """ASPP on the last map, joined with the first, low-level one.
+
+  Gives per-class scores on the grid of the first, float32.
   """
 
   num_classes: int
@@ -121,7 +126,9 @@ def deeplabv3plus_tf(
   head_momentum: float = 0.9997,
   dtype: Any = jnp.float32,
 ) -> tuple[ResNetBeta | Xception65, Head]:
-  """Backbone and head; images in -1..1. Defaults are those of the PseudoSeg code.
+  """Builds backbone and head of PseudoSeg's DeepLabv3+; images in -1..1.
+
+  Defaults are those of the PseudoSeg code.
 
   Args:
     backbone: one of BACKBONES; the official commands train "xception65".

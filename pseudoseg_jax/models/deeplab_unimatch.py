@@ -1,8 +1,9 @@
-"""DeepLabv3+ (Chen et al. 2018) in the form of the official UniMatch code (Yang et al. 2023).
+"""DeepLabv3+ in the form of the official UniMatch code.
 
-Unlike CPS's (`deeplab`): every ASPP branch has a batch norm and a ReLU of its own, image pooling is
-one of the concatenated branches, the low-level map comes first in the decoder, and the last stage
-has torchvision's dilations 1, 2, 2.
+DeepLabv3+: Chen et al. 2018. UniMatch: Yang et al. 2023. The form differs from CPS's (`deeplab`):
+every ASPP branch has a batch norm and a ReLU of its own, image pooling is one of the concatenated
+branches, the low-level map comes first in the decoder, and the last stage has torchvision's
+dilations 1, 2, 2.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ class ASPP(nn.Module):
 
 
 class Head(nn.Module):
-  """ASPP on the last map, joined with the first; per-class scores at stride 4, float32.
+  """ASPP on the last map, joined with the first.
 
-  UniMatch's feature perturbation drops channels of these two maps and runs the head on clean and
-  perturbed maps as one batch.
+  Gives per-class scores at stride 4, float32. UniMatch's feature perturbation drops channels of
+  these two maps and runs the head on clean and perturbed maps as one batch.
   """
 
   num_classes: int
@@ -77,7 +78,9 @@ def deeplabv3plus_unimatch(
   drop_connect: float = 0.0,
   dtype: Any = jnp.float32,
 ) -> tuple[nn.Module, Head]:
-  """Backbone and head; of 256 and 48 channels with rates (6, 12, 18) on ResNets (UniMatch).
+  """Builds the backbone and the head of UniMatch's DeepLabv3+.
+
+  On ResNets the head has 256 and 48 channels with rates (6, 12, 18), as in UniMatch.
 
   Args:
     backbone: one of backbones.BACKBONES.

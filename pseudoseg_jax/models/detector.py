@@ -1,5 +1,6 @@
-"""GCT's flaw detector: looks at an image and a prediction of it, and says where the prediction is
-wrong.
+"""GCT's flaw detector.
+
+It takes an image and a prediction of it, and finds where the prediction is wrong.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ _SLOPE = 0.2  # of the leaky ReLU
 
 
 class EvenConv(nn.Module):
-  """4x4 convolution with one pixel of padding and a bias, initialized as PyTorch's: all values
-  uniform in +-1/sqrt(fan_in).
+  """A 4x4 convolution with one pixel of padding and a bias.
+
+  It is initialized as PyTorch's: all values uniform in +-1/sqrt(fan_in).
   """
 
   features: int
@@ -41,8 +43,10 @@ class EvenConv(nn.Module):
 
 
 class HalfBatchNorm(nn.Module):
-  """Batch norm of the first half of the channels, instance norm without parameters of the others,
-  leaky ReLU. [GCT, IBNorm]
+  """Batch norm of half the channels, instance norm of the others.
+
+  The first half of the channels has batch norm, the others instance norm without parameters; a
+  leaky ReLU follows. [GCT, IBNorm]
   """
 
   @nn.compact
@@ -57,8 +61,9 @@ class HalfBatchNorm(nn.Module):
 
 
 def least_side(stages: int) -> int:
-  """The shorter side, in pixels, of the smallest image whose every normalized map has two rows and
-  columns.
+  """Returns the shorter side of the smallest image that can be taken.
+
+  It is in pixels. In that image every normalized map has two rows and columns.
   """
   side = 2
   for _ in range(stages - 1):
@@ -67,10 +72,12 @@ def least_side(stages: int) -> int:
 
 
 class FlawDetector(nn.Module):
-  """Image f32[B, H, W, C] and probabilities f32[B, H, W, K] -> flaw map f32[B, H, W], of any sign.
+  """The network that maps an image and a prediction of it to a flaw map.
+
+  Image f32[B, H, W, C] and probabilities f32[B, H, W, K] -> flaw map f32[B, H, W], of any sign.
   [GCT, FlawDetector]
 
-  The first stage halves the sides; every further one halves them again, doubles the channels and
+  The first stage halves the sides. Every further one halves them again, doubles the channels and
   loses one pixel more. The classifier halves them a last time.
 
   Raises:

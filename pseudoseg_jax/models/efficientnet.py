@@ -1,8 +1,10 @@
-"""EfficientNet-Lite for dense prediction: EfficientNet (Tan and Le 2019) without squeeze-excitation
-and with ReLU6, small and quick on CPUs.
+"""EfficientNet-Lite for dense prediction.
 
-Source: tensorflow/tpu, models/official/efficientnet/lite; tensors are named as in the PyPI package
-  efficientnet_lite_pytorch.
+It is EfficientNet (Tan and Le 2019) without squeeze-excitation and with ReLU6, small and quick on
+CPUs.
+
+Source: tensorflow/tpu, models/official/efficientnet/lite. Tensors are named as in the PyPI package
+efficientnet_lite_pytorch.
 """
 
 from __future__ import annotations
@@ -28,8 +30,12 @@ HEAD_CHANNELS = 1280
 
 
 class Stage(NamedTuple):
-  """repeats: blocks. features: channels that each puts out. expansion: of the channels inside a
-  block. stride: of the first block.
+  """A stage of the published network.
+
+  repeats: blocks.
+  features: channels that each puts out.
+  expansion: of the channels inside a block.
+  stride: of the first block.
   """
 
   repeats: int
@@ -52,14 +58,16 @@ _LAST_OF_A_STRIDE = (1, 2, 4, 6)  # stages whose outputs are the maps at strides
 
 
 def _rounded(features: float) -> int:
-  """To a multiple of 8, at most a tenth below."""
+  """Rounds to a multiple of 8, at most a tenth below."""
   near = max(8, int(features + 4) // 8 * 8)
   return near if near >= 0.9 * features else near + 8
 
 
 def stages_of(version: str) -> tuple[Stage, ...]:
-  """The stages of a version: widths rounded to multiples of 8, repeats rounded up; the first and
-  the last keep their one block.
+  """Returns the stages of a version.
+
+  Widths are rounded to multiples of 8, repeats are rounded up; the first and the last stage keep
+  their one block.
   """
   width, depth = VERSIONS[version]
   scaled = [stage._replace(features=_rounded(width * stage.features)) for stage in STAGES]
@@ -68,8 +76,9 @@ def stages_of(version: str) -> tuple[Stage, ...]:
 
 
 class Unit(nn.Module):
-  """Convolution with TensorFlow's "SAME" padding, batch norm, ReLU6 if `active`. features None:
-  depthwise.
+  """A convolution, batch norm and, if `active`, a ReLU6.
+
+  The convolution has TensorFlow's "SAME" padding. features None: depthwise.
   """
 
   features: int | None
@@ -99,7 +108,9 @@ class Unit(nn.Module):
 
 
 class Block(nn.Module):
-  """An inverted bottleneck: 1x1 to more channels, depthwise, 1x1 back; added to its input where the
+  """An inverted bottleneck.
+
+  A 1x1 convolution to more channels, a depthwise one, a 1x1 back; added to its input where the
   shapes agree.
 
   drop: probability that an image's residual is left out in training, where a "dropout" key is
@@ -132,8 +143,9 @@ class Block(nn.Module):
 def strides_and_dilations(
   stages: tuple[Stage, ...], output_stride: int
 ) -> list[list[tuple[int, int]]]:
-  """(stride, dilation) of every block of every stage: a stage that may not stride any more dilates,
-  after its first block.
+  """Returns (stride, dilation) of every block of every stage.
+
+  A stage that may not stride any more dilates instead, after its first block.
   """
   plan, stride_so_far, dilation = [], 2, 1
   for stage in stages:
@@ -146,8 +158,11 @@ def strides_and_dilations(
 
 
 class EfficientNetLite(nn.Module):
-  """version: one of VERSIONS. output_stride: 8, 16 or 32. drop_connect: of the last block, rising
-  from 0 of the first; 0.2 published.
+  """The EfficientNet-Lite backbone.
+
+  version: one of VERSIONS.
+  output_stride: 8, 16 or 32.
+  drop_connect: of the last block, rising from 0 of the first; 0.2 published.
   """
 
   version: str = "efficientnet_lite0"
@@ -157,10 +172,10 @@ class EfficientNetLite(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, ...]:
-    """images [B, H, W, C] -> the last maps at strides 4, 8, 16 and 32 of the published network;
-    sides are rounded up.
+    """Computes the last maps at strides 4, 8, 16 and 32.
 
-    With output stride 16 the last is at stride 16, with 8 the last two are at 8.
+    The input is images [B, H, W, C]. The strides are those of the published network; sides are
+    rounded up. With output stride 16 the last is at stride 16, with 8 the last two are at 8.
     """
     mode, stages = {"train": train, "groups": groups}, stages_of(self.version)
     x = Unit(32, 3, stride=2, dtype=self.dtype, name="stem")(x, **mode)
@@ -178,8 +193,9 @@ class EfficientNetLite(nn.Module):
 
 
 class ImageClassifier(nn.Module):
-  """The published head: [..., [B, h, w, C]] -> logits f32 [B, num_classes] of whole images.
-  Segmentation leaves it out.
+  """The published head, which classifies whole images.
+
+  [..., [B, h, w, C]] -> logits f32[B, num_classes]. Segmentation leaves it out.
   """
 
   num_classes: int = 1000

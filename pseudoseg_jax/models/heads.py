@@ -20,8 +20,9 @@ _glorot = jax.nn.initializers.glorot_uniform()
 
 
 def image_classifier(channels: int, num_classes: int) -> Head:
-  """The spatial mean of a map f32[B, h, w, channels], then a linear layer: logits f32[B,
-  num_classes].
+  """Builds a head that classifies images: spatial mean and linear layer.
+
+  The mean is of a map f32[B, h, w, channels]. Output: logits f32[B, num_classes].
   """
 
   def init(key: Array) -> tuple[PyTree, PyTree]:
@@ -39,8 +40,9 @@ def image_classifier(channels: int, num_classes: int) -> Head:
 def self_attention(
   channels: int, num_classes: int, *, attention_dim: int = 128, background: bool = True
 ) -> Head:
-  """Self-attention Grad-CAM: class activation maps spread to where the features are alike.
-  [PseudoSeg, SGC]
+  """Builds the head of self-attention Grad-CAM.
+
+  Class activation maps are spread to where the features are alike. [PseudoSeg, SGC]
 
   Inputs of `apply`: features f32[B, h, w, channels], cam f32[B, h, w, K'] in 0..1, valid bool[B, h,
   w]; the caller stops their gradients. Output: logits f32[B, h, w, K], K = num_classes. The sum of
@@ -99,12 +101,11 @@ class _Auxiliary(nn.Module):
 def auxiliary(
   channels: int, num_classes: int, *, features: int = 256, dropout: float = 0.1
 ) -> Head:
-  """A second segmentation head for a map f32[B, h, w, channels] in the midst of a backbone: scores
-  f32[B, h, w, num_classes].
+  """Builds a second segmentation head, for a map in the midst of a backbone.
 
-  A 3x3 convolution to `features`, batch norm, ReLU, dropout of whole channels, a linear layer.
-  [Zhao et al. 2017, auxiliary loss] `apply` also takes dropout=key; without a key no channel is
-  dropped.
+  Map f32[B, h, w, channels] -> scores f32[B, h, w, num_classes]. A 3x3 convolution to `features`,
+  batch norm, ReLU, dropout of whole channels, a linear layer. [Zhao et al. 2017, auxiliary loss]
+  `apply` also takes dropout=key; without a key no channel is dropped.
   """
   module = _Auxiliary(num_classes, features, dropout)
 
@@ -129,11 +130,11 @@ def auxiliary(
 
 
 def subpixel_decoder(channels: int, num_classes: int, *, doublings: int) -> Head:
-  """CCT's decoder: a map f32[B, h, w, channels] -> scores f32[B, h 2^doublings, w 2^doublings,
-  num_classes], none below 0.
+  """Builds CCT's decoder, which doubles the sides of a map several times.
 
-  A linear layer, then `doublings` times a linear layer, a ReLU and four channels that become four
-  pixels. [CCT, decoders.py]
+  Map f32[B, h, w, channels] -> scores f32[B, h 2^doublings, w 2^doublings, num_classes], none below
+  0. A linear layer, then `doublings` times a linear layer, a ReLU and four channels that become
+  four pixels. [CCT, decoders.py]
   """
   steps = [f"subpixel{step + 1}" for step in range(doublings)]
 
@@ -155,10 +156,10 @@ def subpixel_decoder(channels: int, num_classes: int, *, doublings: int) -> Head
 
 
 def stack_heads(head: Head, counts: Mapping[str, int]) -> Head:
-  """Groups of independently initialized copies of a head without statistics: {"name": parameters
-  with a leading axis of counts["name"]}.
+  """Builds groups of independently initialized copies of a head.
 
-  `apply` is that of one copy, on its part of the parameters.
+  The head has no statistics. Its parameters become {"name": parameters with a leading axis of
+  counts["name"]}. `apply` is that of one copy, on its part of the parameters.
   """
 
   def init(key: Array) -> tuple[PyTree, PyTree]:
@@ -178,7 +179,9 @@ def _convolved(params: PyTree, x: Array) -> Array:
 
 
 def box_encoder(num_planes: int, channels: Sequence[int]) -> Head:
-  """What maps are multiplied by where boxes are known: a 3x3 convolution and a sigmoid each.
+  """Builds the head that computes factors on maps from known boxes.
+
+  Maps are multiplied by them where boxes are known; a 3x3 convolution and a sigmoid make each.
   [self-correcting networks]
 
   Inputs of `apply`: planes f32[B, H, W, num_planes] of 0 and 1, and the size (h, w) of each of the
@@ -203,8 +206,10 @@ def box_encoder(num_planes: int, channels: Sequence[int]) -> Head:
 
 
 def correction_net(num_classes: int, *, hidden: int = 128) -> Head:
-  """Two opinions made one by two 3x3 convolutions with a ReLU between. [self-correcting networks,
-  convolutional self-correction]
+  """Builds the head that merges two predictions into one.
+
+  Two 3x3 convolutions with a ReLU between. [self-correcting networks, convolutional
+  self-correction]
 
   Inputs of `apply`: the primary and the ancillary logits, f32[B, H, W, K] each, K = num_classes.
   Output: logits f32[B, H, W, K]. Width and activation are not in the sources; 128 and ReLU are
@@ -224,7 +229,9 @@ def correction_net(num_classes: int, *, hidden: int = 128) -> Head:
 
 
 def flaw_detector(in_channels: int, *, width: int = 64, stages: int = 4) -> Head:
-  """GCT's flaw detector, a network of its own (nets.create_from_head); see `detector.FlawDetector`.
+  """Builds GCT's flaw detector as a head, a network of its own.
+
+  It is created by nets.create_from_head; see `detector.FlawDetector`.
 
   Inputs of `apply`: images f32[B, H, W, C] and probabilities f32[B, H, W, K]. Output: flaw map
   f32[B, H, W].

@@ -1,8 +1,8 @@
-"""HRNet for segmentation (HRNetV2: Sun et al. 2019, Wang et al. 2020): branches at strides 4 to 32
-side by side, fused often.
+"""HRNet for segmentation: branches side by side, fused often.
 
-Follows the official code. The ImageNet models of the same trunk upsample by nearest neighbor where
-this bilinearly does.
+HRNetV2: Sun et al. 2019, Wang et al. 2020. The branches are at strides 4 to 32. The module follows
+the official code. The ImageNet models of the same trunk upsample by nearest neighbor where this one
+does bilinearly.
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ Resize = Callable[[Array, tuple[int, int]], Array]
 
 
 class Plan(NamedTuple):
-  """width: channels of the finest branch, doubled at each coarser one. first: blocks of the first
-  stage and their width. modules: of stages 2, 3, 4. blocks: of every branch of every module.
+  """The sizes of an HRNet.
+
+  width: channels of the finest branch, doubled at each coarser one.
+  first: blocks of the first stage and their width.
+  modules: of stages 2, 3, 4.
+  blocks: of every branch of every module.
   """
 
   width: int
@@ -43,8 +47,9 @@ PLANS = {
 
 
 class Module(nn.Module):
-  """Residual blocks on every branch, then every branch becomes the sum of all: maps in, maps of the
-  same shapes out.
+  """Residual blocks on every branch, then a sum of all for every branch.
+
+  Maps in, maps of the same shapes out.
   """
 
   blocks: int
@@ -94,8 +99,11 @@ class Module(nn.Module):
 
 
 class HRNet(nn.Module):
-  """plan: one of PLANS' values. momentum: of batch norm. resize: how coarse branches meet finer
-  ones.
+  """The HRNet backbone.
+
+  plan: one of PLANS' values.
+  momentum: of batch norm.
+  resize: how coarse branches meet finer ones.
   """
 
   plan: Plan
@@ -105,8 +113,9 @@ class HRNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, ...]:
-    """images [B, H, W, C] -> maps at strides 4, 8, 16, 32 with W, 2 W, 4 W, 8 W channels; sides are
-    rounded up.
+    """Computes maps at strides 4, 8, 16, 32 of images [B, H, W, C].
+
+    They have W, 2 W, 4 W, 8 W channels, W being the plan's width; sides are rounded up.
     """
     plan, mode = self.plan, {"train": train, "groups": groups}
 
@@ -144,8 +153,9 @@ class HRNet(nn.Module):
 
 
 class Head(nn.Module):
-  """All branches on the grid of the finest, mixed by 1x1 convolutions; per-class scores at stride
-  4, float32.
+  """All branches on the grid of the finest, mixed by 1x1 convolutions.
+
+  Gives per-class scores at stride 4, float32.
   """
 
   num_classes: int
@@ -172,7 +182,7 @@ def hrnet(
   align_corners: bool = False,
   dtype: Any = jnp.float32,
 ) -> tuple[HRNet, Head, Resize]:
-  """Backbone, head and the upsampling of the scores.
+  """Builds backbone, head and the upsampling of the scores.
 
   Args:
     backbone: one of PLANS.

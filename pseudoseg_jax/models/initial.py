@@ -20,12 +20,12 @@ def _cut(draws: Array, shapes: list[tuple[int, ...]]) -> list[Array]:
 
 
 def initial_values(key: Array, shapes: PyTree) -> PyTree:
-  """Kaiming normal kernels, PyTorch's uniform biases, neutral batch norms.
+  """Draws Kaiming normal kernels, PyTorch's biases, neutral batch norms.
 
-  A `kernel` or `depthwise` is normal with variance 2 / fan_in (He et al. 2015); the `bias` beside a
-  kernel is uniform in +-1/sqrt(fan_in), beside a `scale` it is 0; `scale` and `var` are 1, `mean`
-  is 0. In modules whose name begins with "subpixel", which make four pixels of one, the four
-  channels of a class start with one kernel (ICNR, Aitken et al. 2017).
+  A `kernel` or `depthwise` is normal with variance 2 / fan_in (He et al. 2015). The `bias` beside a
+  kernel is uniform in +-1/sqrt(fan_in), as PyTorch's; beside a `scale` it is 0. `scale` and `var`
+  are 1, `mean` is 0. In modules whose name begins with "subpixel", which make four pixels of one,
+  the four channels of a class start with one kernel (ICNR, Aitken et al. 2017).
 
   All kernels are cut from one draw. A draw apiece, which is how Flax's initializers work, takes XLA
   over ten seconds to compile for a ResNet-50; this takes two.

@@ -1,5 +1,6 @@
-"""Convolution and batch norm with the conventions that published segmentation networks were trained
-with (PyTorch's).
+"""Convolution and batch norm with PyTorch's conventions.
+
+Published segmentation networks were trained with them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ def _matrix_product(x: Array, matrix: Array) -> Array:
 
 
 def _convolve_by_taps(x: Array, kernel: Array, dilation: int) -> Array:
-  """Stride 1, as a sum over taps, each on the part of the map where it does not read padding."""
+  """Convolves at stride 1, as a sum over taps.
+
+  Each tap acts on the part of the map where it does not read padding.
+  """
   height, width = x.shape[1:3]
   reach = kernel.shape[0] // 2
   y = 0
@@ -42,8 +46,9 @@ def _convolve_by_taps(x: Array, kernel: Array, dilation: int) -> Array:
 def _padding(
   size: int, kernel_size: int, stride: int, dilation: int, same: bool
 ) -> tuple[int, int]:
-  """Pixels before and after an axis: dilation * (k - 1) / 2 on both sides, or as TensorFlow's
-  "SAME" has them.
+  """Returns the pixels of padding before and after an axis.
+
+  They are dilation * (k - 1) / 2 on both sides, or as TensorFlow's "SAME" has them.
   """
   reach = dilation * (kernel_size // 2)
   if not same:
@@ -55,11 +60,13 @@ def _padding(
 def convolve(
   x: Array, kernel: Array, stride: int = 1, dilation: int = 1, same: bool = False
 ) -> Array:
-  """Convolution of [B, H, W, Cin] with [k, k, Cin, Cout], k odd -> [B, ceil(H / stride), ceil(W /
-  stride), Cout].
+  """Convolves a map with a square kernel of odd side.
 
-  same: False pads by dilation * (k - 1) / 2 on every side (PyTorch code); True as TensorFlow's
-    "SAME", which differs where a stride divides a side: there the window starts a pixel later.
+  [B, H, W, Cin] with [k, k, Cin, Cout], k odd -> [B, ceil(H / stride), ceil(W / stride), Cout].
+
+  Args:
+    same: False pads by dilation * (k - 1) / 2 on every side (PyTorch code); True as TensorFlow's
+      "SAME", which differs where a stride divides a side: there the window starts a pixel later.
   """
   reach = kernel.shape[0] // 2
   if reach == 0:
@@ -86,7 +93,10 @@ def _library_convolution(
 
 
 class _Taps:
-  """Where the taps of a depthwise convolution read, for one size of the map."""
+  """The places that the taps of a depthwise convolution read.
+
+  They are for one size of the map.
+  """
 
   def __init__(self, x_shape, kernel_size: int, stride: int, dilation: int, same: bool):
     self.sides = x_shape[1:3]
@@ -96,7 +106,7 @@ class _Taps:
     self.kernel_size = kernel_size
 
   def of_axis(self, axis: int) -> list[int]:
-    """The taps that read anything but padding."""
+    """Lists the taps that read anything but padding."""
     size, (before, _), last = (
       self.sides[axis],
       self.pads[axis],
@@ -112,7 +122,7 @@ class _Taps:
     return jnp.pad(x.astype(jnp.float32), ((0, 0), *self.pads, (0, 0)))
 
   def seen(self, padded: Array, i: int | Array, j: int | Array) -> Array:
-    """What tap (i, j) reads: [B, H / stride, W / stride, C]."""
+    """Returns what tap (i, j) reads: [B, H / stride, W / stride, C]."""
     spans = ((count - 1) * self.stride + 1 for count in self.outputs)
     start = (0, i * self.dilation, j * self.dilation, 0)
     part = jax.lax.dynamic_slice(padded, start, (padded.shape[0], *spans, padded.shape[-1]))
@@ -128,9 +138,9 @@ def _depthwise_by_taps(x: Array, kernel: Array, stride: int, dilation: int, same
 def _depthwise_gradients_by_taps(
   x: Array, kernel: Array, gradient: Array, stride: int, dilation: int, same: bool
 ):
-  """The gradients by x and by the kernel, each as sums over taps.
+  """Computes the gradients by x and by the kernel, each as sums over taps.
 
-  That by x gathers: a row of x is read by the taps of one parity alone where the stride is 2.
+  The one by x gathers: a row of x is read by the taps of one parity alone where the stride is 2.
   (XLA's own derivative of strided slices scatters into a padded map for every tap.)
   """
   taps = _Taps(x.shape, kernel.shape[0], stride, dilation, same)
@@ -183,11 +193,11 @@ def _depthwise_gradients_grouped(
 def convolve_depthwise(
   x: Array, kernel: Array, stride: int, dilation: int, same: bool = False
 ) -> Array:
-  """Each channel of [B, H, W, C] by itself with its part of [k, k, 1, C], k odd; padded as in
-  `convolve`.
+  """Convolves each channel by itself with its part of the kernel.
 
-  On CPU a sum over taps, since XLA's grouped convolution takes ten times as long there, with its
-  gradient up to thirty times.
+  [B, H, W, C] with [k, k, 1, C], k odd; padded as in `convolve`. On CPU it is a sum over taps,
+  since XLA's grouped convolution takes ten times as long there, with its gradient up to thirty
+  times.
   """
   options = {"stride": stride, "dilation": dilation, "same": same}
   by_taps, grouped = (
@@ -216,11 +226,11 @@ convolve_depthwise.defvjp(_convolve_depthwise, _convolve_depthwise_gradient)
 
 @jax.custom_vjp
 def max_pool(x: Array) -> Array:
-  """Max pooling 3x3, stride 2, one pixel of padding: [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2),
-  C].
+  """Computes the maximum over 3x3 windows, stride 2, one pixel of padding.
 
-  Of equal values the first takes the gradient, as in PyTorch. Written out because XLA's own
-  gradient (select-and-scatter) takes ten times as long on CPU.
+  [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), C]. Among equal values the first takes the gradient,
+  as in PyTorch. Written out because XLA's own gradient (select-and-scatter) takes ten times as long
+  on CPU.
   """
   return _max_pool(x)[0]
 
@@ -270,7 +280,10 @@ max_pool.defvjp(_max_pool, _max_pool_gradient)
 
 
 def max_pool_same(x: Array) -> Array:
-  """`max_pool` with TensorFlow's "SAME" padding: an axis of even size is padded at its end only."""
+  """Computes `max_pool` with TensorFlow's "SAME" padding.
+
+  An axis of even size is padded at its end only.
+  """
   even = [1 - size % 2 for size in x.shape[1:3]]
   lowest = jnp.finfo(x.dtype).min
   # One more pixel in front makes the size odd and moves the windows by one; the first window is
@@ -280,12 +293,12 @@ def max_pool_same(x: Array) -> Array:
 
 
 class Conv(nn.Module):
-  """Square convolution, NHWC; padding dilation * (kernel_size - 1) / 2 on every side, as PyTorch
-  code writes it.
+  """A square convolution, NHWC, padded as in PyTorch code.
 
-  (Flax's "SAME" pads only bottom and right where a stride divides the size.) Parameters are f32:
-  `kernel` [k, k, Cin, Cout] and, where asked for, `bias` [Cout]. Modules only say their shapes;
-  `initial.initial_values` gives them values.
+  The padding is dilation * (kernel_size - 1) / 2 on every side. (Flax's "SAME" pads only bottom and
+  right where a stride divides the size.) Parameters are f32: `kernel` [k, k, Cin, Cout] and, where
+  asked for, `bias` [Cout]. Modules declare only their shapes; `initial.initial_values` gives them
+  values.
   """
 
   features: int
@@ -298,7 +311,10 @@ class Conv(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    """x: [B, H, W, Cin] -> `dtype` [B, ceil(H / stride), ceil(W / stride), features]."""
+    """Convolves a map.
+
+    [B, H, W, Cin] -> `dtype` [B, ceil(H / stride), ceil(W / stride), features].
+    """
     shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
     kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
     y = convolve(
@@ -312,11 +328,10 @@ class Conv(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-  """Square depthwise convolution, NHWC, padded as `Conv`; its parameter is `depthwise` f32 [k, k,
-  1, C].
+  """A square depthwise convolution, NHWC, padded as `Conv`.
 
-  The name is not `kernel`: TensorFlow's DeepLab spares depthwise kernels from weight decay, which
-  acts on kernels.
+  Its parameter is `depthwise` f32 [k, k, 1, C]. The name is not `kernel`: TensorFlow's DeepLab
+  spares depthwise kernels from weight decay, which acts on kernels.
   """
 
   kernel_size: int = 3
@@ -327,7 +342,10 @@ class DepthwiseConv(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    """x: [B, H, W, C] -> `dtype` [B, ceil(H / stride), ceil(W / stride), C]."""
+    """Convolves each channel of a map by itself.
+
+    [B, H, W, C] -> `dtype` [B, ceil(H / stride), ceil(W / stride), C].
+    """
     shape = (self.kernel_size, self.kernel_size, 1, x.shape[-1])
     kernel = self.param("depthwise", nn.initializers.zeros, shape, jnp.float32)
     return convolve_depthwise(
@@ -341,7 +359,10 @@ def _activate(z: Array, negative_slope: float, ceiling: float) -> Array:
 
 
 def _per_channel(values: Array) -> Array:
-  """[G, C] -> [1, G, 1, 1, C], to meet a batch [B / G, G, H, W, C]."""
+  """Reshapes [G, C] to [1, G, 1, 1, C].
+
+  The result meets a batch [B / G, G, H, W, C].
+  """
   return values[None, :, None, None]
 
 
@@ -349,8 +370,9 @@ def _per_channel(values: Array) -> Array:
 def normalize_batch(
   x: Array, scale: Array, bias: Array, eps: float, negative_slope: float, ceiling: float = jnp.inf
 ) -> tuple[Array, Array, Array]:
-  """Batch norm with the batch's own statistics, then leaky ReLU up to a ceiling: x [B / G, G, H, W,
-  C] -> y, mean and variance f32 [G, C].
+  """Normalizes by the batch's own statistics, then applies a leaky ReLU.
+
+  The leaky ReLU goes up to a ceiling. x [B / G, G, H, W, C] -> y, mean and variance f32 [G, C].
 
   The gradient keeps nothing but x: the normalized map and the sign for the ReLU are cheaper to redo
   than to store. `mean` and `variance` (over n, not n - 1) are for the running statistics and carry
@@ -394,12 +416,11 @@ normalize_batch.defvjp(_normalize_batch, _normalize_batch_gradient)
 
 
 class BatchNorm(nn.Module):
-  """Batch norm over B, H and W, optionally followed by a (leaky) ReLU, with PyTorch's running
-  statistics.
+  """Batch norm over B, H and W, optionally followed by a (leaky) ReLU.
 
-  Parameters `scale`, `bias` and statistics `mean`, `var` are f32 [C]. The running variance takes
-  the unbiased variance, n / (n - 1) times the one that normalizes (Flax's own layer does not). All
-  is computed in float32, whatever the dtype of x.
+  Parameters `scale`, `bias` and statistics `mean`, `var` are f32 [C]. The running statistics are
+  PyTorch's: the running variance takes the unbiased variance, n / (n - 1) times the one that
+  normalizes (Flax's own layer does not). All is computed in float32, whatever the dtype of x.
 
   momentum: what the running statistics keep per batch; 0.9 is PyTorch's 0.1.
   negative_slope: 0 is a ReLU, 0.01 PyTorch's leaky ReLU, 1 no activation.
@@ -415,7 +436,7 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
-    """x: [B, H, W, C] -> the same shape and dtype.
+    """Normalizes [B, H, W, C] to the same shape and dtype.
 
     With train=True the batch's own statistics normalize and move the running ones. With groups=G
     the rows are G interleaved batches (row i belongs to batch i % G; interleaved, so that a batch
@@ -454,7 +475,9 @@ class BatchNorm(nn.Module):
 
 
 class ConvBN(nn.Module):
-  """Convolution, batch norm, activation: the brick of every network here.
+  """A convolution, batch norm and an activation.
+
+  It is the brick of every network here.
 
   use_bias: of the convolution; the norm takes it away again in training, but some published
     networks have one.

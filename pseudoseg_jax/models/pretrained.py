@@ -1,8 +1,8 @@
-"""Weights of others, and of our own, in our trees: which layout a file has, what of it fits, and
-where everything went.
+"""Weights of others, and our own, in our trees.
 
-Every tensor of the file and every leaf of the network is accounted for: loaded, left fresh, dropped
-for a stated reason, or part of one error that lists all that do not fit together.
+The module finds which layout a file has, what of it fits, and where everything went. Every tensor
+of the file and every leaf of the network is accounted for: loaded, left fresh, dropped for a stated
+reason, or part of one error that lists all that do not fit together.
 """
 
 from __future__ import annotations
@@ -51,12 +51,15 @@ _OWN, _PUBLISHED, _BACKBONE = "our own layout", "the published network", "a back
 
 
 class Report(NamedTuple):
-  """Where everything went.
+  """An account of where every tensor and every leaf went.
 
-  layout: in words. prefix: what stands before the names in the file. others: prefixes of further
-    networks in it, not read.
-  loaded: the paths. fresh: reason -> paths. dropped: reason -> names in the file. notes: what was
-    changed on the way.
+  layout: in words.
+  prefix: what stands before the names in the file.
+  others: prefixes of further networks in it, not read.
+  loaded: the paths.
+  fresh: reason -> paths.
+  dropped: reason -> names in the file.
+  notes: what was changed on the way.
   """
 
   layout: str
@@ -95,8 +98,9 @@ class Report(NamedTuple):
 
 
 def read(source: str) -> dict[str, np.ndarray]:
-  """The tensors of a local file, or of "hf://organisation/name[/file]" (default file:
-  model.safetensors).
+  """Reads the tensors of a local file, or of a file of the hub.
+
+  The latter is "hf://organisation/name[/file]" (default file: model.safetensors).
 
   Raises:
     checks.InputError: no such file, none that can be read, or not to be had from the hub.
@@ -132,19 +136,24 @@ def read(source: str) -> dict[str, np.ndarray]:
 
 
 def shapes_of(params: PyTree, batch_stats: PyTree) -> dict[str, tuple[int, ...]]:
-  """{"params/backbone/...": shape} of a network's trees, arrays or only their shapes."""
+  """Returns {"params/backbone/...": shape} of a network's trees.
+
+  The trees hold arrays or only their shapes.
+  """
   return {path: tuple(leaf.shape) for path, leaf in flat(params, batch_stats).items()}
 
 
 def flat(params: PyTree, batch_stats: PyTree) -> dict:
-  """{"params/backbone/...": leaf, "batch_stats/backbone/...": leaf}: also the names in our own
-  files.
+  """Flattens a network's trees into one dict by path.
+
+  {"params/backbone/...": leaf, "batch_stats/backbone/...": leaf}. The paths are also the names in
+  our own files.
   """
   return traverse_util.flatten_dict({"params": params, "batch_stats": batch_stats}, sep="/")
 
 
 def unflat(leaves: Mapping) -> dict[str, PyTree]:
-  """{"params": tree, "batch_stats": tree} of what `flat` gives."""
+  """Restores {"params": tree, "batch_stats": tree} from what `flat` gives."""
   return {"params": {}, "batch_stats": {}} | traverse_util.unflatten_dict(leaves, sep="/")
 
 
@@ -164,14 +173,15 @@ def fit(
   where: str = "the file",
   among: str = "",
 ) -> tuple[dict[str, np.ndarray], Report]:
-  """The values for our leaves out of a file's tensors: of the backbone all, of the head all or
-  none.
+  """Takes the values for our leaves from a file's tensors.
 
-  Recognised under any prefix: our own files; the published code of `network`; backbones alone as
+  All values of the backbone are taken, of the head all or none.
+
+  Recognized under any prefix: our own files; the published code of `network`; backbones alone as
   torchvision, timm, mmsegmentation, torchcv or the CPS code name them. A head of another kind or
   class count is left fresh. So is a first convolution where images have other than three channels,
-  but for one: grey levels get the sum over red, green and blue, which says of a grey image what the
-  three said.
+  but for one: gray levels get the sum over red, green and blue, which computes from a gray image
+  what the three computed.
 
   Args:
     shapes: of all leaves of the network, as `shapes_of` gives them.
@@ -237,8 +247,9 @@ def fit(
 
 
 def _layouts(shapes: Shapes, network: str) -> dict[str, dict[str, str | None]]:
-  """layout -> {our leaf: its name in a file of that layout, without prefix; None where it has
-  none}.
+  """Returns layout -> {our leaf: its name in a file of that layout}.
+
+  Names are without prefix; None where the layout has none.
   """
   paths = [_path(key) for key in shapes]
   published = torch_names.names(paths, network)
@@ -255,8 +266,9 @@ def _layouts(shapes: Shapes, network: str) -> dict[str, dict[str, str | None]]:
 def _recognise(
   tensors, layouts, where: str, network: str, among: str
 ) -> tuple[str, str, tuple[str, ...]]:
-  """The layout and prefix under which most names are found (the first of equals), and the other
-  prefixes with as many.
+  """Finds the layout and prefix under which most names are found.
+
+  Among equals the first is taken. The other prefixes with as many are returned too.
   """
   found = []
   for layout, named in layouts.items():
@@ -298,8 +310,9 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _with_our_stem(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-  """The tensors with the names of a deep stem as `torch_names` has them, whichever code they are
-  from.
+  """Renames the tensors of a deep stem to the names of `torch_names`.
+
+  It does so whichever code they are from.
   """
   for stem in _OTHER_DEEP_STEMS:
     if prefix + f"{stem[4]}.weight" in tensors:
@@ -313,8 +326,9 @@ def _with_our_stem(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, 
 
 
 def _is_first_convolution(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
-  """Whether two kernels differ only in that theirs is for three channels: in these networks only
-  the first one is.
+  """Tells whether two kernels differ only in that theirs has three channels.
+
+  In these networks only the first convolution does.
   """
   return (
     len(theirs) == len(ours) == 4
@@ -325,7 +339,7 @@ def _is_first_convolution(theirs: tuple[int, ...], ours: tuple[int, ...]) -> boo
 
 
 def _why_no_head(left, head: list[str], named, prefix: str, shapes: Shapes, layout: str) -> str:
-  """Why the head cannot be loaded; "" if it can."""
+  """Returns why the head cannot be loaded; "" if it can."""
   if not any(named[key] and prefix + named[key] in left for key in head):
     return "no such head in the file"
   for key in head:
@@ -339,7 +353,10 @@ def _why_no_head(left, head: list[str], named, prefix: str, shapes: Shapes, layo
 
 
 def _roots(named: Mapping[str, str | None]) -> set[str]:
-  """First words of the backbone's names: what else begins so is of a backbone too."""
+  """Returns the first words of the backbone's names.
+
+  What else begins so is of a backbone too.
+  """
   return {_root(name) for key, name in named.items() if name and _part(key) == "backbone"}
 
 
@@ -350,8 +367,9 @@ def _root(name: str) -> str:
 def _leftovers(
   left: Iterable[str], prefix: str, roots: set[str]
 ) -> tuple[dict[str, list[str]], list[str]]:
-  """The tensors that nothing asked for: dropped by reason, and those of a backbone, which should
-  have been used.
+  """Sorts the tensors that nothing asked for.
+
+  Returns those that are dropped, by reason, and those of a backbone, which should have been used.
   """
   counters, unused, others = [], [], collections.defaultdict(list)
   for name in left:
@@ -369,7 +387,7 @@ def _leftovers(
 
 
 def _remedy(tensors: Mapping[str, np.ndarray], prefix: str, shapes: Shapes) -> str:
-  """What to change where the stems of a ResNet differ, or else a hint."""
+  """Returns what to change where the stems of a ResNet differ, or a hint."""
   ours_is_deep = "params/backbone/stem/unit3/conv/kernel" in shapes
   ours_is_plain = not ours_is_deep and "params/backbone/stem/unit1/conv/kernel" in shapes
   places = prefix, f"{prefix}backbone."
@@ -390,10 +408,10 @@ def _remedy(tensors: Mapping[str, np.ndarray], prefix: str, shapes: Shapes) -> s
 
 
 def guess(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, str], int]:
-  """The network that a PyTorch file is of, by telling names: "name", "backbone", "stem"; and its
-  classes (1 where no head tells).
+  """Infers the network that a PyTorch file is of, from telling names.
 
-  Without "backbone" where the file is neither of a ResNet nor of an HRNet.
+  Returns "name", "backbone", "stem", and its classes (1 where no head tells). Without "backbone"
+  where the file is neither of a ResNet nor of an HRNet.
   """
 
   def find(suffix):
@@ -429,10 +447,12 @@ def guess(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, str], int]:
 
 
 def put(state: State, values: Mapping[str, np.ndarray]) -> tuple[State, str]:
-  """A fresh state with `values` in every network that has those leaves, each with arrays of its
-  own; and what was done, in words.
+  """Puts `values` into every network of a fresh state that has those leaves.
 
-  Networks that are initialized with different heads (CPS's two) live by that difference: they get no head.
+  Each network gets arrays of its own. Returns the state, and what was done, in words.
+
+  Networks that are initialized with different heads (CPS's two) live by that difference: they get
+  no head.
   """
   trees = {role: flat(net.params, net.batch_stats) for role, net in state.nets.items()}
   fits = {

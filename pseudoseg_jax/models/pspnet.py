@@ -1,8 +1,8 @@
-"""PSPNet (Zhao et al. 2017) in the forms of the official CCT (Ouali et al. 2020) and PixelSSL (Ke
-et al. 2020) codes.
+"""PSPNet in the forms of the official CCT and PixelSSL codes.
 
-The pyramid pooling ends the backbone and the decoder is light: 1x1 convolutions, and channels that
-become pixels (Shi et al. 2016). CCT's auxiliary decoders all start from the pyramid's output.
+PSPNet: Zhao et al. 2017. CCT: Ouali et al. 2020. PixelSSL: Ke et al. 2020. The pyramid pooling ends
+the backbone and the decoder is light: 1x1 convolutions, and channels that become pixels (Shi et al.
+2016). CCT's auxiliary decoders all start from the pyramid's output.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ BINS = (1, 2, 3, 6)
 
 
 def _averaging_matrix(size: int, bins: int) -> np.ndarray:
-  """f32 [bins, size]: row i averages from floor(i size / bins) up to ceil((i + 1) size / bins), as
-  PyTorch does.
+  """Returns the matrix that averages an axis over bins: f32[bins, size].
+
+  Row i averages from floor(i size / bins) up to ceil((i + 1) size / bins), as PyTorch does.
   """
   matrix = np.zeros((bins, size), np.float32)
   for i in range(bins):
@@ -35,8 +36,9 @@ def _averaging_matrix(size: int, bins: int) -> np.ndarray:
 
 
 def adaptive_average_pool(x: Array, bins: int) -> Array:
-  """Means of [B, H, W, C] over bins x bins rectangles, which overlap where a side is no multiple:
-  f32 [B, bins, bins, C].
+  """Computes means over bins x bins rectangles.
+
+  [B, H, W, C] -> f32[B, bins, bins, C]. The rectangles overlap where a side is no multiple.
   """
   rows, columns = (_averaging_matrix(size, bins) for size in x.shape[1:3])
   y = jnp.einsum("ih,bhwc->biwc", rows, x, precision=jax.lax.Precision.HIGHEST)
@@ -44,7 +46,9 @@ def adaptive_average_pool(x: Array, bins: int) -> Array:
 
 
 def pixel_shuffle(x: Array) -> Array:
-  """[B, H, W, 4 C] -> [B, 2 H, 2 W, C]; channel 4 c + 2 i + j goes to sub-row i, sub-column j of
+  """Turns four channels into four pixels.
+
+  [B, H, W, 4 C] -> [B, 2 H, 2 W, C]; channel 4 c + 2 i + j goes to sub-row i, sub-column j of
   channel c.
   """
   batch, height, width, channels = x.shape
@@ -53,8 +57,9 @@ def pixel_shuffle(x: Array) -> Array:
 
 
 class PyramidPooling(nn.Module):
-  """[B, h, w, C] -> [B, h, w, C / 4]: the map beside its means over grids of BINS cells a side,
-  then a 3x3 convolution.
+  """A map beside its means over grids, then a 3x3 convolution.
+
+  [B, h, w, C] -> [B, h, w, C / 4]; the grids have BINS cells a side.
   """
 
   dtype: Any = jnp.float32
@@ -74,8 +79,9 @@ class PyramidPooling(nn.Module):
 
 
 class Backbone(nn.Module):
-  """A backbone and pyramid pooling on its last map; the backbone's parameters stand beside "psp",
-  where those of others stand.
+  """A backbone and pyramid pooling on its last map.
+
+  The backbone's parameters stand beside "psp", where those of others stand.
   """
 
   body: nn.Module
@@ -85,8 +91,10 @@ class Backbone(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, ...]:
-    """images [B, H, W, C] -> the outputs of the four stages and, last, that of the pyramid pooling
-    on the grid of the fourth.
+    """Computes the outputs of the four stages and of the pyramid pooling.
+
+    The input is images [B, H, W, C]. The pyramid's output comes last, on the grid of the fourth
+    stage.
     """
     stages = self.body(x, train=train, groups=groups)
     return *stages, PyramidPooling(self.body.dtype, name="psp")(
@@ -95,8 +103,9 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Per-class scores f32 [B, 8 h, 8 w, K] of the last map; none is below 0, since a ReLU comes
-  last.
+  """The decoder from the last map to per-class scores f32[B, 8 h, 8 w, K].
+
+  None is below 0, since a ReLU comes last.
   """
 
   num_classes: int
@@ -120,7 +129,7 @@ def pspnet(
   drop_connect: float = 0.0,
   dtype: Any = jnp.float32,
 ) -> tuple[Backbone, Decoder]:
-  """CCT's network.
+  """Builds CCT's network: backbone and decoder.
 
   Args:
     backbone: one of backbones.BACKBONES.
@@ -141,8 +150,9 @@ def pspnet_pixelssl(
   drop_connect: float = 0.0,
   dtype: Any = jnp.float32,
 ) -> tuple[Backbone, Decoder]:
-  """PixelSSL's network: as `pspnet`, but dilations 2, 4, 8 in the last stage, and a decoder that
-  overshoots stride 1.
+  """Builds PixelSSL's network: backbone and decoder.
+
+  As `pspnet`, but dilations 2, 4, 8 in the last stage, and a decoder that overshoots stride 1.
 
   Args:
     backbone: one of backbones.BACKBONES.

@@ -1,8 +1,8 @@
-"""ResNet backbones for dense prediction: any output stride, both dilation conventions, plain or
-deep stem.
+"""ResNet backbones for dense prediction.
 
-He et al. 2016, "Deep residual learning"; the stride sits in the 3x3 convolution, as in PyTorch's
-and most later code.
+They have any output stride, both dilation conventions, and a plain or a deep stem. He et al. 2016,
+"Deep residual learning"; the stride sits in the 3x3 convolution, as in PyTorch's and most later
+code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OUTPUT_STRIDES = (8, 16, 32)
 def strides_and_dilations(
   blocks: Sequence[int], output_stride: int, multi_grid: Sequence[int] | None
 ) -> list[list[tuple[int, int]]]:
-  """(stride, dilation) of every block of every stage.
+  """Returns (stride, dilation) of every block of every stage.
 
   A stage that may not stride any more dilates instead. Without multi_grid its first block keeps the
   dilation of the stage before (torchvision). With multi_grid block i of the last stage has the
@@ -51,7 +51,9 @@ def strides_and_dilations(
 
 
 class Stem(nn.Module):
-  """The first convolutions and the max pooling: [B, H, W, 3] -> [B, ~H/4, ~W/4, 64 or 128].
+  """The first convolutions and the max pooling.
+
+  [B, H, W, 3] -> [B, ~H/4, ~W/4, 64 or 128].
 
   "plain": 7x7 stride 2 to 64 channels. "deep": 3x3 stride 2 to 64, 3x3 to 64, 3x3 to 128 (the `v1c`
   weights of CPS; other `v1c` weights have 32, 32, 64 and do not fit).
@@ -80,8 +82,10 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-  """One residual block: bottleneck (1x1, 3x3, 1x1 to 4 `width`) or basic (3x3, 3x3), with a 1x1
-  shortcut where shapes differ.
+  """One residual block, bottleneck or basic.
+
+  A bottleneck is 1x1, 3x3, 1x1 to 4 `width`; a basic block is 3x3, 3x3. The shortcut is a 1x1
+  convolution where shapes differ.
   """
 
   width: int
@@ -121,8 +125,10 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-  """variant, stem, output_stride: one of BLOCKS, STEMS, OUTPUT_STRIDES; multi_grid as in
-  `strides_and_dilations`.
+  """The ResNet backbone.
+
+  variant, stem, output_stride: one of BLOCKS, STEMS, OUTPUT_STRIDES.
+  multi_grid: as in `strides_and_dilations`.
   """
 
   variant: str
@@ -133,8 +139,9 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, ...]:
-    """images [B, H, W, 3] -> the outputs of the four stages, the first at stride 4, the last at the
-    output stride.
+    """Computes the outputs of the four stages of images [B, H, W, 3].
+
+    The first is at stride 4, the last at the output stride.
     """
     blocks = BLOCKS[self.variant]
     x = Stem(self.stem, dtype=self.dtype, name="stem")(x, train=train, groups=groups)
@@ -159,7 +166,7 @@ class ResNet(nn.Module):
 def beta_strides_and_dilations(
   blocks: Sequence[int], output_stride: int, multi_grid: Sequence[int]
 ) -> list[list[tuple[int, int]]]:
-  """(stride, dilation) of every block of every stage of `ResNetBeta`.
+  """Returns (stride, dilation) of every block of `ResNetBeta`, by stage.
 
   The last block of a stage strides, so a stage that may not any more keeps its own dilation and
   doubles that of the stages after it. The last stage has no stride; its block i has the dilation
@@ -174,8 +181,9 @@ def beta_strides_and_dilations(
 
 
 class BlockBeta(nn.Module):
-  """One bottleneck (1x1, 3x3, 1x1 to 4 `width`) whose shortcut is a 1x1 convolution only where the
-  channels differ.
+  """One bottleneck block of `ResNetBeta`.
+
+  1x1, 3x3, 1x1 to 4 `width`. Its shortcut is a 1x1 convolution only where the channels differ.
   """
 
   width: int
@@ -186,8 +194,9 @@ class BlockBeta(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, Array]:
-    """-> the output, and the residual: what the block adds to the shortcut, before the sum's
-    ReLU.
+    """Computes the output and the residual.
+
+    The residual is what the block adds to the shortcut, before the sum's ReLU.
     """
 
     def unit(name, features, kernel_size, x, *, stride=1, dilation=1, negative_slope=0.0):
@@ -214,8 +223,9 @@ class BlockBeta(nn.Module):
 
 
 class ResNetBeta(nn.Module):
-  """The ResNet of TensorFlow's DeepLab library, there `resnet_v1_50_beta` and `resnet_v1_101_beta`;
-  input in -1..1.
+  """The ResNet of TensorFlow's DeepLab library; input in -1..1.
+
+  There it is `resnet_v1_50_beta` and `resnet_v1_101_beta`.
 
   It differs from `ResNet`: the stride sits in the last block of a stage and not the first, a
   strided shortcut without change of channels is no convolution, the pooling pads as TensorFlow's
@@ -233,10 +243,10 @@ class ResNetBeta(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, ...]:
-    """images [B, H, W, 3] -> the low-level map [B, ~H/4, ~W/4, 256] for decoders, then the outputs
-    of the four stages.
+    """Computes the low-level map and the outputs of the four stages.
 
-    The low-level map is the residual of the second block. With output stride 16 the stages end at
+    The input is images [B, H, W, 3]. The low-level map [B, ~H/4, ~W/4, 256] is for decoders and
+    comes first; it is the residual of the second block. With output stride 16 the stages end at
     strides 8, 16, 16, 16.
     """
     x = Stem("deep", self.momentum, max_pool_same, dtype=self.dtype, name="stem")(

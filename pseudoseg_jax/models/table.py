@@ -1,5 +1,6 @@
-"""Networks by name. A network leaves here as pure functions (contract.Network); nobody above sees a
-Flax module.
+"""Networks by name.
+
+A network leaves here as pure functions (contract.Network); nobody above sees a Flax module.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ FROZEN = {
 def make_network(
   name: str, *, num_classes: int, in_channels: int = 3, freeze: str = "none", **options
 ) -> Network:
-  """The network `name` with its own options (the keywords of its factory in NETWORKS).
+  """Builds the network `name` with its own options.
 
-  Parameters are float32 in a dict tree whose first level is "backbone" and "head"; logits are
-  float32 whatever the dtype.
+  The options are the keywords of its factory in NETWORKS. Parameters are float32 in a dict tree
+  whose first level is "backbone" and "head"; logits are float32 whatever the dtype.
 
   Args:
     freeze: a name of FROZEN; but for "none" the encoder's batch norm runs on its stored statistics,
@@ -87,11 +88,14 @@ def compose(
   *,
   in_channels: int = 3,
 ) -> Network:
-  """A network of two modules; their kernels are drawn by `initial_values`.
+  """Makes a network of two modules.
 
-  backbone: (images f32[B, H, W, in_channels], *, train, groups) -> tuple of maps.
-  head: (maps, *, train, groups) -> scores f32[B, h, w, K]. upsample: scores, (H, W) -> logits
-    f32[B, H, W, K].
+  Their kernels are drawn by `initial_values`.
+
+  Args:
+    backbone: (images f32[B, H, W, in_channels], *, train, groups) -> tuple of maps.
+    head: (maps, *, train, groups) -> scores f32[B, h, w, K].
+    upsample: scores, (H, W) -> logits f32[B, H, W, K].
   """
 
   @jax.jit
@@ -120,7 +124,10 @@ def compose(
 
 
 def _part(name: str, module: nn.Module):
-  """A module that owns the part `name` of the trees, as a pure function over the whole trees."""
+  """Makes a module a pure function over the whole trees.
+
+  The module owns the part `name` of the trees.
+  """
   run = _pure(module)
 
   def call(params, batch_stats, x, **keywords):
@@ -145,8 +152,9 @@ def _pure(module: nn.Module):
 
 
 def as_network(module: nn.Module) -> Network:
-  """One whole module (images, *, train, groups) -> logits, for methods that need no more than
-  logits.
+  """Makes a network of one whole module, for methods that need only logits.
+
+  The module is (images, *, train, groups) -> logits.
   """
 
   @jax.jit

@@ -1,8 +1,8 @@
-"""TensorFlow checkpoints of the official PseudoSeg code (and of the DeepLab library's backbones) in
-our trees.
+"""TensorFlow checkpoints in our trees.
 
-Ours -> theirs is a pure function of the path, so each leaf is named once; `from_tf` then insists
-that both sides are used up.
+They are those of the official PseudoSeg code, and of the DeepLab library's backbones. Ours ->
+theirs is a pure function of the path, so each leaf is named once; `from_tf` then insists that both
+sides are used up.
 """
 
 from __future__ import annotations
@@ -69,10 +69,13 @@ _OPTIMIZER = re.compile(r"(^|/)(global_step|Momentum|Adam(_1)?|RMSProp(_1)?|beta
 
 
 def tf_name(path: str, *, variant: str) -> str | None:
-  """The TensorFlow name of one of our leaves.
+  """Returns the TensorFlow name of one of our leaves.
 
   "backbone/layer1_0/unit2/conv/kernel" -> "resnet_v1_50/block1/unit_1/bottleneck_v1/conv2/weights".
-  None for a path that the network does not have. variant: one of SCOPES.
+  None for a path that the network does not have.
+
+  Args:
+    variant: one of SCOPES.
   """
   scope = SCOPES[variant]
   if path in _SINGLE:
@@ -95,8 +98,9 @@ def tf_name(path: str, *, variant: str) -> str | None:
 
 
 def _tf_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """The shape there: depthwise kernels are [k, k, C, 1], and linear layers are convolutions [1, 1,
-  Cin, Cout].
+  """Returns the shape of a leaf in the TensorFlow checkpoint.
+
+  There depthwise kernels are [k, k, C, 1], and linear layers are convolutions [1, 1, Cin, Cout].
   """
   if path.endswith("/depthwise"):
     return (*shape[:2], shape[3], shape[2])
@@ -106,7 +110,9 @@ def _tf_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def from_tf(
   variables: Mapping[str, np.ndarray], params: PyTree, batch_stats: PyTree
 ) -> tuple[PyTree, PyTree]:
-  """Our trees with the values of a TensorFlow checkpoint of the same network.
+  """Fills our trees with the values of a TensorFlow checkpoint.
+
+  The checkpoint is of the same network.
 
   Args:
     variables: name -> array. The global step and the slots of optimizers are passed over.

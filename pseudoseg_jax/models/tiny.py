@@ -13,8 +13,10 @@ from pseudoseg_jax.ops import resize
 
 
 class TinyBackbone(nn.Module):
-  """[B, H, W, 3] -> maps of `width`, 2 `width`, 4 `width` channels at strides 2, 4, 8; the last
-  sees far, by dilation 2 and 4.
+  """A small backbone: maps at strides 2, 4, 8.
+
+  [B, H, W, 3] -> maps of `width`, 2 `width`, 4 `width` channels; the last sees far, by dilation 2
+  and 4.
   """
 
   width: int
@@ -35,8 +37,10 @@ class TinyBackbone(nn.Module):
 
 
 class TinyHead(nn.Module):
-  """Adds the image's mean to the coarse map, then climbs back to stride 2 by way of the finer maps;
-  float32 scores there.
+  """A small head that climbs from the coarse map back to stride 2.
+
+  It adds the image's mean to the coarse map, then climbs by way of the finer maps; float32 scores
+  at stride 2.
   """
 
   num_classes: int
@@ -62,7 +66,7 @@ class TinyHead(nn.Module):
 def tiny(
   num_classes: int, *, width: int = 16, dtype: Any = jnp.float32
 ) -> tuple[TinyBackbone, TinyHead]:
-  """Backbone and head; about 0.14 million parameters at width 16.
+  """Builds backbone and head; about 0.14 million parameters at width 16.
 
   Args:
     width: channels at stride 2.

@@ -1,7 +1,7 @@
-"""Names and layout of the tensors of published PyTorch networks, for our trees.
+"""Names and layout of the tensors of published PyTorch networks.
 
-Ours -> theirs is a pure function of the paths, so each leaf is named once; `from_torch` then
-insists that both sides are used up.
+They are translated for our trees. Ours -> theirs is a pure function of the paths, so each leaf is
+named once; `from_torch` then insists that both sides are used up.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _name(path: str, rows: Rows) -> str | None:
 
 
 def names(paths: Iterable[str], network: str) -> dict[str, str | None]:
-  """The names that a network's published PyTorch code gives to our leaves.
+  """Returns the names of our leaves in a network's published PyTorch code.
 
   Args:
     paths: of all leaves (the stem's kind is read off them), parameters and statistics, such as
@@ -177,8 +177,10 @@ def names(paths: Iterable[str], network: str) -> dict[str, str | None]:
 
 
 def backbone_names(paths: Iterable[str]) -> dict[str, str | None]:
-  """As `names`, for files of a backbone alone: torchvision's names of ResNets, the official (and
-  timm's) of HRNets, those of the PyPI package efficientnet_lite_pytorch.
+  """Returns names as `names` does, for files of a backbone alone.
+
+  ResNets have torchvision's names, HRNets the official (and timm's), EfficientNet-Lites those of
+  the PyPI package efficientnet_lite_pytorch.
 
   A deep stem has the names of CPS, UniMatch and timm ("conv1.0" ...). None for what is no part of
   the backbone proper (heads, pyramid pooling).
@@ -189,10 +191,10 @@ def backbone_names(paths: Iterable[str]) -> dict[str, str | None]:
 
 
 def to_ours(value: np.ndarray, path: str) -> np.ndarray:
-  """One tensor in our layout: kernels go from [Cout, Cin, k, k] to [k, k, Cin, Cout], or from
-  [Cout, Cin] to [Cin, Cout].
+  """Converts one tensor to our layout.
 
-  Of depthwise ones Cin is 1.
+  Kernels go from [Cout, Cin, k, k] to [k, k, Cin, Cout], or from [Cout, Cin] to [Cin, Cout]. In
+  depthwise kernels Cin is 1.
   """
   value = np.asarray(value)
   if path.endswith(("kernel", "depthwise")) and value.ndim in (2, 4):
@@ -206,9 +208,10 @@ def from_torch(
   batch_stats: PyTree,
   network: str = "deeplabv3plus",
 ) -> tuple[PyTree, PyTree]:
-  """Our trees with the values of a PyTorch state dict of the same network.
+  """Fills our trees with the values of a PyTorch state dict.
 
-  `num_batches_tracked` is dropped, since the momentum is constant.
+  The state dict is of the same network. `num_batches_tracked` is dropped, since the momentum is
+  constant.
 
   Args:
     state_dict: name -> array, names of one network of the published code without any "branch1." or

@@ -1,9 +1,8 @@
-"""Xception-65 for dense prediction, as in the TensorFlow DeepLab library (Chollet 2017; aligned and
-deepened by Qi et al. 2017).
+"""Xception-65 for dense prediction, as in TensorFlow's DeepLab library.
 
-Every convolution is separable: 3x3 within each channel, then 1x1 across channels, each with a batch
-norm of its own. Strides stand in place of max pooling, so that a block that may not stride any more
-can dilate instead.
+Xception: Chollet 2017; aligned and deepened by Qi et al. 2017. Every convolution is separable: 3x3
+within each channel, then 1x1 across channels, each with a batch norm of its own. Strides stand in
+place of max pooling, so that a block that may not stride any more can dilate instead.
 """
 
 from __future__ import annotations
@@ -30,8 +29,9 @@ BLOCKS = {
 
 
 def strides_and_dilations(output_stride: int) -> list[tuple[int, int]]:
-  """(stride, dilation) of every block: once the output stride is reached, a stride dilates the
-  blocks after its own instead.
+  """Returns (stride, dilation) of every block.
+
+  Once the output stride is reached, a stride dilates the blocks after its own instead.
   """
   plan, stride_so_far, dilation = [], 2, 1
   for _, _, stride in BLOCKS.values():
@@ -45,8 +45,9 @@ def strides_and_dilations(output_stride: int) -> list[tuple[int, int]]:
 
 
 class ConvNorm(nn.Module):
-  """Convolution without bias, batch norm as DeepLab trains Xception, ReLU if asked for. features
-  None: depthwise.
+  """A convolution without bias, batch norm and, if asked for, a ReLU.
+
+  Batch norm is as DeepLab trains Xception. features None: depthwise.
   """
 
   features: int | None
@@ -58,7 +59,10 @@ class ConvNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
-    """x: [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), features or C]."""
+    """Convolves and normalizes a map.
+
+    [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), features or C].
+    """
     settings = {
       "stride": self.stride,
       "dilation": self.dilation,
@@ -74,8 +78,9 @@ class ConvNorm(nn.Module):
 
 
 class Unit(nn.Module):
-  """Three separable convolutions, the last with the stride, and a shortcut: a 1x1 convolution where
-  channels differ.
+  """Three separable convolutions and a shortcut.
+
+  The last one has the stride. The shortcut is a 1x1 convolution where channels differ.
 
   residual: ReLUs stand before the separable convolutions. False (the last unit): no shortcut, and
     ReLUs after each batch norm.
@@ -89,8 +94,9 @@ class Unit(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, Array]:
-    """x: [B, H, W, C] -> the unit's output, and that of its second separable convolution (before
-    any ReLU if residual).
+    """Computes the unit's output and that of its second separable convolution.
+
+    The input is [B, H, W, C]. The second output is before any ReLU if residual.
     """
 
     def brick(name, x, features, kernel_size=1, *, stride=1, dilation=1, relu=False):
@@ -121,18 +127,21 @@ class Unit(nn.Module):
 
 
 class Xception65(nn.Module):
-  """output_stride: 8, 16 or 32."""
+  """The Xception-65 backbone.
+
+  output_stride: 8, 16 or 32.
+  """
 
   output_stride: int = 16
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool, groups: int = 1) -> tuple[Array, ...]:
-    """images [B, H, W, 3] in -1..1 -> DeepLab's low-level map (stride 4, 256 channels) and the
-    outputs of the six BLOCKS.
+    """Computes DeepLab's low-level map and the outputs of the six BLOCKS.
 
-    A map at stride s is ceil(H / s) by ceil(W / s); the last is at the output stride, with 2048
-    channels.
+    The input is images [B, H, W, 3] in -1..1. The low-level map comes first (stride 4, 256
+    channels). A map at stride s is ceil(H / s) by ceil(W / s); the last is at the output stride,
+    with 2048 channels.
     """
     x = ConvNorm(32, 3, stride=2, relu=True, dtype=self.dtype, name="conv1")(
       x, train=train, groups=groups
@@ -157,8 +166,9 @@ class Xception65(nn.Module):
 
 
 def tf_scope(module: str) -> str | None:
-  """Where the TensorFlow code keeps one of our pairs of convolution and batch norm; None for what
-  Xception-65 does not have.
+  """Returns where the TensorFlow code keeps one of our bricks.
+
+  A brick is a pair of convolution and batch norm. None for what Xception-65 does not have.
 
   "middle1_0/separable1_pointwise" ->
   "xception_65/middle_flow/block1/unit_1/xception_module/separable_conv1_pointwise".

@@ -1,4 +1,7 @@
-"""Self-attention over the positions of an image, which spreads a map to what looks alike."""
+"""Self-attention over the positions of an image.
+
+It spreads a map to what looks alike.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from pseudoseg_jax.contract import Array
 
 
 def propagate(key: Array, query: Array, value: Array, valid: Array) -> Array:
-  """Every position's mean of `value` over all positions, weighted by softmax(query . key /
+  """Averages `value` over all positions by self-attention.
+
+  Every position gets the mean of `value` over all positions, weighted by softmax(query . key /
   sqrt(D)). [PseudoSeg, SGC]
 
   Positions that are not valid give nothing, and receive the even mean over all positions, valid or

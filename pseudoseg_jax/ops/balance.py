@@ -1,5 +1,6 @@
-"""How sure a network is of each class, and what AEL derives from it: which classes are drawn, which
-pixels count, how much.
+"""A network's confidence in each class, and what AEL derives from it.
+
+AEL derives which classes are drawn, which pixels count, and how much.
 
 Hu et al., "Semi-Supervised Semantic Segmentation via Adaptive Equalization Learning", NeurIPS 2021;
 facts from the official code.
@@ -14,8 +15,9 @@ from pseudoseg_jax.ops import losses
 
 
 def class_confidence(logits: jax.Array, label: jax.Array) -> jax.Array:
-  """Mean probability of the true class over the pixels of each class: f32[K], 0 for a class without
-  pixels. [AEL, eq. 4]
+  """Averages the probability of the true class over the pixels of each class.
+
+  f32[K], 0 for a class without pixels. [AEL, eq. 4]
 
   One mean over the whole batch, as in the official code; the paper averages the means of the
   images.
@@ -31,10 +33,10 @@ def class_confidence(logits: jax.Array, label: jax.Array) -> jax.Array:
 
 
 def moved_bank(bank: jax.Array, logits: jax.Array, label: jax.Array, momentum: float) -> jax.Array:
-  """The confidence bank f32[K] after a labeled batch: a running average of `class_confidence`.
+  """Updates the confidence bank f32[K] with a labeled batch.
 
-  A class that the batch lacks counts as confidence 0, as in the official code: rare classes look
-  unsure.
+  It is a running average of `class_confidence`. A class that the batch lacks counts as confidence
+  0, as in the official code: rare classes seem to have low confidence.
   """
   return momentum * bank + (1 - momentum) * class_confidence(logits, label)
 
@@ -42,10 +44,12 @@ def moved_bank(bank: jax.Array, logits: jax.Array, label: jax.Array, momentum: f
 def class_probabilities(
   bank: jax.Array, candidates: tuple[int, ...] = (), *, power: float = 1.0
 ) -> jax.Array:
-  """How likely each class is drawn: softmax over classes of (1 - confidence)^power, f32[K] ->
-  f32[K]. [AEL, eq. 9]
+  """Computes the probability with which each class is drawn.
 
-  candidates: the classes that may be drawn, the others get 0; () for all.
+  It is the softmax over classes of (1 - confidence)^power, f32[K] -> f32[K]. [AEL, eq. 9]
+
+  Args:
+    candidates: the classes that may be drawn, the others get 0; () for all.
   """
   scores = (1 - bank) ** power
   if candidates:
@@ -54,26 +58,30 @@ def class_probabilities(
 
 
 def presence(label: jax.Array, num_classes: int, min_area: float) -> jax.Array:
-  """Which images hold a class on at least the share `min_area` of their pixels: i32[B, H, W] ->
-  bool[B, K]. [AEL, image bank]
+  """Tells which classes cover at least the share `min_area` of each image.
+
+  The share is that of an image's pixels: i32[B, H, W] -> bool[B, K]. [AEL, image bank]
   """
   area = jnp.sum(label[..., None] == jnp.arange(num_classes), axis=(1, 2))
   return area >= min_area * label[0].size
 
 
 def sampling_rate(bank: jax.Array, beta: float) -> jax.Array:
-  """The share of each class's pixels that is learned from: f32[K] in 0..1, 1 for the least sure
-  class. [AEL, section 3]
+  """Computes the share of each class's pixels that is learned from.
 
-  beta: 0 learns from all pixels.
+  f32[K] in 0..1, 1 for the class of the least confidence. [AEL, section 3]
+
+  Args:
+    beta: 0 learns from all pixels.
   """
   doubt = 1 - bank
   return (doubt / (jnp.max(doubt) + 1e-12)) ** beta
 
 
 def sampled(predicted: jax.Array, rate: jax.Array, uniform: jax.Array) -> jax.Array:
-  """Adaptive equalization sampling: a pixel is kept with the rate of the class that is predicted
-  there.
+  """Samples pixels by adaptive equalization sampling.
+
+  A pixel is kept with the rate of the class that is predicted there.
 
   Args:
     predicted: i32[B, H, W], classes.
@@ -91,8 +99,10 @@ def sampled(predicted: jax.Array, rate: jax.Array, uniform: jax.Array) -> jax.Ar
 def reweighted_loss(
   logits: jax.Array, label: jax.Array, confidence: jax.Array, kept: jax.Array, gamma: float
 ) -> jax.Array:
-  """Dynamic re-weighting: sum of w * cross entropy / sum of w over the batch, w = confidence^gamma
-  where kept. [AEL, eq. 12]
+  """Averages the cross entropy by dynamic re-weighting.
+
+  It is the sum of w * cross entropy / sum of w over the batch, w = confidence^gamma where kept.
+  [AEL, eq. 12]
 
   One quotient over the batch, as in the official code; the paper has one for each image. Pixels
   labeled IGNORE_LABEL, which were below a threshold, stay in the denominator.

@@ -8,8 +8,9 @@ from pseudoseg_jax.contract import Array
 
 
 def box_planes(boxes: Array, size: tuple[int, int], num_classes: int) -> Array:
-  """Which pixels have their centre in a box of which class; where boxes overlap, several planes say
-  so.
+  """Marks the pixels whose center is in a box, in the plane of its class.
+
+  Where boxes overlap, several planes are 1.
 
   Args:
     boxes: f32[B, M, 5]: class index, then top, left, bottom, right as fractions of the view; class
@@ -33,7 +34,7 @@ def box_planes(boxes: Array, size: tuple[int, int], num_classes: int) -> Array:
 
 
 def with_background(planes: Array, *, background: bool) -> Array:
-  """The planes with one more opinion: 1 where no box of any object lies.
+  """Adds the plane that is 1 where no box of any object lies.
 
   Args:
     planes: f32[B, H, W, K] in 0..1; those that resizing made fractional count as 1 from 1/2 on.

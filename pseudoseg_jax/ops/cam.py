@@ -9,8 +9,9 @@ from pseudoseg_jax.contract import IGNORE_LABEL, Array
 
 
 def class_activation_maps(features: Array, kernel: Array, image_label: Array) -> Array:
-  """Grad-CAM of a linear classifier on the spatial mean, each map divided by its greatest value.
-  [PseudoSeg, Grad-CAM]
+  """Computes the Grad-CAM of a linear classifier on the spatial mean.
+
+  Each map is divided by its greatest value. [PseudoSeg, Grad-CAM]
 
   CAM_c = ReLU(sum_k w_ck A_k), w_ck the mean gradient of logit c by map k: for such a classifier
   kernel[k, c] / (h w), at every position and for every image alike, so that no gradient need be
@@ -33,22 +34,29 @@ def class_activation_maps(features: Array, kernel: Array, image_label: Array) ->
 
 
 def with_background(cam: Array, total: float = 1.0) -> Array:
-  """[B, h, w, K'] -> [B, h, w, 1 + K']: class 0 gets what the strongest other class leaves of
-  `total`.
+  """Adds the background: what the strongest class leaves of `total`.
+
+  [B, h, w, K'] -> [B, h, w, 1 + K']: class 0 is the background; the strongest is among the other
+  classes.
   """
   return jnp.concatenate([total - jnp.max(cam, axis=-1, keepdims=True), cam], axis=-1)
 
 
 def with_uncertain_background(cam: Array) -> Array:
-  """As `with_background`, for people: what no map claims is at most half sure, for nothing there
-  says that it is background.
+  """Adds the background as `with_background`, but at most 1/2.
+
+  It is for people to look at. What no map claims is background with a confidence of at most one
+  half, for nothing there shows that it is background.
   """
   filled = with_background(cam)
   return filled.at[..., 0].min(0.5)
 
 
 def image_labels(label: Array, num_classes: int) -> Array:
-  """f32[B, K], 1 for every class that occurs in a mask i32[B, H, W]; IGNORE_LABEL is no class."""
+  """Finds the classes that occur in a mask i32[B, H, W].
+
+  f32[B, K], 1 for every class that occurs; IGNORE_LABEL is no class.
+  """
   # One class after the other: a [B, H, W, K] comparison would be the largest array of a training
   # step.
   label = label.reshape(label.shape[0], -1)

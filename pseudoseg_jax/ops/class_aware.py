@@ -1,5 +1,6 @@
-"""Softmax and cross entropy among the classes that are known to be in an image; the others are
-neither raised nor lowered.
+"""Softmax and cross entropy among the classes known to be in an image.
+
+The other classes are neither raised nor lowered.
 
 Wang et al., "Learning Pseudo Labels for Semi-and-Weakly Supervised Semantic Segmentation", Pattern
 Recognition 2022; facts from the official code (YudeWang/Learning-Pseudo-Label, lib/net/loss.py).
@@ -25,7 +26,7 @@ def _present(image_label: jax.Array) -> jax.Array:
 
 
 def _log_ratio(logits: jax.Array, image_label: jax.Array, temperature: float) -> jax.Array:
-  """log r_c: f32[B, H, W, K]."""
+  """Computes log r_c: f32[B, H, W, K]."""
   scores = logits / temperature
   inside = jnp.where(_present(image_label), scores, -jnp.inf)
   greatest = jax.lax.stop_gradient(jnp.maximum(jnp.max(inside, axis=-1, keepdims=True), _LOG_TINY))
@@ -36,8 +37,9 @@ def _log_ratio(logits: jax.Array, image_label: jax.Array, temperature: float) ->
 
 
 def softmax(logits: jax.Array, image_label: jax.Array, *, temperature: float = 1.0) -> jax.Array:
-  """r_c for the classes in the image, 0 for all others: sums to 1e-5 / (sum over S of exp(z) +
-  1e-5) less than 1.
+  """Computes r_c for the classes in the image, 0 for all others.
+
+  The sum over classes is 1e-5 / (sum over S of exp(z) + 1e-5) less than 1.
 
   Args:
     logits: f32[B, H, W, K].
@@ -54,8 +56,10 @@ def softmax(logits: jax.Array, image_label: jax.Array, *, temperature: float = 1
 def log_softmax(
   logits: jax.Array, image_label: jax.Array, *, temperature: float = 1.0
 ) -> jax.Array:
-  """log(r_c + 1e-5) for every class, also those that are not in the image, where it may exceed 0;
-  arguments as of `softmax`.
+  """Computes log(r_c + 1e-5) for every class.
+
+  This includes the classes that are not in the image, where it may exceed 0. Arguments as of
+  `softmax`.
   """
   return jnp.logaddexp(_log_ratio(logits, image_label, temperature), _LOG_TINY)
 
@@ -63,9 +67,10 @@ def log_softmax(
 def cross_entropy(
   logits: jax.Array, image_label: jax.Array, label: jax.Array, *, temperature: float = 1.0
 ) -> jax.Array:
-  """-log(r_y + 1e-5) of each pixel, at most 11.51; 0 where the label y is IGNORE_LABEL.
+  """Computes -log(r_y + 1e-5) of each pixel, at most 11.51.
 
-  The logits of classes outside S get no gradient, except that of a label which is not in S itself.
+  It is 0 where the label y is IGNORE_LABEL. The logits of classes outside S get no gradient, except
+  that of a label which is not in S itself.
 
   Args:
     logits, image_label: as of `softmax`.
@@ -80,8 +85,9 @@ def cross_entropy(
 
 
 def best_class(logits: jax.Array, image_label: jax.Array) -> jax.Array:
-  """The class of the greatest logit among those in the image: i32[B, H, W], without gradient; of
-  equal ones the first.
+  """Finds the class of the greatest logit among those in the image.
+
+  i32[B, H, W], without gradient; of equal ones the first.
 
   Class 0 for an image without any class. The official argmax of probabilities is 0 also where all
   of them underflow; here it is the best class.

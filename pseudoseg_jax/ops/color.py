@@ -1,5 +1,6 @@
-"""Color jitter of a batch of RGB images on the device: f32[B, H, W, 3] in [0, 1], before and
-after.
+"""Color jitter of a batch of RGB images on the device.
+
+Images are f32[B, H, W, 3] in [0, 1], before and after.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ def draw_jitter(key: jax.Array, num_images: int) -> JitterDraws:
 
 
 def color_jitter(rgb: jax.Array, draws: JitterDraws, *, strength: float = 0.25) -> jax.Array:
-  """Changes brightness, contrast, saturation and hue in random order. [ClassMix, transformsgpu.py,
-  by kornia 0.3.0's ColorJitter]
+  """Changes brightness, contrast, saturation and hue in random order.
+
+  [ClassMix, transformsgpu.py, by kornia 0.3.0's ColorJitter]
 
   Args:
     strength: brightness is a summand in -+ this, contrast and saturation are factors in 1 -+ this,
@@ -52,18 +54,19 @@ def _by_image(values: jax.Array) -> jax.Array:
 
 
 def add_brightness(rgb: jax.Array, summand: jax.Array) -> jax.Array:
-  """rgb + summand [B], clipped to [0, 1]."""
+  """Computes rgb + summand [B], clipped to [0, 1]."""
   return jnp.clip(rgb + _by_image(summand), 0, 1)
 
 
 def multiply(rgb: jax.Array, factor: jax.Array) -> jax.Array:
-  """rgb * factor [B], clipped to [0, 1]."""
+  """Computes rgb * factor [B], clipped to [0, 1]."""
   return jnp.clip(rgb * _by_image(factor), 0, 1)
 
 
 def scale_saturation(rgb: jax.Array, factor: jax.Array) -> jax.Array:
-  """Scales the S of HSV by factor [B], up to 1: the greatest channel stays, the others keep their
-  proportions.
+  """Scales the S of HSV by factor [B], up to 1.
+
+  The greatest channel stays, the others keep their proportions.
   """
   value = jnp.max(rgb, axis=-1, keepdims=True)
   chroma = value - jnp.min(rgb, axis=-1, keepdims=True)
@@ -72,7 +75,10 @@ def scale_saturation(rgb: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def turn_hue(rgb: jax.Array, turn: jax.Array) -> jax.Array:
-  """Turns the H of HSV by turn [B], a fraction of the color circle: 1/3 makes red green."""
+  """Turns the H of HSV by turn [B], a fraction of the color circle.
+
+  A turn of 1/3 makes red green.
+  """
   red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
   value, least = jnp.max(rgb, axis=-1), jnp.min(rgb, axis=-1)
   chroma = value - least

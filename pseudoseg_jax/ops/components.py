@@ -1,5 +1,6 @@
-"""Connected regions of masks, on the device: which pixels hang together, how large each region is,
-and its bounding box.
+"""Connected regions of masks, on the device.
+
+Functions here find which pixels are connected, how large each region is, and its bounding box.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 
 
 def connected(mask: jax.Array) -> jax.Array:
-  """The region of every pixel; pixels that touch at an edge or a corner belong together.
+  """Names the region of every pixel.
+
+  Pixels that touch at an edge or a corner belong together.
 
   Args:
     mask: bool[B, H, W].
@@ -24,7 +27,10 @@ def connected(mask: jax.Array) -> jax.Array:
   index = jnp.arange(height * width, dtype=jnp.int32).reshape(height, width)
 
   def spread(names):
-    """A round; rounds grow with the logarithm of a region's length, however it winds."""
+    """Takes one round, in which names spread to the pixels they touch.
+
+    The number of rounds grows with the logarithm of a region's length, however it winds.
+    """
     near = jax.lax.reduce_window(
       names, jnp.int32(-1), jax.lax.max, (1, 3, 3), (1, 1, 1), "SAME"
     ).reshape(batch, -1)
@@ -53,8 +59,9 @@ def connected(mask: jax.Array) -> jax.Array:
 
 
 class Regions(NamedTuple):
-  """What is known of each region, at its root: [B, H * W]; where no region has its root, area is
-  0.
+  """The area and bounding box of each region, at its root: [B, H * W].
+
+  Where no region has its root, area is 0.
   """
 
   area: jax.Array  # i32, pixels
@@ -65,7 +72,10 @@ class Regions(NamedTuple):
 
 
 def regions(names: jax.Array) -> Regions:
-  """Area and bounding box of the regions of `connected`, i32[B, H, W]."""
+  """Measures the area and bounding box of the regions of `connected`.
+
+  The names of the regions are i32[B, H, W].
+  """
   batch, height, width = names.shape
   flat = names.reshape(batch, -1)
   place = jnp.where(flat < 0, height * width, flat)  # out of range: dropped

@@ -1,5 +1,6 @@
-"""Confusion matrices and the scores read from them: counted on the device, summed and divided on
-the host.
+"""Confusion matrices and the scores read from them.
+
+They are counted on the device, and summed and divided on the host.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def confusion_matrix(label: jax.Array, prediction: jax.Array, num_classes: int) 
 
 
 class Scores(NamedTuple):
-  """What one predictor scored on one set of images.
+  """The scores of one predictor on one set of images.
 
   iou: f64[K], intersection over union as fractions; NaN = the class is in neither truth nor
     prediction.
@@ -69,8 +70,9 @@ class Scores(NamedTuple):
 
 
 def scores(matrix: np.ndarray, *, absent_classes: str = "skip") -> Scores:
-  """IoU per class, its mean and the pixel accuracy of a confusion matrix [K, K] (row = truth). NaN
-  where nothing was seen.
+  """Computes the IoU per class, its mean and the pixel accuracy.
+
+  They are those of a confusion matrix [K, K] (row = truth). NaN where nothing was seen.
 
   Args:
     absent_classes: what a class in neither truth nor prediction does to the mean: "skip" leaves it

@@ -1,8 +1,8 @@
-"""How far a prediction is from what it shall be, per pixel: one table for all methods.
+"""Distances of predictions from their targets, per pixel.
 
-Each is (logits f32[..., K], target_logits f32[..., K]) -> f32[...]; the target gets no gradient.
-Methods name them as their papers and codes do, and say which of these they mean. Distances from
-probabilities are in `losses`.
+There is one table for all methods. Each distance is (logits f32[..., K], target_logits f32[..., K])
+-> f32[...]; the target gets no gradient. Methods name them as their papers and codes do, and state
+which of these they mean. Distances from probabilities are in `losses`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ def _of_probabilities(distance: Callable) -> Callable:
 
 
 def _sum_by_root(values: jax.Array) -> jax.Array:
-  """The sum over K classes by the root of K: as large as a Euclidean length is on average."""
+  """Sums over K classes and divides by the root of K.
+
+  The result is as large as a Euclidean length is on average.
+  """
   return jnp.sum(values, axis=-1) / values.shape[-1] ** 0.5
 
 

@@ -1,9 +1,10 @@
-"""Where a prediction is wrong, as smooth maps: what GCT's flaw detector learns, and how its opinion
-picks who teaches whom.
+"""Flaw maps: smooth maps of where a prediction is wrong.
+
+GCT's flaw detector learns them, and they decide which model learns from which.
 
 Ke et al., "Guided Collaborative Training for Pixel-wise Semi-Supervised Learning", ECCV 2020; facts
-from the official code (ZHKKKe/PixelSSL, pixelssl/ssl_algorithm/ssl_gct.py). Flaw maps are f32[B, H,
-W]. Blurs have their sizes from `base_pixels`, the side of the training crop.
+from the official code (ZHKKKe/PixelSSL, pixelssl/ssl_algorithm/ssl_gct.py). Flaw maps are
+f32[B, H, W]. Blurs have their sizes from `base_pixels`, the side of the training crop.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def odd(size: float) -> int:
-  """The size of a kernel: rounded down, then one more if that is even."""
+  """Makes the size of a kernel odd: rounded down, then one more if even."""
   return int(size) // 2 * 2 + 1
 
 
 def blur_taps(size: int) -> np.ndarray:
-  """The Gaussian kernel of one axis, f64 [size], size odd; its sum is 1. [GCT, GaussianBlurLayer]
+  """Computes the Gaussian kernel of one axis.
+
+  f64 [size], size odd; its sum is 1. [GCT, GaussianBlurLayer]
 
   Its deviation is 0.3 ((size - 1) / 2 - 1) + 0.8 pixels, cut off at 4 deviations; tails beyond the
   window are mirrored into it about its outer edges.
@@ -40,8 +43,9 @@ def blur_taps(size: int) -> np.ndarray:
 
 
 def _blur_matrix(length: int, size: int) -> np.ndarray:
-  """The matrix that blurs one axis of `length` pixels, f32; the axis is mirrored about its
-  outermost pixels, as often as needed.
+  """Builds the matrix that blurs one axis of `length` pixels, f32.
+
+  The axis is mirrored about its outermost pixels, as often as needed.
   """
   mirrored = np.pad(np.arange(length), size // 2, mode="reflect")
   rows, taps = np.indices((length, size))
@@ -51,8 +55,9 @@ def _blur_matrix(length: int, size: int) -> np.ndarray:
 
 
 def blur(x: Array, size: int) -> Array:
-  """f32[B, H, W] blurred with `blur_taps(size)` along both axes: two products with small matrices,
-  however large the kernel.
+  """Blurs f32[B, H, W] with `blur_taps(size)` along both axes.
+
+  It takes two products with small matrices, however large the kernel.
   """
   height, width = x.shape[1:]
   x = jnp.einsum("ih,bhw->biw", _blur_matrix(height, size), x, precision=_HIGHEST)
@@ -60,7 +65,10 @@ def blur(x: Array, size: int) -> Array:
 
 
 def dilate(x: Array) -> Array:
-  """The greatest value of the 3x3 pixels around each, those of the map: f32[B, H, W]."""
+  """Takes the greatest value of the 3x3 pixels around each: f32[B, H, W].
+
+  Only pixels of the map count.
+  """
   return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3), (1, 1, 1), "SAME")
 
 
@@ -73,7 +81,9 @@ def _extremes(x: Array) -> tuple[Array, Array]:
 
 
 def difference(probabilities: Array, label: Array) -> Array:
-  """Half the sum over classes of |one-hot label - probability|: f32[B, H, W] in 0..1; 1/2 where the
+  """Measures how far probabilities are from the one-hot label.
+
+  Half the sum over classes of |one-hot label - probability|: f32[B, H, W] in 0..1; 1/2 where the
   label is no class.
 
   Args:
@@ -86,12 +96,13 @@ def difference(probabilities: Array, label: Array) -> Array:
 def flaw_target(
   probabilities: Array, label: Array, *, base_pixels: int, dilations: int = 1
 ) -> Array:
-  """How wrong a prediction is around each pixel, by its label: f32[B, H, W] in 0..1, without
-  gradient. [GCT, pipeline C]
+  """Measures how wrong a prediction is around each pixel, by its label.
+
+  f32[B, H, W] in 0..1, without gradient. [GCT, pipeline C]
 
   The difference is blurred, then dilated and blurred again; at last each image is scaled to 0..1,
-  so that the official factor on the difference (0.5) makes none. A perfect prediction gives 0. The
-  paper dilates before the first blur.
+  so that the official factor on the difference (0.5) changes nothing. A perfect prediction gives 0.
+  The paper dilates before the first blur.
 
   Args:
     probabilities, label: see `difference`.
@@ -104,11 +115,13 @@ def flaw_target(
 
 
 def handle_flaws(raw: Array, *, base_pixels: int, min_flaw: float = 0.1) -> tuple[Array, Array]:
-  """The flaw detector's maps as they are compared: negatives at 0, blurred, each scaled to 0..1.
-  [GCT, flaw-map handler]
+  """Prepares the flaw detector's maps for their comparison.
 
-  A map that does not exceed `min_flaw` is flawless: its handled values are one, 0 or below. Below,
-  because officially the map is set to 0 but scaled as before; it then wins every comparison.
+  Negatives are set to 0, maps are blurred, and each is scaled to 0..1. [GCT, flaw-map handler]
+
+  A map that does not exceed `min_flaw` is flawless: its handled values are all the same, 0 or
+  below. They can be below 0, because officially the map is set to 0 but scaled as before; it then
+  wins every comparison.
 
   Args:
     raw: f32[B, H, W].
@@ -125,11 +138,13 @@ def handle_flaws(raw: Array, *, base_pixels: int, min_flaw: float = 0.1) -> tupl
 def dynamic_consistency(
   first: Array, second: Array, flaws_first: Array, flaws_second: Array, *, threshold: float
 ):
-  """Per pixel, each model learns from the other where that one is less wrong, else from itself.
+  """Chooses per pixel the target of each of two models.
+
+  Each model learns from the other where that one is less wrong, else from itself.
   [GCT, equation of L_dc]
 
-  A flaw above the threshold counts as 1. Equals keep each to itself, so where both are bad nobody
-  learns by consistency.
+  A flaw above the threshold counts as 1. Where the two are equal, each learns from itself, so where
+  both are bad neither learns by consistency.
 
   Args:
     first, second: probabilities f32[B, H, W, K] of two models; flaws_first, flaws_second: their

@@ -1,4 +1,4 @@
-"""Two opinions on every pixel made one: calibrated fusion and sharpening."""
+"""Two predictions of every pixel made one: calibrated fusion and sharpening."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pseudoseg_jax.contract import Array
 
 
 def calibrated_fusion(decoder_logits: Array, sgc_logits: Array, *, calibrate: bool = True) -> Array:
-  """The mean of two softmaxes, after both logits are divided by one root-mean-square. [PseudoSeg,
-  calibrated fusion]
+  """Averages the softmaxes of two logits that are scaled alike.
+
+  Both logits are divided by one root-mean-square. [PseudoSeg, calibrated fusion]
 
   The root-mean-square is taken over all elements of both inputs together (the whole batch): it sets
   how flat the two distributions are and leaves their ratio as it was. The paper writes a norm at
@@ -31,7 +32,9 @@ def calibrated_fusion(decoder_logits: Array, sgc_logits: Array, *, calibrate: bo
 
 
 def sharpen(probabilities: Array, temperature: float) -> Array:
-  """p^(1/T) / sum over classes of p^(1/T), f32[..., K]; T = 1 changes nothing, below 1 the likely
+  """Sharpens probabilities by a temperature T.
+
+  p^(1/T) / sum over classes of p^(1/T), f32[..., K]; T = 1 changes nothing, below 1 the likely
   gains.
   """
   raised = probabilities ** (1 / temperature)
@@ -39,8 +42,10 @@ def sharpen(probabilities: Array, temperature: float) -> Array:
 
 
 def self_corrected(primary_logits: Array, ancillary_logits: Array, alpha: Array | float) -> Array:
-  """Logits of the q that minimizes KL(q || p) + alpha KL(q || p_anc). [self-correcting networks,
-  linear self-correction]
+  """Corrects the primary logits by the ancillary ones.
+
+  The result is the logits of the q that minimizes KL(q || p) + alpha KL(q || p_anc).
+  [self-correcting networks, linear self-correction]
 
   (l + alpha l_anc) / (1 + alpha): softmax of it is the weighted geometric mean of p = softmax(l)
   and p_anc = softmax(l_anc).

@@ -1,4 +1,7 @@
-"""Gaussian blur of a batch on the device, with a deviation of each image's own."""
+"""Gaussian blur of a batch on the device.
+
+Each image has a deviation of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ import numpy as np
 
 
 def kernel_size(size: tuple[int, int]) -> tuple[int, int]:
-  """The height and width of ClassMix's blur kernel for images of (height, width): a tenth, odd.
-  [ClassMix, transformsgpu.py]
+  """Computes the height and width of ClassMix's blur kernel.
+
+  For images of (height, width): a tenth, odd. [ClassMix, transformsgpu.py]
   """
   height, width = (math.ceil(0.1 * side) for side in size)
   return height - 1 + height % 2, width - 1 + width % 2

@@ -1,4 +1,7 @@
-"""Losses: first a map of per-pixel numbers, then one mean whose denominator stands at the call."""
+"""Losses: first a map of values per pixel, then one mean.
+
+The denominator of the mean stands at the call.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from pseudoseg_jax.contract import IGNORE_LABEL
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
-  """Cross entropy of each pixel in nats, 0 where the label is IGNORE_LABEL.
+  """Computes the cross entropy of each pixel in nats.
+
+  It is 0 where the label is IGNORE_LABEL.
 
   Args:
     logits: f32[..., K].
@@ -29,30 +34,34 @@ def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
 
 
 def soft_cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
-  """-sum over classes of target * log softmax(logits) per pixel, in nats: [..., K] x [..., K] ->
-  [...].
+  """Computes the cross entropy with soft targets per pixel, in nats.
+
+  -sum over classes of target * log softmax(logits): [..., K] x [..., K] -> [...].
   """
   return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
 
 
 def squared_distance(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Mean over classes of (a - b)^2 per pixel: [..., K] x [..., K] -> [...]. [Mean Teacher, official
-  softmax_mse_loss]
+  """Computes the mean squared difference over classes, per pixel.
+
+  Mean of (a - b)^2: [..., K] x [..., K] -> [...]. [Mean Teacher, official softmax_mse_loss]
   """
   return jnp.mean(jnp.square(a - b), axis=-1)
 
 
 def kl_divergence(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-  """KL(softmax(teacher) || softmax(student)) per pixel, in nats. [Mean Teacher, official
-  softmax_kl_loss]
+  """Computes KL(softmax(teacher) || softmax(student)) per pixel, in nats.
+
+  [Mean Teacher, official softmax_kl_loss]
   """
   teacher = jax.nn.log_softmax(teacher_logits)
   return jnp.sum(jnp.exp(teacher) * (teacher - jax.nn.log_softmax(student_logits)), axis=-1)
 
 
 def kl_from_target(logits: jax.Array, target: jax.Array) -> jax.Array:
-  """KL(target || softmax(logits)) per pixel, in nats: [..., K] x probabilities [..., K] ->
-  [...].
+  """Computes KL(target || softmax(logits)) per pixel, in nats.
+
+  [..., K] x probabilities [..., K] -> [...].
   """
   return soft_cross_entropy(logits, target) + jnp.sum(
     jax.scipy.special.xlogy(target, target), axis=-1
@@ -60,8 +69,9 @@ def kl_from_target(logits: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def js_divergence(logits: jax.Array, target: jax.Array, *, tiny: float = 1e-5) -> jax.Array:
-  """Jensen-Shannon divergence of softmax(logits) and target probabilities per pixel, in nats. [CCT,
-  official softmax_js_loss]
+  """Computes the Jensen-Shannon divergence from the target, in nats.
+
+  It is that of softmax(logits) and target probabilities, per pixel. [CCT, official softmax_js_loss]
 
   Half of KL(M || softmax(logits)) + KL(M || target + tiny), M their mean: the textbook has the
   arguments of each KL swapped.
@@ -72,14 +82,17 @@ def js_divergence(logits: jax.Array, target: jax.Array, *, tiny: float = 1e-5) -
 
 
 def disagreement(probabilities: jax.Array) -> jax.Array:
-  """Variance over N predictions, summed over classes, per pixel: [N, ..., K] -> [...]. [CCT,
-  pair-wise loss]
+  """Computes the variance over N predictions, summed over classes.
+
+  Per pixel: [N, ..., K] -> [...]. [CCT, pair-wise loss]
   """
   return jnp.sum(jnp.var(probabilities, axis=0), axis=-1)
 
 
 def smooth_l1_distance(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Mean over classes of d^2 / 2 where d = |a - b| < 1, else d - 1/2: [..., K] x [..., K] -> [...].
+  """Computes the mean smooth L1 distance over classes, per pixel.
+
+  Mean of d^2 / 2 where d = |a - b| < 1, else d - 1/2: [..., K] x [..., K] -> [...].
   [French et al. 2020, code]
   """
   return jnp.mean(optax.huber_loss(a, b), axis=-1)
@@ -88,8 +101,9 @@ def smooth_l1_distance(a: jax.Array, b: jax.Array) -> jax.Array:
 def binary_cross_entropy(
   probability: jax.Array, target: jax.Array, *, tiny: float = 1e-6
 ) -> jax.Array:
-  """Cross entropy of each class against all others, summed over classes: [..., K] x [..., K] ->
-  [...], in nats.
+  """Computes the cross entropy of each class against all others, in nats.
+
+  It is summed over classes: [..., K] x [..., K] -> [...].
 
   `tiny` is added in both logarithms, so the least value may be below 0. [French et al. 2020, code:
   robust_binary_crossentropy]
@@ -100,8 +114,9 @@ def binary_cross_entropy(
 
 
 def mean_over(values: jax.Array, weight: jax.Array) -> jax.Array:
-  """sum(values * weight) / sum(weight): the mean over what `weight` (bool or count) keeps, 0 where
-  it keeps nothing.
+  """Averages the values that `weight` keeps, 0 where it keeps nothing.
+
+  sum(values * weight) / sum(weight), `weight` bool or count.
 
   The denominator is at least 1, so that a crop that is all padding gives 0 and a finite gradient.
   """
@@ -110,14 +125,18 @@ def mean_over(values: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def joint_mean(*values: jax.Array) -> jax.Array:
-  """One mean over the pixels of several maps, as if they were one batch (not a mean of means)."""
+  """Averages over the pixels of several maps, as if they were one batch.
+
+  It is not a mean of means.
+  """
   total = jnp.asarray(sum(jnp.sum(value) for value in values))
   return total / sum(value.size for value in values)
 
 
 def pixel_weight(label: jax.Array, class_weights: Sequence[float] = ()) -> jax.Array:
-  """What each pixel counts, f32[...]: 1, or with class_weights, K of them, that of its class; 0
-  without a label.
+  """Computes the weight of each pixel, f32[...].
+
+  It is 1, or with class_weights, K of them, that of its class; 0 without a label.
   """
   if not class_weights:
     return (label != IGNORE_LABEL).astype(jnp.float32)
@@ -125,8 +144,9 @@ def pixel_weight(label: jax.Array, class_weights: Sequence[float] = ()) -> jax.A
 
 
 def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
-  """sum(values * weight) / sum(weight), as PyTorch's losses with `weight` have it; 0 where all
-  weights are 0.
+  """Computes the weighted mean; 0 where all weights are 0.
+
+  sum(values * weight) / sum(weight), as PyTorch's losses with `weight` have it.
   """
   total = jnp.sum(weight)
   return jnp.sum(values * weight) / jnp.where(total > 0, total, 1)
@@ -139,10 +159,13 @@ def cross_entropy_mean(
   denominator: str = "valid",
   class_weights: Sequence[float] = (),
 ) -> jax.Array:
-  """Mean cross entropy over the pixels that have a label, each weighted as its class.
+  """Averages the cross entropy over the pixels that have a label.
 
-  denominator: "valid" divides by the pixels with a label (CPS and most others), or by their
-    weights; "all" by all pixels (PixelSSL).
+  Each pixel is weighted as its class.
+
+  Args:
+    denominator: "valid" divides by the pixels with a label (CPS and most others), or by their
+      weights; "all" by all pixels (PixelSSL).
   """
   values, weight = cross_entropy(logits, label), pixel_weight(label, class_weights)
   return jnp.mean(values * weight) if denominator == "all" else weighted_mean(values, weight)
@@ -151,8 +174,9 @@ def cross_entropy_mean(
 def focal_mean(
   logits: jax.Array, label: jax.Array, *, gamma: float = 2.0, class_weights: Sequence[float] = ()
 ) -> jax.Array:
-  """Mean of (1 - p)^gamma times the cross entropy, p the probability of the true class: pixels that
-  are easy count little.
+  """Averages the focal loss, in which easy pixels count little.
+
+  It is the mean of (1 - p)^gamma times the cross entropy, p the probability of the true class.
 
   Lin et al., "Focal loss", ICCV 2017, equation 4, of the softmax. optax's focal loss takes each
   class for a yes or no of its own, so that its logits are no softmax's, which all methods here take
@@ -166,8 +190,9 @@ def focal_mean(
 
 
 def dice_loss(logits: jax.Array, label: jax.Array) -> jax.Array:
-  """1 - 2 |P Y| / (|P| + |Y|), averaged over the classes that the batch's labels hold; rare and
-  frequent ones count alike.
+  """Computes the Dice loss over the classes that the batch's labels hold.
+
+  1 - 2 |P Y| / (|P| + |Y|), averaged over these classes; rare and frequent ones count alike.
 
   Sums are over all labeled pixels of the batch; P are probabilities, which stand without a square
   as in most of today's codes (Milletari et al., V-Net, 3DV 2016, section 3, squares them). optax's
@@ -190,7 +215,9 @@ def dice_loss(logits: jax.Array, label: jax.Array) -> jax.Array:
 def ohem_kept(
   logits: jax.Array, label: jax.Array, *, min_confidence: float, min_kept: int
 ) -> jax.Array:
-  """Which pixels online hard example mining keeps, over all pixels given together.
+  """Selects the pixels that online hard example mining keeps.
+
+  The selection is over all pixels given together.
 
   A pixel is kept where the probability of its true class is at most the threshold:
   `min_confidence`, or the min_kept-th smallest probability if that is larger, so that at least
@@ -222,11 +249,11 @@ def ohem_cross_entropy(
   scope: str = "image",
   class_weights: Sequence[float] = (),
 ) -> jax.Array:
-  """Mean cross entropy over the pixels that OHEM keeps.
+  """Averages the cross entropy over the pixels that OHEM keeps.
 
   Args:
     logits: f32[B, H, W, K]; label: i32[B, H, W].
-    min_kept: pixels kept at least, per image or per batch as `scope` says.
+    min_kept: pixels kept at least, per image or per batch according to `scope`.
     scope: "image" mines each image alone and averages the image losses (CPS on Cityscapes: one
       image a GPU); "batch" mines all pixels of the batch together (the official function on one
       process).
@@ -243,8 +270,10 @@ def ohem_cross_entropy(
 def bootstrapped_cross_entropy(
   logits: jax.Array, label: jax.Array, *, threshold: jax.Array | float, min_kept: int = 1
 ) -> jax.Array:
-  """Mean cross entropy over the pixels whose true class has a probability below a threshold. [CCT,
-  ab-CE, official abCE_loss]
+  """Averages the cross entropy over pixels of low confidence.
+
+  These are the pixels whose true class has a probability below a threshold.
+  [CCT, ab-CE, official abCE_loss]
 
   The threshold is raised to the (min_kept B + 1)-th smallest probability if that is larger (to the
   largest if there are fewer). Nothing kept, or no pixel with a label: 0. No gradient flows into the

@@ -1,5 +1,6 @@
-"""Predictions remembered for every image of a list, in the image's own frame, whatever crops they
-are made on.
+"""Predictions remembered for every image of a list.
+
+They are in the image's own frame, whatever crops they are made on.
 
 The frame is a grid of gh x gw cells over the whole image; crops come and go by linear
 interpolation, rows and columns apart, with no scatter. A value is known only where all that it is
@@ -33,20 +34,24 @@ def _shape(num_images: int, num_classes: int, grid: tuple[int, int]) -> tuple[in
 
 
 def empty(num_images: int, num_classes: int, grid: tuple[int, int]) -> Array:
-  """The memory Z of `num_images` images, nothing seen: f16[gh, N, gw * K].
+  """Makes the memory Z of `num_images` images, with nothing seen.
 
-  Half precision, which has 11 bits where bfloat16 has 8: round-off stays below 2^-12 / (1 - decay).
+  f16[gh, N, gw * K]. Half precision has 11 bits where bfloat16 has 8: round-off stays below 2^-12 /
+  (1 - decay).
   """
   return jnp.zeros(_shape(num_images, num_classes, grid), jnp.float16)
 
 
 def num_bytes(num_images: int, num_classes: int, grid: tuple[int, int]) -> int:
-  """Size of the memory over all devices: 2 gh gw N K."""
+  """Computes the bytes of the memory over all devices: 2 gh gw N K."""
   return 2 * math.prod(_shape(num_images, num_classes, grid))
 
 
 def read(memory: Array, ids: Array, num_classes: int) -> Array:
-  """Z of some images: [gh, N, gw * K], i32[B] -> f32[B, gh, gw, K]."""
+  """Reads Z of some images.
+
+  [gh, N, gw * K], i32[B] -> f32[B, gh, gw, K].
+  """
 
   def one(index):
     return jax.lax.dynamic_index_in_dim(memory, index, axis=1, keepdims=False)
@@ -58,11 +63,11 @@ def read(memory: Array, ids: Array, num_classes: int) -> Array:
 
 
 def write(memory: Array, ids: Array, rows: Array) -> Array:
-  """The memory with the Z of some images replaced, in place: rows f32[B, gh, gw, K], the same for
-  equal ids.
+  """Replaces the Z of some images in the memory, in place.
 
-  `rows` must be made of what `read` gave: that tells the compiler to read first. Else it keeps a
-  copy of the whole memory.
+  Args:
+    rows: f32[B, gh, gw, K], the same for equal ids. They must be made of what `read` gave: that
+      makes the compiler read first. Else it keeps a copy of the whole memory.
   """
 
   def one(memory, image):
@@ -74,7 +79,7 @@ def write(memory: Array, ids: Array, rows: Array) -> Array:
 
 
 def unbiased(rows: Array) -> tuple[Array, Array]:
-  """What was said on average: Z free of its start-up bias.
+  """Frees Z of its start-up bias, which gives the average prediction.
 
   Z of a cell seen n times sums to 1 - decay^n over the classes; so Z / sum(Z) = Z / (1 - decay^n),
   by each cell's own n, without counting. [smlaine2/tempens train.py, "sparse updates"]
@@ -90,8 +95,9 @@ def unbiased(rows: Array) -> tuple[Array, Array]:
 
 
 def visited(rows: Array, ids: Array, cells: Array, seen: Array, *, decay: float) -> Array:
-  """Z <- decay * Z + (1 - decay) * z in the cells that are seen. [Laine & Aila 2017, temporal
-  ensembling]
+  """Averages new predictions into the cells that are seen.
+
+  Z <- decay * Z + (1 - decay) * z. [Laine & Aila 2017, temporal ensembling]
 
   An image that occurs twice is visited twice, in the order of the rows, and both rows end up the
   same.
@@ -115,14 +121,16 @@ def visited(rows: Array, ids: Array, cells: Array, seen: Array, *, decay: float)
 def crop_to_cells(
   values: Array, valid: Array, flip: Array, window: Array, grid: tuple[int, int]
 ) -> tuple[Array, Array]:
-  """Reads a crop at the centres of the image's cells; mirrored crops are mirrored back.
+  """Reads a crop at the centers of the image's cells.
+
+  Mirrored crops are mirrored back.
 
   Args:
     values: f32[B, H, W, K]; valid: bool[B, H, W], False on padding.
     flip: bool[B]; window: f32[B, 4], where the crop lies in its image (data.geometry.window).
 
   Returns:
-    f32[B, gh, gw, K], and seen, bool[B, gh, gw]: where the centre lies between the centres of valid
+    f32[B, gh, gw, K], and seen, bool[B, gh, gw]: where the center lies between the centers of valid
     pixels; 0 elsewhere.
   """
   height, width = values.shape[1:3]
@@ -136,7 +144,9 @@ def crop_to_cells(
 def cells_to_crop(
   cells: Array, seen: Array, flip: Array, window: Array, size: tuple[int, int]
 ) -> tuple[Array, Array]:
-  """Reads the image's cells at the pixels of a crop: the way back from `crop_to_cells`.
+  """Reads the image's cells at the pixels of a crop.
+
+  This is the way back from `crop_to_cells`.
 
   Args:
     cells: f32[B, gh, gw, K]; seen: bool[B, gh, gw]; flip, window: as there; size: (H, W) of the
@@ -155,8 +165,9 @@ def cells_to_crop(
 
 
 def _cells_in_crop(num_cells: int, num_pixels: int, start: Array, extent: Array) -> Array:
-  """Where the centre of each cell lies among the centres of the crop's pixels, f32[B, cells]; 0 is
-  the first pixel's.
+  """Locates the center of each cell among the centers of the crop's pixels.
+
+  f32[B, cells]; 0 is the center of the first pixel.
   """
   # Written so that cells and pixels that coincide do so without round-off; below likewise.
   return (
@@ -165,8 +176,9 @@ def _cells_in_crop(num_cells: int, num_pixels: int, start: Array, extent: Array)
 
 
 def _pixels_in_image(num_pixels: int, num_cells: int, start: Array, extent: Array) -> Array:
-  """Where the centre of each pixel lies among the centres of the cells, f32[B, pixels]; the image's
-  rim is on the outermost cells.
+  """Locates the center of each pixel among the centers of the cells.
+
+  f32[B, pixels]; the image's rim is on the outermost cells.
   """
   position = (
     start * num_cells + (jnp.arange(num_pixels) + 0.5) * (num_cells / num_pixels) * extent - 0.5
@@ -176,14 +188,17 @@ def _pixels_in_image(num_pixels: int, num_cells: int, start: Array, extent: Arra
 
 
 def _linear(position: Array, size: int) -> Array:
-  """Weights of linear interpolation: positions f32[B, M] among `size` samples -> f32[B, M, size];
-  less than 1 in sum outside.
+  """Computes the weights of linear interpolation.
+
+  Positions f32[B, M] among `size` samples -> f32[B, M, size]; less than 1 in sum outside.
   """
   return jnp.maximum(1 - jnp.abs(position[..., None] - jnp.arange(size)), 0)
 
 
 def _interpolate(values: Array, known: Array, rows: Array, columns: Array) -> tuple[Array, Array]:
-  """f32[B, h, w, K], bool[B, h, w] by weights f32[B, M, h], f32[B, N, w] -> f32[B, M, N, K],
+  """Interpolates known values by weights of rows and of columns.
+
+  f32[B, h, w, K], bool[B, h, w] by weights f32[B, M, h], f32[B, N, w] -> f32[B, M, N, K],
   bool[B, M, N].
   """
   parts = jnp.concatenate(

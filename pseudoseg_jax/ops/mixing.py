@@ -1,5 +1,6 @@
-"""Masks that choose between two images, and the mixing itself; on the device, inside the jitted
-step.
+"""Masks that choose between two images, and the mixing itself.
+
+All of it runs on the device, inside the jitted step.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from pseudoseg_jax.ops import gaussian
 
 
 class BoxDraws(NamedTuple):
-  """Uniform draws in [0, 1) behind one batch of box masks; N masks of `boxes` boxes each."""
+  """Uniform draws in [0, 1) behind one batch of box masks.
+
+  There are N masks of `boxes` boxes each.
+  """
 
   area: jax.Array  # [N, boxes], proportion within area_range (edge length where by_area is off)
   aspect: jax.Array | None  # [N, boxes], None where the aspect ratio is fixed
@@ -41,8 +45,9 @@ def box_masks(
   within_bounds: bool = True,
   invert: bool = True,
 ) -> jax.Array:
-  """Masks of random boxes; where boxes of one mask overlap they cancel (the value is flipped in
-  each).
+  """Builds masks of random boxes.
+
+  Where boxes of one mask overlap they cancel (the value is flipped in each).
 
   Defaults are those of CPS+CutMix: 3 boxes a mask that together take a quarter to half of the area.
   [French et al. 2020, mask_gen.py BoxMaskGenerator; TorchSemiSeg CPS+CutMix mask_gen.py]
@@ -53,7 +58,7 @@ def box_masks(
     size: (height, width) in pixels.
     by_area: the drawn proportion is a box's area; otherwise its edge length (then `aspect` is the
       second edge's draw).
-    within_bounds: boxes lie inside the image; otherwise their centres do.
+    within_bounds: boxes lie inside the image; otherwise their centers do.
     invert: 0 outside the boxes and 1 inside; False gives the complement.
 
   Returns:
@@ -96,8 +101,9 @@ def box_masks(
 
 
 def mix(mask: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-  """Takes `second` where the mask is true and `first` elsewhere; mask bool[B, H, W], the others [B,
-  H, W] or [B, H, W, C].
+  """Takes `second` where the mask is true and `first` elsewhere.
+
+  The mask is bool[B, H, W], the others are [B, H, W] or [B, H, W, C].
   """
   if first.ndim == mask.ndim + 1:
     mask = mask[..., None]
@@ -105,13 +111,14 @@ def mix(mask: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def cutout_masks(centre_yx: jax.Array, size: tuple[int, int], half_side_pixels: int) -> jax.Array:
-  """One square box for each image, clipped at the border: bool[N, height, width], True inside.
-  [DeVries & Taylor 2017]
+  """Builds one square box for each image, clipped at the border.
+
+  bool[N, height, width], True inside. [DeVries & Taylor 2017]
 
   Args:
     centre_yx: i32[N, 2], row and column.
     size: (height, width) in pixels.
-    half_side_pixels: rows centre - half .. centre + half - 1 are inside, columns likewise.
+    half_side_pixels: rows center - half .. center + half - 1 are inside, columns likewise.
   """
   rows = jnp.arange(size[0]) - centre_yx[:, :1]
   columns = jnp.arange(size[1]) - centre_yx[:, 1:]
@@ -121,8 +128,9 @@ def cutout_masks(centre_yx: jax.Array, size: tuple[int, int], half_side_pixels: 
 
 
 def class_masks(label: jax.Array, chosen: jax.Array) -> jax.Array:
-  """True where a pixel's class is among the chosen ones: i32[B, H, W], bool[B, K] -> bool[B, H, W].
-  [ClassMix; AEL's copy-paste]
+  """Marks the pixels whose class is among the chosen ones.
+
+  i32[B, H, W], bool[B, K] -> bool[B, H, W]. [ClassMix; AEL's copy-paste]
 
   Labels outside 0..K-1 are in no mask.
   """
@@ -132,8 +140,9 @@ def class_masks(label: jax.Array, chosen: jax.Array) -> jax.Array:
 
 
 def edge_masks(edges: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """One box for each image: edges i32[N, 4] (top, left, bottom, right; the last two are outside) ->
-  bool[N, *size], True inside.
+  """Builds the mask of one box for each image, True inside.
+
+  Edges i32[N, 4] (top, left, bottom, right; the last two are outside) -> bool[N, *size].
   """
   top, left, bottom, right = jnp.split(edges, 4, axis=1)
   rows, columns = jnp.arange(size[0]), jnp.arange(size[1])
@@ -144,8 +153,9 @@ def edge_masks(edges: jax.Array, size: tuple[int, int]) -> jax.Array:
 def fitting_boxes(
   area: jax.Array, ratio: jax.Array, corner_yx: jax.Array, size: tuple[int, int]
 ) -> jax.Array:
-  """UniMatch's box of each image: of several tries, the first that lies inside. [UniMatch
-  dataset/transform.py, obtain_cutmix_box]
+  """Chooses UniMatch's box of each image: the first try that lies inside.
+
+  There are several tries. [UniMatch dataset/transform.py, obtain_cutmix_box]
 
   Args:
     area: f32[N], share of the image.
@@ -171,8 +181,10 @@ def fitting_boxes(
 def draw_fitting_boxes(
   key: jax.Array, num_boxes: int, size: tuple[int, int], *, probability: float = 0.5
 ) -> jax.Array:
-  """Edges i32[num_boxes, 4] of boxes of 2 to 40 % of the image, at 0.3 <= height/width <= 1/0.3;
-  empty but with `probability`.
+  """Draws the edges i32[num_boxes, 4] of boxes that lie in the image.
+
+  Boxes take 2 to 40 % of the image, at 0.3 <= height/width <= 1/0.3; they are empty but with
+  `probability`.
 
   The area is drawn once, ratio and place until the box fits: 256 times at most, which is in vain
   for 2 boxes in 10^9 (the official code has no end). The mean area is 21 %, less what is cut off to
@@ -189,8 +201,9 @@ def draw_fitting_boxes(
 
 
 def choose_classes(uniform: jax.Array, label: jax.Array) -> jax.Array:
-  """Half of the classes that occur in each image, rounded down, at random: bool[B, K]. [ClassMix,
-  trainSSL.py]
+  """Chooses at random half of the classes that occur in each image.
+
+  The half is rounded down: bool[B, K]. [ClassMix, trainSSL.py]
 
   Args:
     uniform: f32[B, K], draws in [0, 1): the classes with the smallest among those that occur are
@@ -203,8 +216,9 @@ def choose_classes(uniform: jax.Array, label: jax.Array) -> jax.Array:
 
 
 def cut_masks(uniform: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """False in one box of half the image's area, True around it: bool[N, height, width]. [ClassMix,
-  transformmasks.py]
+  """Builds masks that are False in one box of half the image's area.
+
+  True around it: bool[N, height, width]. [ClassMix, transformmasks.py]
 
   Args:
     uniform: f32[N, 3], draws in [0, 1): of the box's width, half of the image's to all of it, its
@@ -222,8 +236,10 @@ def cut_masks(uniform: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 class CowDraws(NamedTuple):
-  """noise: f32[N, height, width], standard normal; sigma: f32[N], standard deviation of its
-  smoothing in pixels.
+  """The noise behind one batch of cow masks, and its smoothing.
+
+  noise: f32[N, height, width], standard normal; sigma: f32[N], standard deviation of its smoothing
+    in pixels.
   """
 
   noise: jax.Array
@@ -243,8 +259,9 @@ def draw_cow(key: jax.Array, num_masks: int, size: tuple[int, int]) -> CowDraws:
 
 
 def cow_masks(draws: CowDraws, *, share: float = 0.5, max_sigma: float = COW_SIGMA[1]) -> jax.Array:
-  """True where smoothed noise is above its threshold: blobs, bool[N, height, width]. [ClassMix,
-  transformmasks.py]
+  """Builds masks of blobs, where smoothed noise is above its threshold.
+
+  True above it: bool[N, height, width]. [ClassMix, transformmasks.py]
 
   Args:
     share: of pixels expected to be False: the threshold is this quantile of the normal distribution

@@ -1,4 +1,7 @@
-"""Outer outlines of a mask's regions, by local rules where image libraries walk along them."""
+"""Outer outlines of a mask's regions, by local rules.
+
+Image libraries walk along the outlines instead.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ _AROUND = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
 
 
 def outside(mask: jax.Array) -> jax.Array:
-  """The pixels outside of the mask that a path over edges, outside of it too, joins to the image's
-  border; holes are not.
+  """Finds the pixels outside of the mask that are joined to the border.
+
+  A path over edges, outside of the mask too, joins them to the image's border; holes are not
+  joined.
 
   Args:
     mask: bool[B, H, W].
@@ -23,7 +28,10 @@ def outside(mask: jax.Array) -> jax.Array:
   height, width = mask.shape[1:]
 
   def nearest(where, axis):
-    """Where along the axis the last True is up to here, and the next from here on."""
+    """Locates the last True up to here and the next from here on.
+
+    Both are places along the axis.
+    """
     place = jax.lax.broadcasted_iota(jnp.int32, mask.shape, axis)
     last = jax.lax.cummax(jnp.where(where, place, -1), axis=axis)
     return last, jax.lax.cummin(jnp.where(where, place, height + width), axis=axis, reverse=True)
@@ -47,7 +55,9 @@ def outside(mask: jax.Array) -> jax.Array:
 
 
 def corners(mask: jax.Array) -> jax.Array:
-  """How often the outer outline of a pixel's region turns at the pixel, 0..4.
+  """Counts how often the outer outline of a pixel's region turns at the pixel.
+
+  The count is 0..4.
 
   Summed over a region, pixels that touch at a corner belonging together, it is the number of points
   of its outer contour with straight parts reduced to their ends: OpenCV's

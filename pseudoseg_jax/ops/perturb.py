@@ -1,4 +1,7 @@
-"""Perturbations of feature maps [B, h, w, C] and of images; every random number is an argument."""
+"""Perturbations of feature maps [B, h, w, C] and of images.
+
+Every random number is an argument.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from pseudoseg_jax.ops import components, outlines, resize
 
 
 def drop_channels(x: jax.Array, kept: jax.Array, *, rate: float = 0.5) -> jax.Array:
-  """Whole channels set to 0, the others divided by 1 - rate. [Tompson et al. 2015; PyTorch's
-  Dropout2d]
+  """Sets whole channels to 0 and divides the others by 1 - rate.
+
+  [Tompson et al. 2015; PyTorch's Dropout2d]
 
   Args:
     x: f32[B, h, w, C]; kept: bool[B, C]; rate: the share that is dropped.
@@ -23,8 +27,9 @@ def drop_channels(x: jax.Array, kept: jax.Array, *, rate: float = 0.5) -> jax.Ar
 
 
 def unit(x: jax.Array, *, tiny: float) -> jax.Array:
-  """Every row of the leading axis at Euclidean length 1; `tiny` is added to the length it is
-  divided by.
+  """Scales every row of the leading axis to Euclidean length 1.
+
+  `tiny` is added to the length it is divided by.
   """
   length = jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)), keepdims=True))
   return x / (length + tiny)
@@ -33,8 +38,9 @@ def unit(x: jax.Array, *, tiny: float) -> jax.Array:
 def adversarial_direction(
   divergence: Callable[[jax.Array], jax.Array], start: jax.Array, *, xi: float, tiny: float = 1e-12
 ) -> jax.Array:
-  """The direction in which a small step changes the prediction most: one step of power iteration.
-  [Miyato et al. 2018, VAT]
+  """Finds the direction in which a small step changes the prediction most.
+
+  It takes one step of power iteration. [Miyato et al. 2018, VAT]
 
   Args:
     divergence: perturbation [B, ...] -> f32[], how far the predictions of all rows are from the
@@ -49,8 +55,10 @@ def adversarial_direction(
 
 
 def drop_features(x: jax.Array, share: jax.Array) -> jax.Array:
-  """Positions set to 0 where the mean over channels is at least `share` of its greatest value in
-  the image. [CCT, F-Drop]
+  """Sets the most active positions to 0.
+
+  They are those where the mean over channels is at least `share` of its greatest value in the
+  image. [CCT, F-Drop]
 
   Args:
     x: f32[B, h, w, C]; share: f32[], one for all images, from U(0.7, 0.9) in the paper.
@@ -60,15 +68,19 @@ def drop_features(x: jax.Array, share: jax.Array) -> jax.Array:
 
 
 def multiply_noise(x: jax.Array, noise: jax.Array) -> jax.Array:
-  """x + x * noise; x f32[B, h, w, C], noise f32[h, w, C], one for all images, from U(-0.3, 0.3) in
-  the paper. [CCT, F-Noise]
+  """Computes x + x * noise.
+
+  x is f32[B, h, w, C]; noise is f32[h, w, C], one for all images, from U(-0.3, 0.3) in the paper.
+  [CCT, F-Noise]
   """
   return x + x * noise
 
 
 def keep_where(x: jax.Array, mask: jax.Array) -> jax.Array:
-  """Positions of f32[B, h, w, C] set to 0 where the mask bool[B, H, W], shrunk to their grid by
-  nearest resizing, is False.
+  """Sets positions to 0 where the mask is False.
+
+  Positions are those of f32[B, h, w, C]; the mask bool[B, H, W] is shrunk to their grid by nearest
+  resizing.
 
   With the foreground of a prediction as the mask this removes the context (CCT, Con-Msk), with the
   rest the objects (Obj-Msk).
@@ -84,8 +96,9 @@ class Objects(NamedTuple):
 
 
 def large_objects(foreground: jax.Array, *, min_corners: int = 51) -> Objects:
-  """The regions of a mask whose outer outline has at least `min_corners` corners; regions in the
-  holes of others are none.
+  """Finds the regions of a mask whose outer outline has many corners.
+
+  Many are `min_corners` at least. Regions in the holes of others are none.
 
   An outline's length is counted in corners, so that a large box is not large. [CCT, G-Cutout]
 
@@ -105,7 +118,9 @@ def large_objects(foreground: jax.Array, *, min_corners: int = 51) -> Objects:
 def guided_cutout(
   objects: Objects, position: jax.Array, size: tuple[int, ...], *, side_fraction: float = 0.4
 ) -> jax.Array:
-  """One rectangle in each large object, whatever else it covers. [CCT, G-Cutout]
+  """Marks one rectangle in each large object, whatever else it covers.
+
+  [CCT, G-Cutout]
 
   Args:
     objects: of masks of `size`, height and width in pixels.

@@ -1,5 +1,6 @@
-"""Resizing of maps [B, H, W, ...]: bilinear in the two conventions of the field, chosen by name,
-and nearest.
+"""Bilinear and nearest resizing of maps [B, H, W, ...].
+
+Bilinear resizing comes in the two conventions of the field, chosen by name.
 
 `jax.image.resize` smooths when it shrinks and has no align-corners mode, hence this file. Bilinear
 resizing is linear and separable: two products with small constant matrices, whose gradient is again
@@ -16,7 +17,10 @@ from pseudoseg_jax.contract import Array
 
 
 def _source_positions(size_in: int, size_out: int, align_corners: bool) -> np.ndarray:
-  """Where each output row lies among the input rows, f64 [size_out] in 0..size_in-1."""
+  """Locates each output row among the input rows.
+
+  f64 [size_out] in 0..size_in-1.
+  """
   row = np.arange(size_out)
   if align_corners:
     return row * ((size_in - 1) / max(size_out - 1, 1))
@@ -24,8 +28,9 @@ def _source_positions(size_in: int, size_out: int, align_corners: bool) -> np.nd
 
 
 def interpolation_matrix(size_in: int, size_out: int, *, align_corners: bool) -> np.ndarray:
-  """The matrix that resizes one axis linearly: f32 [size_out, size_in], at most two entries a row,
-  which sum to one.
+  """Builds the matrix that resizes one axis linearly.
+
+  f32 [size_out, size_in], at most two entries a row, which sum to one.
   """
   position = _source_positions(size_in, size_out, align_corners)
   below = np.minimum(position.astype(np.int64), size_in - 1)
@@ -53,9 +58,10 @@ def _bilinear(x: Array, size: tuple[int, int], align_corners: bool) -> Array:
 
 
 def bilinear_align_corners(x: Array, size: tuple[int, int]) -> Array:
-  """Bilinear resize whose corner pixels stay corner pixels: row i reads at i (H - 1) / (H' - 1).
+  """Resizes bilinearly so that corner pixels stay corner pixels.
 
-  PyTorch's `interpolate(mode="bilinear", align_corners=True)`; DeepLab's upsampling.
+  Row i reads at i (H - 1) / (H' - 1). PyTorch's `interpolate(mode="bilinear", align_corners=True)`;
+  DeepLab's upsampling.
 
   Args:
     x: float [B, H, W, ...].
@@ -68,10 +74,10 @@ def bilinear_align_corners(x: Array, size: tuple[int, int]) -> Array:
 
 
 def bilinear_half_pixel(x: Array, size: tuple[int, int]) -> Array:
-  """Bilinear resize of pixels as areas, without antialiasing: row i reads at (i + 1/2) H / H' -
-  1/2, clipped to the map.
+  """Resizes bilinearly with pixels as areas, without antialiasing.
 
-  PyTorch's `interpolate(mode="bilinear", align_corners=False)`, OpenCV's `INTER_LINEAR`.
+  Row i reads at (i + 1/2) H / H' - 1/2, clipped to the map. PyTorch's `interpolate(mode="bilinear",
+  align_corners=False)`, OpenCV's `INTER_LINEAR`.
 
   Args:
     x: float [B, H, W, ...].
@@ -84,7 +90,9 @@ def bilinear_half_pixel(x: Array, size: tuple[int, int]) -> Array:
 
 
 def nearest(x: Array, size: tuple[int, ...]) -> Array:
-  """Nearest resize in PyTorch's default convention: row i reads row floor(i H / H').
+  """Resizes to the nearest row and column in PyTorch's default convention.
+
+  Row i reads row floor(i H / H').
 
   Args:
     x: any dtype [B, H, W, ...], for instance labels.

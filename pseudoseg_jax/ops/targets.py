@@ -1,4 +1,4 @@
-"""What a teacher's prediction is worth: hard labels, and weights by confidence."""
+"""A teacher's predictions as targets: hard labels, and confidence weights."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import jax.numpy as jnp
 
 
 def hard_label(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """logits [..., K] -> the likeliest class i32[...] and its probability f32[...]; neither carries a
-  gradient.
+  """Finds the likeliest class and its probability.
+
+  logits [..., K] -> the class i32[...] and its probability f32[...]; neither carries a gradient.
   """
   logits = jax.lax.stop_gradient(logits)
   return jnp.argmax(logits, axis=-1), jnp.max(jax.nn.softmax(logits), axis=-1)
 
 
 def confidence_weight(confidence: jax.Array, *, threshold: float, per: str = "batch") -> jax.Array:
-  """How much each pixel's consistency counts.
+  """Computes how much each pixel's consistency counts.
 
   Args:
     confidence: f32[B, H, W], the teacher's greatest probability; threshold: what counts as
@@ -40,10 +41,10 @@ def confident_mean(
   min_confidence: float,
   per: str = "batch",
 ) -> tuple[jax.Array, jax.Array]:
-  """Averages over all pixels, those that are not valid as 0, each times its confidence weight.
+  """Averages over all pixels, each times its confidence weight.
 
-  The share of confident pixels takes padding in, and the mean divides by it too, as in the official
-  code of French et al. 2020.
+  Pixels that are not valid count as 0. The share of confident pixels takes padding in, and the mean
+  divides by it too, as in the official code of French et al. 2020.
 
   Args:
     values: f32[B, H, W].
