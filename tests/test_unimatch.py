@@ -78,11 +78,9 @@ def test_a_batch_of_padding_teaches_nothing_and_stays_finite():
 def test_the_partner_teaches_inside_the_box_alone_with_its_own_confidence_and_padding():
   # One image of four pixels, two views; 0 where the image is right and surely so, 1 where its
   # partner is.
-  sure = lambda label, confidence, valid: tuple(
-    jnp.array([[row]]) for row in (label, confidence, valid)
-  )
-  own = sure([0, 0, 0, 0], [0.99, 0.5, 0.99, 0.99], [True, True, True, False])
-  partner = sure([1, 1, 1, 1], [0.5, 0.99, 0.99, 0.99], [True, True, False, True])
+  label = lambda *rows: unimatch.PseudoLabel(*(jnp.array([[row]]) for row in rows))
+  own = label([0, 0, 0, 0], [0.99, 0.5, 0.99, 0.99], [True, True, True, False])
+  partner = label([1, 1, 1, 1], [0.5, 0.99, 0.99, 0.99], [True, True, False, True])
   box = jnp.array([[[[False, True, True, False]], [[True, True, False, True]]]])
   probability = jnp.array([[0.2, 0.8], [0.3, 0.7], [0.4, 0.6], [0.1, 0.9]])
   logits = jnp.log(jnp.stack([probability, probability]))[:, None]
