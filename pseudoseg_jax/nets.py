@@ -297,7 +297,8 @@ def descend(
     optimizer: of all networks that learn, or one for each by its role.
     state: the learning rates follow its step.
     objective: networks that learn -> Outcome; differentiated by the parameters of all of them.
-    learning: roles of the networks that learn. Without it those that `optimizer` names, or all.
+    learning: roles of the networks that learn. Without it those of the state's that `optimizer`
+      names, or all.
 
   Returns:
     The state with the step counter one on, the networks that learn after their step, and what the
@@ -309,8 +310,9 @@ def descend(
       not to be mixed with it.
   """
   if learning is None:
-    learning = state.nets if not isinstance(optimizer, Mapping) else optimizer
-  nets = {role: state.nets[role] for role in learning if role in state.nets}
+    named = optimizer if isinstance(optimizer, Mapping) else state.nets
+    learning = [role for role in named if role in state.nets]
+  nets = {role: state.nets[role] for role in learning}
   optimizers = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(nets, optimizer)
   params = {role: net.params for role, net in nets.items()}
   factors = {role: _factors(optimizers[role], net.params) for role, net in nets.items()}

@@ -173,7 +173,10 @@ def test_who_does_not_learn_stays():
   optimizer = optim.sgd(lambda step: 0.1, momentum=0.0)
   before, after, metrics = one_step(optimizer, learning=["b"])
   assert after.nets["a"] is before.nets["a"] and "loss_a" not in metrics
-  assert one_step({"b": optimizer}, made_by=optimizer)[1].nets["a"].step == 0
+  named = {"b": optimizer, "not there": optimizer}
+  assert one_step(named, made_by=optimizer)[1].nets["a"].step == 0
+  with pytest.raises(KeyError, match="studnet"):
+    one_step(optimizer, learning=["studnet"])
 
 
 def test_a_plain_optax_transformation_descends_as_optax_says():
