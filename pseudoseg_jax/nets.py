@@ -5,6 +5,7 @@ Methods share them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -222,6 +223,7 @@ def _each(
   return tuple(outputs), net.replace(batch_stats=stats)
 
 
+@functools.lru_cache(maxsize=16)  # the rules of a method's options ask too
 def map_channels(network: Network) -> tuple[int, ...]:
   """Lists the channels of the backbone's maps, the deepest last."""
   params, batch_stats = jax.eval_shape(network.init, jax.random.key(0))

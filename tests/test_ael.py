@@ -52,7 +52,7 @@ def test_a_class_s_confidence_is_the_mean_of_its_true_probability_over_the_batch
   np.testing.assert_allclose(bank, [0.51, 0.54, 0.45], rtol=1e-5)
 
 
-def test_the_least_sure_class_is_always_learnt_from_and_a_sure_one_never():
+def test_the_least_sure_class_is_always_learned_from_and_a_sure_one_never():
   rate = balance.sampling_rate(jnp.array([1.0, 0.5, 0.0]), 1.0)
   np.testing.assert_allclose(rate, [0.0, 0.5, 1.0])
   np.testing.assert_array_equal(balance.sampling_rate(jnp.ones(3), 1.0), 0.0)

@@ -199,7 +199,7 @@ def test_the_remedy_for_values_that_are_no_class_works():
 
 
 @pytest.mark.parametrize("form", ["arrays", "PIL", "paths"])
-def test_images_that_are_learnt_from_are_not_evaluated(form, tmp_path):
+def test_images_that_are_learned_from_are_not_evaluated(form, tmp_path):
   image, truth = forms(tmp_path)[form]
   assert "learned from" in message(
     lambda: made([image, picture(1)], [truth, None], evaluated=([image], [truth]))

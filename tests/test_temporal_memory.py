@@ -194,7 +194,7 @@ def make_batch(seed, strong_views):
   }
 
 
-def test_nothing_is_learnt_from_a_first_visit_and_the_second_has_the_first_as_target():
+def test_nothing_is_learned_from_a_first_visit_and_the_second_has_the_first_as_target():
   method = temporal_ensembling.temporal_ensembling(
     make_task(), weight=1.0, rampup_fraction=0.0, grid=(33, 33)
   )

@@ -77,7 +77,7 @@ def build_pipeline(config: Config, data: Data, method: Method) -> PipelineSpec:
   weak = {name: view.pop(name) for name in ("crop_size", "scales", "continuous", "flip")}
   of_labeled = {name: view.pop(name) for name in ("labeled_photometry", "labeled_operations")}
   geometry = Geometry(convention=view["convention"], **weak)
-  labeled, needs = _learnt_from(config, data), method.needs
+  labeled, needs = _learned_from(config, data), method.needs
   return PipelineSpec(
     labeled=labeled,
     unlabeled=data.unlabeled if needs.unlabeled else None,
@@ -101,7 +101,7 @@ def build_pipeline(config: Config, data: Data, method: Method) -> PipelineSpec:
   )
 
 
-def _learnt_from(config: Config, data: Data) -> Source:
+def _learned_from(config: Config, data: Data) -> Source:
   """Returns the labeled images and, after them, those with pseudo labels.
 
   Some of the labeled images are there several times.

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from pseudoseg_jax.ops import losses
 
@@ -22,12 +21,11 @@ def _of_probabilities(distance: Callable) -> Callable:
   )
 
 
-def _sum_by_root(values: jax.Array) -> jax.Array:
-  """Sums over K classes and divides by the root of K.
-
-  The result is as large as a Euclidean length is on average.
-  """
-  return jnp.sum(values, axis=-1) / values.shape[-1] ** 0.5
+def _sum_by_root(mean_over_classes: Callable) -> Callable:
+  """Turns a mean over K classes into their sum, divided by the root of K."""
+  return lambda logits, target_logits: (
+    logits.shape[-1] ** 0.5 * mean_over_classes(logits, target_logits)
+  )
 
 
 DISTANCES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
@@ -39,8 +37,8 @@ DISTANCES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
   "kl": losses.kl_divergence,
   # of logits: mean over classes; sum by the root of their number
   "logit_mse": losses.squared_distance,
-  "logit_sse_by_root": lambda logits, target: _sum_by_root(jnp.square(logits - target)),
-  "logit_huber_by_root": lambda logits, target: _sum_by_root(optax.huber_loss(logits, target)),
+  "logit_sse_by_root": _sum_by_root(losses.squared_distance),
+  "logit_huber_by_root": _sum_by_root(losses.smooth_l1_distance),
 }
 
 
